@@ -1,0 +1,189 @@
+"""Texts in, packed token batches out: disjoint splits for calibration, BLD, scoring, GKD and evaluation.
+
+Documents are shuffled once with a fixed seed, joined with the tokenizer's begin-of-text token, and cut into
+windows of `sequence_length` tokens. Batches are consecutive windows, so a step number alone says which tokens
+it sees: data order is deterministic, and training resumes anywhere.
+
+Legend: N windows, T tokens per window.
+"""
+
+import gzip
+import hashlib
+import json
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from puzzle_core.errors import DataError
+
+STDLIB = "python-stdlib"
+_STDLIB_SKIPPED = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
+
+
+class Document(NamedTuple):
+    """One text with the name it is known by in error messages."""
+
+    name: str
+    text: str
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that packing needs."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def __call__(self, text: list[str], **options: Any) -> Any: ...
+
+
+def read_documents(sources: Iterable[str]) -> list[Document]:
+    """Read every document of every source, in a stable order.
+
+    A source is `python-stdlib:train`, `python-stdlib:held-out`, a text file (one document), a `.json` list of
+    strings, a `.jsonl` or `.jsonl.gz` with one string or one object with a `text` per line, or a directory of these.
+
+    Raises:
+        DataError: a source is missing, empty, not UTF-8, or not of a known form.
+    """
+    documents: list[Document] = []
+    for source in sources:
+        found = [document for document in _read_source(source) if document.text.strip()]
+        if not found:
+            raise DataError(f"text source {source!r} holds no text: give a file with at least one non-empty document")
+        documents += found
+    return documents
+
+
+def digest_documents(documents: Iterable[Document]) -> str:
+    """Hex digest of the texts and their order; names do not count."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(hashlib.sha256(document.text.encode()).digest())
+    return digest.hexdigest()[:40]
+
+
+def stdlib_documents(held_out: bool, include_tests: bool = False) -> Iterator[Document]:
+    """Modules of the running interpreter's standard library; one module in eight is held out, chosen by its name.
+
+    Test modules are left out unless asked for, since some distributions do not ship them, and so are the code-page
+    tables of `encodings`, which are not prose of any kind.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = _STDLIB_SKIPPED - ({"test", "tests", "idle_test"} if include_tests else set())
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if skipped.intersection(relative.parts) or is_held_out(relative.as_posix()) != held_out:
+            continue
+        try:
+            yield Document(relative.as_posix(), path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            continue  # a few test inputs are written in other encodings on purpose
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a standard-library module belongs to the held-out eighth."""
+    return hashlib.sha256(name.encode()).digest()[0] % 8 == 0
+
+
+def pack(
+    documents: list[Document], tokenizer: Tokenizer, sequence_length: int, tokens: dict[str, int], seed: int
+) -> dict[str, torch.Tensor]:
+    """Cut documents into packed windows, one disjoint set of documents per split.
+
+    Args:
+        tokens: how many tokens each split asks for, in the order in which they are served.
+
+    Returns:
+        For each split an int32 tensor (N, T) with N = ceil(tokens / T).
+
+    Raises:
+        DataError: the documents hold fewer tokens than asked.
+    """
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    remaining = iter(order)
+    packed: dict[str, torch.Tensor] = {}
+    for split, asked in tokens.items():
+        windows = -(-asked // sequence_length)
+        wanted = windows * sequence_length
+        stream: list[int] = []
+        while len(stream) < wanted:
+            chunk = [documents[i].text for _, i in zip(range(16), remaining, strict=False)]
+            if not chunk:
+                raise DataError(
+                    f"split {split!r} asks for {wanted:,} tokens ({windows:,} windows of {sequence_length}), but the "
+                    f"texts gave only {len(stream):,} after serving {', '.join(packed) or 'no other split'}: "
+                    f"ask for fewer tokens or add texts"
+                )
+            for ids in tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
+                stream += _with_start(ids, tokenizer)
+        packed[split] = torch.tensor(stream[:wanted], dtype=torch.int32).view(windows, sequence_length)
+    return packed
+
+
+def batch_rows(step: int, batch_windows: int, windows: int) -> slice | list[int]:
+    """Which windows step `step` sees: consecutive, starting over at the end."""
+    start = step * batch_windows % windows
+    if start + batch_windows <= windows:
+        return slice(start, start + batch_windows)
+    return [(start + i) % windows for i in range(batch_windows)]
+
+
+def _with_start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return ids if start is None else [start, *ids]
+
+
+def _read_source(source: str) -> Iterator[Document]:
+    if source.startswith(STDLIB):
+        splits = {f"{STDLIB}:train": False, f"{STDLIB}:held-out": True}
+        if source not in splits:
+            raise DataError(f"unknown text source {source!r}: say {' or '.join(map(repr, splits))}")
+        yield from stdlib_documents(held_out=splits[source])
+        return
+    path = Path(source)
+    if path.is_dir():
+        for child in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            yield from _read_file(child)
+    elif path.is_file():
+        yield from _read_file(path)
+    else:
+        raise DataError(f"text source {source!r} does not exist: give a file, a directory or '{STDLIB}:train'")
+
+
+def _read_file(path: Path) -> Iterator[Document]:
+    content = path.read_bytes()
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError) as error:
+            raise DataError(f"{path} is not a whole gzip file ({error}): replace it") from error
+        suffixes.pop()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 (byte {error.start} is 0x{content[error.start]:02x}): convert it, for instance "
+            f"with `iconv -t utf-8`"
+        ) from error
+    try:
+        if suffixes[-1:] == [".json"]:
+            items = json.loads(text) if text.strip() else []
+            if not isinstance(items, list):
+                raise DataError(f"{path} holds a JSON {type(items).__name__}: a list of strings is wanted")
+        elif suffixes[-1:] == [".jsonl"]:
+            items = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            items = [text]
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON ({error})") from error
+    for number, item in enumerate(items):
+        body = item.get("text") if isinstance(item, dict) else item
+        if not isinstance(body, str):
+            raise DataError(f"{path}, entry {number}: neither a string nor an object with a string under 'text'")
+        yield Document(f"{path}#{number}", body)

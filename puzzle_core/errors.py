@@ -1,0 +1,41 @@
+"""The errors a user can meet. Every message says what was asked, what was found, and what to do.
+
+`PuzzleError` and its children are the user's to read: the command line prints them without a traceback.
+Anything else that escapes is our own mistake.
+"""
+
+
+class PuzzleError(Exception):
+    """Base of all errors that speak to the user."""
+
+
+class SpecError(PuzzleError):
+    """The run specification (or a command's arguments) asks for something that cannot be."""
+
+
+class ParentError(PuzzleError):
+    """The parent checkpoint is missing, damaged, inconsistent or of an unsupported kind."""
+
+
+class DataError(PuzzleError):
+    """A text source is missing, empty, unreadable or too small."""
+
+
+class NonFiniteError(PuzzleError):
+    """A NaN or an infinity where a number must be: in weights, losses, scores or costs."""
+
+
+class CoverageError(PuzzleError):
+    """A score or a cost that the search needs is missing."""
+
+
+class InfeasibleError(PuzzleError):
+    """No architecture meets the limits."""
+
+
+class ArtifactError(PuzzleError):
+    """An artifact in the store is missing or is not what its record says."""
+
+
+class StorageError(PuzzleError):
+    """The artifact store or the scratch directory cannot be written (disk full, no permission)."""

@@ -1,0 +1,74 @@
+"""Frozen records: the only values that cross stage boundaries (DESIGN rules 1 and 3).
+
+A record refuses unknown keys, cannot be changed after it was made, and has a digest that is equal on every
+machine for equal content. Its JSON is written atomically: a reader sees the whole file or none.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from puzzle_core.errors import ArtifactError
+
+
+class Record(BaseModel):
+    """Base of every spec part, stage input and stage result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def canonical_json(self) -> str:
+        """The record as JSON with sorted keys and no spaces: equal content gives equal text."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    def digest(self) -> str:
+        """Hex digest (40 digits) of the canonical JSON."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:40]
+
+    def write(self, path: Path) -> None:
+        """Write as indented JSON, atomically."""
+        write_text_atomic(path, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read what `write` wrote.
+
+        Raises:
+            ArtifactError: the file is missing or does not hold this record.
+        """
+        try:
+            return cls.model_validate_json(path.read_text())
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{path} does not exist, so this artifact is not whole; run the flow again") from error
+        except ValueError as error:
+            raise ArtifactError(f"{path} does not hold a {cls.__name__}: {error}") from error
+
+
+def canonical_json(value: Any) -> str:
+    """JSON text that is equal for equal values, whatever the order of keys."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a text file so that a crash leaves the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def digest_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
