@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from puzzle_core.errors import DataError
+from puzzle_core.stages import TokensRecord, TokensWork
 
 STDLIB = "python-stdlib"
 _STDLIB_SKIPPED = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
@@ -38,6 +40,8 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
 
     def __call__(self, text: list[str], **options: Any) -> Any: ...
+
+    def decode(self, ids: list[int], **options: Any) -> str: ...
 
 
 def read_documents(sources: Iterable[str]) -> list[Document]:
@@ -187,3 +191,21 @@ def _read_file(path: Path) -> Iterator[Document]:
         if not isinstance(body, str):
             raise DataError(f"{path}, entry {number}: neither a string nor an object with a string under 'text'")
         yield Document(f"{path}#{number}", body)
+
+
+def run(work: TokensWork, documents: list[Document], tokenizer: Tokenizer, out_dir: Path) -> TokensRecord:
+    """Pack one split and write `tokens.safetensors`, int32 (N, T)."""
+    asked = dict(work.served_before) | {work.split: work.tokens}
+    windows_NT = pack(documents, tokenizer, work.sequence_length, asked, work.seed)[work.split]
+    save_file({"tokens": windows_NT}, out_dir / "tokens.safetensors")
+    sample = tokenizer.decode(windows_NT[:64].flatten().tolist(), skip_special_tokens=True)
+    return TokensRecord(
+        windows=len(windows_NT),
+        tokens=windows_NT.numel(),
+        bytes_per_token=len(sample.encode()) / min(windows_NT.numel(), 64 * work.sequence_length),
+    )
+
+
+def read_windows(directory: Path) -> torch.Tensor:
+    """The packed windows of a tokens artifact, int32 (N, T)."""
+    return load_file(directory / "tokens.safetensors")["tokens"]

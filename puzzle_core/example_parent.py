@@ -106,7 +106,8 @@ def _train_process(rank: int, processes: int, port: int, out_dir: Path, spec: Pr
     tokenizer = AutoTokenizer.from_pretrained(out_dir)
     documents = list(stdlib_documents(held_out=False, include_tests=True))
     all_tokens = sum(
-        len(ids) + 1 for ids in tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
+        len(ids) + 1
+        for ids in tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
     )
     windows = pack(documents, tokenizer, CONTEXT_TOKENS, {"train": all_tokens - CONTEXT_TOKENS}, spec.seed)["train"]
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(spec.seed))]

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -72,3 +72,19 @@ def digest_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Work(Record):
+    """What a stage is asked to do, complete: its part of the spec and the keys of its inputs.
+
+    Equal work has an equal key on every machine. `version` is the stage's numerics version: raise it when a change
+    of code changes results, and old artifacts are left alone.
+    """
+
+    stage: ClassVar[str]
+    version: ClassVar[int]
+
+    @property
+    def key(self) -> str:
+        """The artifact's key, `stage/vN/digest`."""
+        return f"{self.stage}/v{self.version}/{self.digest()}"

@@ -99,6 +99,12 @@ class VariantsSpec(Record):
         return [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
 
 
+class ImportanceSpec(Record):
+    """Channel contributions of the parent's FFNs (METHOD section 2)."""
+
+    tokens: Positive = Field(65_536, description="Calibration tokens")
+
+
 class OptimizerSpec(Record):
     """AdamW with warm-up, cosine decay to zero and gradient clipping."""
 
@@ -117,7 +123,6 @@ class BldSpec(Record):
     batch_tokens: Positive = 4096
     dtype: Dtype = Field("float32", description="Type of activations and matrix products; weights stay float32")
     optimizer: OptimizerSpec = OptimizerSpec()
-    calibration_tokens: Positive = Field(65_536, description="Tokens for the channel contributions of FFNs")
 
 
 class ScoringSpec(Record):
@@ -205,7 +210,9 @@ class GkdSpec(Record):
     tokens: Positive = 524_288
     epochs: Positive = 1
     batch_tokens: Positive = 4096
-    micro_batch_tokens: Positive | None = Field(None, description="Tokens per forward pass; gradients add up to a batch")
+    micro_batch_tokens: Positive | None = Field(
+        None, description="Tokens per forward pass; gradients add up to a batch"
+    )
     cosine_weight: float = Field(1.0, ge=0, description="Weight of the sum over layers of 1 - cos(h_child, h_parent)")
     kl_weight: float = Field(1.0, ge=0, description="Weight of KL(parent || child) on logits")
     lm_weight: float = Field(0.0, ge=0, description="Weight of the next-token loss on the texts")
@@ -245,6 +252,7 @@ class RunSpec(Record):
     parent: ParentSpec
     data: DataSpec = DataSpec()
     variants: VariantsSpec = VariantsSpec()
+    importance: ImportanceSpec = ImportanceSpec()
     bld: BldSpec = BldSpec()
     scoring: ScoringSpec = ScoringSpec()
     target: TargetSpec = TargetSpec()

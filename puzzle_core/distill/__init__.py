@@ -1,0 +1,1 @@
+"""Distillation: blockwise and local (BLD), then global (GKD)."""

@@ -1,0 +1,94 @@
+"""Blockwise local distillation of one subblock variant, decoupled (METHOD section 3; Puzzle paper, section 3).
+
+The variant gets the parent's activations that enter its layer and imitates what leaves the layer, the layer's other
+half being the parent's own and frozen. An attention variant therefore trains through the parent's FFN; an FFN
+variant starts from the stored post-attention state and so never runs an attention.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from puzzle_core.data import batch_rows
+from puzzle_core.distill.loop import Checkpoints, Progress, train
+from puzzle_core.distill.losses import normalised_mse
+from puzzle_core.errors import NonFiniteError
+from puzzle_core.model.activations import Activations
+from puzzle_core.model.surgery import State, variant_block
+from puzzle_core.stages import BldRecord, BldWork
+from puzzle_core.variants.attention import initial_attention
+from puzzle_core.variants.ffn import initial_ffn
+from puzzle_core.variants.importance import load_contribution
+
+WEIGHTS = "weights.safetensors"
+
+
+def run(
+    work: BldWork,
+    activations: Activations,
+    contributions_dir: Path | None,
+    out_dir: Path,
+    checkpoints: Checkpoints | None = None,
+    report: Callable[[Progress], None] | None = None,
+) -> BldRecord:
+    """Train the variant and write `weights.safetensors` (float32, names within the layer).
+
+    Raises:
+        NonFiniteError: the training diverged; names the layer and the variant.
+    """
+    parent, spec = activations.parent, work.spec
+    state = initial_state(activations, work, contributions_dir)
+    block = variant_block(parent, work.layer, work.variant, state, torch.float32, activations.device)
+    parameters = {name: parameter.requires_grad_(True) for name, parameter in block.named_parameters()}
+    frozen = parent.block(work.layer, activations.dtype, activations.device)
+    attends, context = work.variant.subblock == "attn", activations.context()
+    inputs = activations.entry(work.layer) if attends else activations.middle(work.layer)
+    targets, device = activations.entry(work.layer + 1), activations.device
+    windows, length = activations.ids_NT.shape
+    batch = spec.batch_tokens // length
+    steps = max(1, windows * spec.epochs // batch)
+
+    def losses(step: int) -> list[dict[str, torch.Tensor]]:
+        rows = batch_rows(step, batch, windows)
+        entered, left = inputs[rows].to(device), targets[rows].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
+            output = frozen.feed(block.attend(entered, **context)) if attends else block.feed(entered)
+        return [{"loss": normalised_mse(left, output)}]
+
+    started, what = time.monotonic(), f"BLD of layer {work.layer} {work.variant}"
+    curve = [terms["loss"] for terms in train(what, parameters, losses, steps, spec.optimizer, checkpoints, report)]
+    tail = curve[-max(1, steps // 10) :]
+    final = sum(tail) / len(tail)
+    if final > max(2 * curve[0], 1e-3):
+        raise NonFiniteError(
+            f"{what} diverged: its loss went from {curve[0]:.4g} to {final:.4g} in {steps} steps; lower "
+            f"bld.optimizer.learning_rate (now {spec.optimizer.learning_rate})"
+        )
+    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, out_dir / WEIGHTS)
+    return BldRecord(
+        layer=work.layer,
+        variant=work.variant,
+        initial_loss=curve[0],
+        final_loss=final,
+        curve=tuple(curve),
+        tokens=steps * spec.batch_tokens,
+        seconds=time.monotonic() - started,
+    )
+
+
+def initial_state(activations: Activations, work: BldWork, contributions_dir: Path | None) -> State:
+    """The variant's training-free initial weights."""
+    layer, shape = activations.parent.layer_tensors(work.layer), activations.parent.shape
+    if work.variant.subblock == "attn":
+        return initial_attention(layer, shape, work.variant)
+    width = shape.ffn_width
+    contribution_I = load_contribution(contributions_dir, work.layer) if contributions_dir else torch.zeros(width)
+    return initial_ffn(layer, work.variant, contribution_I)
+
+
+def load_weights(directory: Path) -> State:
+    """The trained weights of a variant."""
+    return load_file(directory / WEIGHTS)

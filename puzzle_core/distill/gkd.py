@@ -1,0 +1,88 @@
+"""Global knowledge distillation: the assembled child learns from the parent end to end (METHOD section 7).
+
+    loss = cosine_weight * sum over layers (1 - cos(h_child, h_parent)) + kl_weight * KL(parent || child) + lm_weight * LM
+
+Hidden states are what leaves each layer. Child weights are float32 while training, whatever type they are saved in.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from puzzle_core.data import batch_rows, read_windows
+from puzzle_core.device import default_device
+from puzzle_core.distill.loop import Checkpoints, Progress, micro_batches, train
+from puzzle_core.distill.losses import cosine_distance, kl_per_token, next_token_loss
+from puzzle_core.model.checkpoint import write_checkpoint
+from puzzle_core.model.child import load_child, load_parent, write_description
+from puzzle_core.model.parent import Parent, torch_dtype
+from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
+from puzzle_core.spec import GkdSpec
+from puzzle_core.stages import GkdRecord, GkdWork
+
+
+def run(
+    work: GkdWork,
+    parent: Parent,
+    child_dir: Path,
+    tokens_dir: Path,
+    out_dir: Path,
+    checkpoints: Checkpoints | None = None,
+    report: Callable[[Progress], None] | None = None,
+) -> GkdRecord:
+    """Distil the child in `child_dir` and write the result as a checkpoint to `out_dir`.
+
+    Raises:
+        NonFiniteError: the loss became NaN or infinite.
+    """
+    spec, device = work.spec, default_device()
+    frozen_dtype = torch_dtype(spec.dtype) if device.type == "cuda" else torch.float32
+    teacher = load_parent(parent, frozen_dtype, device)
+    child = load_child(child_dir, torch.float32, device)
+    parameters = dict(child.named_parameters())
+    windows_NT = read_windows(tokens_dir)
+    windows, length = windows_NT.shape
+    batch, micro = spec.batch_tokens // length, (spec.micro_batch_tokens or spec.batch_tokens) // length
+    steps = max(1, windows * spec.epochs // batch)
+
+    def losses(step: int) -> Iterator[dict[str, torch.Tensor]]:
+        for rows in micro_batches(batch_rows(step, batch, windows), micro):
+            ids_BT = windows_NT[rows].long().to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
+                terms = loss_terms(teacher, child, ids_BT, spec)
+            yield {name: term * (len(ids_BT) / batch) for name, term in terms.items()}
+
+    started = time.monotonic()
+    curve = train("GKD", parameters, losses, steps, spec.optimizer, checkpoints, report)
+    state = child.state_dict()
+    if parent.shape.tied_embeddings:
+        state.pop("lm_head.weight")
+    dtype = torch_dtype(work.dtype)
+    write_checkpoint(out_dir, ((name, tensor.to(dtype)) for name, tensor in state.items()))
+    write_description(parent, work.architecture, work.dtype, out_dir)
+    return GkdRecord(
+        architecture=work.architecture,
+        curve=tuple(curve),
+        tokens=steps * spec.batch_tokens,
+        seconds=time.monotonic() - started,
+    )
+
+
+def loss_terms(
+    teacher: PuzzleForCausalLM, child: PuzzleForCausalLM, ids_BT: torch.Tensor, spec: GkdSpec
+) -> dict[str, torch.Tensor]:
+    """The weighted loss terms of one batch; a term of weight 0 is not computed."""
+    with torch.no_grad():
+        target = teacher(input_ids=ids_BT, output_hidden_states=bool(spec.cosine_weight))
+    output = child(input_ids=ids_BT, output_hidden_states=bool(spec.cosine_weight))
+    terms: dict[str, torch.Tensor] = {}
+    if spec.cosine_weight:
+        pairs = zip(target.hidden_states, output.hidden_states, strict=True)
+        terms["cosine"] = spec.cosine_weight * torch.stack([cosine_distance(p, c) for p, c in pairs]).sum()
+    if spec.kl_weight:
+        terms["kl"] = spec.kl_weight * kl_per_token(target.logits, output.logits).mean()
+    if spec.lm_weight:
+        terms["lm"] = spec.lm_weight * next_token_loss(output.logits, ids_BT).mean()
+    return terms

@@ -1,0 +1,146 @@
+"""The training loop that BLD and GKD share: AdamW, warm-up and cosine, clipping, checkpoints, exact resume.
+
+The data of a step follow from its number, and a checkpoint holds weights, both moments and the loss curve, so a
+resumed training is bitwise the uninterrupted one.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from puzzle_core.errors import NonFiniteError
+from puzzle_core.spec import OptimizerSpec
+
+log = logging.getLogger(__name__)
+
+Parameters = dict[str, torch.nn.Parameter]
+
+
+class Checkpoints(NamedTuple):
+    """Where a training keeps its checkpoint, and how often it may write one."""
+
+    file: Path
+    least_seconds: float
+
+
+class Progress(NamedTuple):
+    """What a training reports after a step."""
+
+    step: int
+    steps: int
+    loss: float
+    terms: dict[str, float]
+
+
+def learning_rate(step: int, steps: int, spec: OptimizerSpec) -> float:
+    """Linear warm-up over `warmup_share` of the steps, then a cosine down to zero."""
+    warmup = max(1, round(spec.warmup_share * steps))
+    if step < warmup:
+        return spec.learning_rate * (step + 1) / warmup
+    return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def train(
+    what: str,
+    parameters: Parameters,
+    losses_of_step: Callable[[int], Iterable[dict[str, torch.Tensor]]],
+    steps: int,
+    spec: OptimizerSpec,
+    checkpoints: Checkpoints | None = None,
+    report: Callable[[Progress], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train `parameters` in place.
+
+    Args:
+        what: how error messages name this training.
+        losses_of_step: the weighted loss terms of every micro-batch of a step; their sum is minimised.
+        checkpoints: none for a training that is too short to be worth one.
+        report: called after every step.
+
+    Returns:
+        The loss terms of every step, `loss` being their sum.
+
+    Raises:
+        NonFiniteError: a loss is NaN or infinite; names `what` and the step.
+    """
+    optimizer = _adamw(parameters, spec)
+    curve = _resume(checkpoints, parameters, optimizer)
+    saved = time.monotonic()
+    for step in range(len(curve), steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, spec)
+        terms: dict[str, float] = {}
+        for losses in losses_of_step(step):
+            torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+            for name, loss in losses.items():
+                terms[name] = terms.get(name, 0.0) + loss.item()
+        total = sum(terms.values())
+        if not math.isfinite(total):
+            raise NonFiniteError(
+                f"{what} diverged: its loss is {total} at step {step + 1} of {steps}; lower the learning rate "
+                f"(now {spec.learning_rate}) or the gradient clip (now {spec.gradient_clip})"
+            )
+        torch.nn.utils.clip_grad_norm_(parameters.values(), spec.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        curve.append({"loss": total, **terms} if len(terms) > 1 else {"loss": total})
+        if report:
+            report(Progress(step + 1, steps, total, terms))
+        if checkpoints and step + 1 < steps and time.monotonic() - saved >= checkpoints.least_seconds:
+            _save(checkpoints.file, parameters, optimizer, curve)
+            saved = time.monotonic()
+    return curve
+
+
+def _adamw(parameters: Parameters, spec: OptimizerSpec) -> torch.optim.AdamW:
+    matrices = [p for p in parameters.values() if p.dim() > 1]
+    vectors = [p for p in parameters.values() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": spec.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=spec.betas, fused=True)
+
+
+def _save(file: Path, parameters: Parameters, optimizer: torch.optim.AdamW, curve: list[dict[str, float]]) -> None:
+    tensors = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        tensors |= {f"{name}/weight": parameter.detach(), f"{name}/step": state["step"]}
+        tensors |= {f"{name}/{moment}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    save_file(tensors, temporary, metadata={"curve": json.dumps(curve)})
+    temporary.replace(file)
+
+
+def _resume(checkpoints: Checkpoints | None, parameters: Parameters, optimizer: Any) -> list[dict[str, float]]:
+    if not checkpoints or not checkpoints.file.exists():
+        return []
+    try:
+        with safe_open(checkpoints.file, framework="pt") as file, torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(file.get_tensor(f"{name}/weight"))
+                optimizer.state[parameter] = {
+                    moment: file.get_tensor(f"{name}/{moment}").to(parameter.device)
+                    for moment in ("step", "exp_avg", "exp_avg_sq")
+                }
+            curve: list[dict[str, float]] = json.loads(file.metadata()["curve"])
+    except (SafetensorError, OSError) as error:
+        raise RuntimeError(f"checkpoint {checkpoints.file} is not readable: {error}") from error
+    log.info("resuming at step %d from %s", len(curve) + 1, checkpoints.file)
+    return curve
+
+
+def micro_batches(rows: slice | list[int], windows: int) -> Iterator[slice | list[int]]:
+    """Cut the rows of a batch into parts of at most `windows` windows."""
+    if isinstance(rows, slice):
+        yield from (slice(start, min(start + windows, rows.stop)) for start in range(rows.start, rows.stop, windows))
+    else:
+        yield from (rows[start : start + windows] for start in range(0, len(rows), windows))

@@ -1,0 +1,76 @@
+"""Parent against child on held-out text: KL, perplexity, top-1 accuracy and agreement (METHOD section 7).
+
+Legend: N windows, T tokens, V vocabulary.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puzzle_core.data import read_windows
+from puzzle_core.device import default_device
+from puzzle_core.distill.losses import kl_per_token, next_token_loss
+from puzzle_core.errors import NonFiniteError, SpecError
+from puzzle_core.model.activations import FORWARD_TOKENS
+from puzzle_core.model.child import load_child, load_parent
+from puzzle_core.model.parent import Parent
+from puzzle_core.stages import EvaluateWork, EvaluationRecord
+
+
+@torch.no_grad()
+def run(work: EvaluateWork, parent: Parent, child_dir: Path | None, tokens_dir: Path) -> EvaluationRecord:
+    """Evaluate a child (or the parent) in float32.
+
+    Raises:
+        NonFiniteError: the model's loss is NaN or infinite.
+        SpecError: lm-eval tasks were asked for and the harness is not installed.
+    """
+    device = default_device()
+    reference = load_parent(parent, torch.float32, device)
+    model = load_child(child_dir, torch.float32, device) if child_dir else reference
+    windows_NT = read_windows(tokens_dir)
+    kl = loss = right = agreed = 0.0
+    for batch in windows_NT.split(max(1, FORWARD_TOKENS // windows_NT.shape[1])):
+        ids_BT = batch.long().to(device)
+        parent_BTV = reference(input_ids=ids_BT).logits
+        child_BTV = parent_BTV if model is reference else model(input_ids=ids_BT).logits
+        kl += kl_per_token(parent_BTV, child_BTV).sum(dtype=torch.float64).item()
+        loss += next_token_loss(child_BTV, ids_BT).sum(dtype=torch.float64).item()
+        best_BT = child_BTV.argmax(-1)
+        right += (best_BT[:, :-1] == ids_BT[:, 1:]).sum().item()
+        agreed += (best_BT == parent_BTV.argmax(-1)).sum().item()
+    tokens, predictions = windows_NT.numel(), windows_NT.numel() - len(windows_NT)
+    if not math.isfinite(kl + loss):
+        raise NonFiniteError(f"evaluation of {work.child or 'the parent'} gave a loss of {loss} and a KL of {kl}")
+    return EvaluationRecord(
+        kl_nats_per_token=max(kl / tokens, 0.0),
+        lm_loss_nats_per_token=loss / predictions,
+        perplexity=math.exp(loss / predictions),
+        top1_accuracy=right / predictions,
+        top1_agreement=agreed / tokens,
+        tokens=tokens,
+        lm_eval=run_lm_eval(model, parent.tokenizer(), work.lm_eval_tasks) if work.lm_eval_tasks else {},
+    )
+
+
+def run_lm_eval(model: Any, tokenizer: Any, tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Run tasks of lm-evaluation-harness by name.
+
+    Raises:
+        SpecError: the harness is not installed, or does not know a task.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise SpecError("evaluation.lm_eval_tasks needs lm-evaluation-harness: pip install lm-eval") from error
+    try:
+        results = lm_eval.simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks))
+    except KeyError as error:
+        raise SpecError(f"lm-evaluation-harness does not know the task {error}") from error
+    return {
+        task: {name: value for name, value in metrics.items() if isinstance(value, float)}
+        for task, metrics in results["results"].items()
+    }

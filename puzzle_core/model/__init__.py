@@ -1,0 +1,1 @@
+"""Models: opening a parent lazily, running blocks, assembling children."""

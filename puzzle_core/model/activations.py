@@ -1,0 +1,149 @@
+"""Activations of the parent, captured layer after layer into scratch files (METHOD section 3).
+
+`entry-i` is what enters layer i, `middle-i` what leaves its attention half, and `entry-(i+1)` what leaves the layer:
+the target of every variant of layer i. The parent is never needed whole: layer i runs on `entry-i` alone. Files are
+raw and memory-mapped, so training reads the rows of a batch and nothing more. They are scratch, not artifacts.
+
+Legend: N windows, T tokens per window, D hidden width.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puzzle_core.errors import StorageError
+from puzzle_core.model.parent import Parent
+
+FORWARD_TOKENS = 4096
+
+
+class Activations:
+    """The captured states of one set of windows; a directory that only this class writes."""
+
+    def __init__(self, directory: Path, parent: Parent, ids_NT: torch.Tensor, dtype: torch.dtype, device: torch.device):
+        """States of `ids_NT` under `parent`, computed and kept in `dtype`."""
+        self.directory, self.parent, self.ids_NT, self.dtype, self.device = directory, parent, ids_NT, dtype, device
+        self._shape = (*ids_NT.shape, parent.shape.hidden)
+        self.rows = max(1, FORWARD_TOKENS // ids_NT.shape[1])
+
+    def entry(self, layer: int) -> torch.Tensor:
+        """What enters a layer, mapped, (N, T, D); what leaves the last layer for `layer == layers`."""
+        return self._open(f"entry-{layer:03d}")
+
+    def middle(self, layer: int) -> torch.Tensor:
+        """What leaves the attention half of a layer, mapped, (N, T, D)."""
+        return self._open(f"middle-{layer:03d}")
+
+    def has_entry(self, layer: int) -> bool:
+        """Whether `entry(layer)` was captured."""
+        return self._path(f"entry-{layer:03d}").exists()
+
+    @torch.no_grad()
+    def capture_embedding(self) -> None:
+        """Embed the tokens: `entry-0`."""
+        outside = self.parent.outside(self.dtype, self.device)
+        with _Writer(self, "entry-000") as entry:
+            for rows in self.batches():
+                entry.put(rows, outside.model.embed_tokens(self.ids_NT[rows].long().to(self.device)))
+
+    @torch.no_grad()
+    def capture_layer(self, layer: int, keep_middle: bool = True) -> None:
+        """Run one layer on its stored inputs: `middle-layer` (if wanted) and `entry-(layer+1)`.
+
+        Raises:
+            StorageError: the scratch disk has no room for the states.
+        """
+        names = [f"middle-{layer:03d}"] * keep_middle + [f"entry-{layer + 1:03d}"]
+        if all(self._path(name).exists() for name in names):
+            return
+        block, context = self.parent.block(layer, self.dtype, self.device), self.context()
+        entry = self.entry(layer)
+        with ExitStack() as files:
+            middle = files.enter_context(_Writer(self, names[0])) if keep_middle else None
+            after = files.enter_context(_Writer(self, names[-1]))
+            for rows in self.batches():
+                hidden = block.attend(entry[rows].to(self.device), **context)
+                if middle:
+                    middle.put(rows, hidden)
+                after.put(rows, block.feed(hidden))
+
+    def release(self, layer: int) -> None:
+        """Drop what only this layer's tasks needed."""
+        for name in (f"entry-{layer:03d}", f"middle-{layer:03d}"):
+            self._path(name).unlink(missing_ok=True)
+
+    def batches(self) -> Iterator[slice]:
+        """Row ranges of about FORWARD_TOKENS tokens."""
+        for start in range(0, len(self.ids_NT), self.rows):
+            yield slice(start, start + self.rows)
+
+    def context(self) -> dict[str, Any]:
+        """What a block needs beside its input: positions and a plain causal mask."""
+        return block_context(self.parent, self.ids_NT.shape[1], self.dtype, self.device)
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.bin"
+
+    def _open(self, name: str) -> torch.Tensor:
+        return _map(self._path(name), self._shape, self.dtype, writable=False)
+
+
+def block_context(parent: Parent, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The keyword arguments of `PuzzleBlock.attend` for windows of `tokens` without padding or cache."""
+    outside = parent.outside(dtype, device)
+    positions = torch.arange(tokens, device=device).unsqueeze(0)
+    embedded = torch.empty(1, tokens, parent.shape.hidden, dtype=dtype, device=device)
+    return {
+        "position_embeddings": outside.model.rotary_emb(embedded, position_ids=positions),
+        "position_ids": positions,
+        "attention_mask": None,
+        "past_key_values": None,
+    }
+
+
+def state_bytes(windows: int, tokens: int, hidden: int, dtype: torch.dtype) -> int:
+    """Size of one state file."""
+    return windows * tokens * hidden * dtype.itemsize
+
+
+class _Writer:
+    """Writes one state file: room is reserved first, and the file appears whole under its name or not at all."""
+
+    def __init__(self, activations: Activations, name: str):
+        self._path = activations._path(name)
+        self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        self._shape, self._dtype = activations._shape, activations.dtype
+
+    def __enter__(self) -> "_Writer":
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        size = state_bytes(*self._shape, self._dtype)
+        try:
+            with self._temporary.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            self._temporary.unlink(missing_ok=True)
+            raise StorageError(
+                f"cannot reserve {size:,} bytes for activations in {self._path.parent} ({error.strerror}): free some "
+                f"space, or set runtime.scratch to a larger disk"
+            ) from error
+        self._mapped = _map(self._temporary, self._shape, self._dtype, writable=True)
+        return self
+
+    def put(self, rows: slice, states: torch.Tensor) -> None:
+        self._mapped[rows] = states.to(device="cpu", dtype=self._dtype)
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        del self._mapped
+        if failed:
+            self._temporary.unlink(missing_ok=True)
+        else:
+            self._temporary.replace(self._path)
+
+
+def _map(path: Path, shape: tuple[int, ...], dtype: torch.dtype, writable: bool) -> torch.Tensor:
+    size = int(torch.Size(shape).numel())
+    return torch.from_file(str(path), shared=writable, size=size, dtype=dtype).view(shape)

@@ -1,0 +1,116 @@
+"""Children: assembled from the library and the parent into a checkpoint, and loaded to run (METHOD section 7).
+
+A child directory is a Hugging Face checkpoint that carries its own small modelling code, so
+`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it anywhere. Tensors are copied layer
+by layer: neither parent nor child is ever whole in memory while assembling.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
+from puzzle_core.distill.bld import load_weights
+from puzzle_core.model import remote
+from puzzle_core.model.checkpoint import write_checkpoint
+from puzzle_core.model.parent import TOKENIZER_FILES, Parent, torch_dtype
+from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
+from puzzle_core.model.surgery import State
+from puzzle_core.spec import Dtype
+from puzzle_core.stages import AssembleWork, ChildRecord
+from puzzle_core.variants import attention, ffn
+
+CODE = ("configuration_puzzle.py", "modeling_puzzle.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_puzzle.PuzzleConfig",
+    "AutoModel": "modeling_puzzle.PuzzleModel",
+    "AutoModelForCausalLM": "modeling_puzzle.PuzzleForCausalLM",
+}
+
+
+def run(work: AssembleWork, parent: Parent, weights_dirs: list[dict[str, Path]], out_dir: Path) -> ChildRecord:
+    """Write the child's checkpoint to `out_dir`.
+
+    Args:
+        weights_dirs: for every layer, where the trained weights of its variants lie, by variant id.
+    """
+    dtype = torch_dtype(work.dtype)
+    counted = {"parameters": 0, "parameter_bytes": 0}
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in _child_tensors(parent, work.architecture, weights_dirs):
+            converted = tensor.to(dtype)
+            counted["parameters"] += converted.numel()
+            counted["parameter_bytes"] += converted.numel() * converted.element_size()
+            yield name, converted
+
+    write_checkpoint(out_dir, tensors())
+    write_description(parent, work.architecture, work.dtype, out_dir)
+    return ChildRecord(architecture=work.architecture, **counted)
+
+
+def write_description(parent: Parent, architecture: Architecture, dtype: Dtype, out_dir: Path) -> None:
+    """Write everything of a child's checkpoint but its tensors: config, code, tokenizer, generation config."""
+    config = parent.puzzle_config(architecture).to_dict()
+    config |= {"architectures": ["PuzzleForCausalLM"], "auto_map": AUTO_MAP, "dtype": dtype}
+    (out_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    for name in CODE:
+        shutil.copyfile(Path(remote.__path__[0]) / name, out_dir / name)
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (parent.directory / name).is_file():
+            shutil.copyfile(parent.directory / name, out_dir / name)
+
+
+def load_child(directory: Path, dtype: torch.dtype, device: torch.device) -> PuzzleForCausalLM:
+    """A child as a module, in evaluation mode."""
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model: PuzzleForCausalLM = PuzzleForCausalLM.from_pretrained(directory, dtype=dtype)
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def load_parent(parent: Parent, dtype: torch.dtype, device: torch.device) -> PuzzleForCausalLM:
+    """The whole parent as the same kind of module, frozen, for the stages that run it end to end."""
+    config = parent.puzzle_config()
+    config._attn_implementation = "sdpa"
+    model = PuzzleForCausalLM(config)
+    model.load_state_dict({name: parent.checkpoint.tensor(name) for name in parent.checkpoint.headers}, strict=False)
+    model.tie_weights()
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def random_child(
+    parent: Parent, architecture: Architecture, dtype: torch.dtype, device: torch.device
+) -> PuzzleForCausalLM:
+    """A model of this architecture with random weights: what measuring speed needs."""
+    config = parent.puzzle_config(architecture)
+    config._attn_implementation = "sdpa"
+    return PuzzleForCausalLM(config).to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def trained_variants(block: BlockVariant, shape: ModelShape) -> list[str]:
+    """Ids of the halves of a block that come from the library: neither the parent's own nor no-ops."""
+    own = shape.parent_block
+    return [str(v) for v in (block.attention, block.ffn) if v.kind != "no_op" and v not in (own.attention, own.ffn)]
+
+
+def _child_tensors(
+    parent: Parent, architecture: Architecture, weights_dirs: list[dict[str, Path]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in parent.checkpoint.headers:
+        skipped = name == "lm_head.weight" and parent.shape.tied_embeddings
+        if not name.startswith("model.layers.") and not skipped and not name.endswith("inv_freq"):
+            yield name, parent.checkpoint.tensor(name)
+    for layer, block in enumerate(architecture.layers):
+        own, trained = parent.layer_tensors(layer), weights_dirs[layer]
+        state: State = {}
+        for variant, prefixes in ((block.attention, attention.PREFIXES), (block.ffn, ffn.PREFIXES)):
+            if str(variant) in trained:
+                state |= load_weights(trained[str(variant)])
+            elif variant.kind != "no_op":
+                state |= {name: tensor for name, tensor in own.items() if name.startswith(prefixes)}
+        for name, tensor in state.items():
+            yield f"model.layers.{layer}.{name}", tensor

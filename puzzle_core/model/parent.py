@@ -1,0 +1,291 @@
+"""The parent: a Hugging Face causal LM of the Llama pattern, read lazily, one layer at a time.
+
+A family is a row in the table of `remote/modeling_puzzle.py`. What this project does not run right (sliding windows,
+rotary embeddings that depend on the length of the batch, quantised weights) is refused by name before any work.
+"""
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.errors import NonFiniteError, ParentError
+from puzzle_core.model.checkpoint import Checkpoint
+from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
+from puzzle_core.model.remote.modeling_puzzle import (
+    FAMILIES,
+    PuzzleBlock,
+    PuzzleForCausalLM,
+    attention_output_has_bias,
+    family_class,
+)
+from puzzle_core.records import canonical_json, digest_file
+from puzzle_core.spec import Dtype, ParentSpec
+
+STATE_DEPENDENT_ROPE = {"dynamic", "longrope"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json")
+
+
+class Parent:
+    """An opened parent checkpoint. Opening checks headers and config; weights are read when they are asked for.
+
+    Raises (on construction):
+        ParentError: not a directory or reachable hub id, an unsupported family or feature, a missing or truncated
+            shard, or tensors that do not match the config.
+    """
+
+    def __init__(self, spec: ParentSpec, *, cached_bytes: int = 4 * 2**30):
+        """Open `spec.path`, keeping at most `cached_bytes` of layer weights in memory."""
+        self.spec = spec
+        self.directory = _fetch(spec)
+        self.config = _read_config(self.directory)
+        self.shape = _shape(self.config, self.directory)
+        self.checkpoint = Checkpoint(self.directory)
+        _check_tensors(self.checkpoint, self.puzzle_config())
+        self._cached_bytes = cached_bytes
+        self._cache: OrderedDict[tuple[str, str, str], nn.Module] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def puzzle_config(self, architecture: Architecture | None = None) -> PuzzleConfig:
+        """The configuration of a child with this architecture; of the parent itself when none is given."""
+        layers = (architecture or Architecture.of_parent(self.shape)).layers
+        config: PuzzleConfig = PuzzleConfig.from_parent(self.config, [block_config(block) for block in layers])
+        return config
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the config and of every tensor's bytes; reads the whole checkpoint once."""
+        digest = hashlib.sha256(canonical_json(_plain(self.config)).encode())
+        for file in self.checkpoint.files:
+            digest.update(digest_file(file).encode())
+        return digest.hexdigest()[:40]
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """Digest of the tokenizer's files."""
+        digest = hashlib.sha256()
+        for name in TOKENIZER_FILES:
+            if (self.directory / name).is_file():
+                digest.update(f"{name} {digest_file(self.directory / name)}\n".encode())
+        return digest.hexdigest()[:40]
+
+    def check_finite(self) -> None:
+        """Look at every weight.
+
+        Raises:
+            NonFiniteError: names the tensor and how many of its entries are NaN or infinite.
+        """
+        for name in self.checkpoint.headers:
+            tensor = self.checkpoint.tensor(name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise NonFiniteError(
+                    f"parent {self.directory}: tensor {name!r} has {bad:,} NaN or infinite entries of "
+                    f"{tensor.numel():,}: the checkpoint is damaged; fetch it again"
+                )
+
+    def tokenizer(self) -> Any:
+        """The parent's tokenizer.
+
+        Raises:
+            ParentError: it is missing, or needs code from the checkpoint that the spec does not allow by name.
+        """
+        try:
+            settings = json.loads((self.directory / "tokenizer_config.json").read_text())
+            remote = (settings.get("auto_map") or {}).get("AutoTokenizer")
+            names = [name for name in (remote if isinstance(remote, list) else [remote]) if name]
+            if names and self.spec.allow_remote_code not in names:
+                raise ParentError(
+                    f"the tokenizer of {self.directory} is code of the checkpoint itself ({names[0]}); read it, and "
+                    f"allow it with parent.allow_remote_code: {names[0]}"
+                )
+            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=bool(names))
+        except (OSError, ValueError) as error:
+            raise ParentError(f"cannot load the tokenizer of {self.directory}: {_first_line(error)}") from error
+
+    def layer_tensors(self, layer: int) -> dict[str, torch.Tensor]:
+        """The tensors of one layer by their names within it, as stored."""
+        return self.checkpoint.tensors(f"model.layers.{layer}.")
+
+    def block(self, layer: int, dtype: torch.dtype, device: torch.device) -> PuzzleBlock:
+        """One layer, frozen, from a bounded cache."""
+        module = self._cached(f"layer {layer}", dtype, device, lambda: self._load_block(layer))
+        assert isinstance(module, PuzzleBlock)
+        return module
+
+    def outside(self, dtype: torch.dtype, device: torch.device) -> PuzzleForCausalLM:
+        """What lies outside the blocks: a causal LM without layers (embedding, rotary, final norm, head)."""
+        module = self._cached("outside", dtype, device, self._load_outside)
+        assert isinstance(module, PuzzleForCausalLM)
+        return module
+
+    def _load_block(self, layer: int) -> nn.Module:
+        with torch.device("meta"):
+            block = PuzzleBlock(self.puzzle_config(), self.runnable_config(), layer)
+        block.load_state_dict(self.layer_tensors(layer), strict=False, assign=True)
+        return block
+
+    def _load_outside(self) -> nn.Module:
+        config = PuzzleConfig.from_parent(self.config, [])
+        config._attn_implementation = "sdpa"
+        model = PuzzleForCausalLM(config)
+        names = {name for name in self.checkpoint.headers if not name.startswith("model.layers.")}
+        model.load_state_dict({name: self.checkpoint.tensor(name) for name in names}, strict=False)
+        model.tie_weights()
+        return model
+
+    def runnable_config(self) -> PreTrainedConfig:
+        """The config as attention modules need it, with an attention implementation chosen."""
+        config = self.puzzle_config().parent()
+        config._attn_implementation = "sdpa"
+        return config
+
+    def _cached(self, what: str, dtype: torch.dtype, device: torch.device, load: Any) -> nn.Module:
+        key = (what, str(dtype), str(device))
+        with self._lock:
+            if key not in self._cache:
+                module: nn.Module = load()
+                self._cache[key] = module.to(device=device, dtype=dtype).eval().requires_grad_(False)
+                while len(self._cache) > 1 and sum(map(_module_bytes, self._cache.values())) > self._cached_bytes:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(key)
+            return self._cache[key]
+
+
+def block_config(block: BlockVariant) -> dict[str, dict[str, Any]]:
+    """A block variant as an entry of `block_configs`."""
+
+    def entry(variant: Variant, size: str) -> dict[str, Any]:
+        return {
+            size: variant.size or None,
+            "no_op": variant.kind == "no_op",
+            "replace_with_linear": variant.kind == "linear",
+        }
+
+    return {
+        "attention": entry(block.attention, "num_key_value_heads"),
+        "ffn": entry(block.ffn, "intermediate_size"),
+    }
+
+
+def torch_dtype(name: Dtype) -> torch.dtype:
+    """The torch type of a spec's dtype."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _fetch(spec: ParentSpec) -> Path:
+    directory = Path(spec.path)
+    if directory.is_dir():
+        return directory.resolve()
+    if directory.is_absolute() or spec.path.startswith(".") or spec.path.count("/") != 1:
+        raise ParentError(f"parent.path {spec.path!r} is neither a directory here nor a hub id like 'owner/name'")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "tokenizer*"]
+        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
+    except Exception as error:
+        raise ParentError(
+            f"parent.path {spec.path!r} is no directory here, and the hub did not give it ({_first_line(error)})"
+        ) from error
+
+
+def _read_config(directory: Path) -> PreTrainedConfig:
+    try:
+        content = json.loads((directory / "config.json").read_text())
+    except FileNotFoundError as error:
+        raise ParentError(f"{directory} has no config.json: is it a Hugging Face model directory?") from error
+    except ValueError as error:
+        raise ParentError(f"{directory / 'config.json'} is not JSON: {error}") from error
+    family = content.get("model_type")
+    if family not in FAMILIES:
+        raise ParentError(
+            f"{directory} is of family {family!r}, which is not supported; supported: {', '.join(sorted(FAMILIES))}"
+        )
+    if content.get("quantization_config"):
+        raise ParentError(f"{directory} holds quantised weights: give the checkpoint before quantisation")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:
+        raise ParentError(f"{directory / 'config.json'} is not valid: {_first_line(error)}") from error
+    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention"} or (window and family == "mistral"):
+        raise ParentError(
+            f"{directory} uses sliding-window attention, which is not supported yet"
+            + (": set sliding_window to null if its contexts never reach it" if family == "mistral" else "")
+        )
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type") in STATE_DEPENDENT_ROPE:
+        raise ParentError(f"{directory} uses rope type {rope['rope_type']!r}, which is not supported")
+    return config
+
+
+def _shape(config: PreTrainedConfig, directory: Path) -> ModelShape:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise ParentError(f"{directory}: {kv_heads} KV heads do not divide {heads} attention heads")
+    out_bias = bool(getattr(config, "attention_bias", False))
+    return ModelShape(
+        family=config.model_type,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        ffn_width=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        tied_embeddings=bool(config.tie_word_embeddings),
+        qkv_bias=attention_output_has_bias(config),
+        attention_out_bias=out_bias,
+        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        qk_norm=hasattr(family_class(config.model_type, "Attention")(config, 0), "q_norm"),
+        max_positions=config.max_position_embeddings,
+    )
+
+
+def _check_tensors(checkpoint: Checkpoint, config: PuzzleConfig) -> None:
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in PuzzleForCausalLM(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight")
+    found = {
+        name: header.shape
+        for name, header in checkpoint.headers.items()
+        if not name.endswith("rotary_emb.inv_freq") and (name in expected or name != "lm_head.weight")
+    }
+    for names, text in (
+        (sorted(expected.keys() - found.keys()), "its config.json asks for {n} tensors that it lacks"),
+        (sorted(found.keys() - expected.keys()), "it holds {n} tensors that its config.json has no place for"),
+        (
+            sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n]),
+            "{n} tensors have other shapes than its config.json asks for",
+        ),
+    ):
+        if names:
+            first = names[0]
+            raise ParentError(
+                f"{checkpoint.directory} does not match its own config: {text.format(n=len(names))}; the first is "
+                f"{first!r} (config {expected.get(first, 'none')}, checkpoint {found.get(first, 'none')})"
+            )
+
+
+def _module_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _plain(config: PreTrainedConfig) -> dict[str, Any]:
+    volatile = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
+    return {k: v for k, v in config.to_dict().items() if k not in volatile}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

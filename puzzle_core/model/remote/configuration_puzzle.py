@@ -1,0 +1,60 @@
+"""Configuration of a Puzzle child: the parent's configuration and, for every layer, what became of it."""
+
+import copy
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+
+class PuzzleConfig(PreTrainedConfig):
+    """A parent's configuration plus `block_configs`, one entry per layer.
+
+    An entry is `{"attention": {"num_key_value_heads", "no_op", "replace_with_linear"},
+    "ffn": {"intermediate_size", "no_op", "replace_with_linear"}}`; sizes are null where
+    nothing of the kind is kept.
+    The fields that tools look for (`hidden_size` and so on) repeat the parent's.
+    """
+
+    model_type = "puzzle"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    parent_config: dict | None = None
+    block_configs: list | None = None
+    vocab_size: int = 0
+    hidden_size: int = 0
+    num_hidden_layers: int = 0
+    num_attention_heads: int = 0
+    max_position_embeddings: int = 0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | list[int] | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_parent(cls, parent: PreTrainedConfig, block_configs: list[dict[str, Any]]) -> "PuzzleConfig":
+        """The configuration of a child of `parent`."""
+        names = "vocab_size hidden_size num_attention_heads max_position_embeddings initializer_range"
+        names += " pad_token_id bos_token_id eos_token_id tie_word_embeddings"
+        plain = {k: v for k, v in parent.to_dict().items() if k not in ("auto_map", "_name_or_path")}
+        return cls(
+            parent_config=plain,
+            block_configs=block_configs,
+            num_hidden_layers=len(block_configs),
+            **{name: getattr(parent, name) for name in names.split()},
+        )
+
+    def parent(self) -> PreTrainedConfig:
+        """The parent's configuration as an object."""
+        values = {k: v for k, v in self.parent_config.items() if k != "model_type"}
+        config = CONFIG_MAPPING[self.parent_config["model_type"]](**values)
+        config._attn_implementation = self._attn_implementation
+        return config
+
+    def of_layer(self, parent: PreTrainedConfig, layer: int) -> PreTrainedConfig:
+        """The parent's configuration with the sizes of one layer."""
+        block, config = self.block_configs[layer], copy.copy(parent)
+        config.num_key_value_heads = block["attention"]["num_key_value_heads"] or parent.num_key_value_heads
+        config.intermediate_size = block["ffn"]["intermediate_size"] or parent.intermediate_size
+        return config

@@ -1,0 +1,60 @@
+"""Blocks with other subblocks than the parent's: built beside the parent, which is never written to.
+
+A block variant runs as two halves: an attention half and an FFN half, each either the parent's own module or a
+variant's. Swapping a subblock is choosing another half, so there is nothing to restore.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from puzzle_core.architecture import BlockVariant, Variant
+from puzzle_core.model.parent import Parent, block_config
+from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock
+
+State = dict[str, torch.Tensor]
+
+
+class Halves(NamedTuple):
+    """The two halves of a block variant."""
+
+    attention: PuzzleBlock
+    ffn: PuzzleBlock
+
+    def __call__(self, hidden_BTD: torch.Tensor, **context: object) -> torch.Tensor:
+        """The whole block."""
+        return self.ffn.feed(self.attention.attend(hidden_BTD, **context))
+
+
+def variant_block(
+    parent: Parent, layer: int, variant: Variant, state: State, dtype: torch.dtype, device: torch.device
+) -> PuzzleBlock:
+    """A block that holds one subblock variant with the given weights, and nothing in the place of the other."""
+    empty = BlockVariant(attention=Variant("attn", "no_op"), ffn=Variant("ffn", "no_op"))
+    own = empty.model_copy(update={"attention" if variant.subblock == "attn" else "ffn": variant})
+    config = parent.puzzle_config()
+    config.block_configs = [block_config(own)] * parent.shape.layers
+    with torch.device("meta"):
+        block = PuzzleBlock(config, parent.runnable_config(), layer)
+    block.load_state_dict({name: t.to(device=device, dtype=dtype) for name, t in state.items()}, assign=True)
+    return block
+
+
+def halves(
+    parent: Parent,
+    layer: int,
+    block: BlockVariant,
+    weights: dict[Variant, State],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Halves:
+    """The halves of a block variant, frozen; `weights` holds the trained variants among them."""
+    own = parent.shape.parent_block
+
+    def half(variant: Variant) -> PuzzleBlock:
+        if variant in (own.attention, own.ffn):
+            return parent.block(layer, dtype, device)
+        state = {} if variant.kind == "no_op" else weights[variant]
+        return variant_block(parent, layer, variant, state, dtype, device).eval().requires_grad_(False)
+
+    return Halves(half(block.attention), half(block.ffn))

@@ -1,0 +1,104 @@
+"""The exact search: least total score within every limit, several that differ, and each layer's runner-up (METHOD section 6)."""
+
+import math
+import time
+from collections.abc import Sequence
+
+from puzzle_core.errors import SpecError
+from puzzle_core.search.highs import minimise
+from puzzle_core.search.infeasible import explain_infeasible
+from puzzle_core.search.problem import Choice, Problem, Solution, describe
+
+Avoid = Sequence[tuple[Choice, int]]
+"""Earlier choices, each with the number of layers that a new one may share with it at most."""
+
+
+def solve(
+    problem: Problem,
+    *,
+    time_limit_s: float = 60.0,
+    relative_gap: float = 1e-6,
+    avoid: Avoid = (),
+    start: Choice | None = None,
+) -> Solution:
+    """The choice with the least total score within every limit.
+
+    Args:
+        time_limit_s: when it ends, the best so far is returned with `optimal=False`.
+        relative_gap: how good is good enough, see `Solution.gap`.
+        avoid: earlier choices to differ from.
+        start: a choice to start from, for speed; the answer does not depend on it.
+
+    Raises:
+        InfeasibleError: no choice fits; says which limits cannot hold together, and the least they could be.
+        TimeLimitError: the time limit ended with neither a choice nor a proof that there is none.
+    """
+    solution = _best(problem, avoid, time_limit_s, relative_gap, start)
+    if solution is None:
+        raise explain_infeasible(_avoiding(problem, avoid), time_limit_s=time_limit_s)
+    return solution
+
+
+def solve_diverse(
+    problem: Problem,
+    solutions: int,
+    alpha: float = 0.8,
+    *,
+    time_limit_s: float = 60.0,
+    relative_gap: float = 1e-6,
+) -> list[Solution]:
+    """Up to `solutions` choices, each the best that shares at most floor(alpha * L) layers with every earlier one.
+
+    Fewer come back when no more exist. `time_limit_s` holds for each.
+
+    Raises:
+        SpecError: alpha is outside [0, 1), or fewer than one solution is asked for.
+        InfeasibleError, TimeLimitError: as `solve`.
+    """
+    if not 0.0 <= alpha < 1.0 or solutions < 1:
+        raise SpecError(f"diverse search needs 0 <= alpha < 1 and at least one solution, got {alpha} and {solutions}")
+    shared = math.floor(alpha * len(problem.options) + 1e-9)
+    found = [solve(problem, time_limit_s=time_limit_s, relative_gap=relative_gap)]
+    while len(found) < solutions:
+        avoid = [(earlier.choice, shared) for earlier in found]
+        following = _best(problem, avoid, time_limit_s, relative_gap, None)
+        if following is None:
+            break
+        found.append(following)
+    return found
+
+
+def runner_up(
+    problem: Problem, solution: Solution, *, time_limit_s: float = 60.0, relative_gap: float = 1e-6
+) -> list[tuple[str, float] | None]:
+    """Per layer: what it would take were its choice forbidden, and by how much the objective would rise.
+
+    None where the limits cannot hold without the layer's choice. One solve per layer.
+    """
+    results: list[tuple[str, float] | None] = []
+    for layer, chosen in enumerate(solution.choice):
+        nowhere = [-1] * len(solution.choice)
+        nowhere[layer] = chosen
+        other = _best(problem, [(tuple(nowhere), 0)], time_limit_s, relative_gap, None)
+        results.append(None if other is None else (other.options[layer], other.objective - solution.objective))
+    return results
+
+
+def _best(
+    problem: Problem, avoid: Avoid, time_limit_s: float, relative_gap: float, start: Choice | None
+) -> Solution | None:
+    """The best choice, or None when there is none. The uses it reports are those of the problem's own limits."""
+    started = time.perf_counter()
+    found = minimise(
+        _avoiding(problem, avoid), problem.score, time_limit_s=time_limit_s, relative_gap=relative_gap, start=start
+    )
+    if found is None:
+        return None
+    seconds = time.perf_counter() - started
+    return describe(problem, found.choice, method="mip", seconds=seconds, bound=found.bound, optimal=found.proven)
+
+
+def _avoiding(problem: Problem, avoid: Avoid) -> Problem:
+    for number, (choice, max_shared_layers) in enumerate(avoid, start=1):
+        problem = problem.avoiding(choice, max_shared_layers, f"layers shared with solution {number}")
+    return problem

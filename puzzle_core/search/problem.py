@@ -1,0 +1,237 @@
+"""The search problem as arrays: options per layer, a score and resources for each, limits on the sums (METHOD section 6).
+
+Nothing here knows what an option is. Fixed costs outside the layers were taken off every capacity by the caller.
+
+Legend: L layers, J options of a layer (it may differ from layer to layer). A column is a tuple of L arrays of shape (J,).
+A choice is a tuple of L option indices.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puzzle_core.errors import CoverageError, NonFiniteError, SpecError
+
+Choice = tuple[int, ...]
+Column = tuple[NDArray[np.float64], ...]
+
+TOLERANCE = 1e-9
+"""How far above its capacity the use of a limit may come out, relative to the capacity: rounding, nothing more."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The sum over layers of one resource may not exceed `capacity`, in `unit`."""
+
+    name: str
+    resource: str
+    capacity: float
+    unit: str
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One search problem. Every number is checked when it is made; arrays are read-only float64.
+
+    Attributes:
+        options: ids of each layer's options.
+        score: what each option costs in quality; lower is better.
+        parent: index of the parent's own option in each layer.
+        resources: a column per resource name.
+        limits: what must hold; names differ.
+
+    Raises:
+        NonFiniteError: a score, resource or capacity is NaN or infinite.
+        CoverageError: a layer has no option, or a column does not have one number per option.
+        SpecError: repeated option ids or limit names, a parent index outside its layer, or a limit on an unknown resource.
+    """
+
+    options: tuple[tuple[str, ...], ...]
+    score: Column
+    parent: Choice
+    resources: Mapping[str, Column]
+    limits: tuple[Limit, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_options(self.options, self.parent)
+        object.__setattr__(self, "score", _checked_column("score", self.score, self.options))
+        columns = {name: _checked_column(name, column, self.options) for name, column in self.resources.items()}
+        object.__setattr__(self, "resources", columns)
+        _check_limits(self.limits, columns)
+
+    def total(self, resource: str, choice: Sequence[int]) -> float:
+        """Use of a resource, summed over layers."""
+        return _sum_chosen(self.resources[resource], choice)
+
+    def total_score(self, choice: Sequence[int]) -> float:
+        """Score, summed over layers."""
+        return _sum_chosen(self.score, choice)
+
+    def use(self, choice: Sequence[int]) -> dict[str, float]:
+        """Use of every limit's resource, by the name of the limit and in its unit."""
+        return {limit.name: self.total(limit.resource, choice) for limit in self.limits}
+
+    def feasible(self, choice: Sequence[int], tolerance: float = TOLERANCE) -> bool:
+        """Whether every limit holds, up to `tolerance` relative to its capacity."""
+        used = self.use(choice)
+        return all(used[limit.name] <= limit.capacity + tolerance * abs(limit.capacity) for limit in self.limits)
+
+    def option_ids(self, choice: Sequence[int]) -> tuple[str, ...]:
+        """The ids that a choice names, in layer order."""
+        return tuple(ids[index] for ids, index in zip(self.options, choice, strict=True))
+
+    def restrict(self, keep: Callable[[int, str], bool]) -> Self:
+        """The same problem over the options for which `keep(layer, id)` holds, and the parent's own."""
+        kept = [
+            [index for index, option in enumerate(ids) if index == own or keep(layer, option)]
+            for layer, (ids, own) in enumerate(zip(self.options, self.parent, strict=True))
+        ]
+        return replace(
+            self,
+            options=tuple(tuple(ids[index] for index in rows) for ids, rows in zip(self.options, kept, strict=True)),
+            score=tuple(values[rows] for values, rows in zip(self.score, kept, strict=True)),
+            parent=tuple(rows.index(own) for rows, own in zip(kept, self.parent, strict=True)),
+            resources={
+                name: tuple(values[rows] for values, rows in zip(column, kept, strict=True))
+                for name, column in self.resources.items()
+            },
+        )
+
+    def with_limits(self, limits: Iterable[Limit]) -> Self:
+        """The same options under these limits instead."""
+        return replace(self, limits=tuple(limits))
+
+    def avoiding(self, choice: Sequence[int], max_shared_layers: int, name: str) -> Self:
+        """The same problem with one more limit: at most so many layers choose as `choice` does."""
+        shared = tuple(
+            np.asarray(np.arange(len(ids)) == index, dtype=np.float64)
+            for ids, index in zip(self.options, choice, strict=True)
+        )
+        limit = Limit(name, name, float(max_shared_layers), "layers")
+        return replace(self, resources={**self.resources, name: shared}, limits=(*self.limits, limit))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One architecture as a choice, with what it scores, what it uses and how good it is known to be.
+
+    Attributes:
+        choice: option index per layer, in the problem it was found for.
+        options: option id per layer.
+        objective: total score, recomputed from the choice.
+        bound: no choice within the limits scores less than this, as far as the method knows.
+        gap: (objective - bound) / (objective - sum of every layer's least score); 0 when both differences are 0. It is
+            relative to what the limits cost, so that it means the same wherever the score's zero lies.
+        optimal: proved best within the relative gap that was asked for. False when the time limit came first, and for
+            baselines, which prove nothing (unless they reach every layer's least score).
+        used: use of every limit, by its name and in its unit.
+        slack: capacity less use, likewise.
+        seconds: wall time of the search.
+        method: what found it.
+    """
+
+    choice: Choice
+    options: tuple[str, ...]
+    objective: float
+    bound: float
+    gap: float
+    optimal: bool
+    used: dict[str, float]
+    slack: dict[str, float]
+    seconds: float
+    method: str
+
+
+def describe(
+    problem: Problem,
+    choice: Sequence[int],
+    *,
+    method: str,
+    seconds: float,
+    bound: float = -math.inf,
+    optimal: bool = False,
+) -> Solution:
+    """The Solution for a choice: score and uses recomputed from it, and every limit compared (DESIGN rule 6).
+
+    Raises:
+        RuntimeError: a limit does not hold. That is our own mistake: a method returns only choices that fit.
+    """
+    used = problem.use(choice)
+    if not problem.feasible(choice):
+        limits = ", ".join(
+            f"{limit.name} {used[limit.name]!r} of {limit.capacity!r} {limit.unit}" for limit in problem.limits
+        )
+        raise RuntimeError(
+            f"{method} returned a choice outside the limits ({limits}); this is a mistake in puzzle_core.search"
+        )
+    objective = problem.total_score(choice)
+    least = math.fsum(float(values.min()) for values in problem.score)
+    bound = min(objective, max(bound, least))
+    return Solution(
+        choice=tuple(int(index) for index in choice),
+        options=problem.option_ids(choice),
+        objective=objective,
+        bound=bound,
+        gap=(objective - bound) / (objective - least) if objective > bound else 0.0,
+        optimal=optimal or objective <= least,
+        used=used,
+        slack={limit.name: limit.capacity - used[limit.name] for limit in problem.limits},
+        seconds=seconds,
+        method=method,
+    )
+
+
+def _sum_chosen(column: Column, choice: Sequence[int]) -> float:
+    return math.fsum(float(values[index]) for values, index in zip(column, choice, strict=True))
+
+
+def _check_options(options: tuple[tuple[str, ...], ...], parent: Choice) -> None:
+    if not options:
+        raise CoverageError("a search needs at least one layer, and got none")
+    if len(parent) != len(options):
+        raise SpecError(f"{len(options)} layers, but {len(parent)} parent options: give one index per layer")
+    for layer, (ids, own) in enumerate(zip(options, parent, strict=True)):
+        if not ids:
+            raise CoverageError(f"layer {layer} has no option: give at least the parent's own")
+        if len(set(ids)) < len(ids):
+            repeated = next(option for option in ids if ids.count(option) > 1)
+            raise SpecError(f"layer {layer} lists {repeated!r} more than once: give every option once")
+        if not 0 <= own < len(ids):
+            raise SpecError(f"layer {layer} has {len(ids)} options, and its parent index is {own}")
+
+
+def _checked_column(name: str, column: Column, options: tuple[tuple[str, ...], ...]) -> Column:
+    """The column as read-only float64 arrays."""
+    if len(column) != len(options):
+        raise CoverageError(f"{name} covers {len(column)} layers of {len(options)}: give one array per layer")
+    return tuple(_checked_array(name, layer, values, options[layer]) for layer, values in enumerate(column))
+
+
+def _checked_array(name: str, layer: int, values: NDArray[np.float64], ids: tuple[str, ...]) -> NDArray[np.float64]:
+    array = np.array(values, dtype=np.float64)
+    if array.shape != (len(ids),):
+        raise CoverageError(f"{name} of layer {layer} has shape {array.shape}, and the layer has {len(ids)} options")
+    wrong = np.flatnonzero(~np.isfinite(array))
+    if wrong.size:
+        place = f"{name} of layer {layer}, option {ids[wrong[0]]!r}"
+        raise NonFiniteError(f"{place} is {array[wrong[0]]}: compute it again, or leave the option out of the search")
+    array.setflags(write=False)
+    return array
+
+
+def _check_limits(limits: tuple[Limit, ...], resources: Mapping[str, Column]) -> None:
+    names = [limit.name for limit in limits]
+    for limit in limits:
+        if names.count(limit.name) > 1:
+            raise SpecError(f"two limits are called {limit.name!r}: give every limit its own name")
+        if limit.resource not in resources:
+            known = ", ".join(sorted(resources)) or "none"
+            raise SpecError(f"limit {limit.name!r} is on {limit.resource!r}, which no option has (known: {known})")
+        if not math.isfinite(limit.capacity):
+            raise NonFiniteError(
+                f"the capacity of limit {limit.name!r} is {limit.capacity}: leave out a limit that is none"
+            )

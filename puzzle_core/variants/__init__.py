@@ -1,0 +1,1 @@
+"""Training-free initial weights of subblock variants (METHOD section 2)."""
