@@ -181,7 +181,7 @@ def _read_file(path: Path) -> Iterator[Document]:
             if not isinstance(items, list):
                 raise DataError(f"{path} holds a JSON {type(items).__name__}: a list of strings is wanted")
         elif suffixes[-1:] == [".jsonl"]:
-            items = [json.loads(line) for line in text.splitlines() if line.strip()]
+            items = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             items = [text]
     except json.JSONDecodeError as error:

@@ -38,4 +38,4 @@ class ArtifactError(PuzzleError):
 
 
 class StorageError(PuzzleError):
-    """The artifact store or the scratch directory cannot be written (disk full, no permission)."""
+    """The artifact store or the scratch directory cannot be written or read (disk full, no permission)."""

@@ -32,7 +32,7 @@ def run(work: EvaluateWork, parent: Parent, child_dir: Path | None, tokens_dir: 
     model = load_child(child_dir, torch.float32, device) if child_dir else reference
     windows_NT = read_windows(tokens_dir)
     kl = loss = right = agreed = 0.0
-    for batch in windows_NT.split(max(1, FORWARD_TOKENS // windows_NT.shape[1])):
+    for batch in torch.split(windows_NT, max(1, FORWARD_TOKENS // windows_NT.shape[1])):
         ids_BT = batch.long().to(device)
         parent_BTV = reference(input_ids=ids_BT).logits
         child_BTV = parent_BTV if model is reference else model(input_ids=ids_BT).logits

@@ -156,7 +156,7 @@ def _train_process(rank: int, processes: int, port: int, out_dir: Path, spec: Pr
             "parameters": sum(p.numel() for p in model.parameters()),
             "trained_tokens": spec.steps * spec.batch_tokens,
             "corpus": {
-                "what": f"Python {platform.python_version()} standard library, seven eighths of its modules, tests included",
+                "what": f"Python {platform.python_version()} standard library, seven eighths of it, tests included",
                 "documents": len(documents),
                 "tokens": all_tokens,
                 "digest": digest_documents(documents),
@@ -180,7 +180,7 @@ def _evaluate(model: LlamaForCausalLM, tokenizer: Any, tokens: int = 65_536) -> 
     documents = list(stdlib_documents(held_out=True))
     windows = pack(documents, tokenizer, CONTEXT_TOKENS, {"held-out": tokens}, seed=0)["held-out"].long()
     loss, right = 0.0, 0
-    for batch in windows.split(16):
+    for batch in torch.split(windows, 16):
         logits = model(input_ids=batch).logits[:, :-1].float()
         loss += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
         right += int((logits.argmax(-1) == batch[:, 1:]).sum())

@@ -38,10 +38,10 @@ class _Kind:
             raise ValueError(f"{text!r} has {'the unit ' + repr(unit) if unit else 'no unit'}; say one of: {known}")
         return Quantity(number * self.units[unit], relative=False)
 
-    def check(self, text: str) -> str:
-        """The text itself, if it parses; for use as a validator."""
-        self(text)
-        return text
+    def check(self, value: object) -> str:
+        """The value as text, if it parses; for use as a validator, to which YAML gives a bare number as a number."""
+        self(str(value))
+        return str(value)
 
 
 parse_bytes = _Kind(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from puzzle_core.architecture import BlockVariant, ModelShape, Variant
 from puzzle_core.errors import SpecError
@@ -57,6 +57,12 @@ class VariantRange(Record):
     linear: bool | None = None
     no_op: bool | None = None
 
+    @model_validator(mode="after")
+    def _some_layer(self) -> "VariantRange":
+        if self.last_layer < self.first_layer:
+            raise ValueError(f"last_layer ({self.last_layer}) comes before first_layer ({self.first_layer})")
+        return self
+
 
 class VariantsSpec(Record):
     """The search space: the variants of every layer. The parent's own variant is always among them."""
@@ -73,10 +79,15 @@ class VariantsSpec(Record):
         """Attention variants and FFN variants of one layer, the parent's own first.
 
         Raises:
-            SpecError: a variant that this parent cannot have.
+            SpecError: a variant that this parent cannot have, or an exception for layers that it does not have.
         """
         rules: dict[str, Any] = self.model_dump(exclude={"layers", "ffn_multiple_of"})
         for exception in self.layers:
+            if exception.first_layer >= shape.layers:
+                raise SpecError(
+                    f"variants.layers: the parent has {shape.layers} layers, counted from 0; there is no layer "
+                    f"{exception.first_layer}"
+                )
             if exception.first_layer <= layer <= exception.last_layer:
                 changes = exception.model_dump(exclude={"first_layer", "last_layer"}, exclude_none=True)
                 if {"ffn_ratios", "ffn_widths"} & changes.keys():
@@ -148,28 +159,28 @@ class TargetSpec(Record):
 class LimitsSpec(Record):
     """What the child must meet. Absolute with a unit (`80GiB`, `300ms`, `6000 tok/s`), or `60%` of the parent's."""
 
-    memory: Annotated[str, AfterValidator(parse_bytes.check)] | None = Field(
+    memory: Annotated[str, BeforeValidator(parse_bytes.check)] | None = Field(
         None, description="At most: parameters plus KV cache at the full context of the batch"
     )
-    parameters: Annotated[str, AfterValidator(parse_bytes.check)] | None = Field(
+    parameters: Annotated[str, BeforeValidator(parse_bytes.check)] | None = Field(
         None, description="At most: bytes of all parameters"
     )
-    throughput: Annotated[str, AfterValidator(parse_throughput.check)] | None = Field(
+    throughput: Annotated[str, BeforeValidator(parse_throughput.check)] | None = Field(
         None, description="At least: generated tokens per second over prefill and decode"
     )
-    time_to_first_token: Annotated[str, AfterValidator(parse_seconds.check)] | None = Field(
+    time_to_first_token: Annotated[str, BeforeValidator(parse_seconds.check)] | None = Field(
         None, description="At most: prefill of the batch"
     )
-    time_per_output_token: Annotated[str, AfterValidator(parse_seconds.check)] | None = Field(
+    time_per_output_token: Annotated[str, BeforeValidator(parse_seconds.check)] | None = Field(
         None, description="At most: one decode step"
     )
-    latency: Annotated[str, AfterValidator(parse_seconds.check)] | None = Field(
+    latency: Annotated[str, BeforeValidator(parse_seconds.check)] | None = Field(
         None, description="At most: prefill plus the whole generation"
     )
-    block_prefill_time: Annotated[str, AfterValidator(parse_share.check)] | None = Field(
+    block_prefill_time: Annotated[str, BeforeValidator(parse_share.check)] | None = Field(
         None, description="At most: share of the parent's prefill time in blocks, what lies outside not counted"
     )
-    block_decode_time: Annotated[str, AfterValidator(parse_share.check)] | None = Field(
+    block_decode_time: Annotated[str, BeforeValidator(parse_share.check)] | None = Field(
         None, description="At most: share of the parent's decode time in blocks, what lies outside not counted"
     )
 
@@ -347,7 +358,10 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         place = place.setdefault(part, {})
         if not isinstance(place, dict):
             raise SpecError(f"--set {override!r}: {part!r} holds a value, not keys")
-    place[last] = yaml.safe_load(value)
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SpecError(f"--set {override!r}: the value is not YAML: {error}") from error
 
 
 def _resolve_paths(content: dict[str, Any], directory: Path) -> None:

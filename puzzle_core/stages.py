@@ -8,7 +8,16 @@ from typing import ClassVar, Literal
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, VariantId
 from puzzle_core.records import Record, Work
-from puzzle_core.spec import BldSpec, Dtype, GkdSpec, ScenarioSpec, SearchSpec, TargetSpec, VariantsSpec
+from puzzle_core.spec import (
+    BldSpec,
+    Dtype,
+    GkdSpec,
+    RunSpec,
+    ScenarioSpec,
+    SearchSpec,
+    TargetSpec,
+    VariantsSpec,
+)
 
 
 class TokensWork(Work):
@@ -293,7 +302,7 @@ class TimingWork(Work):
     stage: ClassVar[str] = "timing"
     version: ClassVar[int] = 1
 
-    parent: str
+    shape: str
     architectures: tuple[tuple[str, Architecture], ...]
     traffic: Traffic
     target: TargetSpec
@@ -305,3 +314,29 @@ class TimingRecord(Record):
 
     models: dict[str, Timing]
     hardware: str
+
+
+class ReportedModel(Record):
+    """One row of the final table: a model and where its evaluation lies."""
+
+    name: str
+    kind: Literal["parent", "child", "baseline"]
+    architecture: Architecture
+    evaluation: str
+
+
+class ReportWork(Work):
+    """Everything a report shows, by key; `spec` without its runtime part."""
+
+    stage: ClassVar[str] = "report"
+    version: ClassVar[int] = 1
+
+    spec: RunSpec
+    shape: ModelShape
+    search: str
+    bld: tuple[str, ...]
+    scores: tuple[str, ...]
+    costs: str
+    gkd: str
+    timing: str
+    models: tuple[ReportedModel, ...]

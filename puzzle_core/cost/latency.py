@@ -23,7 +23,7 @@ from puzzle_core.model.child import random_child
 from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.spec import TargetSpec
-from puzzle_core.stages import CostRecord, CostWork, Timing, Traffic
+from puzzle_core.stages import CostRecord, CostWork, Timing, TimingRecord, TimingWork, Traffic
 
 OUTSIDE = "outside"
 DECODE_POINTS, STEPS_PER_POINT = 4, 8
@@ -87,6 +87,14 @@ def run(work: CostWork, parent: Parent, report: Callable[[int, int], None] | Non
         threads=work.target.threads,
         rounds=work.target.rounds,
     )
+
+
+def run_timing(work: TimingWork, parent: Parent, report: Callable[[int, int], None] | None = None) -> TimingRecord:
+    """Time whole models end to end, interleaved; their weights are random, for times do not depend on them."""
+    device, dtype = target_device(work.target), torch_dtype(work.target.dtype)
+    models = {name: random_child(parent, architecture, dtype, device) for name, architecture in work.architectures}
+    times = time_models(models, work.traffic, work.target, report)
+    return TimingRecord(models={name: timing_of(rounds) for name, rounds in times.items()}, hardware=work.hardware)
 
 
 Rounds = dict[str, list[float]]

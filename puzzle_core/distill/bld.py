@@ -84,9 +84,9 @@ def initial_state(activations: Activations, work: BldWork, contributions_dir: Pa
     layer, shape = activations.parent.layer_tensors(work.layer), activations.parent.shape
     if work.variant.subblock == "attn":
         return initial_attention(layer, shape, work.variant)
-    width = shape.ffn_width
-    contribution_I = load_contribution(contributions_dir, work.layer) if contributions_dir else torch.zeros(width)
-    return initial_ffn(layer, work.variant, contribution_I)
+    return initial_ffn(
+        layer, work.variant, load_contribution(contributions_dir, work.layer) if contributions_dir else None
+    )
 
 
 def load_weights(directory: Path) -> State:

@@ -1,6 +1,7 @@
 """Global knowledge distillation: the assembled child learns from the parent end to end (METHOD section 7).
 
-    loss = cosine_weight * sum over layers (1 - cos(h_child, h_parent)) + kl_weight * KL(parent || child) + lm_weight * LM
+    loss = cosine_weight * sum over layers (1 - cos(h_child, h_parent))
+         + kl_weight * KL(parent || child) + lm_weight * LM
 
 Hidden states are what leaves each layer. Child weights are float32 while training, whatever type they are saved in.
 """

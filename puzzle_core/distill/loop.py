@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from puzzle_core.errors import NonFiniteError
+from puzzle_core.errors import NonFiniteError, StorageError
 from puzzle_core.spec import OptimizerSpec
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ def train(
 
     Raises:
         NonFiniteError: a loss is NaN or infinite; names `what` and the step.
+        StorageError: the checkpoint to resume from cannot be read.
     """
     optimizer = _adamw(parameters, spec)
     curve = _resume(checkpoints, parameters, optimizer)
@@ -109,11 +110,11 @@ def _adamw(parameters: Parameters, spec: OptimizerSpec) -> torch.optim.AdamW:
 
 
 def _save(file: Path, parameters: Parameters, optimizer: torch.optim.AdamW, curve: list[dict[str, float]]) -> None:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
-        tensors |= {f"{name}/weight": parameter.detach(), f"{name}/step": state["step"]}
-        tensors |= {f"{name}/{moment}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+        if parameter in optimizer.state:  # else no loss term has ever reached it, and it is as it was
+            tensors[f"{name}/weight"] = parameter.detach()
+            tensors |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     save_file(tensors, temporary, metadata={"curve": json.dumps(curve)})
@@ -125,15 +126,19 @@ def _resume(checkpoints: Checkpoints | None, parameters: Parameters, optimizer: 
         return []
     try:
         with safe_open(checkpoints.file, framework="pt") as file, torch.no_grad():
+            saved = set(file.keys())
             for name, parameter in parameters.items():
-                parameter.copy_(file.get_tensor(f"{name}/weight"))
-                optimizer.state[parameter] = {
-                    moment: file.get_tensor(f"{name}/{moment}").to(parameter.device)
-                    for moment in ("step", "exp_avg", "exp_avg_sq")
-                }
+                if f"{name}/weight" in saved:
+                    parameter.copy_(file.get_tensor(f"{name}/weight"))
+                    optimizer.state[parameter] = {
+                        key: file.get_tensor(f"{name}/{key}").to(parameter.device)
+                        for key in ("step", "exp_avg", "exp_avg_sq")
+                    }
             curve: list[dict[str, float]] = json.loads(file.metadata()["curve"])
     except (SafetensorError, OSError) as error:
-        raise RuntimeError(f"checkpoint {checkpoints.file} is not readable: {error}") from error
+        raise StorageError(
+            f"checkpoint {checkpoints.file} is not readable ({error}): delete it to start this training over"
+        ) from error
     log.info("resuming at step %d from %s", len(curve) + 1, checkpoints.file)
     return curve
 

@@ -27,8 +27,9 @@ class Activations:
     def __init__(self, directory: Path, parent: Parent, ids_NT: torch.Tensor, dtype: torch.dtype, device: torch.device):
         """States of `ids_NT` under `parent`, computed and kept in `dtype`."""
         self.directory, self.parent, self.ids_NT, self.dtype, self.device = directory, parent, ids_NT, dtype, device
-        self._shape = (*ids_NT.shape, parent.shape.hidden)
-        self.rows = max(1, FORWARD_TOKENS // ids_NT.shape[1])
+        windows, tokens = ids_NT.shape
+        self._shape = (windows, tokens, parent.shape.hidden)
+        self.rows = max(1, FORWARD_TOKENS // tokens)
 
     def entry(self, layer: int) -> torch.Tensor:
         """What enters a layer, mapped, (N, T, D); what leaves the last layer for `layer == layers`."""

@@ -18,6 +18,7 @@ from puzzle_core.records import write_text_atomic
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 * 2**30
+DERIVED = "rotary_emb.inv_freq"  # a buffer that old versions of transformers wrote; it follows from the config
 
 
 class TensorHeader(NamedTuple):
@@ -37,21 +38,19 @@ class Checkpoint:
             ParentError: no safetensors, a missing or truncated shard, or an index that names a tensor no shard has.
         """
         self.directory = directory
-        self._file_of = _files(directory)
+        self.files, named = _files(directory)
         self.headers: dict[str, TensorHeader] = {}
-        for file in sorted(set(self._file_of.values())):
-            self.headers |= _read_headers(file)
-        lost = sorted(self._file_of.keys() - self.headers.keys())
+        self._file_of: dict[str, Path] = {}
+        for file in self.files:
+            headers = {n: header for n, header in _read_headers(file).items() if not n.endswith(DERIVED)}
+            self.headers |= headers
+            self._file_of |= dict.fromkeys(headers, file)
+        lost = sorted(name for name in named - self.headers.keys() if not name.endswith(DERIVED))
         if lost:
             raise ParentError(
                 f"{directory / INDEX} names {len(lost)} tensors that its shards do not hold, the first being "
                 f"{lost[0]!r}: fetch the checkpoint again"
             )
-
-    @property
-    def files(self) -> list[Path]:
-        """The safetensors files, sorted."""
-        return sorted(set(self._file_of.values()))
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, read now.
@@ -61,7 +60,8 @@ class Checkpoint:
         """
         try:
             with safe_open(self._file_of[name], framework="pt") as file:
-                return file.get_tensor(name)
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
         except (OSError, SafetensorError) as error:
             raise ParentError(f"cannot read {name!r} from {self._file_of[name]}: {error}") from error
 
@@ -75,7 +75,8 @@ def write_checkpoint(
 ) -> None:
     """Write tensors as they come, never holding more than one shard: one file, or shards with an index."""
     shards: list[dict[str, torch.Tensor]] = [{}]
-    files, weight_map, total, held = 0, {}, 0, 0
+    weight_map: dict[str, int] = {}
+    files = total = held = 0
     for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
         if shards[0] and held + size > max_shard_bytes:
@@ -103,22 +104,23 @@ def _save_part(directory: Path, part: int, tensors: dict[str, torch.Tensor]) -> 
     return dict.fromkeys(tensors, part)
 
 
-def _files(directory: Path) -> dict[str, Path]:
+def _files(directory: Path) -> tuple[list[Path], set[str]]:
+    """The safetensors files, sorted, and the tensors that an index promises."""
     if (directory / INDEX).is_file():
         try:
             weight_map: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            shards = sorted({directory / Path(file).name for file in weight_map.values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ParentError(f"{directory / INDEX} is not a safetensors index: {error}") from error
-        files = {name: directory / Path(file).name for name, file in weight_map.items()}
-        missing = sorted({f.name for f in files.values() if not f.is_file()})
+        missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
             raise ParentError(
-                f"{directory} lacks {len(missing)} of its {len(set(files.values()))} shards, the first being "
-                f"{missing[0]}: fetch the checkpoint again"
+                f"{directory} lacks {len(missing)} of its {len(shards)} shards, the first being {missing[0]}: fetch "
+                f"the checkpoint again"
             )
-        return files
+        return shards, set(weight_map)
     if (directory / SINGLE).is_file():
-        return dict.fromkeys(_read_headers(directory / SINGLE), directory / SINGLE)
+        return [directory / SINGLE], set()
     pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt"))
     hint = f"; {pickled[0].name} is a pickle, which is never read: convert it to safetensors" if pickled else ""
     raise ParentError(f"{directory} holds neither {SINGLE} nor {INDEX}{hint}")

@@ -15,9 +15,10 @@ from transformers.utils import logging as transformers_logging
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
 from puzzle_core.distill.bld import load_weights
+from puzzle_core.errors import ArtifactError
 from puzzle_core.model import remote
 from puzzle_core.model.checkpoint import write_checkpoint
-from puzzle_core.model.parent import TOKENIZER_FILES, Parent, torch_dtype
+from puzzle_core.model.parent import TOKENIZER_FILES, Parent, served_as, torch_dtype
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.model.surgery import State
 from puzzle_core.spec import Dtype
@@ -66,9 +67,20 @@ def write_description(parent: Parent, architecture: Architecture, dtype: Dtype, 
 
 
 def load_child(directory: Path, dtype: torch.dtype, device: torch.device) -> PuzzleForCausalLM:
-    """A child as a module, in evaluation mode."""
+    """A child as a module, in evaluation mode.
+
+    Raises:
+        ArtifactError: its tensors are not those that its config asks for.
+    """
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: PuzzleForCausalLM = PuzzleForCausalLM.from_pretrained(directory, dtype=dtype)
+    model: PuzzleForCausalLM
+    model, found = PuzzleForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    wrong = sorted({*found["missing_keys"], *found["unexpected_keys"]})
+    if wrong:
+        raise ArtifactError(
+            f"the child in {directory} does not match its own config in {len(wrong)} tensors, the first being "
+            f"{wrong[0]!r}: assemble it again"
+        )
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
@@ -79,7 +91,7 @@ def load_parent(parent: Parent, dtype: torch.dtype, device: torch.device) -> Puz
     model = PuzzleForCausalLM(config)
     model.load_state_dict({name: parent.checkpoint.tensor(name) for name in parent.checkpoint.headers}, strict=False)
     model.tie_weights()
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return served_as(model, dtype, device).requires_grad_(False)
 
 
 def random_child(
@@ -88,7 +100,7 @@ def random_child(
     """A model of this architecture with random weights: what measuring speed needs."""
     config = parent.puzzle_config(architecture)
     config._attn_implementation = "sdpa"
-    return PuzzleForCausalLM(config).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return served_as(PuzzleForCausalLM(config), dtype, device).requires_grad_(False)
 
 
 def trained_variants(block: BlockVariant, shape: ModelShape) -> list[str]:
@@ -102,7 +114,7 @@ def _child_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name in parent.checkpoint.headers:
         skipped = name == "lm_head.weight" and parent.shape.tied_embeddings
-        if not name.startswith("model.layers.") and not skipped and not name.endswith("inv_freq"):
+        if not name.startswith("model.layers.") and not skipped:
             yield name, parent.checkpoint.tensor(name)
     for layer, block in enumerate(architecture.layers):
         own, trained = parent.layer_tensors(layer), weights_dirs[layer]

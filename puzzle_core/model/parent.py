@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -30,8 +30,19 @@ from puzzle_core.model.remote.modeling_puzzle import (
 from puzzle_core.records import canonical_json, digest_file
 from puzzle_core.spec import Dtype, ParentSpec
 
+Module = TypeVar("Module", bound=nn.Module)
+
 STATE_DEPENDENT_ROPE = {"dynamic", "longrope"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 class Parent:
@@ -50,6 +61,7 @@ class Parent:
         self.shape = _shape(self.config, self.directory)
         self.checkpoint = Checkpoint(self.directory)
         _check_tensors(self.checkpoint, self.puzzle_config())
+        _check_tie(self.checkpoint, self.shape)
         self._cached_bytes = cached_bytes
         self._cache: OrderedDict[tuple[str, str, str], nn.Module] = OrderedDict()
         self._lock = threading.Lock()
@@ -127,13 +139,13 @@ class Parent:
         assert isinstance(module, PuzzleForCausalLM)
         return module
 
-    def _load_block(self, layer: int) -> nn.Module:
+    def _load_block(self, layer: int) -> PuzzleBlock:
         with torch.device("meta"):
             block = PuzzleBlock(self.puzzle_config(), self.runnable_config(), layer)
-        block.load_state_dict(self.layer_tensors(layer), strict=False, assign=True)
+        block.load_state_dict(self.layer_tensors(layer), assign=True)
         return block
 
-    def _load_outside(self) -> nn.Module:
+    def _load_outside(self) -> PuzzleForCausalLM:
         config = PuzzleConfig.from_parent(self.config, [])
         config._attn_implementation = "sdpa"
         model = PuzzleForCausalLM(config)
@@ -153,7 +165,7 @@ class Parent:
         with self._lock:
             if key not in self._cache:
                 module: nn.Module = load()
-                self._cache[key] = module.to(device=device, dtype=dtype).eval().requires_grad_(False)
+                self._cache[key] = served_as(module, dtype, device).requires_grad_(False)
                 while len(self._cache) > 1 and sum(map(_module_bytes, self._cache.values())) > self._cached_bytes:
                     self._cache.popitem(last=False)
             self._cache.move_to_end(key)
@@ -176,6 +188,14 @@ def block_config(block: BlockVariant) -> dict[str, dict[str, Any]]:
     }
 
 
+def served_as(module: Module, dtype: torch.dtype, device: torch.device) -> Module:
+    """The module itself in evaluation mode, its weights in `dtype`; rotary frequencies are buffers and stay float32."""
+    module.to(device).eval()
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
+
+
 def torch_dtype(name: Dtype) -> torch.dtype:
     """The torch type of a spec's dtype."""
     dtype: torch.dtype = getattr(torch, name)
@@ -191,8 +211,8 @@ def _fetch(spec: ParentSpec) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json", "tokenizer*"]
-        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
+        wanted = ["*.safetensors", "*.json", *TOKENIZER_FILES]
+        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=wanted))
     except Exception as error:
         raise ParentError(
             f"parent.path {spec.path!r} is no directory here, and the hub did not give it ({_first_line(error)})"
@@ -233,7 +253,8 @@ def _shape(config: PreTrainedConfig, directory: Path) -> ModelShape:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise ParentError(f"{directory}: {kv_heads} KV heads do not divide {heads} attention heads")
-    out_bias = bool(getattr(config, "attention_bias", False))
+    with torch.device("meta"):
+        attention = family_class(config.model_type, "Attention")(config, 0)
     return ModelShape(
         family=config.model_type,
         layers=config.num_hidden_layers,
@@ -245,9 +266,9 @@ def _shape(config: PreTrainedConfig, directory: Path) -> ModelShape:
         vocabulary=config.vocab_size,
         tied_embeddings=bool(config.tie_word_embeddings),
         qkv_bias=attention_output_has_bias(config),
-        attention_out_bias=out_bias,
+        attention_out_bias=bool(getattr(config, "attention_bias", False)),
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
-        qk_norm=hasattr(family_class(config.model_type, "Attention")(config, 0), "q_norm"),
+        qk_norm=hasattr(attention, "q_norm"),
         max_positions=config.max_position_embeddings,
     )
 
@@ -260,7 +281,7 @@ def _check_tensors(checkpoint: Checkpoint, config: PuzzleConfig) -> None:
     found = {
         name: header.shape
         for name, header in checkpoint.headers.items()
-        if not name.endswith("rotary_emb.inv_freq") and (name in expected or name != "lm_head.weight")
+        if name in expected or name != "lm_head.weight"
     }
     for names, text in (
         (sorted(expected.keys() - found.keys()), "its config.json asks for {n} tensors that it lacks"),
@@ -276,6 +297,15 @@ def _check_tensors(checkpoint: Checkpoint, config: PuzzleConfig) -> None:
                 f"{checkpoint.directory} does not match its own config: {text.format(n=len(names))}; the first is "
                 f"{first!r} (config {expected.get(first, 'none')}, checkpoint {found.get(first, 'none')})"
             )
+
+
+def _check_tie(checkpoint: Checkpoint, shape: ModelShape) -> None:
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    if shape.tied_embeddings and names[1] in checkpoint.headers and not torch.equal(*map(checkpoint.tensor, names)):
+        raise ParentError(
+            f"{checkpoint.directory} says tie_word_embeddings, but its {names[1]!r} differs from {names[0]!r}: set "
+            f"tie_word_embeddings to false in its config.json"
+        )
 
 
 def _module_bytes(module: nn.Module) -> int:

@@ -23,7 +23,8 @@ class Halves(NamedTuple):
 
     def __call__(self, hidden_BTD: torch.Tensor, **context: object) -> torch.Tensor:
         """The whole block."""
-        return self.ffn.feed(self.attention.attend(hidden_BTD, **context))
+        output_BTD: torch.Tensor = self.ffn.feed(self.attention.attend(hidden_BTD, **context))
+        return output_BTD
 
 
 def variant_block(

@@ -7,7 +7,7 @@ from puzzle_core.errors import InfeasibleError
 from puzzle_core.search.baselines import greedy, maximise, random_choice, uniform
 from puzzle_core.search.frontier import frontier
 from puzzle_core.search.instance import Costs, block_scores, build_problem, limit_uses, make_costs
-from puzzle_core.search.mip import solve_diverse
+from puzzle_core.search.mip import solve, solve_diverse
 from puzzle_core.search.problem import Limit, Problem, Solution
 from puzzle_core.stages import CostRecord, Found, ScoreRecord, SearchRecord, SearchWork
 
@@ -63,6 +63,28 @@ def run(work: SearchWork, scores: list[ScoreRecord], costs: dict[int, CostRecord
         frontier=tuple(_found(solution, prices) for solution in _time_frontier(problem, work.spec.frontier_points)),
         skipped=skipped,
     )
+
+
+def check_feasible(work: SearchWork, costs: dict[int, CostRecord]) -> None:
+    """Refuse limits that nothing can meet, from costs alone: what it takes to know this is no training.
+
+    Raises:
+        InfeasibleError: no batch size has an architecture that meets the limits.
+    """
+    reasons = []
+    unscored = {
+        (layer, block): 0.0
+        for layer in range(work.shape.layers)
+        for block in work.variants.blocks_of_layer(layer, work.shape)
+    }
+    for batch_size in work.scenario.batch_sizes:
+        prices = make_costs(work.shape, work.scenario, batch_size, costs[batch_size], work.dtype)
+        try:
+            solve(build_problem(work.variants, unscored, prices), time_limit_s=work.spec.time_limit_s)
+            return
+        except InfeasibleError as error:
+            reasons.append(f"  batch size {batch_size}: {error}")
+    raise InfeasibleError(f"scenario {work.scenario.name!r} has no architecture within its limits:\n" + "\n".join(reasons))
 
 
 def _time_frontier(problem: Problem, points: int) -> list[Solution]:

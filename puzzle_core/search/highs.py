@@ -1,12 +1,12 @@
 """The grouped-knapsack MIP of METHOD section 6 in HiGHS: one option per layer, least cost within every limit.
 
 What makes the answer exact at every magnitude of scores and costs:
-- Each layer's least cost and least use go out as constants. What is left is scaled so that the largest cost, and the headroom
-  of every limit, are SCALE: the solver's absolute tolerance is then about 1e-11 of either.
+- Each layer's least cost and least use go out as constants. What is left is scaled so that the largest cost, and the
+  headroom of every limit, are SCALE: the solver's absolute tolerance of 1e-8 is then 1e-10 of either.
 - Where the answer is so small beside the largest cost that even this is coarse (one layer can be worse by orders of
   magnitude), options that alone cost more than the answer are dropped, and the rest is solved again at its own scale.
-- Options that no best choice needs are left out before: too large for a limit whatever the other layers take, or no better
-  than another option of their layer in cost and in every limited resource.
+- Options that no best choice needs are left out before: too large for a limit whatever the other layers take, or no
+  better than another option of their layer in cost and in every limited resource.
 - The choice is recomputed from the caller's numbers, and every limit compared.
 
 Legend: L layers, J options of a layer, K limits, N columns of the model: the options kept, layer after layer.
@@ -27,7 +27,7 @@ SCALE = 100.0
 DECIMALS = 10
 """Scaled costs are rounded, far below the tolerance, so that scores in another unit make the very same model."""
 
-PEAKED = 1e5
+PEAKED = 1e3
 """A largest cost above this many times the answer is solved again without the options that cause it."""
 
 SETTINGS: dict[str, bool | int | float | str] = {
@@ -36,7 +36,7 @@ SETTINGS: dict[str, bool | int | float | str] = {
     "parallel": "off",
     "random_seed": 0,
     "mip_abs_gap": 0.0,
-    "mip_feasibility_tolerance": 1e-9,
+    "mip_feasibility_tolerance": 1e-8,
     "primal_feasibility_tolerance": 1e-9,
     "dual_feasibility_tolerance": 1e-10,
     "small_matrix_value": 1e-12,
@@ -52,7 +52,7 @@ class TimeLimitError(PuzzleError):
 
 @dataclass(frozen=True)
 class Minimum:
-    """A choice, its cost, and a bound that no choice within the limits is below. `proven`: best within the relative gap."""
+    """A choice, its cost, and a bound on every choice's cost. `proven`: it is the best, within the relative gap."""
 
     choice: Choice
     cost: float
@@ -78,7 +78,7 @@ def minimise(
     relative_gap: float = 1e-6,
     start: Sequence[int] | None = None,
 ) -> Minimum | None:
-    """The choice with the least sum of `costs` within the problem's limits, or None when it is proved that there is none.
+    """The choice with the least sum of `costs` within the limits, or None when it is proved that none fits.
 
     Args:
         costs: shape (J,) per layer: the score, or a resource, or zeros to ask only whether the limits can hold.
@@ -110,8 +110,8 @@ def minimise(
 def headroom(limit: Limit, column: Column) -> float:
     """What a limit leaves when every layer takes its least of the column. Negative: the limit alone cannot hold.
 
-    Half of the tolerance is granted here and the rest left to rounding, so that a capacity that was itself computed as a sum
-    of uses can be met.
+    Half of the tolerance is granted here and the rest left to rounding, so that a capacity that was itself computed as
+    a sum of uses can be met.
     """
     granted = 0.5 * TOLERANCE * abs(limit.capacity)
     return math.fsum([limit.capacity, granted, *(-float(values.min()) for values in column)])
@@ -120,9 +120,10 @@ def headroom(limit: Limit, column: Column) -> float:
 def keep_useful(problem: Problem, costs: Column) -> list[Indices] | None:
     """Indices of the options per layer that a best choice can need, or None when some layer has none.
 
-    An option goes when it alone exceeds the headroom of a limit, or when another of its layer costs no more and uses no more
-    of any limited resource: swapping that one in keeps every limit (those made by `Problem.avoiding` too, since the layers
-    shared are a resource like any other) and never costs more. Of two equal options the parent's own stays, else the first.
+    An option goes when it alone exceeds the headroom of a limit, or when another of its layer costs no more and uses no
+    more of any limited resource: swapping that one in keeps every limit and never costs more. This holds with limits
+    made by `Problem.avoiding` too, since the layers shared are a resource like any other. Of two equal options the
+    parent's own stays, else the first.
     """
     columns = [problem.resources[limit.resource] for limit in problem.limits]
     room_K1 = np.array([[headroom(limit, column)] for limit, column in zip(problem.limits, columns, strict=True)])
@@ -184,7 +185,7 @@ def _program(model: _Model) -> highspy.HighsLp:
 
 def _run(model: _Model, time_limit_s: float, relative_gap: float, start: Sequence[int] | None) -> Minimum | None:
     """Solve the scaled model; costs and bound are scaled too."""
-    solver = highspy.Highs()  # type: ignore[no-untyped-call]
+    solver = highspy.Highs()
     for name, value in {**SETTINGS, "time_limit": time_limit_s, "mip_rel_gap": relative_gap}.items():
         _checked(solver.setOptionValue(name, value), f"setting {name}")
     _checked(solver.passModel(_program(model)), "reading the model")
@@ -218,7 +219,7 @@ def _checked(status: highspy.HighsStatus, doing: str) -> None:
 
 
 def _confirmed_extra(problem: Problem, extra: Column, scaled: Minimum, unit: float) -> float:
-    """Cost above every layer's least, recomputed from the choice and compared with what the solver says, as are the limits."""
+    """Cost above every layer's least, recomputed; it must be what the solver says, and every limit must hold."""
     answer = math.fsum(float(values[index]) for values, index in zip(extra, scaled.choice, strict=True))
     if abs(answer - scaled.cost * unit) > 1e-7 * SCALE * unit:
         raise RuntimeError(f"HiGHS reports a cost of {scaled.cost * unit!r}, and its choice costs {answer!r}")

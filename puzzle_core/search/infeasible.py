@@ -3,6 +3,7 @@
 METHOD section 6 and DESIGN rule 5: an infeasible search says what was asked, what can be reached, and what to do.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import chain, combinations
 
@@ -29,9 +30,9 @@ class Conflict:
 
 
 def explain_infeasible(problem: Problem, *, time_limit_s: float = 60.0) -> InfeasibleError:
-    """The error to raise for a problem that is known to have no answer. Its attribute `conflicts` is a tuple of Conflict.
+    """The error to raise for a problem known to have no answer; its attribute `conflicts` is a tuple of Conflict.
 
-    Every set of limits smaller than all of them is tried, so this takes up to 2**K short solves, of `time_limit_s` at most.
+    Sets of the K limits are tried from the smallest on: up to 2**K solves, each of `time_limit_s` at most.
     """
     limits = problem.limits
     smaller = chain.from_iterable(combinations(limits, size) for size in range(1, len(limits)))
@@ -53,7 +54,7 @@ def _impossible(problem: Problem, time_limit_s: float) -> bool:
 
 def _conflict(problem: Problem, limit: Limit, time_limit_s: float) -> Conflict:
     others = problem.with_limits(other for other in problem.limits if other != limit)
-    alone = sum(float(values.min()) for values in problem.resources[limit.resource])
+    alone = math.fsum(float(values.min()) for values in problem.resources[limit.resource])
     return Conflict(limit, _least_use(others, limit.resource, time_limit_s), alone)
 
 
@@ -70,18 +71,16 @@ def _text(conflicts: tuple[Conflict, ...]) -> str:
     head = f"no architecture meets the limit {names}" if len(conflicts) == 1 else f"{names} cannot hold together"
     lines = [f"{head} (capacities of the layers alone, fixed costs taken off):"]
     for conflict in conflicts:
-        limit, least = conflict.limit, conflict.least
-        asked = f"  {limit.name}: asked at most {_number(limit.capacity)} {limit.unit}"
-        if least is None:
-            held = "with the other limits held none was found: they may not hold together either"
-            lines.append(
-                f"{asked}; {held}; alone, the least that can be reached is {_number(conflict.least_alone)} {limit.unit}"
-            )
+        limit = conflict.limit
+        line = f"  {limit.name}: asked at most {_number(limit.capacity)} {limit.unit}; the least within reach is "
+        if conflict.least != conflict.least_alone:
+            line += f"{_number(conflict.least_alone)} {limit.unit} alone, and with the other limits held "
+        if conflict.least is None:
+            line += "none was found: they may not hold together even without it"
         else:
-            lines.append(
-                f"{asked}; the least that can be reached, the other limits held, is {_number(least)} {limit.unit}"
-            )
-    lines.append("Raise one of these limits to the least that can be reached, or add cheaper variants to the library.")
+            line += f"{_number(conflict.least)} {limit.unit}"
+        lines.append(line)
+    lines.append("Raise one of these limits to the least within reach, or add cheaper variants to the library.")
     return "\n".join(lines)
 
 

@@ -84,16 +84,12 @@ class Costs:
         }
 
 
-def make_costs(
-    shape: ModelShape, scenario: ScenarioSpec, batch_size: int, measured: CostRecord, dtype: str
-) -> Costs:
+def make_costs(shape: ModelShape, scenario: ScenarioSpec, batch_size: int, measured: CostRecord, dtype: str) -> Costs:
     """The costs of a scenario at one batch size, for models served in `dtype`."""
     return Costs(shape, scenario, batch_size, measured, DTYPE_BYTES[dtype])
 
 
-def build_problem(
-    variants: VariantsSpec, scores: Mapping[tuple[int, BlockVariant], float], costs: Costs
-) -> Problem:
+def build_problem(variants: VariantsSpec, scores: Mapping[tuple[int, BlockVariant], float], costs: Costs) -> Problem:
     """The problem of one batch size, with the scenario's limits.
 
     Args:
@@ -149,9 +145,7 @@ def limit_uses(costs: Costs, architecture: Architecture) -> tuple[LimitUse, ...]
         fixed = 0.0 if limit.name.startswith("block_") else outside[limit.resource]
         used = sum(row[limit.resource] for row in blocks)
         uses.append(
-            LimitUse(
-                name=limit.name, unit=limit.unit, allowed=limit.capacity + fixed, used=used + fixed, outside=fixed
-            )
+            LimitUse(name=limit.name, unit=limit.unit, allowed=limit.capacity + fixed, used=used + fixed, outside=fixed)
         )
     return tuple(uses)
 

@@ -1,4 +1,4 @@
-"""The exact search: least total score within every limit, several that differ, and each layer's runner-up (METHOD section 6)."""
+"""The exact search: least total score within every limit; diverse solutions; runners-up (METHOD section 6)."""
 
 import math
 import time

@@ -1,9 +1,9 @@
-"""The search problem as arrays: options per layer, a score and resources for each, limits on the sums (METHOD section 6).
+"""The search problem as arrays: options per layer, their scores and resources, limits on sums (METHOD section 6).
 
 Nothing here knows what an option is. Fixed costs outside the layers were taken off every capacity by the caller.
 
-Legend: L layers, J options of a layer (it may differ from layer to layer). A column is a tuple of L arrays of shape (J,).
-A choice is a tuple of L option indices.
+Legend: L layers, J options of a layer (not the same for all). A column is a tuple of L arrays of shape (J,); a choice
+is a tuple of L option indices.
 """
 
 import math
@@ -47,7 +47,8 @@ class Problem:
     Raises:
         NonFiniteError: a score, resource or capacity is NaN or infinite.
         CoverageError: a layer has no option, or a column does not have one number per option.
-        SpecError: repeated option ids or limit names, a parent index outside its layer, or a limit on an unknown resource.
+        SpecError: option ids or limit names repeat, a parent index is outside its layer, or a limit is on a resource
+            that is not there.
     """
 
     options: tuple[tuple[str, ...], ...]
@@ -106,7 +107,10 @@ class Problem:
         return replace(self, limits=tuple(limits))
 
     def avoiding(self, choice: Sequence[int], max_shared_layers: int, name: str) -> Self:
-        """The same problem with one more limit: at most so many layers choose as `choice` does."""
+        """The same problem with one more limit: at most so many layers choose as `choice` does.
+
+        An index of -1 in `choice` names no option.
+        """
         shared = tuple(
             np.asarray(np.arange(len(ids)) == index, dtype=np.float64)
             for ids, index in zip(self.options, choice, strict=True)
@@ -123,7 +127,7 @@ class Solution:
         choice: option index per layer, in the problem it was found for.
         options: option id per layer.
         objective: total score, recomputed from the choice.
-        bound: no choice within the limits scores less than this, as far as the method knows.
+        bound: no choice within the limits scores less than this (an optimal one: within the relative gap).
         gap: (objective - bound) / (objective - sum of every layer's least score); 0 when both differences are 0. It is
             relative to what the limits cost, so that it means the same wherever the score's zero lies.
         optimal: proved best within the relative gap that was asked for. False when the time limit came first, and for

@@ -11,18 +11,19 @@ State = dict[str, torch.Tensor]
 PREFIXES = ("mlp.", "post_attention_layernorm.")
 
 
-def initial_ffn(layer: State, variant: Variant, contribution_I: torch.Tensor) -> State:
+def initial_ffn(layer: State, variant: Variant, contribution_I: torch.Tensor | None) -> State:
     """The starting weights of an FFN variant; the parent's own for the parent's own variant.
 
     Args:
         layer: the parent layer's tensors.
-        contribution_I: how much each channel contributes; the lowest are dropped.
+        contribution_I: how much each channel contributes; the lowest are dropped. None where none can be dropped.
     """
     own = {name: tensor for name, tensor in layer.items() if name.startswith(PREFIXES)}
     if variant.kind == "no_op":
         return {}
     if variant.kind == "linear":
         return {"post_attention_layernorm.weight": own["post_attention_layernorm.weight"], **_linear(own)}
+    assert contribution_I is not None, f"{variant}: nothing says which channels to keep"
     kept_C = contribution_I.topk(variant.size).indices.sort().values
     for name in ("gate_proj.weight", "gate_proj.bias", "up_proj.weight", "up_proj.bias"):
         if f"mlp.{name}" in own:

@@ -27,7 +27,7 @@ def run(work: ImportanceWork, parent: Parent, tokens_dir: Path, out_dir: Path) -
     ids_NT, dtype, device = read_windows(tokens_dir), torch.float32, default_device()
     rows = max(1, FORWARD_TOKENS // ids_NT.shape[1])
     embed = parent.outside(dtype, device).model.embed_tokens
-    hidden = [embed(batch.long().to(device)) for batch in ids_NT.split(rows)]
+    hidden = [embed(batch.long().to(device)) for batch in torch.split(ids_NT, rows)]
     context = block_context(parent, ids_NT.shape[1], dtype, device)
     contributions: dict[str, torch.Tensor] = {}
     for layer in range(parent.shape.layers):

@@ -1,0 +1,1 @@
+"""The method as Prefect flows: a library per parent, a search per target and scenario, a child per architecture."""

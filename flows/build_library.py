@@ -1,0 +1,91 @@
+"""The block library of a parent and its scores: built once per parent, whatever the targets (DESIGN section 2)."""
+
+import logging
+
+from prefect import flow
+from prefect.futures import PrefectFuture
+
+from flows.running import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
+from puzzle_core.plan import Plan
+from puzzle_core.spec import RunSpec
+from puzzle_core.stages import BldWork, ScoreWork
+from tasks.lineage import record_library
+from tasks.site import Site
+from tasks.stages import capture_layer, drop_activations, measure_importance, score_block, train_variant
+from tasks.tracking import tracked
+
+log = logging.getLogger("puzzle")
+
+
+@flow(name="build-library", flow_run_name="library of {spec.name}", persist_result=False)
+def build_library(spec: RunSpec) -> None:
+    """Train every missing variant of every layer (BLD), then score every missing block variant.
+
+    Args:
+        spec: The run specification; target, scenario, search, GKD and evaluation are not used.
+    """
+    site = Site.of(spec)
+    plan = plan_run(spec, site)
+    with tracked("library", spec) as run:
+        ensure_tokens(plan, site, "calibration", "bld", "scoring")
+        ensure(measure_importance, plan.importance(), site)
+        side_by_side(train_variants, site)(spec, plan, site)
+        side_by_side(score_variants, site)(spec, plan, site)
+        record_library(plan, site, run)
+
+
+@flow(name="train-variants", flow_run_name="BLD of {spec.name}", persist_result=False, validate_parameters=False)
+def train_variants(spec: RunSpec, plan: Plan, site: Site) -> None:
+    """Blockwise local distillation of what the store lacks, layer by layer.
+
+    The parent's states are captured one layer ahead of the training, and a layer's states are dropped when its last
+    variant is done, so at most three layers' states lie on the disk. Nothing is captured beyond the last missing layer.
+    """
+    works, there = plan.all_bld(), site.store().keys(BldWork.stage)
+    missing = {layer: [w for w in works if w.layer == layer and w.key not in there] for layer in plan.layers}
+    needed = [layer for layer in plan.layers if missing[layer]]
+    done = len(works) - sum(map(len, missing.values()))
+    log.info("block library: %d variants, %d in the store, %d to train", len(works), done, len(works) - done)
+    if not needed:
+        return
+    tokens, dtype = plan.tokens("bld").key, plan.spec.bld.dtype
+    running: dict[int, list[PrefectFuture[str]]] = {}
+    capture = capture_layer.submit(tokens, dtype, 0, bool(missing[0]), site)
+    for layer in range(needed[-1] + 1):
+        capture.result()
+        if layer < needed[-1]:
+            capture = capture_layer.submit(tokens, dtype, layer + 1, bool(missing[layer + 1]), site)
+        running[layer] = [submit(train_variant, work, site) for work in missing[layer]]
+        if layer:
+            done = _finish(layer - 1, running, done, len(works), plan, site)
+    _finish(needed[-1], running, done, len(works), plan, site)
+    drop_activations(tokens, dtype, None, site)
+
+
+@flow(name="score-variants", flow_run_name="scores of {spec.name}", persist_result=False, validate_parameters=False)
+def score_variants(spec: RunSpec, plan: Plan, site: Site) -> None:
+    """Replace-1-block scores of what the store lacks; the parent's states are captured once, through the last layer."""
+    works, there = plan.all_scores(), site.store().keys(ScoreWork.stage)
+    missing = [work for work in works if work.key not in there]
+    done = len(works) - len(missing)
+    log.info("scores: %d block variants, %d in the store, %d to score", len(works), done, len(missing))
+    if not missing:
+        return
+    tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
+    first = min(work.layer for work in missing)
+    for layer in plan.layers:
+        capture_layer(tokens, dtype, layer, layer >= first, site)
+    wait_all("scores", [submit(score_block, work, site) for work in missing], done, len(works))
+    drop_activations(tokens, dtype, None, site)
+
+
+def _finish(
+    layer: int, running: dict[int, list[PrefectFuture[str]]], done: int, total: int, plan: Plan, site: Site
+) -> int:
+    """Wait for a layer's variants and drop its states."""
+    futures = running.pop(layer)
+    wait_all("BLD", futures, done, total)
+    drop_activations(plan.tokens("bld").key, plan.spec.bld.dtype, layer, site)
+    if futures:
+        log.info("BLD: layer %d done, %d of %d variants", layer, done + len(futures), total)
+    return done + len(futures)

@@ -1,0 +1,48 @@
+"""What a run would do, without doing it: `puzzle check`."""
+
+from collections.abc import Sequence
+
+from puzzle_core.plan import Plan
+from puzzle_core.records import Work
+from puzzle_core.spec import RunSpec
+from tasks.site import Site
+from tasks.stages import open_inputs
+
+
+def describe_plan(spec: RunSpec) -> str:
+    """The plan as text: for every stage what is in the store and what is missing, and the disk and tokens it takes.
+
+    Raises:
+        PuzzleError: whatever is wrong with the spec, the parent or the texts.
+    """
+    site = Site.of(spec)
+    plan = Plan(spec, open_inputs.fn(site, spec.data, spec.target))
+    shape, volume, store = plan.inputs.shape, plan.volume(), site.store()
+    stages: dict[str, Sequence[Work]] = {
+        "tokens": [plan.tokens(split) for split in ("calibration", "bld", "gkd", "scoring", "evaluation")],
+        "importance": [plan.importance()],
+        "costs": list(plan.costs().values()),
+        "BLD": plan.all_bld(),
+        "scores": plan.all_scores(),
+        "search": [plan.search()],
+    }
+    lines = [
+        f"{spec.name}: {spec.parent.path} ({shape.family}, {shape.layers} layers, hidden {shape.hidden}, "
+        f"{shape.heads} heads, {shape.kv_heads} KV heads, FFN {shape.ffn_width}, vocabulary {shape.vocabulary})",
+        f"target {spec.target.name} ({plan.inputs.hardware}), scenario {spec.scenario.name}, store {spec.runtime.store}",
+        "",
+        f"{'stage':<12}{'in store':>10}{'to do':>8}",
+    ]
+    for name, works in stages.items():
+        there = store.keys(works[0].stage)
+        cached = sum(work.key in there for work in works)
+        lines.append(f"{name:<12}{cached:>10}{len(works) - cached:>8}")
+    searched = store.has(plan.search().key)
+    lines.append(f"{'child':<12}{'see `puzzle run`' if searched else 'after the search':>18}")
+    lines += [
+        "",
+        "if nothing were in the store:",
+        f"  disk: {volume.scratch_bytes / 2**20:,.0f} MiB of scratch, {volume.store_bytes / 2**20:,.0f} MiB in the store",
+        f"  tokens: {volume.trained_tokens:,} trained on, {volume.forward_tokens:,} scored",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,159 @@
+"""The `puzzle` command. Subcommands import what they need when they run, so `--help` and tables answer at once."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from puzzle_core.errors import PuzzleError, SpecError
+from puzzle_core.spec import load_spec
+
+log = logging.getLogger("puzzle")
+PREFECT_HOME = Path(".puzzle/prefect")
+EXAMPLE_PARENT = Path("deployments/parents/stdlib-2m")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; 0 when all went well, 1 for an error that speaks to the user, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        options.run(options)
+    except PuzzleError as error:
+        if options.debug:
+            raise
+        sys.stderr.write(f"puzzle: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("puzzle: interrupted; what was finished is in the store, run again to go on\n")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="puzzle", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], None], about: str, spec: bool = True) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about, description=about)
+        added.set_defaults(run=run)
+        if spec:
+            added.add_argument("spec", type=Path, metavar="SPEC.yaml", help="run specification")
+            added.add_argument(
+                "--set",
+                dest="overrides",
+                action="append",
+                default=[],
+                metavar="KEY=VALUE",
+                help="change one key of the specification, for instance --set parent.path=/models/mine",
+            )
+        return added
+
+    command("run", _run, "from parent to child: library, search, child, report")
+    command("build-library", _flow("build_library"), "train and score every variant of the parent's layers")
+    command("search", _flow("search_architecture"), "choose an architecture for the spec's target and scenario")
+    command("train-child", _flow("train_child"), "assemble, distil and evaluate the chosen architecture")
+    command("check", _check, "validate a specification and print the plan: what is cached, what will be computed")
+    report = command("report", _report, "print the final table of a run and where its report lies", spec=False)
+    report.add_argument("name", metavar="RUN", help="name of a flow run or of a specification, or a report's key")
+    report.add_argument("--store", default=".puzzle/store", help="artifact store (default %(default)s)")
+    ui = command("ui", _ui, "serve the Prefect UI over the runs kept here, until interrupted", spec=False)
+    ui.add_argument("--port", type=int, default=4200, help="port on loopback (default %(default)s)")
+    pretrain = command("pretrain-example", _pretrain, "make the quickstart's parent again", spec=False)
+    pretrain.add_argument("--out", type=Path, default=EXAMPLE_PARENT, help="directory (default %(default)s)")
+    pretrain.add_argument("--steps", type=int, default=6000, help="optimizer steps (default %(default)s)")
+    pretrain.add_argument("--processes", type=int, help="processes side by side (default one per core)")
+    return parser
+
+
+def _run(options: Any) -> None:
+    spec, started = load_spec(options.spec, tuple(options.overrides)), time.monotonic()
+    with _prefect():
+        from flows.puzzle import puzzle
+        from tasks.site import Site
+
+        key = puzzle(spec)
+        _print_report(Site.of(spec).store(), key)
+    log.info("%s done in %.0f s; look at the run with `puzzle ui`", spec.name, time.monotonic() - started)
+
+
+def _flow(name: str) -> Callable[[Any], None]:
+    def run(options: Any) -> None:
+        spec = load_spec(options.spec, tuple(options.overrides))
+        with _prefect():
+            import importlib
+
+            getattr(importlib.import_module(f"flows.{name}"), name)(spec)
+
+    return run
+
+
+def _check(options: Any) -> None:
+    spec = load_spec(options.spec, tuple(options.overrides))
+    from flows.check import describe_plan
+
+    sys.stdout.write(describe_plan(spec))
+
+
+def _report(options: Any) -> None:
+    from tasks.store import Store
+
+    store = Store(options.store, Path(".puzzle/scratch/store-cache"))
+    manifests = [store.manifest(key) for key in store.keys("report")]
+    found = [
+        manifest
+        for manifest in manifests
+        if options.name in (manifest.key, manifest.made_by, manifest.work["spec"]["name"])
+    ]
+    if not found:
+        known = ", ".join(sorted({manifest.work["spec"]["name"] for manifest in manifests})) or "none"
+        raise SpecError(f"{options.store} holds no report of {options.name!r}; reports there: {known}")
+    _print_report(store, max(found, key=lambda manifest: manifest.made_at).key)
+
+
+def _print_report(store: Any, key: str) -> None:
+    from puzzle_core.report.report import ReportInputs
+    from puzzle_core.report.tables import format_final_table
+
+    directory = store.fetch(key)
+    inputs = ReportInputs.read(directory / "report.json")
+    sys.stdout.write(f"\n{format_final_table(inputs)}\n\nreport: {directory / 'report.html'}\n")
+
+
+def _ui(options: Any) -> None:
+    from flows.server import own_server
+
+    with own_server(PREFECT_HOME, options.port) as url:
+        sys.stdout.write(f"Prefect UI at {url.removesuffix('/api')}; interrupt to stop\n")
+        sys.stdout.flush()
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+
+
+def _pretrain(options: Any) -> None:
+    from puzzle_core.device import available_cores
+    from puzzle_core.example_parent import PretrainSpec, pretrain
+
+    record = pretrain(options.out, PretrainSpec(steps=options.steps), options.processes or available_cores())
+    sys.stdout.write(f"{options.out}: {record['held_out']}\n")
+
+
+@contextlib.contextmanager
+def _prefect() -> Iterator[None]:
+    from flows.server import prefect_api
+
+    with prefect_api(PREFECT_HOME):
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""What all flows share: planning a run, submitting what the store lacks, and waiting with progress."""
+
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from prefect import Flow, Task
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from puzzle_core.errors import PuzzleError
+from puzzle_core.plan import Plan
+from puzzle_core.records import Work
+from puzzle_core.spec import RunSpec
+from tasks.site import Site
+from tasks.stages import open_inputs, pack_tokens
+
+log = logging.getLogger("puzzle")
+PROGRESS_SECONDS = 5.0
+
+
+def plan_run(spec: RunSpec, site: Site) -> Plan:
+    """Open the inputs and plan the work; all bad input but too few tokens is refused here."""
+    return Plan(spec, open_inputs(site, spec.data, spec.target))
+
+
+def side_by_side(flow: Flow[Any, Any], site: Site) -> Flow[Any, Any]:
+    """The flow with as many task slots as the site has cores or GPUs."""
+    return flow.with_options(task_runner=ThreadPoolTaskRunner(max_workers=site.workers))  # type: ignore[arg-type]
+
+
+def ensure(task: Task[Any, str], work: Work, site: Site, **arguments: Any) -> str:
+    """Run one task now unless its artifact is there already; Prefect then shows it as cached."""
+    return _fresh(task, work, site)(work=work, site=site, **arguments)
+
+
+def submit(task: Task[Any, str], work: Work, site: Site, **arguments: Any) -> PrefectFuture[str]:
+    """Submit one task whose artifact is missing."""
+    return _fresh(task, work, site).submit(work=work, site=site, **arguments)
+
+
+def ensure_tokens(plan: Plan, site: Site, *splits: str) -> None:
+    """Pack splits of the texts; too few tokens are refused here."""
+    for split in splits:
+        work = plan.tokens(split)
+        train = work.texts == plan.inputs.train_texts
+        sources = plan.spec.data.train_texts if train else plan.spec.data.held_out_texts
+        ensure(pack_tokens, work, site, sources=sources)
+
+
+def wait_all(what: str, futures: Iterable[PrefectFuture[Any]], done_before: int = 0, total: int | None = None) -> None:
+    """Wait for all futures, log progress now and then, and raise what failed once the others are finished.
+
+    Raises:
+        PuzzleError: one line per failed task.
+    """
+    waiting = list(futures)
+    total, logged, failed = total or len(waiting), time.monotonic(), []
+    for number, future in enumerate(waiting, start=1):
+        try:
+            future.result()
+        except PuzzleError as error:
+            failed.append(str(error))
+        if time.monotonic() - logged > PROGRESS_SECONDS:
+            log.info("%s: %d of %d", what, done_before + number, total)
+            logged = time.monotonic()
+    if failed:
+        raise PuzzleError(f"{len(failed)} of {total} {what} tasks failed:\n" + "\n".join(failed))
+
+
+def _fresh(task: Task[Any, str], work: Work, site: Site) -> Task[Any, str]:
+    """The store is the truth: whatever Prefect remembers, an artifact that is gone is made again."""
+    return task.with_options(refresh_cache=not site.store().has(work.key))

@@ -1,0 +1,45 @@
+"""The best architecture for one target and scenario, from the library's scores and the target's costs."""
+
+import logging
+
+from prefect import flow
+
+from flows.running import ensure, plan_run
+from puzzle_core.errors import CoverageError
+from puzzle_core.plan import Plan
+from puzzle_core.spec import RunSpec
+from puzzle_core.stages import ScoreWork
+from tasks import stages
+from tasks.lineage import record_architecture
+from tasks.site import Site
+from tasks.tracking import tracked
+
+log = logging.getLogger("puzzle")
+
+
+@flow(name="search-architecture", flow_run_name="search {spec.scenario.name} of {spec.name}", persist_result=False)
+def search_architecture(spec: RunSpec) -> None:
+    """Measure what the target costs, if it was not, and solve the mixed-integer program.
+
+    Args:
+        spec: The run specification; the library of its parent and variants must be in the store.
+    """
+    site = Site.of(spec)
+    plan = plan_run(spec, site)
+    with tracked("search", spec) as run:
+        measure_target(plan, site)
+        missing = [work for work in plan.all_scores() if work.key not in site.store().keys(ScoreWork.stage)]
+        if missing:
+            raise CoverageError(
+                f"{len(missing)} scores are not in the store {spec.runtime.store}, the first being layer "
+                f"{missing[0].layer} {missing[0].block}: run `puzzle build-library` with this spec first"
+            )
+        key = ensure(stages.search_architecture, plan.search(), site)
+        record_architecture(plan, site, run, key)
+
+
+def measure_target(plan: Plan, site: Site) -> None:
+    """Cost tables of all batch sizes, and a check that some architecture meets the limits."""
+    for work in plan.costs().values():
+        ensure(stages.measure_costs, work, site)
+    stages.check_limits(plan.search(), site)

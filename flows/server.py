@@ -1,0 +1,131 @@
+"""A Prefect server for one command: the API that the settings name, or one of our own on loopback.
+
+Our own keeps its data in a directory, so runs can be looked at later (`puzzle ui`), and ends with the command, even
+when that is killed. The settings are those that were measured to lose no task rows (docs/operations.md).
+"""
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from puzzle_core.errors import PuzzleError
+
+log = logging.getLogger("puzzle")
+START_SECONDS = 90
+SETTINGS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "200",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+    "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+    "DO_NOT_TRACK": "1",
+}
+
+
+@contextlib.contextmanager
+def prefect_api(home: Path) -> Iterator[str]:
+    """The URL of a Prefect API for the time of a command; prefect must not have been imported before.
+
+    Args:
+        home: where our own server keeps its data.
+
+    Raises:
+        PuzzleError: our own server did not start.
+    """
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "puzzle")
+    from prefect.settings import get_current_settings
+
+    configured = get_current_settings().api.url
+    if configured:
+        yield configured
+        return
+    with own_server(home, free_port()) as url:
+        from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+        with temporary_settings({PREFECT_API_URL: url, PREFECT_LOCAL_STORAGE_PATH: home.resolve() / "storage"}):
+            yield url
+            _wait_for_rows()
+
+
+@contextlib.contextmanager
+def own_server(home: Path, port: int) -> Iterator[str]:
+    """A Prefect server on loopback that ends with this process.
+
+    Raises:
+        PuzzleError: it did not answer in time; its log is in `home`.
+    """
+    home = home.resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    address = f"http://127.0.0.1:{port}"
+    environment = os.environ | SETTINGS
+    environment |= {"PREFECT_HOME": str(home), "PREFECT_SERVER_UI_API_URL": f"{address}/api"}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (home / "server.log").open("ab") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent
+        )
+    try:
+        _wait_until_healthy(process, address, home)
+        yield f"{address}/api"
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    """A free TCP port on loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _die_with_parent() -> None:
+    """On Linux, have the kernel end the server when the command dies, however it dies; SIGINT stays the command's."""
+    os.setsid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], address: str, home: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api/health", timeout=2) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.1)
+    raise PuzzleError(f"the Prefect server did not start (exit code {process.poll()}); see {home / 'server.log'}")
+
+
+def _wait_for_rows(longest_seconds: float = 10) -> None:
+    """Let the server store the last task runs: it writes them down a moment after they end."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import TaskRunFilter
+
+    unfinished = TaskRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING"]}}})
+    deadline, counts = time.monotonic() + longest_seconds, [-1]
+    with get_client(sync_client=True) as client:
+        while time.monotonic() < deadline:
+            waiting = client.request("POST", "/task_runs/count", json={"task_runs": unfinished.model_dump(mode="json")})
+            total = client.request("POST", "/task_runs/count", json={})
+            counts.append(total.json())
+            if waiting.json() == 0 and counts[-1] == counts[-2]:
+                return
+            time.sleep(1)

@@ -1,0 +1,248 @@
+"""How a run's work hangs together: every stage's work, and so every key, from the spec and two digests. No torch.
+
+Flows submit what a plan names and the store lacks; `puzzle check` prints the same plan without doing any of it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.cost.analytic import DTYPE_BYTES, architecture_parameters, variant_size
+from puzzle_core.errors import SpecError
+from puzzle_core.records import Record
+from puzzle_core.spec import RunSpec
+from puzzle_core.stages import (
+    AssembleWork,
+    BldWork,
+    CostWork,
+    EvaluateWork,
+    GkdWork,
+    ImportanceWork,
+    ScoreWork,
+    SearchWork,
+    TimingWork,
+    TokensWork,
+    Traffic,
+)
+
+
+class Inputs(Record):
+    """What a plan needs to know of the outside world: the parent, the texts and the machine."""
+
+    parent: str
+    tokenizer: str
+    shape: ModelShape
+    train_texts: str
+    held_out_texts: str
+    hardware: str
+
+
+class Volume(NamedTuple):
+    """What a run takes at most, when nothing is in the store yet."""
+
+    scratch_bytes: int
+    store_bytes: int
+    trained_tokens: int
+    forward_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work of one run.
+
+    Raises (on construction):
+        SpecError: the spec asks for what this parent cannot have.
+    """
+
+    spec: RunSpec
+    inputs: Inputs
+
+    def __post_init__(self) -> None:
+        shape, spec = self.inputs.shape, self.spec
+        for layer in range(shape.layers):
+            spec.variants.of_layer(layer, shape)
+        for exception in spec.variants.layers:
+            if not exception.first_layer <= exception.last_layer < shape.layers:
+                raise SpecError(
+                    f"variants.layers names layers {exception.first_layer} to {exception.last_layer}, but the parent "
+                    f"has layers 0 to {shape.layers - 1}"
+                )
+        longest = spec.scenario.prompt_tokens + spec.scenario.generated_tokens
+        for what, tokens in (("data.sequence_length", spec.data.sequence_length), ("scenario tokens", longest)):
+            if tokens > shape.max_positions:
+                raise SpecError(f"{what} is {tokens}, but the parent's context holds {shape.max_positions} tokens")
+
+    @property
+    def layers(self) -> range:
+        """The parent's layers."""
+        return range(self.inputs.shape.layers)
+
+    def tokens(self, split: str) -> TokensWork:
+        """One split of packed windows; each leaves the documents of those before it alone."""
+        spec = self.spec
+        train = (("calibration", spec.importance.tokens), ("bld", spec.bld.tokens), ("gkd", spec.gkd.tokens))
+        held_out = (("scoring", spec.scoring.tokens), ("evaluation", spec.evaluation.tokens))
+        order = train if split in dict(train) else held_out
+        position = [name for name, _ in order].index(split)
+        return TokensWork(
+            split=split,
+            tokens=order[position][1],
+            served_before=order[:position],
+            sequence_length=spec.data.sequence_length,
+            seed=spec.data.seed,
+            texts=self.inputs.train_texts if order is train else self.inputs.held_out_texts,
+            tokenizer=self.inputs.tokenizer,
+        )
+
+    def importance(self) -> ImportanceWork:
+        """Channel contributions of the parent's FFNs."""
+        return ImportanceWork(parent=self.inputs.parent, tokens=self.tokens("calibration").key)
+
+    def trained(self, layer: int) -> list[Variant]:
+        """The variants of a layer that need training: neither the parent's own nor no-ops."""
+        attentions, ffns = self.spec.variants.of_layer(layer, self.inputs.shape)
+        return [variant for variant in attentions[1:] + ffns[1:] if variant.kind != "no_op"]
+
+    def bld(self, layer: int, variant: Variant) -> BldWork:
+        """The training of one variant."""
+        pruned = variant.subblock == "ffn" and variant.kind == "sized"
+        return BldWork(
+            parent=self.inputs.parent,
+            layer=layer,
+            variant=variant,
+            tokens=self.tokens("bld").key,
+            contributions=self.importance().key if pruned else None,
+            spec=self.spec.bld,
+        )
+
+    def library_key(self, layer: int, variant: Variant) -> str | None:
+        """Where a half's weights lie; none for the parent's own and for no-ops."""
+        return self.bld(layer, variant).key if variant in self.trained(layer) else None
+
+    def scored(self, layer: int) -> list[BlockVariant]:
+        """The blocks of a layer that need a score: all pairs, or the parent's block with one half changed."""
+        own = self.inputs.shape.parent_block
+        blocks = self.spec.variants.blocks_of_layer(layer, self.inputs.shape)[1:]
+        if self.spec.scoring.composition == "pairs":
+            return blocks
+        return [block for block in blocks if own.attention == block.attention or own.ffn == block.ffn]
+
+    def score(self, layer: int, block: BlockVariant) -> ScoreWork:
+        """The score of one block variant."""
+        return ScoreWork(
+            parent=self.inputs.parent,
+            layer=layer,
+            block=block,
+            attention=self.library_key(layer, block.attention),
+            ffn=self.library_key(layer, block.ffn),
+            tokens=self.tokens("scoring").key,
+            dtype=self.spec.scoring.dtype,
+        )
+
+    def all_bld(self) -> list[BldWork]:
+        """Every variant training."""
+        return [self.bld(layer, variant) for layer in self.layers for variant in self.trained(layer)]
+
+    def all_scores(self) -> list[ScoreWork]:
+        """Every score."""
+        return [self.score(layer, block) for layer in self.layers for block in self.scored(layer)]
+
+    def traffic(self, batch_size: int) -> Traffic:
+        """The scenario at one batch size, as measuring needs it."""
+        scenario = self.spec.scenario
+        return Traffic(
+            prompt_tokens=scenario.prompt_tokens, generated_tokens=scenario.generated_tokens, batch_size=batch_size
+        )
+
+    def costs(self) -> dict[int, CostWork]:
+        """The measurement of every distinct variant, by batch size."""
+        distinct = {
+            variant
+            for layer in self.layers
+            for found in self.spec.variants.of_layer(layer, self.inputs.shape)
+            for variant in found
+            if variant.kind != "no_op"
+        }
+        return {
+            batch_size: CostWork(
+                shape=self.inputs.shape.digest(),
+                variants=tuple(sorted(distinct)),
+                traffic=self.traffic(batch_size),
+                target=self.spec.target,
+                hardware=self.inputs.hardware,
+            )
+            for batch_size in self.spec.scenario.batch_sizes
+        }
+
+    def search(self) -> SearchWork:
+        """The choice of an architecture."""
+        return SearchWork(
+            parent=self.inputs.parent,
+            shape=self.inputs.shape,
+            variants=self.spec.variants,
+            scores=tuple(work.key for work in self.all_scores()),
+            composition=self.spec.scoring.composition,
+            costs=tuple((batch_size, work.key) for batch_size, work in self.costs().items()),
+            dtype=self.spec.target.dtype,
+            scenario=self.spec.scenario,
+            spec=self.spec.search,
+        )
+
+    def assemble(self, architecture: Architecture) -> AssembleWork:
+        """The child of one architecture."""
+        library = []
+        for layer, block in enumerate(architecture.layers):
+            keys = ((str(half), self.library_key(layer, half)) for half in (block.attention, block.ffn))
+            library.append(tuple((variant, key) for variant, key in keys if key))
+        return AssembleWork(
+            parent=self.inputs.parent,
+            architecture=architecture,
+            library=tuple(library),
+            dtype=self.spec.target.dtype,
+        )
+
+    def gkd(self, architecture: Architecture) -> GkdWork:
+        """The global distillation of that child."""
+        return GkdWork(
+            parent=self.inputs.parent,
+            child=self.assemble(architecture).key,
+            architecture=architecture,
+            tokens=self.tokens("gkd").key,
+            dtype=self.spec.target.dtype,
+            spec=self.spec.gkd,
+        )
+
+    def evaluate(self, child: str | None) -> EvaluateWork:
+        """The evaluation of a child by its key, or of the parent."""
+        return EvaluateWork(
+            parent=self.inputs.parent,
+            child=child,
+            tokens=self.tokens("evaluation").key,
+            lm_eval_tasks=self.spec.evaluation.lm_eval_tasks,
+        )
+
+    def timing(self, architectures: dict[str, Architecture], batch_size: int) -> TimingWork:
+        """End-to-end times of several models in turns."""
+        return TimingWork(
+            shape=self.inputs.shape.digest(),
+            architectures=tuple(architectures.items()),
+            traffic=self.traffic(batch_size),
+            target=self.spec.target.model_copy(update={"rounds": self.spec.evaluation.timing_rounds}),
+            hardware=self.inputs.hardware,
+        )
+
+    def volume(self) -> Volume:
+        """What the whole run takes when nothing is in the store yet."""
+        spec, shape = self.spec, self.inputs.shape
+        state = shape.hidden * DTYPE_BYTES[spec.bld.dtype]
+        bld_states = 6 * spec.bld.tokens * state
+        scoring_states = (2 * shape.layers + 1) * spec.scoring.tokens * shape.hidden * DTYPE_BYTES[spec.scoring.dtype]
+        library = sum(4 * variant_size(shape, work.variant).parameters for work in self.all_bld())
+        parent = architecture_parameters(shape, Architecture.of_parent(shape)) * DTYPE_BYTES[spec.target.dtype]
+        children = (2 + len(spec.search.baselines)) * parent
+        return Volume(
+            scratch_bytes=max(bld_states, scoring_states),
+            store_bytes=library + children,
+            trained_tokens=len(self.all_bld()) * spec.bld.tokens * spec.bld.epochs + spec.gkd.tokens * spec.gkd.epochs,
+            forward_tokens=len(self.all_scores()) * spec.scoring.tokens,
+        )

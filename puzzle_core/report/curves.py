@@ -1,0 +1,87 @@
+"""Figures of the trainings: loss curves of blockwise local distillation and of global knowledge distillation."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from puzzle_core.architecture import Variant
+from puzzle_core.report.plotting import (
+    BLACK,
+    BLUE,
+    GREEN,
+    LAYER_COLOURS,
+    ORANGE,
+    PURPLE,
+    label_axes,
+    new_figure,
+    smoothed,
+)
+from puzzle_core.report.tables import variant_order
+from puzzle_core.stages import BldRecord, GkdRecord
+
+TERMS = {
+    "loss": ("loss, all terms", BLACK),
+    "cosine": ("1 - cosine of hidden states, summed over layers", BLUE),
+    "kl": ("KL to the parent", ORANGE),
+    "lm": ("next-token loss", GREEN),
+}
+
+
+def bld_figure(records: tuple[BldRecord, ...]) -> Figure:
+    """One panel per variant, one smoothed line per layer, losses on a logarithmic scale."""
+    by_variant: dict[Variant, list[BldRecord]] = defaultdict(list)
+    for record in records:
+        by_variant[record.variant].append(record)
+    columns = min(4, len(by_variant))
+    rows = math.ceil(len(by_variant) / columns)
+    figure = new_figure(1.6 + 2.5 * columns, 0.8 + 2.1 * rows)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    layers = sorted({record.layer for record in records})
+    norm = Normalize(layers[0], max(layers[-1], layers[0] + 1))
+    for axes, variant in zip(panels, sorted(by_variant, key=variant_order), strict=False):
+        for record in sorted(by_variant[variant], key=lambda record: record.layer):
+            _draw_curve(axes, record.curve, record.tokens, colormaps[LAYER_COLOURS](norm(record.layer)))
+        label_axes(axes, str(variant), "", "")
+        axes.set_yscale("log")
+    for axes in panels[len(by_variant) :]:
+        axes.set_visible(False)
+    figure.supxlabel("tokens", fontsize=9)
+    figure.supylabel("normalised squared error (0 is perfect)", fontsize=9)
+    colours, whole = ScalarMappable(norm, LAYER_COLOURS), MaxNLocator(integer=True)
+    bar = figure.colorbar(colours, ax=list(panels), pad=0.02, ticks=whole)
+    bar.set_label("layer", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    return figure
+
+
+def gkd_figure(record: GkdRecord) -> Figure:
+    """The loss and its terms, faint as they were and strong when smoothed."""
+    figure = new_figure(8.5, 4.2)
+    axes = figure.add_subplot()
+    for name in record.curve[0]:
+        label, colour = TERMS.get(name, (name, PURPLE))
+        values = [terms[name] for terms in record.curve]
+        tokens = [record.tokens * (step + 1) / len(values) for step in range(len(values))]
+        axes.plot(tokens, values, color=colour, alpha=0.22, linewidth=0.8)
+        _draw_curve(axes, values, record.tokens, colour, label)
+    if all(value > 0 for terms in record.curve for value in terms.values()):
+        axes.set_yscale("log")
+    label_axes(axes, "Global knowledge distillation", "tokens", "weighted loss")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def _draw_curve(
+    axes: Axes, curve: Sequence[float], tokens: int, colour: str | tuple[float, ...], label: str = ""
+) -> None:
+    steps, means = smoothed(curve)
+    marker = "" if len(means) > 2 else "."
+    axes.plot(steps * (tokens / len(curve)), means, color=colour, linewidth=1.2, marker=marker, label=label or None)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))

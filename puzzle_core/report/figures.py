@@ -1,0 +1,216 @@
+"""Figures of the search: the architecture, quality against speed, predictions against measurements, scores."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from puzzle_core.architecture import BlockVariant
+from puzzle_core.report import facts
+from puzzle_core.report.curves import bld_figure, gkd_figure
+from puzzle_core.report.inputs import ReportInputs
+from puzzle_core.report.plotting import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    label_axes,
+    log_scale_to_zero,
+    new_figure,
+)
+from puzzle_core.report.tables import OBJECTIVE_UNITS, variant_order
+from puzzle_core.report.units import time_scale
+from puzzle_core.stages import Found
+
+BASELINE_STYLES = (("s", ORANGE), ("^", PURPLE), ("v", GREEN), ("D", SKY), ("P", GREY), ("X", BLACK))
+
+
+def all_figures(inputs: ReportInputs) -> dict[str, Figure]:
+    """Every figure that this run has something for, by file name without ending."""
+    figures = {
+        "architecture": architecture_figure(inputs),
+        "quality_against_speed": quality_figure(inputs),
+        "predicted_against_measured": predicted_figure(inputs),
+    }
+    if inputs.scores:
+        figures["scores"] = scores_figure(inputs)
+    if inputs.bld:
+        figures["bld"] = bld_figure(inputs.bld)
+    if inputs.gkd:
+        figures["gkd"] = gkd_figure(inputs.gkd)
+    return figures
+
+
+def architecture_figure(inputs: ReportInputs) -> Figure:
+    """One bar per layer: time kept and saved in attention and FFN, labelled with the variants that the layer got."""
+    layers = facts.layer_facts(inputs)
+    figure = new_figure(8.5, 1.7 + 0.24 * len(layers))
+    axes = figure.add_subplot()
+    scale, unit = time_scale(max(fact.parent_ms for fact in layers))
+    parts = (
+        ("attention, kept", [fact.attention_ms for fact in layers], BLUE, ""),
+        ("FFN, kept", [fact.ffn_ms for fact in layers], ORANGE, ""),
+        ("attention, saved", [max(0, f.parent_attention_ms - f.attention_ms) for f in layers], "#D3E6F3", "////"),
+        ("FFN, saved", [max(0, f.parent_ffn_ms - f.ffn_ms) for f in layers], "#FBE7C0", "////"),
+    )
+    rows, left = np.arange(len(layers)), np.zeros(len(layers))
+    for name, times_ms, colour, hatch in parts:
+        width = np.array(times_ms) / scale
+        axes.barh(rows, width, 0.78, left, label=name, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
+        left += width
+    axes.axvline(layers[0].parent_ms / scale, color=BLACK, linewidth=1, linestyle="--", label="parent's layer")
+    label_axes(axes, "What each layer became", f"prefill + decode, predicted ({unit})", "layer   attention   FFN")
+    axes.grid(False, axis="y")
+    names = [f"{f.layer:>3}   {f.block.attention!s:<11} {f.block.ffn!s:<10}" for f in layers]
+    axes.set_yticks(rows, names, family="monospace", fontsize=8)
+    axes.set_ylim(len(layers) - 0.4, -0.6)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    return figure
+
+
+def quality_figure(inputs: ReportInputs) -> Figure:
+    """Predicted score and measured KL, both against predicted time: frontier, parent, child and baselines."""
+    figure = new_figure(10.5, 4.8)
+    left, right = figure.subplots(1, 2, sharex=True)
+    search = inputs.search
+    scale, unit = time_scale(search.parent.total_ms)
+    _draw_predicted(left, inputs, scale)
+    _draw_measured(right, inputs, scale)
+    x = f"prefill + decode, predicted ({unit})"
+    label_axes(left, "Predicted", x, f"sum of scores ({OBJECTIVE_UNITS[search.objective]})")
+    label_axes(right, "Measured on assembled models", x, "KL to the parent (nats per token)")
+    found = (search.chosen, *search.baselines, *search.frontier)
+    log_scale_to_zero(left, [f.score for f in found])
+    log_scale_to_zero(right, [model.evaluation.kl_nats_per_token for model in inputs.models])
+    names = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+    names |= dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
+    figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def predicted_figure(inputs: ReportInputs) -> Figure:
+    """Predicted against measured: times of whole models, and the sum of scores where it is a KL."""
+    with_scores = inputs.search.objective == "kl" and _score_points(inputs)
+    figure = new_figure(10.5 if with_scores else 5.8, 4.8)
+    panels = figure.subplots(1, 2 if with_scores else 1, squeeze=False)[0]
+    _draw_times(panels[0], inputs)
+    if with_scores:
+        _draw_scores(panels[1], inputs)
+    return figure
+
+
+def scores_figure(inputs: ReportInputs) -> Figure:
+    """KL of every scored block variant in every layer, with what the child took."""
+    kl = {(score.layer, score.block): score.kl_nats_per_token for score in inputs.scores}
+    blocks = sorted({block for _, block in kl}, key=lambda b: (variant_order(b.attention), variant_order(b.ffn)))
+    layers = range(inputs.shape.layers)
+    table_LJ = np.array([[kl.get((layer, block), np.nan) for block in blocks] for layer in layers])
+    figure = new_figure(3.2 + 0.2 * max(len(blocks), 12), 2.9 + 0.19 * max(len(layers), 5))
+    axes = figure.add_subplot()
+    positive = table_LJ[table_LJ > 0]
+    norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01)) if positive.size else None
+    image = axes.imshow(np.where(table_LJ > 0, table_LJ, np.nan), aspect="auto", cmap="viridis", norm=norm)
+    axes.set_facecolor("#E0E0E0")
+    taken = [(blocks.index(b), layer) for layer in layers for b in _taken(inputs, layer) if b in blocks]
+    if taken:
+        columns, rows = zip(*taken, strict=True)
+        axes.scatter(columns, rows, marker="o", s=22, c="white", edgecolors=BLACK, label="in the child")
+    label_axes(axes, "Replace-1-block scores", "", "layer")
+    axes.grid(False)
+    axes.set_xticks(range(len(blocks)), [str(block) for block in blocks], rotation=90, family="monospace", fontsize=7)
+    axes.set_yticks([layer for layer in layers if layer % (1 + len(layers) // 40) == 0])
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label("KL (nats per token), grey: 0 or not scored", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    if taken:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
+    return figure
+
+
+def _draw_predicted(axes: Axes, inputs: ReportInputs, scale: float) -> None:
+    search = inputs.search
+    if search.frontier:
+        points = sorted((found.prediction.total_ms / scale, found.score) for found in search.frontier)
+        axes.plot(*zip(*points, strict=True), color=BLUE, marker=".", linewidth=1.2, label="best at every time")
+    for (marker, colour), found in zip(_styles(search.baselines), search.baselines, strict=True):
+        _mark(axes, found.prediction.total_ms / scale, found.score, marker, colour, facts.method_name(found))
+    _mark(axes, search.parent.total_ms / scale, 0, "o", BLACK, "parent")
+    chosen = search.chosen
+    _mark(axes, chosen.prediction.total_ms / scale, chosen.score, "*", VERMILLION, "child, after assembly")
+
+
+def _draw_measured(axes: Axes, inputs: ReportInputs, scale: float) -> None:
+    search = inputs.search
+    for (marker, colour), found in zip(_styles(search.baselines), search.baselines, strict=True):
+        model = facts.measured(inputs, found.architecture)
+        if model:
+            kl = model.evaluation.kl_nats_per_token
+            _mark(axes, found.prediction.total_ms / scale, kl, marker, colour, facts.method_name(found))
+    _mark(axes, search.parent.total_ms / scale, inputs.parent.evaluation.kl_nats_per_token, "o", BLACK, "parent")
+    x, kls = search.chosen.prediction.total_ms / scale, [c.evaluation.kl_nats_per_token for c in inputs.children]
+    _mark(axes, x, kls[0], "*", VERMILLION, "child, after assembly")
+    if len(kls) > 1:
+        axes.annotate("", (x, kls[-1]), (x, kls[0]), arrowprops={"arrowstyle": "->", "color": VERMILLION})
+        _mark(axes, x, kls[-1], "*", "white", "child, after GKD", edge=VERMILLION)
+
+
+def _mark(axes: Axes, x: float, y: float, marker: str, colour: str, label: str, edge: str = "white") -> None:
+    size = 190 if marker == "*" else 60
+    axes.scatter([x], [y], s=size, marker=marker, c=colour, edgecolors=edge, linewidths=1, label=label, zorder=3)
+
+
+def _styles(baselines: tuple[Found, ...]) -> list[tuple[str, str]]:
+    return [BASELINE_STYLES[index % len(BASELINE_STYLES)] for index in range(len(baselines))]
+
+
+def _draw_times(axes: Axes, inputs: ReportInputs) -> None:
+    found = facts.comparisons(inputs)
+    scale, unit = time_scale(max((c.measured_ms for c in found), default=1.0))
+    models = list(dict.fromkeys(c.model for c in found))
+    colours = (BLACK, GREY, VERMILLION, BLUE, ORANGE, PURPLE, GREEN, SKY)
+    for c in found:
+        colour, marker = colours[models.index(c.model) % len(colours)], "o" if c.phase == "prefill" else "s"
+        axes.scatter(
+            [c.measured_ms / scale], [c.predicted_ms / scale], s=50, marker=marker, c=colour,
+            edgecolors="white", label=f"{c.phase}, {c.model}", zorder=3,
+        )  # fmt: skip
+    _identity(axes, [t / scale for c in found for t in (c.predicted_ms, c.measured_ms)])
+    label_axes(axes, "Times", f"measured ({unit})", f"predicted ({unit})")
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, 1))
+
+
+def _score_points(inputs: ReportInputs) -> list[tuple[str, float, float]]:
+    """Names, measured KL and predicted score of what was assembled."""
+    search = inputs.search
+    named = [("MIP (chosen)", search.chosen), *((facts.method_name(f), f) for f in search.baselines)]
+    pairs = [(name, found, facts.measured(inputs, found.architecture)) for name, found in named]
+    points = [(name, m.evaluation.kl_nats_per_token, found.score) for name, found, m in pairs if m]
+    return [point for point in points if point[1] > 0 and point[2] > 0]
+
+
+def _draw_scores(axes: Axes, inputs: ReportInputs) -> None:
+    points = _score_points(inputs)
+    for (marker, colour), (name, kl, score) in zip((("*", VERMILLION), *BASELINE_STYLES), points, strict=False):
+        _mark(axes, kl, score, marker, colour, name)
+    _identity(axes, [value for _, *pair in points for value in pair])
+    label_axes(axes, "Quality", "KL measured (nats per token)", "sum of scores (nats per token)")
+    axes.legend(fontsize=8, frameon=False, loc="upper left")
+
+
+def _identity(axes: Axes, values: list[float]) -> None:
+    """Equal logarithmic axes over the positive values, and the line where both are the same."""
+    ends = [0.6 * min(values, default=1.0), 1.7 * max(values, default=1.0)]
+    axes.plot(ends, ends, color=GREY, linewidth=1, linestyle="--", label="equal")
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+
+
+def _taken(inputs: ReportInputs, layer: int) -> list[BlockVariant]:
+    """The scored blocks that the child's layer is made of: itself, or its halves where single subblocks were scored."""
+    block, own = inputs.child.architecture.layers[layer], inputs.shape.parent_block
+    if inputs.spec.scoring.composition == "pairs":
+        return [block]
+    return [own.model_copy(update={"attention": block.attention}), own.model_copy(update={"ffn": block.ffn})]

@@ -1,0 +1,167 @@
+"""The report of one run: a Markdown page with its figures beside it, an HTML page in one file, and what they show."""
+
+import base64
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from matplotlib.figure import Figure
+
+from puzzle_core.records import Record, write_text_atomic
+from puzzle_core.report import facts, tables
+from puzzle_core.report.figures import all_figures
+from puzzle_core.report.flags import flags
+from puzzle_core.report.inputs import ReportInputs
+from puzzle_core.report.plotting import png_bytes
+from puzzle_core.report.units import (
+    count_text,
+    duration_text,
+    kept_text,
+    number_text,
+    percent_text,
+    speed_text,
+    times_text,
+)
+
+log = logging.getLogger(__name__)
+
+MARKDOWN, HTML, INPUTS = "report.md", "report.html", "report.json"
+CAPTIONS = {
+    "architecture": "Which variants each layer got, and the time that it keeps and saves.",
+    "quality_against_speed": "Quality against speed: the best that the library allows at every time, what was chosen, "
+    "and what other ways to choose come to.",
+    "predicted_against_measured": "What the search was told, against what whole models do.",
+    "scores": "What each block variant costs in quality, alone in the parent.",
+    "bld": "How the variants learnt to imitate their blocks; one line per layer, smoothed.",
+    "gkd": "How the child learnt from its parent end to end; strong lines are smoothed.",
+}
+
+
+class ReportRecord(Record):
+    """What a report is called, where its pages lie, and what it says in numbers and warnings."""
+
+    title: str
+    markdown: str
+    html: str
+    headline: dict[str, float]
+    flags: tuple[str, ...]
+
+
+class _Picture(NamedTuple):
+    file: str
+    caption: str
+    data: str
+
+
+def run(inputs: ReportInputs, out_dir: Path) -> ReportRecord:
+    """Write `report.md`, `report.html`, `report.json` (the inputs) and `figures/*.png`."""
+    pictures = {name: _write_figure(name, figure, out_dir) for name, figure in all_figures(inputs).items()}
+    record = ReportRecord(
+        title=title(inputs),
+        markdown=MARKDOWN,
+        html=HTML,
+        headline=facts.headline(inputs),
+        flags=tuple(flags(inputs)),
+    )
+    environment = _environment()
+    for file in (MARKDOWN, HTML):
+        page = environment.get_template(f"{file}.j2").render(
+            record=record,
+            sentence=headline_sentence(inputs),
+            pictures=pictures,
+            tables={
+                "final": tables.final_table(inputs),
+                "tasks": tables.lm_eval_table(inputs),
+                "limits": tables.limits_table(inputs),
+                "layers": tables.layers_table(inputs),
+                "baselines": tables.baselines_table(inputs),
+                "predicted": tables.predicted_table(inputs),
+                "bld": tables.bld_table(inputs),
+                "making": making_table(inputs),
+                "artifacts": tables.Table("Artifacts", ("artifact", "store key"), tuple(inputs.artifacts.items()), 2),
+            },
+            spec=spec_yaml(inputs),
+        )
+        write_text_atomic(out_dir / file, page)
+    inputs.write(out_dir / INPUTS)
+    log.info("report %s written to %s", record.title, out_dir)
+    return record
+
+
+def title(inputs: ReportInputs) -> str:
+    """Run, parent, scenario and target."""
+    spec = inputs.spec
+    return f"{spec.name}: a child of {spec.parent.path} for {spec.scenario.name} on {spec.target.name}"
+
+
+def headline_sentence(inputs: ReportInputs) -> str:
+    """The result in one sentence."""
+    numbers = facts.headline(inputs)
+    said = [
+        f"has {percent_text(numbers['parameters_ratio'])} of its parent's parameters",
+        f"takes {percent_text(numbers['memory_ratio'])} of its memory",
+    ]
+    if "speedup_end_to_end" in numbers:
+        said.append(f"runs {speed_text(numbers['speedup_end_to_end'])} end to end")
+    if "top1_kept" in numbers:
+        said.append(f"{kept_text(numbers['top1_kept'])} of its top-1 accuracy")
+    return (
+        f"{inputs.child.name.capitalize()}, the model {', '.join(said[:-1])} and {said[-1]}; its perplexity is "
+        f"{times_text(numbers['perplexity_ratio'])} the parent's, and its output differs from the parent's by a KL of "
+        f"{number_text(numbers['kl_nats_per_token'])} nats per token."
+    )
+
+
+def making_table(inputs: ReportInputs) -> tables.Table:
+    """How the child came to be: parent, hardware, tokens, hours, and how the search ended."""
+    spec, costs, chosen = inputs.spec, inputs.costs, inputs.search.chosen
+    tokens, seconds = sum(r.tokens for r in inputs.bld), sum(r.seconds for r in inputs.bld)
+    ended = "proved best" if chosen.optimal else f"gap {percent_text(chosen.gap)}"
+    rows = [
+        ("parent", spec.parent.path + (f", revision {spec.parent.revision}" if spec.parent.revision else "")),
+        ("hardware", costs.hardware),
+        ("measured with", f"torch {costs.torch_version}, {costs.threads} threads, {costs.rounds} rounds of costs"),
+        ("served in", spec.target.dtype),
+        ("BLD", f"{len(inputs.bld)} variants, {count_text(tokens)} tokens, {duration_text(seconds)} in all"),
+        ("scores", f"{len(inputs.scores)} blocks on {count_text(spec.scoring.tokens)} tokens each"),
+        ("search", f"{inputs.search.objective}, {ended}, {duration_text(chosen.seconds)}, {chosen.method}"),
+    ]
+    if inputs.gkd:
+        rows.append(("GKD", f"{count_text(inputs.gkd.tokens)} tokens, {duration_text(inputs.gkd.seconds)}"))
+    rows.append(("evaluation", f"{count_text(inputs.child.evaluation.tokens)} held-out tokens"))
+    return tables.Table("How it was made", ("", ""), tuple(rows), text_columns=2)
+
+
+def spec_yaml(inputs: ReportInputs) -> str:
+    """The specification as YAML, without `runtime`: where things lie changes nothing, and may hold a secret."""
+    content = inputs.spec.model_dump(mode="json", exclude={"runtime"})
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is, in a paragraph or in a table cell."""
+    for special in "\\`*[|":
+        text = text.replace(special, f"\\{special}")
+    return " ".join(text.replace("<", "&lt;").split())
+
+
+def _write_figure(name: str, figure: Figure, out_dir: Path) -> _Picture:
+    content, file = png_bytes(figure), f"figures/{name}.png"
+    (out_dir / "figures").mkdir(parents=True, exist_ok=True)
+    (out_dir / file).write_bytes(content)
+    return _Picture(file, CAPTIONS[name], f"data:image/png;base64,{base64.b64encode(content).decode()}")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("puzzle_core.report"),
+        autoescape=select_autoescape(enabled_extensions=("html.j2",), default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["md"] = escape_markdown
+    return environment

@@ -1,0 +1,1 @@
+"""Prefect's hands: fetch inputs, call core, store outputs, record."""

@@ -1,0 +1,265 @@
+"""Every step of the method as a Prefect task: cached by content, retried where a retry can help, named for the UI.
+
+A task's cache key is its work's key, and so is the key of the artifact it makes. The store is the truth: flows ask for
+a fresh run of a task whose artifact is gone, whatever Prefect remembers.
+"""
+
+import functools
+import logging
+import shutil
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from prefect import task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.tasks import exponential_backoff
+
+from puzzle_core import data, evaluation, scoring
+from puzzle_core.cost import latency
+from puzzle_core.device import available_cores, use_threads
+from puzzle_core.distill import bld, gkd
+from puzzle_core.distill.loop import Progress
+from puzzle_core.errors import NonFiniteError, PuzzleError
+from puzzle_core.model import child
+from puzzle_core.plan import Inputs
+from puzzle_core.records import Record
+from puzzle_core.search import choose
+from puzzle_core.search.instance import make_costs
+from puzzle_core.spec import DataSpec, Dtype, TargetSpec
+from puzzle_core.stages import (
+    AssembleWork,
+    BldRecord,
+    BldWork,
+    CostRecord,
+    CostWork,
+    EvaluateWork,
+    EvaluationRecord,
+    GkdRecord,
+    GkdWork,
+    ImportanceWork,
+    ReportWork,
+    ScoreRecord,
+    ScoreWork,
+    SearchRecord,
+    SearchWork,
+    TimingRecord,
+    TimingWork,
+    TokensWork,
+)
+from puzzle_core.variants import importance
+from tasks.site import Site
+from tasks.tracking import TrackedRun
+
+log = logging.getLogger("puzzle")
+R = TypeVar("R", bound=Record)
+
+
+def _worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
+    """Storage hiccups and noisy measurements may pass; what the user or the numbers got wrong will not."""
+    try:
+        state.result()
+    except PuzzleError as error:
+        return isinstance(error, NonFiniteError) and "too noisy" in str(error)
+    except OSError:
+        return True
+    except Exception:
+        return False
+    return False
+
+
+_RETRIES: dict[str, Any] = {
+    "retries": 3,
+    "retry_delay_seconds": exponential_backoff(backoff_factor=2),
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": _worth_retrying,
+}
+cached = functools.partial(
+    task,
+    cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _context, parameters: parameters["work"].key.replace("/", "-")),
+    persist_result=True,
+    result_serializer="json",
+    **_RETRIES,
+)
+uncached = functools.partial(task, persist_result=False, **_RETRIES)
+
+
+@uncached(name="open inputs")
+def open_inputs(site: Site, texts: DataSpec, target: TargetSpec) -> Inputs:
+    """Open the parent and the texts, and say what they and the machine are; every kind of bad input ends here."""
+    parent = site.open_parent()
+    parent.tokenizer()
+    return Inputs(
+        parent=site.parent_digest(),
+        tokenizer=parent.tokenizer_digest,
+        shape=parent.shape,
+        train_texts=data.digest_documents(data.read_documents(texts.train_texts)),
+        held_out_texts=data.digest_documents(data.read_documents(texts.held_out_texts)),
+        hardware=latency.hardware_name(target),
+    )
+
+
+@cached(name="tokens", task_run_name="tokens {work.split}")
+def pack_tokens(work: TokensWork, sources: tuple[str, ...], site: Site) -> str:
+    """Pack one split of the texts."""
+    tokenizer = site.open_parent().tokenizer()
+    return site.produce(work, lambda out: data.run(work, data.read_documents(sources), tokenizer, out))
+
+
+@cached(name="importance")
+def measure_importance(work: ImportanceWork, site: Site) -> str:
+    """Channel contributions of every FFN."""
+    return site.produce(work, lambda out: importance.run(work, site.open_parent(), site.store().fetch(work.tokens), out))
+
+
+@uncached(task_run_name="capture layer {layer} ({tokens})")
+def capture_layer(tokens: str, dtype: Dtype, layer: int, keep_middle: bool, site: Site) -> None:
+    """Run one layer of the parent on its stored inputs and keep what leaves it."""
+    use_threads(site.threads_per_task)
+    activations = site.activations(tokens, dtype)
+    if layer == 0 and not activations.has_entry(0):
+        activations.capture_embedding()
+    activations.capture_layer(layer, keep_middle)
+
+
+@uncached(name="drop activations")
+def drop_activations(tokens: str, dtype: Dtype, layer: int | None, site: Site) -> None:
+    """Drop the states that only this layer's tasks needed, or all of them."""
+    activations = site.activations(tokens, dtype)
+    if layer is None:
+        shutil.rmtree(activations.directory, ignore_errors=True)
+    else:
+        activations.release(layer)
+
+
+@cached(name="bld", task_run_name="bld layer {work.layer} {work.variant}")
+def train_variant(work: BldWork, site: Site) -> str:
+    """Blockwise local distillation of one variant of one layer."""
+    use_threads(site.threads_per_task)
+    activations, checkpoints = site.activations(work.tokens, work.spec.dtype), site.checkpoints(work)
+    contributions = site.store().fetch(work.contributions) if work.contributions else None
+    return site.produce(work, lambda out: bld.run(work, activations, contributions, out, checkpoints))
+
+
+@cached(name="score", task_run_name="score layer {work.layer} {work.block}")
+def score_block(work: ScoreWork, site: Site) -> str:
+    """Replace-1-block score of one block variant in one layer."""
+    use_threads(site.threads_per_task)
+    halves = ((str(work.block.attention), work.attention), (str(work.block.ffn), work.ffn))
+    weights = {variant: bld.load_weights(site.store().fetch(key)) for variant, key in halves if key}
+    activations = site.activations(work.tokens, work.dtype)
+    return site.produce(work, lambda _: scoring.run(work, activations, weights))
+
+
+@cached(name="cost", task_run_name="cost batch {work.traffic.batch_size}")
+def measure_costs(work: CostWork, site: Site) -> str:
+    """Prefill and decode times of every distinct variant for one traffic."""
+    return site.produce(work, lambda _: latency.run(work, site.open_parent(), _log_rounds("measuring costs")))
+
+
+@uncached(name="check limits")
+def check_limits(work: SearchWork, site: Site) -> None:
+    """Refuse limits that no architecture can meet, before anything is trained."""
+    choose.check_feasible(work, _cost_records(work, site))
+
+
+@cached(name="search", task_run_name="search {work.scenario.name}")
+def search_architecture(work: SearchWork, site: Site) -> str:
+    """Solve the mixed-integer program, and what it is compared with."""
+    store = site.store()
+    scores = [ScoreRecord.model_validate(store.manifest(key).record) for key in work.scores]
+    return site.produce(work, lambda _: choose.run(work, scores, _cost_records(work, site)))
+
+
+@cached(name="assemble", task_run_name="assemble {label}")
+def assemble_child(work: AssembleWork, label: str, site: Site) -> str:
+    """Put library blocks into a child's checkpoint."""
+    directories = [{variant: site.store().fetch(key) for variant, key in layer} for layer in work.library]
+    return site.produce(work, lambda out: child.run(work, site.open_parent(), directories, out))
+
+
+@cached(name="gkd")
+def distil_child(work: GkdWork, run: TrackedRun, site: Site) -> str:
+    """Global knowledge distillation of the child, on all cores: nothing else runs meanwhile."""
+    use_threads(available_cores())
+    store, parent = site.store(), site.open_parent()
+    directories = store.fetch(work.child), store.fetch(work.tokens)
+    checkpoints = site.checkpoints(work)
+
+    def report_progress(progress: Progress) -> None:
+        if progress.step % max(1, progress.steps // 20) == 0:
+            log.info("GKD: step %d of %d, loss %.4f", progress.step, progress.steps, progress.loss)
+            run.metrics([(f"gkd_live/{name}", loss, progress.step) for name, loss in progress.terms.items()])
+
+    return site.produce(work, lambda out: gkd.run(work, parent, *directories, out, checkpoints, report_progress))
+
+
+@cached(name="evaluate", task_run_name="evaluate {label}")
+def evaluate_model(work: EvaluateWork, label: str, site: Site) -> str:
+    """Quality of one model on held-out tokens."""
+    use_threads(site.threads_per_task)
+    store, parent = site.store(), site.open_parent()
+    child_dir = store.fetch(work.child) if work.child else None
+    return site.produce(work, lambda _: evaluation.run(work, parent, child_dir, store.fetch(work.tokens)))
+
+
+@cached(name="timing")
+def time_models(work: TimingWork, site: Site) -> str:
+    """Parent and children timed end to end, in turns."""
+    return site.produce(work, lambda _: latency.run_timing(work, site.open_parent(), _log_rounds("timing models")))
+
+
+@cached(name="report")
+def write_report(work: ReportWork, site: Site) -> str:
+    """Tables and figures of the whole run."""
+    from puzzle_core.report import inputs as report_inputs
+    from puzzle_core.report import report
+
+    store = site.store()
+
+    def record(kind: type[R], key: str) -> R:
+        return kind.model_validate(store.manifest(key).record)
+
+    costs, timing = record(CostRecord, work.costs), record(TimingRecord, work.timing)
+    search = record(SearchRecord, work.search)
+    prices = make_costs(
+        work.shape, work.spec.scenario, search.parent.batch_size, costs, work.spec.target.dtype
+    )
+    models = []
+    for model in work.models:
+        prediction = prices.predict(model.architecture)
+        models.append(
+            report_inputs.ModelResult(
+                name=model.name,
+                kind=model.kind,
+                architecture=model.architecture,
+                evaluation=record(EvaluationRecord, model.evaluation),
+                timing=timing.models.get(model.name),
+                parameters=prediction.parameters,
+                memory_bytes=prediction.memory_bytes,
+            )
+        )
+    inputs = report_inputs.ReportInputs(
+        spec=work.spec,
+        shape=work.shape,
+        search=search,
+        bld=tuple(record(BldRecord, key) for key in work.bld),
+        scores=tuple(record(ScoreRecord, key) for key in work.scores),
+        costs=costs,
+        gkd=record(GkdRecord, work.gkd),
+        models=tuple(models),
+        artifacts={"search": work.search, "costs": work.costs, "gkd": work.gkd, "timing": work.timing},
+    )
+    return site.produce(work, lambda out: report.run(inputs, out))
+
+
+def _cost_records(work: SearchWork, site: Site) -> dict[int, CostRecord]:
+    store = site.store()
+    return {batch: CostRecord.model_validate(store.manifest(key).record) for batch, key in work.costs}
+
+
+def _log_rounds(what: str) -> Callable[[int, int], None]:
+    def log_round(number: int, rounds: int) -> None:
+        log.info("%s: round %d of %d", what, number, rounds)
+
+    use_threads(available_cores())
+    return log_round

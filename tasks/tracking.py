@@ -1,0 +1,168 @@
+"""MLflow: runs, metrics, and the lineage from parent to child. The only file that imports mlflow.
+
+One MLflow run per flow run, nested as the flows are. The parent, the library, the architecture and the child are
+logged models that carry the key of their artifact; a run has as inputs the models it used and as outputs those it made,
+so from a child one gets back to everything it came from. Only `MlflowClient` is used: the fluent API is not safe in
+threads and makes stray runs. If tracking fails the run goes on and says so.
+"""
+
+import contextlib
+import contextvars
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric, Param
+from mlflow.exceptions import MlflowException
+from prefect.runtime import flow_run
+
+from puzzle_core.records import Record, canonical_json
+from puzzle_core.spec import RunSpec
+
+log = logging.getLogger("puzzle")
+KEY_TAG = "puzzle.key"
+
+
+class TrackedRun(Record):
+    """An MLflow run that may be written to from any task; does nothing when tracking failed to start it."""
+
+    uri: str
+    experiment: str
+    run_id: str | None
+
+    def metrics(self, values: list[tuple[str, float, int]]) -> None:
+        """Log (name, value, step) now, as many at a time as MLflow takes."""
+        now = int(time.time() * 1000)
+        metrics = [Metric(_allowed(name), value, now, step) for name, value, step in values]
+        for start in range(0, len(metrics), 1000):
+            part = metrics[start : start + 1000]
+            self._try(lambda client, run, part=part: client.log_batch(run, metrics=part))
+
+    def params(self, values: dict[str, Any]) -> None:
+        """Log parameters; those that do not fit are cut."""
+        params = [Param(name, str(value)[:6000]) for name, value in values.items()]
+        self._try(lambda client, run: client.log_batch(run, params=params))
+
+    def artifacts(self, directory: Path, place: str) -> None:
+        """Upload a directory of small files."""
+        self._try(lambda client, run: client.log_artifacts(run, str(directory), place))
+
+    def uses(self, *models: str | None) -> None:
+        """Note models, by id, as inputs of this run."""
+        inputs = [LoggedModelInput(model) for model in models if model]
+        if inputs:
+            self._try(lambda client, run: client.log_inputs(run, models=inputs))
+
+    def makes(self, kind: str, name: str, key: str, about: dict[str, Any]) -> str | None:
+        """Note the model with this artifact key as an output of this run; found again if it was logged before.
+
+        Returns:
+            The id of the logged model.
+        """
+
+        def note(client: MlflowClient, run: str) -> str:
+            experiment = client.get_run(run).info.experiment_id
+            found = client.search_logged_models([experiment], filter_string=f"tags.`{KEY_TAG}` = '{key}'")
+            if found:
+                model = found[0]
+            else:
+                params = {name: str(value)[:500] for name, value in ({"key": key} | about).items()}
+                model = client.create_logged_model(
+                    experiment, name, source_run_id=run, tags={KEY_TAG: key}, params=params, model_type=kind
+                )
+                client.finalize_logged_model(model.model_id, "READY")
+            client.log_outputs(run, [LoggedModelOutput(model.model_id, step=0)])
+            return str(model.model_id)
+
+        result: str | None = self._try(note)
+        return result
+
+    def end(self, status: str) -> None:
+        """Close the run as FINISHED, FAILED or KILLED."""
+        self._try(lambda client, run: client.set_terminated(run, status))
+
+    def _try(self, act: Callable[..., Any]) -> Any:
+        if self.run_id is None:
+            return None
+        try:
+            return act(_client(self.uri), self.run_id)
+        except (MlflowException, OSError) as error:
+            log.warning("MLflow at %s did not take a record, the run goes on without: %s", self.uri, error)
+            return None
+
+
+def _allowed(name: str) -> str:
+    """MLflow takes no ':' or '+' in the names of metrics."""
+    return name.replace(":", "-").replace("+", " ")
+
+
+_current: contextvars.ContextVar[TrackedRun | None] = contextvars.ContextVar("tracked_run", default=None)
+
+
+@contextlib.contextmanager
+def tracked(name: str, spec: RunSpec) -> Iterator[TrackedRun]:
+    """An MLflow run for the flow run at hand, nested in the one around it."""
+    run = _start(name, spec, _current.get())
+    token = _current.set(run)
+    try:
+        yield run
+    except BaseException as error:
+        run.end("FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    else:
+        run.end("FINISHED")
+    finally:
+        _current.reset(token)
+
+
+def _start(name: str, spec: RunSpec, around: TrackedRun | None) -> TrackedRun:
+    uri, experiment = spec.runtime.mlflow_uri, spec.runtime.mlflow_experiment
+    tags = {
+        "mlflow.runName": name,
+        "prefect.flow_run_id": str(flow_run.get_id()),
+        "prefect.flow_run_url": str(flow_run.get_flow_run_ui_url()),
+    }
+    if around and around.run_id:
+        tags["mlflow.parentRunId"] = around.run_id
+    try:
+        client = _client(uri)
+        started = client.create_run(_experiment_id(client, uri, experiment), tags=tags, run_name=name)
+    except (MlflowException, OSError) as error:
+        log.warning("MLflow at %s cannot be reached, the run goes on without it: %s", uri, error)
+        return TrackedRun(uri=uri, experiment=experiment, run_id=None)
+    run = TrackedRun(uri=uri, experiment=experiment, run_id=started.info.run_id)
+    run.params({"spec_digest": spec.digest(), "parent": spec.parent.path, "target": spec.target.name})
+    if not around:
+        run.params(_flat(spec.model_dump(mode="json", exclude={"runtime"})))
+    return run
+
+
+@functools.lru_cache(maxsize=4)
+def _client(uri: str) -> MlflowClient:
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found:
+        return str(found.experiment_id)
+    place = None
+    if uri.startswith("sqlite:///"):
+        place = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
+    return str(client.create_experiment(name, artifact_location=place))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = canonical_json(value) if isinstance(value, list) else value
+    return flat
