@@ -29,7 +29,8 @@ def describe_plan(spec: RunSpec) -> str:
     lines = [
         f"{spec.name}: {spec.parent.path} ({shape.family}, {shape.layers} layers, hidden {shape.hidden}, "
         f"{shape.heads} heads, {shape.kv_heads} KV heads, FFN {shape.ffn_width}, vocabulary {shape.vocabulary})",
-        f"target {spec.target.name} ({plan.inputs.hardware}), scenario {spec.scenario.name}, store {spec.runtime.store}",
+        f"target {spec.target.name} ({plan.inputs.hardware}), scenario {spec.scenario.name}",
+        f"store {spec.runtime.store}",
         "",
         f"{'stage':<12}{'in store':>10}{'to do':>8}",
     ]
@@ -42,7 +43,8 @@ def describe_plan(spec: RunSpec) -> str:
     lines += [
         "",
         "if nothing were in the store:",
-        f"  disk: {volume.scratch_bytes / 2**20:,.0f} MiB of scratch, {volume.store_bytes / 2**20:,.0f} MiB in the store",
+        f"  scratch disk: {volume.scratch_bytes / 2**20:,.0f} MiB",
+        f"  store: {volume.store_bytes / 2**20:,.0f} MiB",
         f"  tokens: {volume.trained_tokens:,} trained on, {volume.forward_tokens:,} scored",
     ]
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ from prefect import flow
 from flows.build_library import build_library
 from flows.running import ensure, ensure_tokens, plan_run
 from flows.search_architecture import measure_target, search_architecture
-from flows.train_child import ASSEMBLED, PARENT, TRAINED, children, evaluated, find_search, train_child
+from flows.train_child import ASSEMBLED, PARENT, TRAINED, children, evaluated, find_search, timed, train_child
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
 from puzzle_core.spec import RunSpec, RuntimeSpec
@@ -60,7 +60,7 @@ def report_work(plan: Plan, site: Site) -> ReportWork:
         scores=tuple(work.key for work in plan.all_scores()),
         costs=plan.costs()[batch_size].key,
         gkd=plan.gkd(found.chosen.architecture).key,
-        timing=plan.timing({PARENT: own} | children(found), batch_size).key,
+        timing=plan.timing(timed(plan, found), batch_size),
         models=tuple(
             ReportedModel(
                 name=label,

@@ -39,7 +39,9 @@ def train_child(spec: RunSpec) -> None:
         record_child(plan, site, run, distilled)
 
 
-@flow(name="evaluate-models", flow_run_name="evaluation of {spec.name}", persist_result=False, validate_parameters=False)
+@flow(
+    name="evaluate-models", flow_run_name="evaluation of {spec.name}", persist_result=False, validate_parameters=False
+)
 def evaluate_models(spec: RunSpec, plan: Plan, site: Site) -> None:
     """Quality of the parent, the child before and after GKD, and the baselines, on the same held-out tokens."""
     evaluations = {label: plan.evaluate(key) for label, key in evaluated(plan, find_search(plan, site)).items()}

@@ -4,6 +4,8 @@
 Anything else that escapes is our own mistake.
 """
 
+from typing import Any
+
 
 class PuzzleError(Exception):
     """Base of all errors that speak to the user."""
@@ -30,7 +32,13 @@ class CoverageError(PuzzleError):
 
 
 class InfeasibleError(PuzzleError):
-    """No architecture meets the limits."""
+    """No architecture meets the limits; `conflicts` are the fewest that cannot hold together (search/infeasible.py)."""
+
+    conflicts: tuple[Any, ...] = ()
+
+
+class TimeLimitError(PuzzleError):
+    """A search ended by its time limit with neither an answer nor a proof that there is none."""
 
 
 class ArtifactError(PuzzleError):

@@ -338,5 +338,5 @@ class ReportWork(Work):
     scores: tuple[str, ...]
     costs: str
     gkd: str
-    timing: str
+    timing: TimingWork
     models: tuple[ReportedModel, ...]

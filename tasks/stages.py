@@ -8,8 +8,9 @@ import functools
 import logging
 import shutil
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
+import torch
 from prefect import task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.tasks import exponential_backoff
@@ -22,27 +23,20 @@ from puzzle_core.distill.loop import Progress
 from puzzle_core.errors import NonFiniteError, PuzzleError
 from puzzle_core.model import child
 from puzzle_core.plan import Inputs
-from puzzle_core.records import Record
 from puzzle_core.search import choose
-from puzzle_core.search.instance import make_costs
 from puzzle_core.spec import DataSpec, Dtype, TargetSpec
 from puzzle_core.stages import (
     AssembleWork,
-    BldRecord,
     BldWork,
     CostRecord,
     CostWork,
     EvaluateWork,
-    EvaluationRecord,
-    GkdRecord,
     GkdWork,
     ImportanceWork,
     ReportWork,
     ScoreRecord,
     ScoreWork,
-    SearchRecord,
     SearchWork,
-    TimingRecord,
     TimingWork,
     TokensWork,
 )
@@ -51,7 +45,6 @@ from tasks.site import Site
 from tasks.tracking import TrackedRun
 
 log = logging.getLogger("puzzle")
-R = TypeVar("R", bound=Record)
 
 
 def _worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
@@ -108,7 +101,9 @@ def pack_tokens(work: TokensWork, sources: tuple[str, ...], site: Site) -> str:
 @cached(name="importance")
 def measure_importance(work: ImportanceWork, site: Site) -> str:
     """Channel contributions of every FFN."""
-    return site.produce(work, lambda out: importance.run(work, site.open_parent(), site.store().fetch(work.tokens), out))
+    return site.produce(
+        work, lambda out: importance.run(work, site.open_parent(), site.store().fetch(work.tokens), out)
+    )
 
 
 @uncached(task_run_name="capture layer {layer} ({tokens})")
@@ -180,17 +175,16 @@ def assemble_child(work: AssembleWork, label: str, site: Site) -> str:
 @cached(name="gkd")
 def distil_child(work: GkdWork, run: TrackedRun, site: Site) -> str:
     """Global knowledge distillation of the child, on all cores: nothing else runs meanwhile."""
-    use_threads(available_cores())
-    store, parent = site.store(), site.open_parent()
-    directories = store.fetch(work.child), store.fetch(work.tokens)
-    checkpoints = site.checkpoints(work)
+    threads = 1 if torch.cuda.is_available() else available_cores()
+    parent, checkpoints = site.open_parent(), site.checkpoints(work)
+    inputs = site.store().fetch(work.child), site.store().fetch(work.tokens)
 
     def report_progress(progress: Progress) -> None:
         if progress.step % max(1, progress.steps // 20) == 0:
             log.info("GKD: step %d of %d, loss %.4f", progress.step, progress.steps, progress.loss)
             run.metrics([(f"gkd_live/{name}", loss, progress.step) for name, loss in progress.terms.items()])
 
-    return site.produce(work, lambda out: gkd.run(work, parent, *directories, out, checkpoints, report_progress))
+    return site.produce(work, lambda out: gkd.run(work, parent, *inputs, out, checkpoints, report_progress, threads))
 
 
 @cached(name="evaluate", task_run_name="evaluate {label}")
@@ -211,44 +205,9 @@ def time_models(work: TimingWork, site: Site) -> str:
 @cached(name="report")
 def write_report(work: ReportWork, site: Site) -> str:
     """Tables and figures of the whole run."""
-    from puzzle_core.report import inputs as report_inputs
-    from puzzle_core.report import report
+    from puzzle_core.report import collect, report
 
-    store = site.store()
-
-    def record(kind: type[R], key: str) -> R:
-        return kind.model_validate(store.manifest(key).record)
-
-    costs, timing = record(CostRecord, work.costs), record(TimingRecord, work.timing)
-    search = record(SearchRecord, work.search)
-    prices = make_costs(
-        work.shape, work.spec.scenario, search.parent.batch_size, costs, work.spec.target.dtype
-    )
-    models = []
-    for model in work.models:
-        prediction = prices.predict(model.architecture)
-        models.append(
-            report_inputs.ModelResult(
-                name=model.name,
-                kind=model.kind,
-                architecture=model.architecture,
-                evaluation=record(EvaluationRecord, model.evaluation),
-                timing=timing.models.get(model.name),
-                parameters=prediction.parameters,
-                memory_bytes=prediction.memory_bytes,
-            )
-        )
-    inputs = report_inputs.ReportInputs(
-        spec=work.spec,
-        shape=work.shape,
-        search=search,
-        bld=tuple(record(BldRecord, key) for key in work.bld),
-        scores=tuple(record(ScoreRecord, key) for key in work.scores),
-        costs=costs,
-        gkd=record(GkdRecord, work.gkd),
-        models=tuple(models),
-        artifacts={"search": work.search, "costs": work.costs, "gkd": work.gkd, "timing": work.timing},
-    )
+    inputs = collect.collect(work, lambda key: site.store().manifest(key).record)
     return site.produce(work, lambda out: report.run(inputs, out))
 
 

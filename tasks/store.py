@@ -74,9 +74,7 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             found = self._fs.find(f"{self._root}/{stage}")
             prefix = len(self._root.lstrip("/")) + 1
-            return {
-                path.lstrip("/")[prefix:].removesuffix(f"/{MANIFEST}") for path in found if path.endswith(MANIFEST)
-            }
+            return {path.lstrip("/")[prefix:].removesuffix(f"/{MANIFEST}") for path in found if path.endswith(MANIFEST)}
         return set()
 
     def manifest(self, key: str) -> Manifest:
@@ -170,10 +168,10 @@ class Store:
             return
         found = file.stat().st_size if file.is_file() else None
         if found != entry.size_bytes or digest_file(file) != entry.sha256:
+            now = "nothing" if found is None else f"{found:,} bytes{', altered' if found == entry.size_bytes else ''}"
             raise ArtifactError(
-                f"{label} in {self.url} is not what was stored ({entry.size_bytes:,} bytes then, "
-                f"{'nothing' if found is None else f'{found:,} bytes'} now{'' if found != entry.size_bytes else ', altered'}): "
-                f"delete {Path(self.url) / key if self._local else f'{self.url}/{key}'} and run again"
+                f"{label} in {self.url} is not what was stored ({entry.size_bytes:,} bytes then, {now} now): "
+                f"delete {self.url}/{key} and run again"
             )
         self._checked.add(label)
 

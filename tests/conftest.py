@@ -1,32 +1,54 @@
-"""Pico parents, their tokens and activations, shared by all tests."""
+"""Pico parents, their tokens, activations and children, shared by all tests."""
 
 import functools
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
+from puzzle_core.architecture import Architecture, Variant
+from puzzle_core.distill.bld import WEIGHTS
+from puzzle_core.model import child
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.parent import Parent
-from puzzle_core.spec import ParentSpec
+from puzzle_core.model.surgery import State
+from puzzle_core.spec import Dtype, ParentSpec
+from puzzle_core.stages import AssembleWork, ImportanceWork
+from puzzle_core.variants import importance
+from puzzle_core.variants.attention import initial_attention
+from puzzle_core.variants.ffn import initial_ffn
 from tests.pico import PICOS, SIZES, write_pico
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 
 CPU = torch.device("cpu")
+MIXED = (
+    "attn:no_op+ffn:i24",
+    "attn:kv1+ffn:no_op",
+    "attn:no_op+ffn:no_op",
+    "attn:kv4+ffn:linear",
+    "attn:linear+ffn:i48",
+)
 
 
 @pytest.fixture(scope="session")
 def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of a pico parent by name; shared, so copy it before changing it."""
+    """The directory of a pico parent by name; shared, so never changed."""
     return functools.cache(lambda name: write_pico(tmp_path_factory.mktemp(name), PICOS[name]))
+
+
+@pytest.fixture
+def copy_of(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a pico parent's directory, to be damaged."""
+    return lambda name: Path(shutil.copytree(checkpoint_of(name), tmp_path / name))
 
 
 @pytest.fixture(scope="session")
@@ -41,18 +63,17 @@ def parent(parent_of: Callable[[str], Parent]) -> Parent:
     return parent_of("llama")
 
 
-@pytest.fixture(scope="session")
-def ids_NT() -> torch.Tensor:
+@pytest.fixture(scope="session", name="ids_NT")
+def ids() -> torch.Tensor:
     """Six windows of sixteen tokens."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, SIZES["vocab_size"], (6, 16), generator=generator, dtype=torch.int32)
 
 
-@pytest.fixture
-def tokens_dir(tmp_path: Path, ids_NT: torch.Tensor) -> Path:
+@pytest.fixture(scope="session")
+def tokens_dir(ids_NT: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`ids_NT` as a tokens artifact."""
-    directory = tmp_path / "tokens"
-    directory.mkdir()
+    directory = tmp_path_factory.mktemp("tokens")
     save_file({"tokens": ids_NT}, directory / "tokens.safetensors")
     return directory
 
@@ -72,3 +93,65 @@ def activations_of(
         return activations
 
     return capture
+
+
+@pytest.fixture
+def activations(activations_of: Callable[[str], Activations]) -> Activations:
+    """Those of the plain parent."""
+    return activations_of("llama")
+
+
+@pytest.fixture(scope="session")
+def contributions_of(
+    parent_of: Callable[[str], Parent], tokens_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The importance artifact of a pico parent by name."""
+
+    @functools.cache
+    def measure(name: str) -> Path:
+        directory = tmp_path_factory.mktemp("contributions")
+        importance.run(ImportanceWork(parent=name, tokens="ids"), parent_of(name), tokens_dir, directory)
+        return directory
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def initial_state(
+    parent_of: Callable[[str], Parent], contributions_of: Callable[[str], Path]
+) -> Callable[[str, int, str], State]:
+    """Training-free weights of a variant: of which parent, in which layer, by id."""
+
+    def state(name: str, layer: int, variant_id: str) -> State:
+        variant, parent = Variant.parse(variant_id), parent_of(name)
+        if variant.subblock == "attn":
+            return initial_attention(parent.layer_tensors(layer), parent.shape, variant)
+        contribution_I = importance.load_contribution(contributions_of(name), layer)
+        return initial_ffn(parent.layer_tensors(layer), variant, contribution_I)
+
+    return state
+
+
+@pytest.fixture
+def assemble(
+    parent_of: Callable[[str], Parent], initial_state: Callable[[str, int, str], State], tmp_path: Path
+) -> Callable[..., Path]:
+    """Assemble a child of a pico parent from training-free weights; none but the parent's own blocks if not said."""
+
+    def write(name: str, blocks: tuple[str, ...] | None = None, dtype: Dtype = "float32") -> Path:
+        parent = parent_of(name)
+        architecture = Architecture.parse(blocks) if blocks else Architecture.of_parent(parent.shape)
+        library: list[dict[str, Path]] = []
+        for layer, block in enumerate(architecture.layers):
+            library.append({})
+            for variant in child.trained_variants(block, parent.shape):
+                library[layer][variant] = tmp_path / "library" / f"{layer}-{variant}"
+                library[layer][variant].mkdir(parents=True)
+                save_file(initial_state(name, layer, variant), library[layer][variant] / WEIGHTS)
+        out_dir = tmp_path / "child"
+        out_dir.mkdir()
+        work = AssembleWork(parent=name, architecture=architecture, library=(), dtype=dtype)
+        child.run(work, parent, library, out_dir)
+        return out_dir
+
+    return write

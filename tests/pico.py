@@ -1,16 +1,21 @@
 """Pico parents: Hugging Face checkpoints of a few thousand random weights, one for every family and option.
 
-Weights are far from transformers' own initial values (matrices five times as large, norms and biases not at 1 and 0), so
-that logits are far from uniform and no part of a block can be left out unseen.
+Weights are far from transformers' own initial values (ten times as large, norms not at 1, biases not at 0), so that
+logits are far from uniform and no part of a block can be left out unseen.
 """
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from puzzle_core.model.checkpoint import SINGLE
 
 START = "<s>"
 CHARACTERS = [*map(chr, range(33, 127)), "Ċ", "Ġ"]  # printable ASCII, newline and blank as ByteLevel writes them
@@ -18,7 +23,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 1 + len(CHARACTERS),
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 5,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
@@ -47,14 +52,14 @@ PICOS = {
     "mistral": Pico("mistral", {"sliding_window": None}),
     "qwen2": Pico("qwen2"),
     "qwen3": Pico("qwen3", {"head_dim": 8}),
-    "smollm3": Pico("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "smollm3": Pico("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0]}),
     "tied": Pico(config={"tie_word_embeddings": True}),
     "attention-bias": Pico(config={"attention_bias": True}),
     "mlp-bias": Pico(config={"mlp_bias": True}),
     "wide-heads": Pico(config={"head_dim": 16}),
     "rope-llama3": _rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
     "rope-linear": _rope("linear"),
-    "rope-yarn": _rope("yarn", original_max_position_embeddings=16),
+    "rope-yarn": _rope("yarn", original_max_position_embeddings=32),
     "sharded": Pico(saved={"max_shard_size": "20KB"}),
     "bfloat16": Pico(dtype=torch.bfloat16),
 }
@@ -71,6 +76,19 @@ def write_pico(directory: Path, pico: Pico) -> Path:
     model.to(pico.dtype).save_pretrained(directory, **pico.saved)
     write_tokenizer(directory)
     return directory
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    """Change values in a checkpoint's config.json."""
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Let `change` change the tensors of a checkpoint of one file, by name."""
+    tensors = load_file(directory / SINGLE)
+    change(tensors)
+    save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
 
 
 def write_tokenizer(directory: Path) -> None:

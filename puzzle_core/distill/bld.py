@@ -7,13 +7,14 @@ variant starts from the stored post-attention state and so never runs an attenti
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from puzzle_core.data import batch_rows
-from puzzle_core.distill.loop import Checkpoints, Progress, train
+from puzzle_core.distill.loop import Checkpoints, MicroBatch, Progress, train
 from puzzle_core.distill.losses import normalised_mse
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import Activations
@@ -51,15 +52,19 @@ def run(
     batch = spec.batch_tokens // length
     steps = max(1, windows * spec.epochs // batch)
 
-    def losses(step: int) -> list[dict[str, torch.Tensor]]:
+    def losses(step: int) -> dict[str, torch.Tensor]:
         rows = batch_rows(step, batch, windows)
         entered, left = inputs[rows].to(device), targets[rows].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
             output = frozen.feed(block.attend(entered, **context)) if attends else block.feed(entered)
-        return [{"loss": normalised_mse(left, output)}]
+        return {"loss": normalised_mse(left, output)}
+
+    def whole_batch(step: int) -> list[MicroBatch]:
+        return [partial(losses, step)]
 
     started, what = time.monotonic(), f"BLD of layer {work.layer} {work.variant}"
-    curve = [terms["loss"] for terms in train(what, parameters, losses, steps, spec.optimizer, checkpoints, report)]
+    terms = train(what, parameters, whole_batch, steps, spec.optimizer, checkpoints, report)
+    curve = [term["loss"] for term in terms]
     tail = curve[-max(1, steps // 10) :]
     final = sum(tail) / len(tail)
     if final > max(2 * curve[0], 1e-3):

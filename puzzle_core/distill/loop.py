@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from puzzle_core.spec import OptimizerSpec
 log = logging.getLogger(__name__)
 
 Parameters = dict[str, torch.nn.Parameter]
+MicroBatch = Callable[[], dict[str, torch.Tensor]]
 
 
 class Checkpoints(NamedTuple):
@@ -52,19 +54,23 @@ def learning_rate(step: int, steps: int, spec: OptimizerSpec) -> float:
 def train(
     what: str,
     parameters: Parameters,
-    losses_of_step: Callable[[int], Iterable[dict[str, torch.Tensor]]],
+    losses_of_step: Callable[[int], list[MicroBatch]],
     steps: int,
     spec: OptimizerSpec,
     checkpoints: Checkpoints | None = None,
     report: Callable[[Progress], None] | None = None,
+    threads: int = 1,
 ) -> list[dict[str, float]]:
     """Train `parameters` in place.
 
     Args:
         what: how error messages name this training.
-        losses_of_step: the weighted loss terms of every micro-batch of a step; their sum is minimised.
+        losses_of_step: the micro-batches of a step, each a function that computes its weighted loss terms; the sum of
+            all terms is minimised.
         checkpoints: none for a training that is too short to be worth one.
         report: called after every step.
+        threads: how many micro-batches run side by side, one thread each; gradients are added in their order, so
+            the result is bitwise the same for any number.
 
     Returns:
         The loss terms of every step, `loss` being their sum.
@@ -76,30 +82,49 @@ def train(
     optimizer = _adamw(parameters, spec)
     curve = _resume(checkpoints, parameters, optimizer)
     saved = time.monotonic()
-    for step in range(len(curve), steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, spec)
-        terms: dict[str, float] = {}
-        for losses in losses_of_step(step):
-            torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
-            for name, loss in losses.items():
-                terms[name] = terms.get(name, 0.0) + loss.item()
-        total = sum(terms.values())
-        if not math.isfinite(total):
-            raise NonFiniteError(
-                f"{what} diverged: its loss is {total} at step {step + 1} of {steps}; lower the learning rate "
-                f"(now {spec.learning_rate}) or the gradient clip (now {spec.gradient_clip})"
-            )
-        torch.nn.utils.clip_grad_norm_(parameters.values(), spec.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        curve.append({"loss": total, **terms} if len(terms) > 1 else {"loss": total})
-        if report:
-            report(Progress(step + 1, steps, total, terms))
-        if checkpoints and step + 1 < steps and time.monotonic() - saved >= checkpoints.least_seconds:
-            _save(checkpoints.file, parameters, optimizer, curve)
-            saved = time.monotonic()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for step in range(len(curve), steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, spec)
+            terms = _accumulate(parameters, losses_of_step(step), threads, pool.map if threads > 1 else map)
+            total = sum(terms.values())
+            if not math.isfinite(total):
+                raise NonFiniteError(
+                    f"{what} diverged: its loss is {total} at step {step + 1} of {steps}; lower the learning rate "
+                    f"(now {spec.learning_rate}) or the gradient clip (now {spec.gradient_clip})"
+                )
+            torch.nn.utils.clip_grad_norm_(parameters.values(), spec.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            curve.append({"loss": total, **terms} if len(terms) > 1 else {"loss": total})
+            if report:
+                report(Progress(step + 1, steps, total, terms))
+            if checkpoints and step + 1 < steps and time.monotonic() - saved >= checkpoints.least_seconds:
+                _save(checkpoints.file, parameters, optimizer, curve)
+                saved = time.monotonic()
     return curve
+
+
+def _accumulate(
+    parameters: Parameters, micro_batches: list[MicroBatch], at_once: int, each: Callable[..., Iterable[Any]]
+) -> dict[str, float]:
+    """Set all gradients to their sum over micro-batches, `at_once` of them at a time; return the summed loss terms."""
+    wanted, terms = list(parameters.values()), dict[str, float]()
+
+    def gradients(micro_batch: MicroBatch) -> tuple[dict[str, float], tuple[torch.Tensor | None, ...]]:
+        losses = micro_batch()
+        found = torch.autograd.grad(torch.stack(list(losses.values())).sum(), wanted, allow_unused=True)
+        return {name: loss.item() for name, loss in losses.items()}, found
+
+    for start in range(0, len(micro_batches), at_once):
+        for losses, found in each(gradients, micro_batches[start : start + at_once]):
+            for parameter, gradient in zip(wanted, found, strict=True):
+                if gradient is not None:  # else no loss term reaches it: it must not decay either
+                    known = parameter.grad  # cloned, since autograd may give two parameters one tensor, or a view
+                    parameter.grad = gradient.clone() if known is None else known.add_(gradient)
+            for name, loss in losses.items():
+                terms[name] = terms.get(name, 0.0) + loss
+    return terms
 
 
 def _adamw(parameters: Parameters, spec: OptimizerSpec) -> torch.optim.AdamW:

@@ -20,6 +20,7 @@ from puzzle_core.report.plotting import (
     ORANGE,
     PURPLE,
     label_axes,
+    log_ticks,
     new_figure,
     smoothed,
 )
@@ -44,16 +45,21 @@ def bld_figure(records: tuple[BldRecord, ...]) -> Figure:
     figure = new_figure(1.6 + 2.5 * columns, 0.8 + 2.1 * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     layers = sorted({record.layer for record in records})
-    norm = Normalize(layers[0], max(layers[-1], layers[0] + 1))
+    norm = Normalize(layers[0], layers[-1])
     for axes, variant in zip(panels, sorted(by_variant, key=variant_order), strict=False):
         for record in sorted(by_variant[variant], key=lambda record: record.layer):
             _draw_curve(axes, record.curve, record.tokens, colormaps[LAYER_COLOURS](norm(record.layer)))
         label_axes(axes, str(variant), "", "")
         axes.set_yscale("log")
+        log_ticks(axes.yaxis)
     for axes in panels[len(by_variant) :]:
         axes.set_visible(False)
+    for axes in panels[len(by_variant) - columns : len(by_variant)]:
+        axes.tick_params(labelbottom=True)
     figure.supxlabel("tokens", fontsize=9)
     figure.supylabel("normalised squared error (0 is perfect)", fontsize=9)
+    if len(layers) == 1:
+        return figure
     colours, whole = ScalarMappable(norm, LAYER_COLOURS), MaxNLocator(integer=True)
     bar = figure.colorbar(colours, ax=list(panels), pad=0.02, ticks=whole)
     bar.set_label("layer", fontsize=9)
@@ -73,6 +79,7 @@ def gkd_figure(record: GkdRecord) -> Figure:
         _draw_curve(axes, values, record.tokens, colour, label)
     if all(value > 0 for terms in record.curve for value in terms.values()):
         axes.set_yscale("log")
+        log_ticks(axes.yaxis)
     label_axes(axes, "Global knowledge distillation", "tokens", "weighted loss")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure

@@ -1,13 +1,18 @@
 """Figures of the search: the architecture, quality against speed, predictions against measurements, scores."""
 
+from typing import Literal
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+from numpy.typing import ArrayLike, NDArray
 
 from puzzle_core.architecture import BlockVariant
 from puzzle_core.report import facts
 from puzzle_core.report.curves import bld_figure, gkd_figure
+from puzzle_core.report.flags import TIME_ERROR
 from puzzle_core.report.inputs import ReportInputs
 from puzzle_core.report.plotting import (
     BLACK,
@@ -20,12 +25,15 @@ from puzzle_core.report.plotting import (
     VERMILLION,
     label_axes,
     log_scale_to_zero,
+    log_ticks,
     new_figure,
 )
 from puzzle_core.report.tables import OBJECTIVE_UNITS, variant_order
 from puzzle_core.report.units import time_scale
 from puzzle_core.stages import Found
 
+SPEED_TICKS = (1, 1.25, 1.5, 2, 3, 5, 10)
+MODEL_STYLES = (("o", GREY), ("o", BLACK), ("s", BLUE), ("D", ORANGE), ("^", PURPLE), ("v", GREEN), ("P", SKY))
 BASELINE_STYLES = (("s", ORANGE), ("^", PURPLE), ("v", GREEN), ("D", SKY), ("P", GREY), ("X", BLACK))
 
 
@@ -63,11 +71,14 @@ def architecture_figure(inputs: ReportInputs) -> Figure:
         axes.barh(rows, width, 0.78, left, label=name, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
         left += width
     axes.axvline(layers[0].parent_ms / scale, color=BLACK, linewidth=1, linestyle="--", label="parent's layer")
-    label_axes(axes, "What each layer became", f"prefill + decode, predicted ({unit})", "layer   attention   FFN")
+    label_axes(axes, "What each layer became", f"prefill + decode, predicted ({unit})", "")
     axes.grid(False, axis="y")
-    names = [f"{f.layer:>3}   {f.block.attention!s:<11} {f.block.ffn!s:<10}" for f in layers]
+    cells = [("layer", "attention", "FFN"), *((str(f.layer), str(f.block.attention), str(f.block.ffn)) for f in layers)]
+    header, *names = [f"{layer:>5}  {attention:<11}  {ffn:<10}" for layer, attention, ffn in cells]
     axes.set_yticks(rows, names, family="monospace", fontsize=8)
+    axes.annotate(header, (0, 1), (-7, 5), "axes fraction", "offset points", ha="right", family="monospace", fontsize=8)
     axes.set_ylim(len(layers) - 0.4, -0.6)
+    axes.set_xlim(0, 1.04 * max(left.max(), layers[0].parent_ms / scale))
     figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     return figure
 
@@ -86,6 +97,9 @@ def quality_figure(inputs: ReportInputs) -> Figure:
     found = (search.chosen, *search.baselines, *search.frontier)
     log_scale_to_zero(left, [f.score for f in found])
     log_scale_to_zero(right, [model.evaluation.kl_nats_per_token for model in inputs.models])
+    least_ms = min(f.prediction.total_ms for f in found)
+    for axes in (left, right):
+        _add_speed_axis(axes, search.parent.total_ms / scale, least_ms / scale)
     names = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
     names |= dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
     figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
@@ -95,11 +109,13 @@ def quality_figure(inputs: ReportInputs) -> Figure:
 def predicted_figure(inputs: ReportInputs) -> Figure:
     """Predicted against measured: times of whole models, and the sum of scores where it is a KL."""
     with_scores = inputs.search.objective == "kl" and _score_points(inputs)
-    figure = new_figure(10.5 if with_scores else 5.8, 4.8)
+    figure = new_figure(10.5 if with_scores else 5.8, 6.4)
     panels = figure.subplots(1, 2 if with_scores else 1, squeeze=False)[0]
     _draw_times(panels[0], inputs)
+    _legend(figure, panels[0], "outside lower left")
     if with_scores:
         _draw_scores(panels[1], inputs)
+        _legend(figure, panels[1], "outside lower right")
     return figure
 
 
@@ -118,24 +134,56 @@ def scores_figure(inputs: ReportInputs) -> Figure:
     taken = [(blocks.index(b), layer) for layer in layers for b in _taken(inputs, layer) if b in blocks]
     if taken:
         columns, rows = zip(*taken, strict=True)
-        axes.scatter(columns, rows, marker="o", s=22, c="white", edgecolors=BLACK, label="in the child")
-    label_axes(axes, "Replace-1-block scores", "", "layer")
+        axes.scatter(
+            columns,
+            rows,
+            marker="o",
+            s=22,
+            c="white",
+            edgecolors=BLACK,
+            label="in the child; no mark: the parent's own block",
+        )
+    label_axes(axes, "Replace-1-block scores (grey: 0 or not scored)", "", "layer")
     axes.grid(False)
     axes.set_xticks(range(len(blocks)), [str(block) for block in blocks], rotation=90, family="monospace", fontsize=7)
     axes.set_yticks([layer for layer in layers if layer % (1 + len(layers) // 40) == 0])
-    bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_label("KL (nats per token), grey: 0 or not scored", fontsize=8)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=max(15, 1.3 * len(layers)))
+    bar.set_label("KL (nats per token)", fontsize=8)
     bar.ax.tick_params(labelsize=8)
+    if positive.size:
+        log_ticks(bar.ax.yaxis)
     if taken:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     return figure
+
+
+def _add_speed_axis(axes: Axes, parent_time: float, least_time: float) -> None:
+    """The same axis on top as a speed, in multiples of the parent's."""
+    longest = max(axes.get_xlim())
+    axes.set_xlim(0, max(longest, 1.08 * parent_time))
+
+    def other(value: ArrayLike) -> NDArray[np.float64]:
+        return parent_time / np.maximum(np.asarray(value, dtype=np.float64), 1e-9 * parent_time)
+
+    top = axes.secondary_xaxis("top", functions=(other, other))
+    top.set_xticks([speed for speed in SPEED_TICKS if speed <= 1.1 * parent_time / least_time])
+    top.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    top.xaxis.set_minor_locator(NullLocator())
+    top.tick_params(labelsize=8)
+    top.set_xlabel("as fast as the parent", fontsize=8)
 
 
 def _draw_predicted(axes: Axes, inputs: ReportInputs, scale: float) -> None:
     search = inputs.search
     if search.frontier:
         points = sorted((found.prediction.total_ms / scale, found.score) for found in search.frontier)
-        axes.plot(*zip(*points, strict=True), color=BLUE, marker=".", linewidth=1.2, label="best at every time")
+        axes.plot(
+            *zip(*points, strict=True),
+            color=BLUE,
+            marker=".",
+            linewidth=1.2,
+            label="frontier: the best score at each time",
+        )
     for (marker, colour), found in zip(_styles(search.baselines), search.baselines, strict=True):
         _mark(axes, found.prediction.total_ms / scale, found.score, marker, colour, facts.method_name(found))
     _mark(axes, search.parent.total_ms / scale, 0, "o", BLACK, "parent")
@@ -168,19 +216,29 @@ def _styles(baselines: tuple[Found, ...]) -> list[tuple[str, str]]:
 
 
 def _draw_times(axes: Axes, inputs: ReportInputs) -> None:
+    """Nested markers, since models of one architecture lie on each other; hollow is prefill, filled is decode."""
     found = facts.comparisons(inputs)
     scale, unit = time_scale(max((c.measured_ms for c in found), default=1.0))
     models = list(dict.fromkeys(c.model for c in found))
-    colours = (BLACK, GREY, VERMILLION, BLUE, ORANGE, PURPLE, GREEN, SKY)
     for c in found:
-        colour, marker = colours[models.index(c.model) % len(colours)], "o" if c.phase == "prefill" else "s"
+        index = models.index(c.model)
+        marker, colour = MODEL_STYLES[index % len(MODEL_STYLES)]
         axes.scatter(
-            [c.measured_ms / scale], [c.predicted_ms / scale], s=50, marker=marker, c=colour,
-            edgecolors="white", label=f"{c.phase}, {c.model}", zorder=3,
-        )  # fmt: skip
-    _identity(axes, [t / scale for c in found for t in (c.predicted_ms, c.measured_ms)])
+            [c.measured_ms / scale],
+            [c.predicted_ms / scale],
+            s=max(20, 170 - 45 * index),
+            marker=marker,
+            facecolors=colour if c.phase == "decode" else "none",
+            edgecolors=colour if c.phase == "prefill" else "white",
+            label=f"{c.phase} of {c.model}",
+            zorder=3 + index,
+        )
+    ends = _identity(axes, [t / scale for c in found for t in (c.predicted_ms, c.measured_ms)])
+    axes.fill_between(
+        ends, [(1 - TIME_ERROR) * end for end in ends], [(1 + TIME_ERROR) * end for end in ends],
+        color="#EDEDED", linewidth=0, label=f"within {TIME_ERROR:.0%}", zorder=0,
+    )  # fmt: skip
     label_axes(axes, "Times", f"measured ({unit})", f"predicted ({unit})")
-    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, 1))
 
 
 def _score_points(inputs: ReportInputs) -> list[tuple[str, float, float]]:
@@ -198,14 +256,21 @@ def _draw_scores(axes: Axes, inputs: ReportInputs) -> None:
         _mark(axes, kl, score, marker, colour, name)
     _identity(axes, [value for _, *pair in points for value in pair])
     label_axes(axes, "Quality", "KL measured (nats per token)", "sum of scores (nats per token)")
-    axes.legend(fontsize=8, frameon=False, loc="upper left")
 
 
-def _identity(axes: Axes, values: list[float]) -> None:
+def _legend(figure: Figure, axes: Axes, place: Literal["outside lower left", "outside lower right"]) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc=place, ncols=2, fontsize=8, markerscale=0.8, frameon=False)
+
+
+def _identity(axes: Axes, values: list[float]) -> list[float]:
     """Equal logarithmic axes over the positive values, and the line where both are the same."""
     ends = [0.6 * min(values, default=1.0), 1.7 * max(values, default=1.0)]
     axes.plot(ends, ends, color=GREY, linewidth=1, linestyle="--", label="equal")
-    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, box_aspect=1)
+    log_ticks(axes.xaxis)
+    log_ticks(axes.yaxis)
+    return ends
 
 
 def _taken(inputs: ReportInputs, layer: int) -> list[BlockVariant]:

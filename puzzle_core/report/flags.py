@@ -7,8 +7,8 @@ from puzzle_core.report.inputs import ReportInputs
 from puzzle_core.report.units import duration_text, number_text, percent_text, signed_percent_text, times_text
 from puzzle_core.stages import LimitUse, Timing
 
-EMPTY_SHARE, TIME_ERROR, TIME_SPREAD = 0.5, 0.15, 0.15
-"""More layers empty, a prediction further off, or rounds further apart than this are worth a sentence."""
+EMPTY_SHARE, TIME_ERROR, TIME_SPREAD, KL_MARGIN = 0.5, 0.15, 0.15, 0.05
+"""More layers empty, predictions further off, rounds further apart, a baseline better by more: worth a sentence."""
 
 _MEASURED: dict[str, Callable[[Timing], float]] = {
     "time_to_first_token": lambda timing: timing.prefill_ms,
@@ -45,7 +45,7 @@ def _child_not_faster(inputs: ReportInputs) -> list[str]:
 
 
 def _measured_limits(inputs: ReportInputs) -> list[str]:
-    """Limits that measured times do not hold; those that are a share of the parent's are held against its measured time."""
+    """Limits that measured times do not hold; shares of the parent's refer to its measured time."""
     timing, parent = inputs.child.timing, inputs.parent.timing
     if timing is None or parent is None:
         return []
@@ -81,7 +81,7 @@ def _worse_after_gkd(inputs: ReportInputs) -> list[str]:
         return []
     return [
         f"GKD made the child worse: its KL to the parent went from {number_text(before.kl_nats_per_token)} to "
-        f"{number_text(after.kl_nats_per_token)} nats per token. Lower gkd.optimizer.learning_rate, or raise gkd.tokens."
+        f"{number_text(after.kl_nats_per_token)} nats per token. Lower its learning rate, or raise its tokens."
     ]
 
 
@@ -90,7 +90,7 @@ def _better_baselines(inputs: ReportInputs) -> list[str]:
     if chosen is None:
         return []
     own = chosen.evaluation.kl_nats_per_token
-    better = [model for model in inputs.baselines if model.evaluation.kl_nats_per_token < own]
+    better = [model for model in inputs.baselines if model.evaluation.kl_nats_per_token < (1 - KL_MARGIN) * own]
     return [
         f"The baseline {model.name} has a lower measured KL ({number_text(model.evaluation.kl_nats_per_token)}) than "
         f"the architecture that the search chose ({number_text(own)}), both before distillation: the library is weak, "

@@ -18,7 +18,6 @@ from puzzle_core.report.plotting import png_bytes
 from puzzle_core.report.units import (
     count_text,
     duration_text,
-    kept_text,
     number_text,
     percent_text,
     speed_text,
@@ -106,9 +105,9 @@ def headline_sentence(inputs: ReportInputs) -> str:
     if "speedup_end_to_end" in numbers:
         said.append(f"runs {speed_text(numbers['speedup_end_to_end'])} end to end")
     if "top1_kept" in numbers:
-        said.append(f"{kept_text(numbers['top1_kept'])} of its top-1 accuracy")
+        said.append(f"keeps {percent_text(numbers['top1_kept'])} of its top-1 accuracy")
     return (
-        f"{inputs.child.name.capitalize()}, the model {', '.join(said[:-1])} and {said[-1]}; its perplexity is "
+        f"The {inputs.child.name} {', '.join(said[:-1])} and {said[-1]}; its perplexity is "
         f"{times_text(numbers['perplexity_ratio'])} the parent's, and its output differs from the parent's by a KL of "
         f"{number_text(numbers['kl_nats_per_token'])} nats per token."
     )
@@ -122,11 +121,11 @@ def making_table(inputs: ReportInputs) -> tables.Table:
     rows = [
         ("parent", spec.parent.path + (f", revision {spec.parent.revision}" if spec.parent.revision else "")),
         ("hardware", costs.hardware),
-        ("measured with", f"torch {costs.torch_version}, {costs.threads} threads, {costs.rounds} rounds of costs"),
+        ("costs", f"torch {costs.torch_version}, {costs.rounds} rounds, CPU threads: {costs.threads}"),
         ("served in", spec.target.dtype),
         ("BLD", f"{len(inputs.bld)} variants, {count_text(tokens)} tokens, {duration_text(seconds)} in all"),
         ("scores", f"{len(inputs.scores)} blocks on {count_text(spec.scoring.tokens)} tokens each"),
-        ("search", f"{inputs.search.objective}, {ended}, {duration_text(chosen.seconds)}, {chosen.method}"),
+        ("search", f"{inputs.search.objective}, {ended}, {duration_text(chosen.seconds)}, {facts.method_name(chosen)}"),
     ]
     if inputs.gkd:
         rows.append(("GKD", f"{count_text(inputs.gkd.tokens)} tokens, {duration_text(inputs.gkd.seconds)}"))

@@ -85,8 +85,8 @@ def final_table(inputs: ReportInputs) -> Table:
         columns=("", parent.name, *(cell for child in children for cell in (child.name, "to the parent"))),
         rows=tuple(rows),
         note=f"Scenario {scenario.name}: {scenario.prompt_tokens:,} prompt and {scenario.generated_tokens:,} "
-        f"generated tokens, batch size {inputs.batch_size}, on {inputs.costs.hardware}. Memory is parameters plus KV cache "
-        "at the full context of the batch; end to end is prefill plus decode, and its rate counts generated tokens.",
+        f"generated tokens, batch size {inputs.batch_size}, on {inputs.costs.hardware}. Memory is parameters plus KV "
+        "cache at the full context of the batch; end to end is prefill plus decode, its rate counts generated tokens.",
     )
 
 

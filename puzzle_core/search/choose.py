@@ -1,4 +1,4 @@
-"""The search stage: one problem per batch size, the best answer of all, and what it stands beside (METHOD section 6)."""
+"""The search stage: one problem per batch size, the best answer, and what it stands beside (METHOD section 6)."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from puzzle_core.architecture import Architecture
 from puzzle_core.errors import InfeasibleError
 from puzzle_core.search.baselines import greedy, maximise, random_choice, uniform
 from puzzle_core.search.frontier import frontier
-from puzzle_core.search.instance import Costs, block_scores, build_problem, limit_uses, make_costs
+from puzzle_core.search.instance import Costs, block_scores, build_problem, explain, limit_uses, make_costs
 from puzzle_core.search.mip import solve, solve_diverse
 from puzzle_core.search.problem import Limit, Problem, Solution
 from puzzle_core.stages import CostRecord, Found, ScoreRecord, SearchRecord, SearchWork
@@ -42,12 +42,11 @@ def run(work: SearchWork, scores: list[ScoreRecord], costs: dict[int, CostRecord
                 relative_gap=RELATIVE_GAP,
             )
         except InfeasibleError as error:
-            skipped[f"batch size {batch_size}"] = str(error)
+            skipped[f"batch size {batch_size}"] = explain(error, prices)
             continue
         answers.append((solutions[0].objective, -batch_size, prices, problem, solutions))
     if not answers:
-        reasons = "\n".join(f"  {place}: {reason}" for place, reason in skipped.items())
-        raise InfeasibleError(f"scenario {work.scenario.name!r} has no architecture within its limits:\n{reasons}")
+        raise _infeasible(work, [f"  {place}: {reason}" for place, reason in skipped.items()])
     _, _, prices, problem, solutions = min(answers, key=lambda answer: answer[:2])
     baselines = []
     for name in work.spec.baselines:
@@ -83,8 +82,13 @@ def check_feasible(work: SearchWork, costs: dict[int, CostRecord]) -> None:
             solve(build_problem(work.variants, unscored, prices), time_limit_s=work.spec.time_limit_s)
             return
         except InfeasibleError as error:
-            reasons.append(f"  batch size {batch_size}: {error}")
-    raise InfeasibleError(f"scenario {work.scenario.name!r} has no architecture within its limits:\n" + "\n".join(reasons))
+            reasons.append(f"  batch size {batch_size}: {explain(error, prices)}")
+    raise _infeasible(work, reasons)
+
+
+def _infeasible(work: SearchWork, reasons: list[str]) -> InfeasibleError:
+    lines = "\n".join(reasons)
+    return InfeasibleError(f"scenario {work.scenario.name!r} has no architecture within its limits:\n{lines}")
 
 
 def _time_frontier(problem: Problem, points: int) -> list[Solution]:

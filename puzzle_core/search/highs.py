@@ -20,7 +20,7 @@ import highspy
 import numpy as np
 from numpy.typing import NDArray
 
-from puzzle_core.errors import PuzzleError
+from puzzle_core.errors import TimeLimitError
 from puzzle_core.search.problem import TOLERANCE, Choice, Column, Limit, Problem
 
 SCALE = 100.0
@@ -41,13 +41,10 @@ SETTINGS: dict[str, bool | int | float | str] = {
     "dual_feasibility_tolerance": 1e-10,
     "small_matrix_value": 1e-12,
 }
+"""HiGHS drops improvements below its tolerances, in presolve too, so they are all well below its defaults."""
 
 Indices = NDArray[np.int64]
 Floats = NDArray[np.float64]
-
-
-class TimeLimitError(PuzzleError):
-    """The time limit ended before any choice within the limits was found."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +90,20 @@ def minimise(
     least = [float(values.min()) for values in costs]
     extra = tuple(values - low for values, low in zip(costs, least, strict=True))
     kept = keep_useful(problem, costs)
+    refining = False
     while kept is not None:
         largest = max(float(values[rows].max()) for values, rows in zip(extra, kept, strict=True)) or 1.0
         scaled = _run(_build(problem, extra, kept, largest), time_limit_s, relative_gap, start)
         if scaled is None:
-            return None
+            break
         answer = _confirmed_extra(problem, extra, scaled, largest / SCALE)
         if not scaled.proven or answer == 0.0 or largest <= PEAKED * answer:
             base = math.fsum(least)
             return Minimum(scaled.choice, base + answer, base + scaled.bound * largest / SCALE, scaled.proven)
         kept = [rows[values[rows] <= answer] for values, rows in zip(extra, kept, strict=True)]
-        start = scaled.choice
+        start, refining = scaled.choice, True
+    if refining:
+        raise RuntimeError(f"HiGHS finds no choice where it has found {start} before")
     return None
 
 
@@ -126,12 +126,12 @@ def keep_useful(problem: Problem, costs: Column) -> list[Indices] | None:
     parent's own stays, else the first.
     """
     columns = [problem.resources[limit.resource] for limit in problem.limits]
-    room_K1 = np.array([[headroom(limit, column)] for limit, column in zip(problem.limits, columns, strict=True)])
+    room_K = np.array([headroom(limit, column) for limit, column in zip(problem.limits, columns, strict=True)])
     kept = []
     for layer, (cost, own) in enumerate(zip(costs, problem.parent, strict=True)):
         values_CJ = np.stack([cost, *(column[layer] for column in columns)])
         above_KJ = values_CJ[1:] - values_CJ[1:].min(axis=1, keepdims=True)
-        rows = np.flatnonzero((above_KJ <= room_K1.reshape(-1, 1)).all(axis=0))
+        rows = np.flatnonzero((above_KJ <= room_K[:, None]).all(axis=0))
         if not rows.size:
             return None
         kept.append(rows[_undominated(values_CJ[:, rows], np.where(rows == own, -1, rows))])
@@ -151,11 +151,11 @@ def _build(problem: Problem, extra: Column, kept: list[Indices], largest: float)
     def flat(column: Column) -> Floats:
         return np.concatenate([values[rows] for values, rows in zip(column, kept, strict=True)])
 
-    use = [
-        flat(tuple(values - values.min() for values in column)) * (SCALE / (headroom(limit, column) or 1.0))
-        for limit in problem.limits
-        for column in [problem.resources[limit.resource]]
-    ]
+    use = []
+    for limit in problem.limits:
+        column = problem.resources[limit.resource]
+        above = tuple(values - values.min() for values in column)
+        use.append(flat(above) * (SCALE / (headroom(limit, column) or 1.0)))
     return _Model(
         layer=np.repeat(np.arange(len(kept)), [rows.size for rows in kept]),
         option=np.concatenate(kept),

@@ -9,8 +9,8 @@ from itertools import chain, combinations
 
 import numpy as np
 
-from puzzle_core.errors import InfeasibleError
-from puzzle_core.search.highs import TimeLimitError, minimise
+from puzzle_core.errors import InfeasibleError, TimeLimitError
+from puzzle_core.search.highs import minimise
 from puzzle_core.search.problem import Limit, Problem
 
 
@@ -39,7 +39,7 @@ def explain_infeasible(problem: Problem, *, time_limit_s: float = 60.0) -> Infea
     together = next((group for group in smaller if _impossible(problem.with_limits(group), time_limit_s)), limits)
     conflicts = tuple(_conflict(problem, limit, time_limit_s) for limit in together)
     error = InfeasibleError(_text(conflicts))
-    vars(error)["conflicts"] = conflicts
+    error.conflicts = conflicts
     return error
 
 

@@ -4,6 +4,7 @@ Everything outside the blocks is taken off each limit first (METHOD section 5); 
 the layer and the variant (DESIGN rule 5). No torch.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
 from puzzle_core.cost.analytic import DTYPE_BYTES, outside_parameters, variant_size
-from puzzle_core.errors import CoverageError
+from puzzle_core.errors import CoverageError, InfeasibleError
 from puzzle_core.quantities import Quantity, parse_bytes, parse_seconds, parse_share, parse_throughput
 from puzzle_core.search.problem import Column, Limit, Problem
 from puzzle_core.spec import LimitsSpec, ScenarioSpec, VariantsSpec
@@ -150,6 +151,42 @@ def limit_uses(costs: Costs, architecture: Architecture) -> tuple[LimitUse, ...]
     return tuple(uses)
 
 
+def explain(error: InfeasibleError, costs: Costs) -> str:
+    """Why nothing meets the limits, in the terms of the spec: what was asked and the least that can be had."""
+    asked = costs.scenario.limits.model_dump()
+    parts = []
+    for conflict in error.conflicts:
+        name, least = conflict.limit.name, conflict.least_alone if conflict.least is None else conflict.least
+        held = " with the other limits held" if len(error.conflicts) > 1 and conflict.least is not None else ""
+        parts.append(f"{name} was {asked[name]}, and {_best_text(conflict.limit, least, costs)} can be reached{held}")
+    return "; ".join(parts) + ": relax a limit, or add cheaper variants"
+
+
+def _best_text(limit: Limit, least: float, costs: Costs) -> str:
+    """The least use of a limit by blocks as a value of the whole model, rounded so that it can be met."""
+    whole, blocks = _parent_totals(costs)
+    block_time = limit.name.startswith("block_")
+    use = least if block_time else least + costs.outside()[limit.resource]
+    share = use / (blocks if block_time else whole)[limit.resource]
+    if limit.name == "throughput":
+        tokens = costs.batch_size * costs.scenario.generated_tokens
+        return f"at most {math.floor(tokens / use * 1e3):,} tok/s ({math.floor(1000 / share) / 10}%)"
+    percent = f"{math.ceil(1000 * share) / 10}%"
+    if block_time:
+        return f"at least {percent}"
+    if limit.unit == "bytes":
+        return f"at least {math.ceil(use / 2**10):,}KiB ({percent})"
+    steps = max(1, costs.scenario.generated_tokens - 1) if limit.name == "time_per_output_token" else 1
+    return f"at least {math.ceil(1e3 * use / steps) / 1e3:,}ms ({percent})"
+
+
+def _parent_totals(costs: Costs) -> tuple[dict[str, float], dict[str, float]]:
+    """All resources of the whole parent, and of its blocks alone."""
+    own, outside = costs.of_block(0, costs.shape.parent_block), costs.outside()
+    blocks = {name: costs.shape.layers * value for name, value in own.items()}
+    return {name: blocks[name] + outside[name] for name in RESOURCES}, blocks
+
+
 def _score(
     scores: Mapping[tuple[int, BlockVariant], float], shape: ModelShape, layer: int, block: BlockVariant
 ) -> float:
@@ -163,9 +200,7 @@ def _score(
 def _limits(costs: Costs) -> list[Limit]:
     """Limits as capacities of the blocks alone: what lies outside is taken off."""
     spec, outside = costs.scenario.limits, costs.outside()
-    own = costs.of_block(0, costs.shape.parent_block)
-    parent_blocks = {name: costs.shape.layers * value for name, value in own.items()}
-    whole = {name: parent_blocks[name] + outside[name] for name in RESOURCES}
+    whole, parent_blocks = _parent_totals(costs)
     limits = []
     for name, text in spec.model_dump(exclude_none=True).items():
         resource, unit = _RESOURCE_OF[name]

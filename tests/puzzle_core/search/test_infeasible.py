@@ -66,7 +66,7 @@ def test_named_limits_and_least_values_equal_brute_force(
     for problem in infeasible_problems(random_problem, brute_force):
         with pytest.raises(InfeasibleError) as caught:
             solve(problem)
-        conflicts = vars(caught.value)["conflicts"]
+        conflicts = caught.value.conflicts
         named = tuple(conflict.limit for conflict in conflicts)
         assert named in smallest_conflicts(problem, brute_force)
         sizes.add(len(named))
@@ -93,7 +93,7 @@ def test_the_printed_least_value_can_be_asked_for(random_problem: Callable, brut
     for problem in infeasible_problems(random_problem, brute_force):
         with pytest.raises(InfeasibleError) as caught:
             solve(problem)
-        for conflict in vars(caught.value)["conflicts"]:
+        for conflict in caught.value.conflicts:
             if conflict.least is not None:
                 raised = replace(conflict.limit, capacity=float(f"{conflict.least:.12g}"))
                 solve(problem.with_limits(raised if limit == conflict.limit else limit for limit in problem.limits))

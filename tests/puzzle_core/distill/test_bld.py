@@ -1,0 +1,103 @@
+"""Blockwise local distillation: zero stays zero, reduced variants learn, and nothing outside the variant moves."""
+
+import pytest
+import torch
+
+from puzzle_core.architecture import Variant
+from puzzle_core.distill import bld
+from puzzle_core.distill.loop import Checkpoints
+from puzzle_core.errors import NonFiniteError
+from puzzle_core.model.activations import Activations
+from puzzle_core.model.remote.modeling_puzzle import family_class
+from puzzle_core.spec import BldSpec
+from puzzle_core.stages import BldWork
+from tests.conftest import CPU
+
+LAYER = 1
+VARIANTS = ["attn:kv1", "attn:linear", "ffn:i12", "ffn:linear"]
+
+
+@pytest.fixture
+def distil(activations, contributions_of, tmp_path):
+    """Train a variant of the plain parent's layer 1; half of the windows in a batch if not said."""
+
+    def run(variant, spec=None, activations=activations, **options):
+        spec = BldSpec(**({"batch_tokens": 48, "epochs": 10} | (spec or {})))
+        work = BldWork(
+            parent="p", layer=LAYER, variant=Variant.parse(variant), tokens="t", contributions="c", spec=spec
+        )
+        return bld.run(work, activations, contributions_of("llama"), tmp_path, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("variant", ["attn:kv4", "ffn:i48"])
+def test_the_parents_own_variant_starts_and_stays_at_zero(variant, distil, parent, tmp_path):
+    record = distil(variant, {"batch_tokens": 96, "optimizer": {"weight_decay": 0}})
+    assert record.curve == (0.0,) * 10
+    own = parent.layer_tensors(LAYER)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in bld.load_weights(tmp_path).items())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_reduced_variant_learns(variant, distil, initial_state, tmp_path):
+    record = distil(variant, {"optimizer": {"learning_rate": 0.01}})
+    assert 0 < record.final_loss < 0.8 * record.initial_loss
+    assert record.tokens == 20 * 48
+    assert bld.load_weights(tmp_path).keys() == initial_state("llama", LAYER, variant).keys()
+
+
+@pytest.mark.parametrize("variant", ["attn:kv1", "ffn:i12"])
+def test_the_first_loss_is_that_of_the_training_free_weights(variant, distil, activations, initial_state):
+    block = activations.parent.block(LAYER, torch.float32, CPU)
+    swapped = bld.variant_block(
+        activations.parent, LAYER, Variant.parse(variant), initial_state("llama", LAYER, variant), torch.float32, CPU
+    )
+    middle = (swapped if variant.startswith("attn") else block).attend(
+        activations.entry(LAYER), **activations.context()
+    )
+    output, left = (block if variant.startswith("attn") else swapped).feed(middle), activations.entry(LAYER + 1)
+    expected = (output - left).square().mean() / left.square().mean()
+    assert distil(variant, {"batch_tokens": 96}).initial_loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["attn:kv2", "ffn:i24"])
+def test_resumed_is_bitwise_the_uninterrupted(variant, distil, tmp_path):
+    def stop(progress):
+        if progress.step == 7:
+            raise KeyboardInterrupt
+
+    curve, weights = distil(variant).curve, bld.load_weights(tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoint", least_seconds=0)
+    with pytest.raises(KeyboardInterrupt):
+        distil(variant, checkpoints=checkpoints, report=stop)
+    steps = []
+    assert distil(variant, checkpoints=checkpoints, report=steps.append).curve == curve
+    assert steps[0].step == 7
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in bld.load_weights(tmp_path).items())
+
+
+def test_no_gradient_leaves_the_variant(distil, parent):
+    distil("attn:kv1")
+    assert all(p.grad is None and not p.requires_grad for p in parent.block(LAYER, torch.float32, CPU).parameters())
+
+
+def test_an_ffn_variant_never_runs_an_attention(distil, monkeypatch):
+    monkeypatch.setattr(family_class("llama", "Attention"), "forward", lambda *_, **__: pytest.fail("attention ran"))
+    distil("ffn:i12")
+
+
+def test_a_diverged_training_names_layer_and_variant(distil):
+    with pytest.raises(NonFiniteError, match=r"BLD of layer 1 ffn:i24 diverged.*bld\.optimizer\.learning_rate"):
+        distil("ffn:i24", {"optimizer": {"learning_rate": 30.0}})
+
+
+def test_bfloat16_trains_float32_weights(distil, parent, ids_NT, tmp_path):
+    states = Activations(tmp_path / "states", parent, ids_NT, torch.bfloat16, CPU)
+    states.capture_embedding()
+    for layer in range(LAYER + 1):
+        states.capture_layer(layer)
+    for variant in VARIANTS:
+        record = distil(variant, {"dtype": "bfloat16", "optimizer": {"learning_rate": 0.01}}, activations=states)
+        assert record.final_loss < record.initial_loss
+        assert {tensor.dtype for tensor in bld.load_weights(tmp_path).values()} == {torch.float32}

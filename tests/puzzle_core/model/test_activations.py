@@ -1,0 +1,97 @@
+"""Captured states: those of transformers' own model, whole or absent."""
+
+import errno
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from puzzle_core.errors import StorageError
+from puzzle_core.model import activations as activations_module
+from puzzle_core.model.activations import Activations
+from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock
+from tests.conftest import CPU
+from tests.pico import PICOS
+
+
+@pytest.fixture
+def fresh(parent, ids_NT, tmp_path):
+    """Activations with the embedding and nothing more."""
+    activations = Activations(tmp_path / "states", parent, ids_NT, torch.float32, CPU)
+    activations.capture_embedding()
+    return activations
+
+
+@pytest.mark.parametrize("name", [name for name, pico in PICOS.items() if not pico.config or pico.family != "llama"])
+def test_states_are_those_that_hooks_see_in_transformers(name, activations_of, checkpoint_of, ids_NT):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_of(name), dtype=torch.float32)
+    entered, middle, left = {}, {}, {}
+    for number, layer in enumerate(model.model.layers):
+        norm = layer.post_attention_layernorm
+        layer.register_forward_pre_hook(lambda _, args, number=number: entered.update({number: args[0]}))
+        norm.register_forward_pre_hook(lambda _, args, number=number: middle.update({number: args[0]}))
+        layer.register_forward_hook(lambda *seen, number=number: left.update({number: seen[-1]}))
+    with torch.no_grad():
+        model(input_ids=ids_NT.long())
+    activations = activations_of(name)
+    for layer in entered:
+        assert torch.equal(activations.entry(layer), entered[layer])
+        assert torch.equal(activations.middle(layer), middle[layer])
+        assert torch.equal(activations.entry(layer + 1), left[layer])
+
+
+def test_states_do_not_depend_on_the_rows_of_a_batch(activations, ids_NT, tmp_path, monkeypatch):
+    monkeypatch.setattr(activations_module, "FORWARD_TOKENS", 64)
+    four_rows = Activations(tmp_path, activations.parent, ids_NT, torch.float32, CPU)
+    assert [(rows.start, rows.stop) for rows in four_rows.batches()] == [(0, 4), (4, 8)]
+    four_rows.capture_embedding()
+    four_rows.capture_layer(0)
+    torch.testing.assert_close(four_rows.entry(1), activations.entry(1).clone())
+
+
+def test_states_are_kept_in_the_type_asked_for(parent, ids_NT, activations, tmp_path):
+    half = Activations(tmp_path, parent, ids_NT, torch.bfloat16, CPU)
+    half.capture_embedding()
+    half.capture_layer(0)
+    assert half.entry(1).dtype == torch.bfloat16
+    error = (half.entry(1).float() - activations.entry(1)).norm() / activations.entry(1).norm()
+    assert 0 < error < 0.02
+
+
+def test_full_disk_is_said_with_bytes_and_remedy(fresh, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = sorted(fresh.directory.iterdir())
+    with pytest.raises(StorageError, match=r"12,288 bytes.*No space left.*runtime\.scratch"):
+        fresh.capture_layer(0)
+    assert sorted(fresh.directory.iterdir()) == before
+
+
+def test_a_crash_in_the_middle_of_a_layer_leaves_nothing_behind(fresh, monkeypatch):
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    before = sorted(fresh.directory.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(PuzzleBlock, "feed", crash)
+        with pytest.raises(KeyboardInterrupt):
+            fresh.capture_layer(0)
+    assert sorted(fresh.directory.iterdir()) == before
+    fresh.capture_layer(0)
+    assert fresh.has_entry(1)
+
+
+def test_a_captured_layer_is_not_run_again(fresh, monkeypatch):
+    fresh.capture_layer(0)
+    monkeypatch.setattr(PuzzleBlock, "attend", lambda *_, **__: pytest.fail("ran again"))
+    fresh.capture_layer(0)
+    fresh.capture_layer(0, keep_middle=False)
+
+
+def test_release_drops_the_files_of_one_layer(fresh):
+    fresh.capture_layer(0)
+    fresh.release(0)
+    assert [file.name for file in fresh.directory.iterdir()] == ["entry-001.bin"]

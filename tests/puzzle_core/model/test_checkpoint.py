@@ -1,0 +1,42 @@
+"""Safetensors checkpoints: what is written is read back, in shards that keep their size."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from puzzle_core.errors import ParentError
+from puzzle_core.model.checkpoint import INDEX, SINGLE, Checkpoint, write_checkpoint
+
+TENSORS = {name: torch.full((size,), float(size)) for name, size in {"a": 3, "b": 4, "c": 5, "d": 60, "e": 1}.items()}
+
+
+@pytest.mark.parametrize(("limit", "shards"), [(10_000, 1), (50, 3), (1, 5)])
+def test_reads_back_what_it_wrote(tmp_path, limit, shards):
+    write_checkpoint(tmp_path, TENSORS.items(), max_shard_bytes=limit)
+    checkpoint = Checkpoint(tmp_path)
+    assert len(checkpoint.files) == shards
+    assert {name: checkpoint.tensor(name).tolist() for name in TENSORS} == {n: t.tolist() for n, t in TENSORS.items()}
+    assert checkpoint.headers["d"] == ((60,), "F32")
+
+
+def test_a_shard_is_over_the_limit_only_if_one_tensor_is(tmp_path):
+    write_checkpoint(tmp_path, TENSORS.items(), max_shard_bytes=40)
+    weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    shards = [[n for n, shard in weight_map.items() if shard == file.name] for file in Checkpoint(tmp_path).files]
+    assert shards == [["a", "b"], ["c"], ["d"], ["e"]]
+
+
+def test_nothing_but_the_checkpoint_is_left_behind(tmp_path):
+    write_checkpoint(tmp_path, TENSORS.items(), max_shard_bytes=40)
+    named = {INDEX, *(file.name for file in Checkpoint(tmp_path).files)}
+    assert {file.name for file in tmp_path.iterdir()} == named
+
+
+def test_a_file_that_vanishes_after_opening_is_named(tmp_path):
+    save_file(TENSORS, tmp_path / SINGLE)
+    checkpoint = Checkpoint(tmp_path)
+    (tmp_path / SINGLE).unlink()
+    with pytest.raises(ParentError, match=r"cannot read 'a' from .*model\.safetensors"):
+        checkpoint.tensor("a")

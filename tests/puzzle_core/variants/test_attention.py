@@ -1,0 +1,61 @@
+"""Initial weights of attentions: pooled KV heads and the linear layer of tokens that see only themselves."""
+
+import pytest
+import torch
+
+from puzzle_core.architecture import Variant
+from puzzle_core.model.surgery import variant_block
+from puzzle_core.variants.attention import initial_attention, mean_pool
+from tests.conftest import CPU
+from tests.reference.variants import pooled_heads
+
+ATTENTIONS = ["llama", "qwen2", "qwen3", "attention-bias", "wide-heads"]
+
+
+@pytest.fixture
+def linear_block(parent_of, initial_state):
+    """The linear attention of layer 1 of a pico parent."""
+    return lambda name: variant_block(
+        parent_of(name), 1, Variant("attn", "linear"), initial_state(name, 1, "attn:linear"), torch.float32, CPU
+    )
+
+
+def test_pooling_groups_of_one_head_is_the_identity(parent):
+    own = parent.layer_tensors(0)["self_attn.k_proj.weight"]
+    assert mean_pool(own, 4, 4) is own
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_pooled_projections_are_the_means_of_adjacent_heads(name, kv_heads, parent_of, initial_state):
+    parent = parent_of(name)
+    own, state = parent.layer_tensors(1), initial_state(name, 1, f"attn:kv{kv_heads}")
+    assert state.keys() == {name for name in own if name.startswith(("self_attn.", "input_layernorm."))}
+    for name, tensor in state.items():
+        pooled = "k_proj" in name or "v_proj" in name
+        expected = pooled_heads(own[name], kv_heads, parent.shape.head_dim) if pooled else own[name]
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_pooling_keeps_the_type():
+    assert mean_pool(torch.ones(2, 1, dtype=torch.bfloat16), 1, 1).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_linear_attention_is_attention_where_every_token_sees_itself_alone(name, linear_block, activations_of):
+    activations = activations_of(name)
+    tokens, context = activations.entry(1).flatten(0, 1).unsqueeze(1), activations.context()
+    context["position_embeddings"] = tuple(part[:, :1] for part in context["position_embeddings"])
+    alone = activations.parent.block(1, torch.float32, CPU).attend(tokens, **context)
+    torch.testing.assert_close(linear_block(name).attend(tokens), alone)
+
+
+def test_linear_attention_is_not_attention_of_whole_windows(linear_block, activations):
+    assert not torch.allclose(linear_block("llama").attend(activations.entry(1)), activations.middle(1), atol=0.1)
+
+
+def test_linear_keeps_the_norm_and_no_op_keeps_nothing(parent):
+    layer = parent.layer_tensors(0)
+    linear = initial_attention(layer, parent.shape, Variant("attn", "linear"))
+    assert torch.equal(linear["input_layernorm.weight"], layer["input_layernorm.weight"])
+    assert initial_attention(layer, parent.shape, Variant("attn", "no_op")) == {}
