@@ -11,7 +11,14 @@ from puzzle_core.spec import RunSpec
 from puzzle_core.stages import BldWork, ScoreWork
 from tasks.lineage import record_library
 from tasks.site import Site
-from tasks.stages import capture_layer, drop_activations, measure_importance, score_block, train_variant
+from tasks.stages import (
+    capture_layer,
+    capture_log_probabilities,
+    drop_activations,
+    measure_importance,
+    score_block,
+    train_variant,
+)
 from tasks.tracking import tracked
 
 log = logging.getLogger("puzzle")
@@ -75,6 +82,7 @@ def score_variants(spec: RunSpec, plan: Plan, site: Site) -> None:
     first = min(work.layer for work in missing)
     for layer in plan.layers:
         capture_layer(tokens, dtype, layer, layer >= first, site)
+    capture_log_probabilities(tokens, dtype, site)
     wait_all("scores", [submit(score_block, work, site) for work in missing], done, len(works))
     drop_activations(tokens, dtype, None, site)
 

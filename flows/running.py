@@ -13,6 +13,7 @@ from puzzle_core.errors import PuzzleError
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work
 from puzzle_core.spec import RunSpec
+from puzzle_core.stages import BldWork, ScoreWork
 from tasks.site import Site
 from tasks.stages import open_inputs, pack_tokens
 
@@ -21,8 +22,16 @@ PROGRESS_SECONDS = 5.0
 
 
 def plan_run(spec: RunSpec, site: Site) -> Plan:
-    """Open the inputs and plan the work; all bad input but too few tokens is refused here."""
-    return Plan(spec, open_inputs(site, spec.data, spec.target))
+    """Open the inputs, plan the work, and see that the disks have room for it; bad input is refused here.
+
+    Raises:
+        PuzzleError: what is wrong, and what to do.
+    """
+    plan = Plan(spec, open_inputs(site, spec.data, spec.target))
+    store = site.store()
+    volume = plan.volume(store.keys(BldWork.stage) | store.keys(ScoreWork.stage))
+    site.check_room(volume.scratch_bytes, volume.store_bytes)
+    return plan
 
 
 def side_by_side(flow: Flow[Any, Any], site: Site) -> Flow[Any, Any]:

@@ -3,6 +3,7 @@
 Flows submit what a plan names and the store lacks; `puzzle check` prints the same plan without doing any of it.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +26,10 @@ from puzzle_core.stages import (
     Traffic,
 )
 
+BLD_STATES = 6
+"""State files that lie on the disk at most while variants train: two each of three layers."""
+LARGEST_LOG_PROBABILITIES_BYTES = 2**30
+
 
 class Inputs(Record):
     """What a plan needs to know of the outside world: the parent, the texts and the machine."""
@@ -38,7 +43,7 @@ class Inputs(Record):
 
 
 class Volume(NamedTuple):
-    """What a run takes at most, when nothing is in the store yet."""
+    """What a run takes at most."""
 
     scratch_bytes: int
     store_bytes: int
@@ -231,18 +236,24 @@ class Plan:
             hardware=self.inputs.hardware,
         )
 
-    def volume(self) -> Volume:
-        """What the whole run takes when nothing is in the store yet."""
+    def volume(self, done: Container[str] = frozenset()) -> Volume:
+        """What the run still takes when the artifacts in `done` are there."""
         spec, shape = self.spec, self.inputs.shape
-        state = shape.hidden * DTYPE_BYTES[spec.bld.dtype]
-        bld_states = 6 * spec.bld.tokens * state
-        scoring_states = (2 * shape.layers + 1) * spec.scoring.tokens * shape.hidden * DTYPE_BYTES[spec.scoring.dtype]
-        library = sum(4 * variant_size(shape, work.variant).parameters for work in self.all_bld())
+        variants = [work for work in self.all_bld() if work.key not in done]
+        scores = [work for work in self.all_scores() if work.key not in done]
+        bld_state = spec.bld.tokens * shape.hidden * DTYPE_BYTES[spec.bld.dtype]
+        scoring_state = spec.scoring.tokens * shape.hidden * DTYPE_BYTES[spec.scoring.dtype]
+        kept = min(LARGEST_LOG_PROBABILITIES_BYTES, spec.scoring.tokens * shape.vocabulary * 4)
+        scratch = [0]
+        if variants:
+            scratch.append(BLD_STATES * bld_state)
+        if scores:
+            scratch.append((2 * shape.layers + 1) * scoring_state + kept)
         parent = architecture_parameters(shape, Architecture.of_parent(shape)) * DTYPE_BYTES[spec.target.dtype]
-        children = (2 + len(spec.search.baselines)) * parent
+        trained = sum(4 * variant_size(shape, work.variant).parameters for work in variants)
         return Volume(
-            scratch_bytes=max(bld_states, scoring_states),
-            store_bytes=library + children,
-            trained_tokens=len(self.all_bld()) * spec.bld.tokens * spec.bld.epochs + spec.gkd.tokens * spec.gkd.epochs,
-            forward_tokens=len(self.all_scores()) * spec.scoring.tokens,
+            scratch_bytes=max(scratch),
+            store_bytes=trained + (2 + len(spec.search.baselines)) * parent,
+            trained_tokens=len(variants) * spec.bld.tokens * spec.bld.epochs + spec.gkd.tokens * spec.gkd.epochs,
+            forward_tokens=len(scores) * spec.scoring.tokens,
         )

@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from puzzle_core.distill.losses import kl_per_token, next_token_loss
+from puzzle_core.distill.losses import kl_of_log_probabilities
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.surgery import Halves, State, halves
@@ -50,16 +50,14 @@ def _through_block(work: ScoreWork, activations: Activations, block: Halves) -> 
 
 
 def _compare(work: ScoreWork, activations: Activations, hidden: list[torch.Tensor]) -> ScoreRecord:
-    outside = activations.parent.outside(activations.dtype, activations.device)
-    final = activations.entry(activations.parent.shape.layers)
     kl = loss_increase = agreed = 0.0
     for rows, batch in zip(activations.batches(), hidden, strict=True):
-        ids_BT = activations.ids_NT[rows].long().to(batch.device)
-        parent_BTV = outside.lm_head(outside.model.norm(final[rows].to(batch.device)))
-        child_BTV = outside.lm_head(outside.model.norm(batch))
-        kl += kl_per_token(parent_BTV, child_BTV).sum(dtype=torch.float64).item()
-        difference = next_token_loss(child_BTV, ids_BT) - next_token_loss(parent_BTV, ids_BT)
-        loss_increase += difference.sum(dtype=torch.float64).item()
+        parent_BTV = activations.log_probabilities(rows).to(batch.device)
+        child_BTV = activations.log_softmax(batch)
+        following_BT1 = activations.ids_NT[rows, 1:, None].long().to(batch.device)
+        kl += kl_of_log_probabilities(parent_BTV, child_BTV).sum(dtype=torch.float64).item()
+        lost = parent_BTV[:, :-1].gather(-1, following_BT1) - child_BTV[:, :-1].gather(-1, following_BT1)
+        loss_increase += lost.sum(dtype=torch.float64).item()
         agreed += (parent_BTV.argmax(-1) == child_BTV.argmax(-1)).sum().item()
     windows, length = activations.ids_NT.shape
     values = (kl / (windows * length), loss_increase / (windows * (length - 1)), agreed / (windows * length))

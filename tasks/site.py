@@ -6,6 +6,7 @@ Opened things (the parent, the store, captured activations) are kept per process
 import functools
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from prefect.runtime import flow_run
 from puzzle_core.data import read_windows
 from puzzle_core.device import available_cores, default_device
 from puzzle_core.distill.loop import Checkpoints
+from puzzle_core.errors import StorageError
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.records import Record, Work, write_text_atomic
@@ -81,6 +83,27 @@ class Site(Record):
                 store.publish(work, compute(staged), staged, made_by=flow_run.get_name() or "a script")
             self.checkpoints(work).file.unlink(missing_ok=True)
         return work.key
+
+    def check_room(self, scratch_bytes: int, store_bytes: int) -> None:
+        """Refuse a run that the disks cannot hold; a remote store is not asked.
+
+        Raises:
+            StorageError: says how much is needed, how much is free, and where.
+        """
+        places = {"runtime.scratch": (self.scratch, scratch_bytes)}
+        if self.store().is_local:
+            places["runtime.store"] = (Path(self.runtime.store), store_bytes)
+        for key, (place, needed) in places.items():
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StorageError(f"cannot make the directory {place} ({error.strerror}): set {key}") from error
+            free = shutil.disk_usage(place).free
+            if needed > free:
+                raise StorageError(
+                    f"{place} has {free / 2**20:,.0f} MiB free, and this run needs up to {needed / 2**20:,.0f} MiB "
+                    f"there: free some space, or set {key} to a larger disk"
+                )
 
     def parent_digest(self) -> str:
         """Digest of the parent, after a look at every weight; remembered as long as its files do not change.

@@ -116,6 +116,13 @@ def capture_layer(tokens: str, dtype: Dtype, layer: int, keep_middle: bool, site
     activations.capture_layer(layer, keep_middle)
 
 
+@uncached(name="capture log-probabilities")
+def capture_log_probabilities(tokens: str, dtype: Dtype, site: Site) -> None:
+    """Keep the parent's own predictions for the scores to compare with, where they are small enough."""
+    use_threads(site.threads_per_task)
+    site.activations(tokens, dtype).capture_log_probabilities()
+
+
 @uncached(name="drop activations")
 def drop_activations(tokens: str, dtype: Dtype, layer: int | None, site: Site) -> None:
     """Drop the states that only this layer's tasks needed, or all of them."""

@@ -8,8 +8,11 @@ of one key write the same thing.
 import contextlib
 import datetime
 import errno
+import fcntl
 import os
+import re
 import shutil
+import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
 
 from puzzle_core.errors import ArtifactError, SpecError, StorageError
 from puzzle_core.records import Record, Work, digest_file
@@ -63,7 +67,7 @@ class Store:
         except (ValueError, ImportError) as error:
             raise SpecError(f"runtime.store {url!r} is no store: {error}") from error
         self._root, self._cache, self._checked = root.rstrip("/"), cache, set[str]()
-        self._local = isinstance(self._fs, LocalFileSystem)
+        self.is_local = isinstance(self._fs, LocalFileSystem)
 
     def has(self, key: str) -> bool:
         """Whether this artifact is there, whole."""
@@ -97,10 +101,10 @@ class Store:
             ArtifactError: the artifact is missing, or a file is not what its manifest says.
         """
         manifest = self.manifest(key)
-        directory = Path(self._root if self._local else self._cache) / key
+        directory = Path(self._root if self.is_local else self._cache) / key
         for name, entry in manifest.files.items():
             file = directory / name
-            if not self._local and not (file.is_file() and file.stat().st_size == entry.size_bytes):
+            if not self.is_local and not (file.is_file() and file.stat().st_size == entry.size_bytes):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
                 self._fs.get_file(f"{self._root}/{key}/{name}", str(partial))
@@ -115,17 +119,18 @@ class Store:
         Raises:
             StorageError: the disk is full, or not writable.
         """
-        parent = Path(self._root if self._local else self._cache) / ".staging"
-        directory = None
+        parent = Path(self._root if self.is_local else self._cache) / ".staging"
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            directory = Path(tempfile.mkdtemp(dir=parent))
-            yield directory
-        except OSError as error:
-            raise storage_error(error, parent) from error
-        finally:
-            if directory:
-                shutil.rmtree(directory, ignore_errors=True)
+            _clear_abandoned(parent)
+            with _directory_in_use(parent) as directory:
+                yield directory
+        except (OSError, SafetensorError) as error:
+            reason = _no_more_room(error)
+            if not reason:
+                raise
+            place = getattr(error, "filename", None) or parent
+            raise StorageError(f"cannot write to {place}: {reason}; free some space or choose another place") from error
 
     def publish(self, work: Work, record: Record, staged: Path, made_by: str) -> None:
         """Make the staged files, with this record, the artifact of `work`."""
@@ -138,7 +143,7 @@ class Store:
             made_by=made_by,
             made_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
-        if self._local:
+        if self.is_local:
             manifest.write(staged / MANIFEST)
             self._move_into_place(staged, Path(self._root) / work.key)
             return
@@ -152,15 +157,20 @@ class Store:
         self._fs.rm(f"{self._root}/{key}", recursive=True)
 
     def _move_into_place(self, staged: Path, final: Path) -> None:
+        """Rename, which is atomic; a whole artifact that is there stays, and one without a record is put aside."""
         final.parent.mkdir(parents=True, exist_ok=True)
         _sync(staged)
-        if final.exists() and not (final / MANIFEST).exists():
-            shutil.rmtree(final)
-        try:
-            os.rename(staged, final)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
+        while True:
+            try:
+                os.rename(staged, final)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            if (final / MANIFEST).exists():
+                return
+            with _directory_in_use(staged.parent) as aside, contextlib.suppress(FileNotFoundError):
+                os.rename(final, aside)
 
     def _check(self, key: str, name: str, file: Path, entry: StoredFile) -> None:
         label = f"{key}/{name}"
@@ -169,6 +179,8 @@ class Store:
         found = file.stat().st_size if file.is_file() else None
         if found != entry.size_bytes or digest_file(file) != entry.sha256:
             now = "nothing" if found is None else f"{found:,} bytes{', altered' if found == entry.size_bytes else ''}"
+            if not self.is_local:
+                file.unlink(missing_ok=True)  # it may be our copy that is damaged: the next run fetches it again
             raise ArtifactError(
                 f"{label} in {self.url} is not what was stored ({entry.size_bytes:,} bytes then, {now} now): "
                 f"delete {self.url}/{key} and run again"
@@ -176,11 +188,44 @@ class Store:
         self._checked.add(label)
 
 
-def storage_error(error: OSError, place: Path) -> Exception:
-    """A full or read-only disk as the user's error; anything else as it is."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        return StorageError(f"cannot write to {place}: {error.strerror}; free some space or choose another place")
-    return error
+def _no_more_room(error: Exception) -> str | None:
+    """What a full or read-only disk says for itself; none for any other error."""
+    found = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors passes on the system's errors
+    code = error.errno if isinstance(error, OSError) else int(found.group(1)) if found else None
+    return os.strerror(code) if code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES) else None
+
+
+@contextlib.contextmanager
+def _directory_in_use(parent: Path) -> Iterator[Path]:
+    """A new directory, removed afterwards, with a lock that tells others on this machine that its maker lives."""
+    while True:
+        directory = Path(tempfile.mkdtemp(prefix=f"{socket.gethostname()}-", dir=parent))
+        try:
+            handle = os.open(directory, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        with contextlib.suppress(OSError):  # a file system without locks: what is left there stays there
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if directory.exists():
+            break
+        os.close(handle)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.close(handle)
+
+
+def _clear_abandoned(parent: Path) -> None:
+    """Remove what killed processes of this machine were staging: children are large."""
+    for directory in parent.glob(f"{socket.gethostname()}-*"):
+        with contextlib.suppress(OSError):
+            handle = os.open(directory, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory, ignore_errors=True)
+            finally:
+                os.close(handle)
 
 
 def _sync(directory: Path) -> None:

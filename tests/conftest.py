@@ -28,6 +28,7 @@ from tests.pico import PICOS, SIZES, write_pico
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
+pytest_plugins = ["tests.workflow"]
 
 CPU = torch.device("cpu")
 MIXED = (
@@ -132,24 +133,25 @@ def initial_state(
     return state
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def assemble(
-    parent_of: Callable[[str], Parent], initial_state: Callable[[str, int, str], State], tmp_path: Path
+    parent_of: Callable[[str], Parent],
+    initial_state: Callable[[str, int, str], State],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Path]:
-    """Assemble a child of a pico parent from training-free weights; none but the parent's own blocks if not said."""
+    """Assemble a new child of a pico parent from training-free weights; of the parent's own blocks if not said."""
 
     def write(name: str, blocks: tuple[str, ...] | None = None, dtype: Dtype = "float32") -> Path:
-        parent = parent_of(name)
+        parent, library_dir = parent_of(name), tmp_path_factory.mktemp("library")
         architecture = Architecture.parse(blocks) if blocks else Architecture.of_parent(parent.shape)
         library: list[dict[str, Path]] = []
         for layer, block in enumerate(architecture.layers):
-            library.append({})
-            for variant in child.trained_variants(block, parent.shape):
-                library[layer][variant] = tmp_path / "library" / f"{layer}-{variant}"
-                library[layer][variant].mkdir(parents=True)
-                save_file(initial_state(name, layer, variant), library[layer][variant] / WEIGHTS)
-        out_dir = tmp_path / "child"
-        out_dir.mkdir()
+            trained = child.trained_variants(block, parent.shape)
+            library.append({variant: library_dir / f"{layer}-{variant}" for variant in trained})
+            for variant, directory in library[layer].items():
+                directory.mkdir()
+                save_file(initial_state(name, layer, variant), directory / WEIGHTS)
+        out_dir = tmp_path_factory.mktemp("child")
         work = AssembleWork(parent=name, architecture=architecture, library=(), dtype=dtype)
         child.run(work, parent, library, out_dir)
         return out_dir

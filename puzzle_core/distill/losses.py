@@ -15,8 +15,12 @@ def normalised_mse(parent_BTD: torch.Tensor, child_BTD: torch.Tensor) -> torch.T
 
 def kl_per_token(parent_BTV: torch.Tensor, child_BTV: torch.Tensor) -> torch.Tensor:
     """KL(parent || child) of the next-token distributions, in nats, (B, T); exactly 0 for equal logits."""
-    log_parent, log_child = parent_BTV.float().log_softmax(-1), child_BTV.float().log_softmax(-1)
-    return (log_parent.exp() * (log_parent - log_child)).sum(-1)
+    return kl_of_log_probabilities(parent_BTV.float().log_softmax(-1), child_BTV.float().log_softmax(-1))
+
+
+def kl_of_log_probabilities(parent_BTV: torch.Tensor, child_BTV: torch.Tensor) -> torch.Tensor:
+    """As `kl_per_token`, from log-probabilities."""
+    return (parent_BTV.exp() * (parent_BTV - child_BTV)).sum(-1)
 
 
 def cosine_distance(parent_BTD: torch.Tensor, child_BTD: torch.Tensor) -> torch.Tensor:

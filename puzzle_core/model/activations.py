@@ -4,7 +4,7 @@
 the target of every variant of layer i. The parent is never needed whole: layer i runs on `entry-i` alone. Files are
 raw and memory-mapped, so training reads the rows of a batch and nothing more. They are scratch, not artifacts.
 
-Legend: N windows, T tokens per window, D hidden width.
+Legend: N windows, T tokens per window, B windows of a batch, D hidden width, V vocabulary.
 """
 
 import os
@@ -17,8 +17,10 @@ import torch
 
 from puzzle_core.errors import StorageError
 from puzzle_core.model.parent import Parent
+from puzzle_core.plan import LARGEST_LOG_PROBABILITIES_BYTES
 
 FORWARD_TOKENS = 4096
+LOG_PROBABILITIES = "log-probabilities"
 
 
 class Activations:
@@ -72,6 +74,32 @@ class Activations:
                     middle.put(rows, hidden)
                 after.put(rows, block.feed(hidden))
 
+    @torch.no_grad()
+    def capture_log_probabilities(self) -> None:
+        """Keep the parent's next-token log-probabilities, where they take at most LARGEST_LOG_PROBABILITIES_BYTES."""
+        if self._path(LOG_PROBABILITIES).exists() or self.log_probability_bytes() > LARGEST_LOG_PROBABILITIES_BYTES:
+            return
+        with _Writer(self, LOG_PROBABILITIES, self.parent.shape.vocabulary, torch.float32) as kept:
+            for rows in self.batches():
+                kept.put(rows, self.log_probabilities(rows))
+
+    def log_probabilities(self, rows: slice) -> torch.Tensor:
+        """The parent's next-token log-probabilities, float32 (B, T, V): read if they were kept, else computed."""
+        if self._path(LOG_PROBABILITIES).exists():
+            shape = (*self.ids_NT.shape, self.parent.shape.vocabulary)
+            return _map(self._path(LOG_PROBABILITIES), shape, torch.float32, writable=False)[rows]
+        return self.log_softmax(self.entry(self.parent.shape.layers)[rows].to(self.device))
+
+    def log_softmax(self, final_BTD: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities, float32 (B, T, V), from what leaves the last layer."""
+        outside = self.parent.outside(self.dtype, self.device)
+        logits: torch.Tensor = outside.lm_head(outside.model.norm(final_BTD))
+        return logits.float().log_softmax(-1)
+
+    def log_probability_bytes(self) -> int:
+        """What the log-probabilities of all tokens take."""
+        return self.ids_NT.numel() * self.parent.shape.vocabulary * 4
+
     def release(self, layer: int) -> None:
         """Drop what only this layer's tasks needed."""
         for name in (f"entry-{layer:03d}", f"middle-{layer:03d}"):
@@ -114,10 +142,12 @@ def state_bytes(windows: int, tokens: int, hidden: int, dtype: torch.dtype) -> i
 class _Writer:
     """Writes one state file: room is reserved first, and the file appears whole under its name or not at all."""
 
-    def __init__(self, activations: Activations, name: str):
+    def __init__(self, activations: Activations, name: str, width: int | None = None, dtype: torch.dtype | None = None):
         self._path = activations._path(name)
         self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        self._shape, self._dtype = activations._shape, activations.dtype
+        windows, tokens = activations.ids_NT.shape
+        self._shape = (windows, tokens, width or activations.parent.shape.hidden)
+        self._dtype = dtype or activations.dtype
 
     def __enter__(self) -> "_Writer":
         self._path.parent.mkdir(parents=True, exist_ok=True)

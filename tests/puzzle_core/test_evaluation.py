@@ -1,11 +1,13 @@
-"""Evaluation: the numbers of plain loops, exactly none of a difference for the parent, and a golden that a guesser fails."""
+"""Evaluation: the numbers of plain loops, no difference at all for the parent, and a golden that a guesser fails."""
+
+import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from puzzle_core import evaluation
-from puzzle_core.errors import NonFiniteError
+from puzzle_core.errors import NonFiniteError, SpecError
 from puzzle_core.model.child import load_child
 from puzzle_core.stages import EvaluateWork
 from tests.conftest import CPU, MIXED
@@ -62,3 +64,9 @@ def test_a_child_that_is_not_finite_is_refused(evaluate, assemble):
     edit_tensors(child_dir, lambda tensors: tensors["model.norm.weight"][0].fill_(torch.nan))
     with pytest.raises(NonFiniteError, match="evaluation of c gave a loss of nan"):
         evaluate(child_dir)
+
+
+def test_tasks_without_the_harness_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SpecError, match="pip install lm-eval"):
+        evaluation.run_lm_eval(None, None, ("hellaswag",))

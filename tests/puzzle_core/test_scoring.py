@@ -46,7 +46,7 @@ def score(activations, weights_of):
     def run(layer, block, activations=activations, weights=None):
         variants = BlockVariant.parse(block)
         work = ScoreWork(parent="p", layer=layer, block=variants, attention=None, ffn=None, tokens="t", dtype="float32")
-        return scoring.run(work, activations, weights or weights_of(layer, block))
+        return scoring.run(work, activations, weights_of(layer, block) if weights is None else weights)
 
     return run
 
@@ -68,7 +68,7 @@ def test_scores_are_those_of_a_changed_copy_run_whole(layer, block, score, weigh
 
 @pytest.mark.parametrize("layer", [0, 2, LAST])
 def test_the_parents_own_block_scores_exactly_zero(layer, score):
-    found = score(layer, "attn:kv4+ffn:i48")
+    found = score(layer, "attn:kv4+ffn:i48", weights={})
     assert (found.kl_nats_per_token, found.lm_loss_increase_nats_per_token, found.top1_agreement) == (0.0, 0.0, 1.0)
 
 

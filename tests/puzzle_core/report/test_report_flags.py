@@ -79,3 +79,13 @@ def test_noise_idle_training_and_stopped_search(inputs: ReportInputs) -> None:
     assert "1 of 56 variants (layer 0 attn:kv2)" in idle
     assert "a gap of 2.0 %" in stopped
     assert left_out == "Left out: batch size 8. too much memory"
+
+
+@pytest.mark.parametrize(("prefill_ms", "flagged"), [(899, False), (990, True)])
+def test_absolute_limits_are_held_against_the_measured_child(
+    inputs: ReportInputs, prefill_ms: float, flagged: bool
+) -> None:
+    assert inputs.child.timing
+    late = inputs.child.timing.model_copy(update={"prefill_ms": prefill_ms})
+    wanted = "The limit on time to first token holds as predicted, and not as measured: the child takes 10.0 % more"
+    assert any(flag.startswith(wanted) for flag in flags(with_model(inputs, "child after GKD", timing=late))) == flagged

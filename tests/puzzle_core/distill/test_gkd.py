@@ -1,0 +1,138 @@
+"""Global distillation: nothing to learn for the parent's copy, much for a mixed child, and an exact resume."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from puzzle_core.architecture import Architecture
+from puzzle_core.distill import gkd
+from puzzle_core.distill.gkd import loss_terms
+from puzzle_core.distill.loop import Checkpoints
+from puzzle_core.distill.losses import cosine_distance, kl_per_token, next_token_loss
+from puzzle_core.model.child import load_child, load_parent
+from puzzle_core.spec import GkdSpec
+from puzzle_core.stages import GkdWork
+from tests.conftest import CPU, MIXED
+
+BATCH = {"batch_tokens": 48, "epochs": 3, "optimizer": {"learning_rate": 0.005}}
+
+
+@pytest.fixture
+def distil(parent_of, tokens_dir, tmp_path):
+    """Distil a child of a pico parent; half of the windows in a batch, three passes."""
+
+    def run(child_dir, name="llama", saved_as="float32", checkpoints=None, report=None, threads=1, **spec):
+        out_dir = tmp_path / f"distilled-{len(list(tmp_path.iterdir()))}"
+        out_dir.mkdir()
+        work = GkdWork(
+            parent="p",
+            child="c",
+            architecture=Architecture.parse(MIXED),
+            tokens="t",
+            dtype=saved_as,
+            spec=GkdSpec(**(BATCH | spec)),
+        )
+        record = gkd.run(work, parent_of(name), child_dir, tokens_dir, out_dir, checkpoints, report, threads)
+        return record, out_dir
+
+    return run
+
+
+def weights(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def same(one, other):
+    return all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
+
+
+def test_the_parents_copy_has_nothing_to_learn(assemble, parent, ids_NT):
+    teacher, student = load_parent(parent, torch.float32, CPU), load_child(assemble("llama"), torch.float32, CPU)
+    terms = loss_terms(teacher, student, ids_NT.long(), GkdSpec())
+    sum(terms.values()).backward()
+    assert terms["kl"].item() == 0
+    assert terms["cosine"].item() == pytest.approx(0, abs=1e-5)
+    assert max(p.grad.abs().max() for p in student.parameters()) < 1e-5
+
+
+def test_a_mixed_child_has_much_to_learn(assemble, parent, ids_NT):
+    teacher, student = load_parent(parent, torch.float32, CPU), load_child(assemble("llama", MIXED), torch.float32, CPU)
+    terms = loss_terms(teacher, student, ids_NT.long(), GkdSpec())
+    sum(terms.values()).backward()
+    assert min(terms["kl"].item(), terms["cosine"].item()) > 0.1
+    assert all(p.grad.abs().max() > 1e-4 for p in student.parameters())
+
+
+def test_terms_are_the_weighted_losses_of_logits_and_of_what_leaves_every_layer(assemble, activations, ids_NT):
+    teacher = load_parent(activations.parent, torch.float32, CPU)
+    student = load_child(assemble("llama", MIXED), torch.float32, CPU)
+    left = []
+    for block in student.model.layers:
+        block.register_forward_hook(lambda _, __, output: left.append(output))
+    terms = loss_terms(teacher, student, ids_NT.long(), GkdSpec(cosine_weight=2, kl_weight=3, lm_weight=4))
+    distances = [cosine_distance(activations.entry(layer + 1), states) for layer, states in enumerate(left)]
+    logits = student(input_ids=ids_NT.long()).logits
+    torch.testing.assert_close(terms["cosine"], 2 * sum(distances))
+    torch.testing.assert_close(terms["kl"], 3 * kl_per_token(teacher(input_ids=ids_NT.long()).logits, logits).mean())
+    torch.testing.assert_close(terms["lm"], 4 * next_token_loss(logits, ids_NT.long()).mean())
+
+
+@pytest.mark.parametrize(
+    ("spec", "computed"),
+    [
+        ({"cosine_weight": 0}, {"kl_per_token"}),
+        ({"kl_weight": 0}, {"cosine_distance"}),
+        ({"kl_weight": 0, "cosine_weight": 0, "lm_weight": 1}, {"next_token_loss"}),
+    ],
+)
+def test_terms_of_weight_zero_are_not_computed(spec, computed, assemble, parent, ids_NT, monkeypatch):
+    for loss in {"kl_per_token", "cosine_distance", "next_token_loss"} - computed:
+        monkeypatch.setattr(gkd, loss, lambda *_: pytest.fail("computed"))
+    teacher, student = load_parent(parent, torch.float32, CPU), load_child(assemble("llama", MIXED), torch.float32, CPU)
+    assert len(loss_terms(teacher, student, ids_NT.long(), GkdSpec(**spec))) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_a_mixed_child_learns_and_stays_a_child(name, assemble, distil, ids_NT):
+    child_dir = assemble(name, MIXED)
+    record, out_dir = distil(child_dir, name, saved_as="bfloat16")
+    assert record.curve[-1]["loss"] < 0.95 * record.curve[0]["loss"]
+    assert record.curve[0].keys() == {"loss", "cosine", "kl"}
+    assert record.tokens == 6 * 48
+    assert weights(out_dir).keys() == weights(child_dir).keys()
+    assert load_child(out_dir, torch.float32, CPU)(input_ids=ids_NT.long()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("spec", [{}, {"kl_weight": 0}], ids=["all", "cosine alone"])
+def test_resumed_is_bitwise_the_uninterrupted(spec, assemble, distil, tmp_path):
+    def stop(progress):
+        if progress.step == 4:
+            raise KeyboardInterrupt
+
+    child_dir, checkpoints = assemble("llama", MIXED), Checkpoints(tmp_path / "checkpoint", least_seconds=0)
+    uninterrupted, one = distil(child_dir, **spec)
+    with pytest.raises(KeyboardInterrupt):
+        distil(child_dir, checkpoints=checkpoints, report=stop, **spec)
+    steps = []
+    resumed, other = distil(child_dir, checkpoints=checkpoints, report=steps.append, **spec)
+    assert steps[0].step == 4
+    assert resumed.curve == uninterrupted.curve
+    assert same(one, other)
+
+
+def test_what_no_loss_reaches_stays_as_it_was(assemble, distil):
+    child_dir = assemble("llama", MIXED)
+    _, out_dir = distil(child_dir, kl_weight=0)
+    assert torch.equal(weights(out_dir)["lm_head.weight"], weights(child_dir)["lm_head.weight"])
+
+
+def test_micro_batches_add_up_to_one_batch(assemble, distil):
+    child_dir = assemble("llama", MIXED)
+    whole, parts = distil(child_dir)[0], distil(child_dir, micro_batch_tokens=16, threads=2)[0]
+    for one, other in zip(whole.curve, parts.curve, strict=True):
+        assert other == pytest.approx(one, rel=1e-3)
+
+
+def test_bfloat16_runs(assemble, distil):
+    record, _ = distil(assemble("llama", MIXED), dtype="bfloat16")
+    assert record.curve[-1]["loss"] < record.curve[0]["loss"]

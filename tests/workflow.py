@@ -1,0 +1,216 @@
+"""Whole runs on a pico parent: one Prefect server per session, specs of tiny budgets, and looks at what a run leaves.
+
+A pytest plugin (named in conftest.py), so that flow tests and end-to-end tests share one server and one finished run.
+Costs are published beside the run and not measured, where a test is not about measuring: the shapes here are so small
+that noise would decide the architecture.
+"""
+
+import datetime
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from puzzle_core.architecture import Variant
+from puzzle_core.spec import RunSpec, parse_spec
+from puzzle_core.stages import CostRecord, Timing
+
+WORDS = ["the", "of", "and", "to", "in", "is", "for", "with", "as", "on", "by", "from", "block", "layer", "head", "width", "loss", "tokens", "model", "parent", "child", "score"]
+TINY: dict[str, Any] = {
+    "name": "pico",
+    "data": {"sequence_length": 32},
+    "variants": {"kv_heads": [2], "ffn_ratios": [0.5], "linear": False, "no_op": True},
+    "importance": {"tokens": 256},
+    "bld": {"tokens": 512, "batch_tokens": 128},
+    "scoring": {"tokens": 128, "composition": "subblocks"},
+    "gkd": {"tokens": 256, "batch_tokens": 128},
+    "evaluation": {"tokens": 128, "timing_rounds": 3},
+    "target": {"device": "cpu", "rounds": 3},
+    "scenario": {"prompt_tokens": 8, "generated_tokens": 8, "limits": {"parameters": "90%"}},
+    "search": {"frontier_points": 2, "baselines": ["uniform"]},
+    "runtime": {"workers": 2},
+}
+TRAINED, SCORED = 10, 20  # variants and blocks of five layers
+
+
+class Finished(NamedTuple):
+    """A finished run: its spec as plain values, and the key of its report."""
+
+    content: dict[str, Any]
+    report: str
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested values, those of `changes` winning."""
+    both = {
+        name: merged(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict) else value
+        for name, value in changes.items()
+    }
+    return base | both
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real server for all flows of this session, set as the API of this process."""
+    from flows.server import free_port, own_server
+
+    home = tmp_path_factory.mktemp("prefect")
+    with own_server(home, free_port()) as url:
+        from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+        with temporary_settings({PREFECT_API_URL: url, PREFECT_LOCAL_STORAGE_PATH: home / "storage"}):
+            yield url
+
+
+@pytest.fixture(scope="session")
+def content(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A spec as plain values: the plain pico parent, texts of common words, tiny budgets; places are to be added."""
+    place = tmp_path_factory.mktemp("texts")
+    for name, documents in (("train", 40), ("held-out", 20)):
+        (place / name).mkdir()
+        for number in range(documents):
+            words = [WORDS[(number * 7 + i * (number + 3)) % len(WORDS)] for i in range(30)]
+            (place / name / f"{number:02d}.txt").write_text(" ".join(words))
+    outside = {
+        "parent": {"path": str(checkpoint_of("llama"))},
+        "data": {"train_texts": [str(place / "train")], "held_out_texts": [str(place / "held-out")]},
+        "runtime": {"mlflow_uri": f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"},
+    }
+    return merged(TINY, outside)
+
+
+def placed(content: dict[str, Any], place: Path) -> dict[str, Any]:
+    """The spec with its store and scratch under a directory."""
+    return merged(content, {"runtime": {"store": str(place / "store"), "scratch": str(place / "scratch")}})
+
+
+@pytest.fixture
+def spec_of(content: dict[str, Any], tmp_path: Path) -> Callable[..., RunSpec]:
+    """A spec with an empty store of its own, and changes by part, for instance `bld={"epochs": 2}`."""
+    return lambda **changes: parse_spec(merged(placed(content, tmp_path), changes), "test")
+
+
+@pytest.fixture(scope="session")
+def finished(content: dict[str, Any], prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A whole run, done once; its places are shared, so never changed."""
+    from flows.puzzle import puzzle
+
+    done = placed(content, tmp_path_factory.mktemp("finished"))
+    spec = parse_spec(done, "test")
+    publish_costs(spec)
+    return Finished(done, puzzle(spec))
+
+
+@pytest.fixture
+def again(finished: Finished, tmp_path: Path) -> Callable[..., RunSpec]:
+    """The spec of the finished run, with changes, over a copy of its store."""
+
+    def change(**changes: Any) -> RunSpec:
+        if not (tmp_path / "store").exists():
+            shutil.copytree(finished.content["runtime"]["store"], tmp_path / "store")
+        return parse_spec(merged(placed(finished.content, tmp_path), changes), "test")
+
+    return change
+
+
+def publish_costs(spec: RunSpec) -> None:
+    """Put the costs of every batch size into the spec's store: times in proportion to sizes, the same on any machine."""
+    plan, site = plan_of(spec)
+
+    def timing(size: float) -> Timing:
+        return Timing(prefill_ms=size, decode_ms=size / 2, prefill_spread=0.01, decode_spread=0.01)
+
+    def size(variant: Variant) -> float:
+        return float(variant.size or 16) * (1 if variant.subblock == "ffn" else 8)
+
+    for work in plan.costs().values():
+        times = {str(variant): timing(size(variant)) for variant in work.variants}
+        own = plan.inputs.shape.parent_block
+        block = times[str(own.attention)].prefill_ms + times[str(own.ffn)].prefill_ms
+        record = CostRecord(
+            variants=times,
+            outside=timing(10.0),
+            parent=timing(10.0 + plan.inputs.shape.layers * block),
+            hardware=work.hardware,
+            torch_version="none",
+            threads=work.target.threads,
+            rounds=work.target.rounds,
+        )
+        with site.store().staging() as staged:
+            site.store().publish(work, record, staged, "a test")
+
+
+def plan_of(spec: RunSpec) -> tuple[Any, Any]:
+    """The plan and the site of a spec."""
+    from puzzle_core.plan import Plan
+    from tasks.site import Site
+    from tasks.stages import open_inputs
+
+    site = Site.of(spec)
+    return Plan(spec, open_inputs.fn(site, spec.data, spec.target)), site
+
+
+def write_spec(spec: RunSpec | dict[str, Any], file: Path) -> Path:
+    """Write a spec where the command line reads it; JSON is YAML too."""
+    values = spec.model_dump(mode="json") if isinstance(spec, RunSpec) else spec
+    file.write_text(json.dumps(values))
+    return file
+
+
+def artifacts(store: str | Path) -> dict[str, int]:
+    """When each artifact of a local store was written (its record, in ns), by key."""
+    records = Path(store).rglob("record.json")
+    return {str(record.parent.relative_to(store)): record.stat().st_mtime_ns for record in records}
+
+
+def of_stage(keys: Any, stage: str) -> set[str]:
+    """The keys of one stage."""
+    return {key for key in keys if key.startswith(f"{stage}/")}
+
+
+def changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
+    """Artifacts that are new or were written again; none may be gone."""
+    assert before.keys() <= after.keys()
+    return {key for key, written in after.items() if before.get(key) != written}
+
+
+def check_whole(store: str | Path, scratch: Path) -> None:
+    """Every artifact of a local store has all files it says it has, and no directory is without a record."""
+    from tasks.store import Store
+
+    opened = Store(str(store), scratch)
+    for key in artifacts(store):
+        opened.fetch(key)
+    for directory in Path(store).glob("*/v*/*"):
+        assert (directory / "record.json").exists(), directory
+
+
+class Recorded:
+    """What the server knows of the flow runs that started after a moment."""
+
+    def __init__(self) -> None:
+        self.since = datetime.datetime.now(datetime.UTC)
+
+    def task_runs(self, at_least: int = 1, longest_seconds: float = 20) -> list[Any]:
+        """Task runs, once they are all in a final state and as many as expected: rows come a moment after the runs."""
+        from prefect.client.orchestration import get_client
+        from prefect.client.schemas.filters import FlowRunFilter
+
+        only = FlowRunFilter.model_validate({"start_time": {"after_": self.since}})
+        deadline, runs, count = time.monotonic() + longest_seconds, [], -1
+        with get_client(sync_client=True) as client:
+            while time.monotonic() < deadline:
+                runs = client.read_task_runs(flow_run_filter=only, limit=200)
+                if len(runs) == count >= at_least and all(run.state and run.state.is_final() for run in runs):
+                    break
+                count = len(runs)
+                time.sleep(0.7)
+        return runs
+
+    def names(self, at_least: int = 1) -> list[str]:
+        """Names of the task runs that were not answered from the cache."""
+        return [run.name for run in self.task_runs(at_least) if run.state_name != "Cached"]
