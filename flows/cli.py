@@ -21,8 +21,7 @@ EXAMPLE_PARENT = Path("deployments/parents/stdlib-2m")
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; 0 when all went well, 1 for an error that speaks to the user, 130 when interrupted."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    log.setLevel(logging.INFO)
+    _set_up_logging(options.debug)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         options.run(options)
@@ -35,6 +34,16 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write("puzzle: interrupted; what was finished is in the store, run again to go on\n")
         return 130
     return 0
+
+
+def _set_up_logging(debug: bool) -> None:
+    """Our own messages to stderr, and warnings of others. Tracebacks of failed runs are for the Prefect UI."""
+    console = logging.StreamHandler()
+    if not debug:
+        console.addFilter(lambda record: not (record.name.startswith("prefect.") and record.exc_info))
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[console])
+    for ours in ("puzzle", "puzzle_core"):
+        logging.getLogger(ours).setLevel(logging.INFO)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,7 +129,7 @@ def _report(options: Any) -> None:
 
 
 def _print_report(store: Any, key: str) -> None:
-    from puzzle_core.report.report import ReportInputs
+    from puzzle_core.report.inputs import ReportInputs
     from puzzle_core.report.tables import format_final_table
 
     directory = store.fetch(key)

@@ -31,6 +31,7 @@ def puzzle(spec: RunSpec) -> str:
         The key of the report.
     """
     site = Site.of(spec)
+    before = site.store().keys()
     plan = plan_run(spec, site)
     with tracked(spec.name, spec) as run:
         ensure_tokens(plan, site, "calibration", "bld", "gkd", "scoring", "evaluation")
@@ -40,6 +41,8 @@ def puzzle(spec: RunSpec) -> str:
         train_child(spec)
         key = ensure(write_report, report_work(plan, site), site)
         record_report(plan, site, run, key)
+    made = len(site.store().keys() - before)
+    log.info("made %s", f"{made} artifacts" if made else "nothing: every artifact was in the store")
     return key
 
 

@@ -45,7 +45,8 @@ def prefect_api(home: Path) -> Iterator[str]:
         PuzzleError: our own server did not start.
     """
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "puzzle")
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "puzzle,puzzle_core")
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     from prefect.settings import get_current_settings
 
     configured = get_current_settings().api.url

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from puzzle_core.errors import SpecError
 from puzzle_core.records import Record
@@ -63,6 +63,12 @@ class BlockVariant(Record):
 
     attention: VariantId
     ffn: VariantId
+
+    @model_validator(mode="after")
+    def _halves_in_their_places(self) -> Self:
+        if (self.attention.subblock, self.ffn.subblock) != ("attn", "ffn"):
+            raise ValueError(f"{str(self)!r} is no block variant: say attn:kv4+ffn:i512 and so on")
+        return self
 
     @classmethod
     def parse(cls, text: str) -> Self:

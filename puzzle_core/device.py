@@ -1,13 +1,21 @@
 """Which device runs, and how many threads it may use."""
 
+import itertools
 import os
+import threading
 
 import torch
 
+_numbers, _thread = itertools.count(), threading.local()
+
 
 def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The CPU, or the calling thread's own GPU: threads take GPUs in turns and keep them."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not hasattr(_thread, "gpu"):
+        _thread.gpu = next(_numbers) % torch.cuda.device_count()
+    return torch.device("cuda", _thread.gpu)
 
 
 def available_cores() -> int:

@@ -27,6 +27,10 @@ class NonFiniteError(PuzzleError):
     """A NaN or an infinity where a number must be: in weights, losses, scores or costs."""
 
 
+class MeasurementError(PuzzleError):
+    """A measurement drowned in noise; measuring again may help."""
+
+
 class CoverageError(PuzzleError):
     """A score or a cost that the search needs is missing."""
 

@@ -79,15 +79,10 @@ class VariantsSpec(Record):
         """Attention variants and FFN variants of one layer, the parent's own first.
 
         Raises:
-            SpecError: a variant that this parent cannot have, or an exception for layers that it does not have.
+            SpecError: a variant that this parent cannot have.
         """
         rules: dict[str, Any] = self.model_dump(exclude={"layers", "ffn_multiple_of"})
         for exception in self.layers:
-            if exception.first_layer >= shape.layers:
-                raise SpecError(
-                    f"variants.layers: the parent has {shape.layers} layers, counted from 0; there is no layer "
-                    f"{exception.first_layer}"
-                )
             if exception.first_layer <= layer <= exception.last_layer:
                 changes = exception.model_dump(exclude={"first_layer", "last_layer"}, exclude_none=True)
                 if {"ffn_ratios", "ffn_widths"} & changes.keys():
@@ -208,7 +203,7 @@ class SearchSpec(Record):
     solutions: Positive = Field(1, description="Diverse solutions; the best is assembled")
     alpha: Share = Field(0.8, description="Largest share of layers that two solutions have in common")
     time_limit_s: float = Field(60.0, gt=0)
-    frontier_points: int = Field(12, ge=0, description="Points of score against block time in the report")
+    frontier_points: int = Field(12, ge=2, description="Points of score against block time in the report")
     baselines: tuple[Literal["greedy", "uniform", "random", "maximise_parameters"], ...] = Field(
         ("greedy", "uniform", "random", "maximise_parameters"),
         description="Other ways to choose, assembled and evaluated beside the child",

@@ -46,14 +46,14 @@ def record_child(plan: Plan, site: Site, run: TrackedRun, child: str) -> None:
     run.metrics([(f"gkd/{name}", value, step) for step, terms in enumerate(curve, 1) for name, value in terms.items()])
     quality = _record(EvaluationRecord, plan.evaluate(child).key, site)
     own = _record(EvaluationRecord, plan.evaluate(None).key, site)
-    run.metrics(
-        [
-            ("kl_nats_per_token", quality.kl_nats_per_token, 0),
-            ("perplexity", quality.perplexity, 0),
-            ("top1_accuracy", quality.top1_accuracy, 0),
-            ("top1_kept", quality.top1_accuracy / own.top1_accuracy, 0),
-        ]
-    )
+    metrics = [
+        ("kl_nats_per_token", quality.kl_nats_per_token, 0),
+        ("perplexity", quality.perplexity, 0),
+        ("top1_accuracy", quality.top1_accuracy, 0),
+    ]
+    if own.top1_accuracy:
+        metrics.append(("top1_kept", quality.top1_accuracy / own.top1_accuracy, 0))
+    run.metrics(metrics)
     run.uses(_parent(plan, run), _library(plan, run), _architecture(plan, run, chosen))
     run.makes("child", f"child-{plan.spec.name}", child, {"store": site.runtime.store} | _lineage(plan))
 

@@ -81,7 +81,9 @@ class Site(Record):
         if not store.has(work.key):
             with store.staging() as staged:
                 store.publish(work, compute(staged), staged, made_by=flow_run.get_name() or "a script")
-            self.checkpoints(work).file.unlink(missing_ok=True)
+            checkpoint = self.checkpoints(work).file
+            for file in checkpoint.parent.glob(f"*{checkpoint.name}*"):  # and what a killed process left of one
+                file.unlink(missing_ok=True)
         return work.key
 
     def check_room(self, scratch_bytes: int, store_bytes: int) -> None:

@@ -20,7 +20,7 @@ from puzzle_core.cost import latency
 from puzzle_core.device import available_cores, use_threads
 from puzzle_core.distill import bld, gkd
 from puzzle_core.distill.loop import Progress
-from puzzle_core.errors import NonFiniteError, PuzzleError
+from puzzle_core.errors import MeasurementError
 from puzzle_core.model import child
 from puzzle_core.plan import Inputs
 from puzzle_core.search import choose
@@ -51,9 +51,7 @@ def _worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
     """Storage hiccups and noisy measurements may pass; what the user or the numbers got wrong will not."""
     try:
         state.result()
-    except PuzzleError as error:
-        return isinstance(error, NonFiniteError) and "too noisy" in str(error)
-    except OSError:
+    except (MeasurementError, OSError):
         return True
     except Exception:
         return False

@@ -73,8 +73,8 @@ class Store:
         """Whether this artifact is there, whole."""
         return bool(self._fs.exists(f"{self._root}/{key}/{MANIFEST}"))
 
-    def keys(self, stage: str) -> set[str]:
-        """All keys of a stage, from one listing."""
+    def keys(self, stage: str = "") -> set[str]:
+        """All keys of a stage, or of the store, from one listing."""
         with contextlib.suppress(FileNotFoundError):
             found = self._fs.find(f"{self._root}/{stage}")
             prefix = len(self._root.lstrip("/")) + 1

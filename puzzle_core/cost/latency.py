@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from puzzle_core.architecture import Architecture, BlockVariant, Variant
 from puzzle_core.cost.analytic import DTYPE_BYTES, variant_size
 from puzzle_core.device import use_threads
-from puzzle_core.errors import NonFiniteError, SpecError
+from puzzle_core.errors import MeasurementError, SpecError
 from puzzle_core.model.child import random_child
 from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
@@ -60,7 +60,7 @@ def run(work: CostWork, parent: Parent, report: Callable[[int, int], None] | Non
     """Measure all variants, what lies outside, and the parent, interleaved.
 
     Raises:
-        NonFiniteError: a variant came out at no time at all, so noise is larger than what is measured.
+        MeasurementError: a variant came out at no time at all, so noise is larger than what is measured.
     """
     depth, empty = parent.shape.layers, BlockVariant(attention=NO_ATTENTION, ffn=NO_FFN)
     device, dtype = target_device(work.target), torch_dtype(work.target.dtype)
@@ -174,7 +174,7 @@ def _difference(name: str, stack: Rounds, outside: Rounds, copies: int) -> Timin
     rounds = {phase: [(a - b) / copies for a, b in zip(stack[phase], outside[phase], strict=True)] for phase in stack}
     timing = timing_of(rounds)
     if timing.prefill_ms <= 0 or timing.decode_ms < 0:
-        raise NonFiniteError(
+        raise MeasurementError(
             f"measured time of {name} is not positive (prefill {timing.prefill_ms:.4f} ms, decode "
             f"{timing.decode_ms:.4f} ms): the machine is too noisy; stop other work, or raise target.rounds"
         )

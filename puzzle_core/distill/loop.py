@@ -77,7 +77,7 @@ def train(
 
     Raises:
         NonFiniteError: a loss is NaN or infinite; names `what` and the step.
-        StorageError: the checkpoint to resume from cannot be read.
+        StorageError: the checkpoint to resume from cannot be read, or a new one cannot be written.
     """
     optimizer = _adamw(parameters, spec)
     curve = _resume(checkpoints, parameters, optimizer)
@@ -142,7 +142,13 @@ def _save(file: Path, parameters: Parameters, optimizer: torch.optim.AdamW, curv
             tensors |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"curve": json.dumps(curve)})
+    try:
+        save_file(tensors, temporary, metadata={"curve": json.dumps(curve)})
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"cannot write the checkpoint {file} ({error}): free some space, or set runtime.scratch to a larger disk"
+        ) from error
     temporary.replace(file)
 
 

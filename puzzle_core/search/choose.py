@@ -1,6 +1,7 @@
 """The search stage: one problem per batch size, the best answer, and what it stands beside (METHOD section 6)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from puzzle_core.architecture import Architecture
 from puzzle_core.errors import InfeasibleError
@@ -51,7 +52,7 @@ def run(work: SearchWork, scores: list[ScoreRecord], costs: dict[int, CostRecord
     baselines = []
     for name in work.spec.baselines:
         try:
-            baselines.append(_found(BASELINES[name](problem), prices))
+            baselines.append(_found(replace(BASELINES[name](problem), method=name), prices))
         except InfeasibleError as error:
             skipped[f"baseline {name}"] = str(error)
     return SearchRecord(
@@ -93,8 +94,6 @@ def _infeasible(work: SearchWork, reasons: list[str]) -> InfeasibleError:
 
 def _time_frontier(problem: Problem, points: int) -> list[Solution]:
     """The trade-off of score against prefill plus decode time, other limits left out."""
-    if not points:
-        return []
     unlimited = problem.total("total_ms", problem.parent)
     return frontier(problem.with_limits((Limit("block_time", "total_ms", unlimited, "ms"),)), "block_time", points)
 
