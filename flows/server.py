@@ -6,6 +6,7 @@ when that is killed. The settings are those that were measured to lose no task r
 
 import contextlib
 import ctypes
+import datetime
 import logging
 import os
 import signal
@@ -57,8 +58,11 @@ def prefect_api(home: Path) -> Iterator[str]:
         from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
         with temporary_settings({PREFECT_API_URL: url, PREFECT_LOCAL_STORAGE_PATH: home.resolve() / "storage"}):
-            yield url
-            _wait_for_rows()
+            started = datetime.datetime.now(datetime.UTC)
+            try:
+                yield url
+            finally:
+                _wait_for_rows(started)
 
 
 @contextlib.contextmanager
@@ -120,18 +124,20 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], address: str, home: Pa
     raise PuzzleError(f"the Prefect server did not start (exit code {process.poll()}); see {home / 'server.log'}")
 
 
-def _wait_for_rows(longest_seconds: float = 10) -> None:
-    """Let the server store the last task runs: it writes them down a moment after they end."""
+def _wait_for_rows(since: datetime.datetime, longest_seconds: float = 10) -> None:
+    """Let the server store the last log lines and task runs since then: it writes them down a moment after they end."""
+    import httpx
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import TaskRunFilter
+    from prefect.logging.handlers import APILogWorker
 
-    unfinished = TaskRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING"]}}})
+    APILogWorker.drain_all(timeout=longest_seconds)
+    ours = {"flow_runs": {"start_time": {"after_": since.isoformat()}}}
+    unfinished = {"task_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING"]}}}}
     deadline, counts = time.monotonic() + longest_seconds, [-1]
-    with get_client(sync_client=True) as client:
+    with contextlib.suppress(httpx.HTTPError), get_client(sync_client=True) as client:
         while time.monotonic() < deadline:
-            waiting = client.request("POST", "/task_runs/count", json={"task_runs": unfinished.model_dump(mode="json")})
-            total = client.request("POST", "/task_runs/count", json={})
-            counts.append(total.json())
-            if waiting.json() == 0 and counts[-1] == counts[-2]:
+            waiting = client.request("POST", "/task_runs/count", json=ours | unfinished).json()
+            counts.append(client.request("POST", "/task_runs/count", json=ours).json())
+            if waiting == 0 and counts[-1] == counts[-2]:
                 return
             time.sleep(1)

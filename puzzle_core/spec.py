@@ -172,6 +172,9 @@ class LimitsSpec(Record):
     latency: Annotated[str, BeforeValidator(parse_seconds.check)] | None = Field(
         None, description="At most: prefill plus the whole generation"
     )
+    block_time: Annotated[str, BeforeValidator(parse_share.check)] | None = Field(
+        None, description="At most: share of the parent's prefill plus decode time in blocks, the rest not counted"
+    )
     block_prefill_time: Annotated[str, BeforeValidator(parse_share.check)] | None = Field(
         None, description="At most: share of the parent's prefill time in blocks, what lies outside not counted"
     )

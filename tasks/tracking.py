@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from puzzle_core.spec import RunSpec
 
 log = logging.getLogger("puzzle")
 KEY_TAG = "puzzle.key"
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default is 7: four minutes for every lost call
 
 
 class TrackedRun(Record):
@@ -121,12 +123,14 @@ def tracked(name: str, spec: RunSpec) -> Iterator[TrackedRun]:
 
 def _start(name: str, spec: RunSpec, around: TrackedRun | None) -> TrackedRun:
     uri, experiment = spec.runtime.mlflow_uri, spec.runtime.mlflow_experiment
+    if around and around.run_id is None:
+        return around
     tags = {
         "mlflow.runName": name,
         "prefect.flow_run_id": str(flow_run.get_id()),
         "prefect.flow_run_url": str(flow_run.get_flow_run_ui_url()),
     }
-    if around and around.run_id:
+    if around:
         tags["mlflow.parentRunId"] = around.run_id
     try:
         client = _client(uri)

@@ -223,6 +223,7 @@ _RESOURCE_OF = {
     "time_to_first_token": ("prefill_ms", "ms"),
     "time_per_output_token": ("decode_ms", "ms"),
     "latency": ("total_ms", "ms"),
+    "block_time": ("total_ms", "ms"),
     "block_prefill_time": ("prefill_ms", "ms"),
     "block_decode_time": ("decode_ms", "ms"),
 }

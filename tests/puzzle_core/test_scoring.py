@@ -77,16 +77,32 @@ def test_the_layer_matters(score):
     assert len(set(scores)) == LAST + 1
 
 
-def test_scores_do_not_depend_on_the_rows_of_a_batch(score, parent, ids_NT, tmp_path, monkeypatch):
+@pytest.fixture
+def recaptured(parent, ids_NT, tmp_path):
+    """The states that all scores start from, captured anew."""
+
+    def capture():
+        activations = Activations(tmp_path, parent, ids_NT, torch.float32, CPU)
+        activations.capture_embedding()
+        for layer in range(LAST + 1):
+            activations.capture_layer(layer)
+        return activations
+
+    return capture
+
+
+def test_scores_do_not_depend_on_the_rows_of_a_batch(score, recaptured, monkeypatch):
     monkeypatch.setattr(activations_module, "FORWARD_TOKENS", 64)
-    four_rows = Activations(tmp_path, parent, ids_NT, torch.float32, CPU)
-    four_rows.capture_embedding()
-    for layer in range(LAST + 1):
-        four_rows.capture_layer(layer)
-    in_parts, whole = score(2, "attn:kv1+ffn:i12", four_rows), score(2, "attn:kv1+ffn:i12")
+    in_parts, whole = score(2, "attn:kv1+ffn:i12", recaptured()), score(2, "attn:kv1+ffn:i12")
     assert in_parts.kl_nats_per_token == pytest.approx(whole.kl_nats_per_token, rel=1e-5)
     assert in_parts.top1_agreement == whole.top1_agreement
-    assert score(2, "attn:kv4+ffn:i48", four_rows).kl_nats_per_token == 0
+
+
+def test_scores_are_the_same_from_log_probabilities_that_were_kept(score, recaptured):
+    activations = recaptured()
+    activations.capture_log_probabilities()
+    for block in ("attn:kv1+ffn:i12", "attn:kv4+ffn:i48"):
+        assert score(2, block, activations) == score(2, block)
 
 
 def test_a_weight_that_is_not_finite_names_layer_and_variant(score, weights_of):

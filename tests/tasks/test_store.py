@@ -1,6 +1,7 @@
 """The store: whole artifacts or none, one of each, checked when they are read; local, and as buckets are used."""
 
 import errno
+import os
 import subprocess
 import sys
 import threading
@@ -8,6 +9,8 @@ import uuid
 from typing import ClassVar
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from puzzle_core.errors import ArtifactError, SpecError, StorageError
 from puzzle_core.records import Record, Work
@@ -32,7 +35,7 @@ class PlainRecord(Record):
     found: str = "all well"
 
 
-class Interrupted(Exception):
+class InterruptedStageError(Exception):
     """What stops a stage in the middle."""
 
 
@@ -70,7 +73,10 @@ def local(tmp_path):
     return Store(str(tmp_path / "store"), tmp_path / "cache")
 
 
-def publish(store, work=PlainWork(), text=TEXT, made_by="a test"):
+WORK = PlainWork()
+
+
+def publish(store, work=WORK, text=TEXT, made_by="a test"):
     with store.staging() as staged:
         (staged / "weights.bin").write_text(text)
         (staged / "figures").mkdir()
@@ -120,8 +126,8 @@ def test_manifest_says_what_was_asked_and_found_and_by_whom(store):
 
 
 def test_missing_artifact_is_named_with_what_to_do(store):
-    with pytest.raises(ArtifactError, match=rf"{PlainWork().key} is not in the store .*: run the flow"):
-        store.fetch(PlainWork().key)
+    with pytest.raises(ArtifactError, match=rf"{WORK.key} is not in the store .*: run the flow"):
+        store.fetch(WORK.key)
 
 
 def test_unreadable_manifest_is_named(local, tmp_path):
@@ -148,24 +154,28 @@ def test_a_whole_artifact_is_not_written_again(local, tmp_path):
 
 
 def test_a_crash_while_staging_leaves_nothing(store, tmp_path):
-    with pytest.raises(Interrupted), store.staging() as staged:
-        (staged / "weights.bin").write_text(TEXT)
-        raise Interrupted
-    assert not store.has(PlainWork().key)
+    def interrupted():
+        with store.staging() as staged:
+            (staged / "weights.bin").write_text(TEXT)
+            raise InterruptedStageError
+
+    with pytest.raises(InterruptedStageError):
+        interrupted()
+    assert not store.has(WORK.key)
     assert store.keys("plain") == set()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_crash_while_publishing_leaves_nothing_under_the_key(store, monkeypatch):
     def interrupt(*_, **__):
-        raise Interrupted
+        raise InterruptedStageError
 
     place = (store_module.os, "rename") if store.is_local else (store._fs, "pipe_file")
     monkeypatch.setattr(*place, interrupt)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedStageError):
         publish(store)
     monkeypatch.undo()
-    assert not store.has(PlainWork().key)
+    assert not store.has(WORK.key)
     assert (store.fetch(publish(store)) / "weights.bin").read_text() == TEXT
 
 
@@ -185,7 +195,7 @@ def test_what_a_killed_process_staged_is_cleared_away(local, tmp_path):
 
 
 def test_threads_that_publish_one_key_end_with_one_whole_artifact(store, tmp_path):
-    directory = tmp_path / "store" / PlainWork().key
+    directory = tmp_path / "store" / WORK.key
     if store.is_local:
         directory.mkdir(parents=True)
         (directory / "weights.bin").write_text("half")
@@ -204,9 +214,9 @@ def test_threads_that_publish_one_key_end_with_one_whole_artifact(store, tmp_pat
     for writer in writers:
         writer.join()
     assert failed == []
-    assert store.keys("plain") == {PlainWork().key}
-    assert (reopened(store, tmp_path).fetch(PlainWork().key) / "weights.bin").read_text() == TEXT
-    assert not [path for path in tmp_path.rglob(".staging/*")]
+    assert store.keys("plain") == {WORK.key}
+    assert (reopened(store, tmp_path).fetch(WORK.key) / "weights.bin").read_text() == TEXT
+    assert not list(tmp_path.rglob(".staging/*"))
 
 
 def test_processes_that_publish_one_key_end_with_one_whole_artifact(local, tmp_path):
@@ -221,8 +231,8 @@ def test_processes_that_publish_one_key_end_with_one_whole_artifact(local, tmp_p
         writer.stdin.write(b"go\n")
         writer.stdin.flush()
     assert [writer.wait() for writer in writers] == [0, 0]
-    assert (local.fetch(PlainWork().key) / "weights.bin").read_text() == TEXT
-    assert local.manifest(PlainWork().key).made_by in ("first", "second")
+    assert (local.fetch(WORK.key) / "weights.bin").read_text() == TEXT
+    assert local.manifest(WORK.key).made_by in ("first", "second")
     assert len(list((tmp_path / "store").rglob("weights.bin"))) == 1
 
 
@@ -254,12 +264,20 @@ def test_damaged_local_copy_of_a_remote_artifact_is_fetched_again(tmp_path):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
 def test_a_disk_that_takes_no_more_is_the_users_error(store, code, monkeypatch):
     def fail(*_, **__):
-        raise OSError(code, "no more")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(store_module, "digest_file", fail)
-    with pytest.raises(StorageError, match="cannot write to .*no more; free some space"):
+    with pytest.raises(StorageError, match=f"cannot write to .*{os.strerror(code)}; free some space"):
         publish(store)
-    assert not store.has(PlainWork().key)
+    assert not store.has(WORK.key)
+
+
+def test_tensors_that_do_not_fit_on_the_disk_are_the_users_error(small_disk, tmp_path):
+    store = Store(str(small_disk / "store"), tmp_path)
+    full = pytest.raises(StorageError, match=f"cannot write to {small_disk}.*No space left on device")
+    with full, store.staging() as staged:
+        save_file({"weights": torch.zeros(2**20)}, staged / "weights.safetensors")
+    assert not [path for path in small_disk.rglob("*") if path.is_file()]
 
 
 def test_other_failures_of_the_system_stay_what_they_are(store):

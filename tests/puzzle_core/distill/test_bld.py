@@ -88,7 +88,7 @@ def test_an_ffn_variant_never_runs_an_attention(distil, monkeypatch):
 
 
 def test_a_diverged_training_names_layer_and_variant(distil):
-    with pytest.raises(NonFiniteError, match=r"BLD of layer 1 ffn:i24 diverged.*bld\.optimizer\.learning_rate"):
+    with pytest.raises(NonFiniteError, match="BLD of layer 1 ffn:i24 diverged"):
         distil("ffn:i24", {"optimizer": {"learning_rate": 30.0}})
 
 

@@ -4,7 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from puzzle_core.distill import loop
 from puzzle_core.distill.loop import Checkpoints, learning_rate, micro_batches, train
 from puzzle_core.errors import NonFiniteError, StorageError
 from puzzle_core.spec import OptimizerSpec
@@ -74,6 +76,17 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     (tmp_path / "checkpoint").write_bytes(b"not safetensors")
     with pytest.raises(StorageError, match=r"checkpoint is not readable.*delete it"):
         run(fresh(), checkpoints=Checkpoints(tmp_path / "checkpoint", least_seconds=0))
+
+
+def test_a_checkpoint_that_finds_no_room_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(_, file, **__):
+        file.write_bytes(b"a part")
+        raise SafetensorError("no space left on device")
+
+    monkeypatch.setattr(loop, "save_file", full)
+    with pytest.raises(StorageError, match=r"cannot write the checkpoint .*no space left.*runtime\.scratch"):
+        run(fresh(), checkpoints=Checkpoints(tmp_path / "checkpoint", least_seconds=0))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_decay_in_matrices_alone_and_only_where_a_loss_reaches():

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from puzzle_core.errors import StorageError
 from puzzle_core.model import activations as activations_module
 from puzzle_core.model.activations import Activations
+from puzzle_core.model.child import load_parent
 from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock
 from tests.conftest import CPU
 from tests.pico import PICOS
@@ -89,6 +90,23 @@ def test_a_captured_layer_is_not_run_again(fresh, monkeypatch):
     monkeypatch.setattr(PuzzleBlock, "attend", lambda *_, **__: pytest.fail("ran again"))
     fresh.capture_layer(0)
     fresh.capture_layer(0, keep_middle=False)
+
+
+def test_log_probabilities_are_those_of_the_logits_kept_or_not(fresh, parent, ids_NT):
+    logits = load_parent(parent, torch.float32, CPU)(input_ids=ids_NT.long()).logits
+    for layer in range(parent.shape.layers):
+        fresh.capture_layer(layer)
+    computed = fresh.log_probabilities(slice(1, 4))
+    torch.testing.assert_close(computed, logits[1:4].log_softmax(-1))
+    fresh.capture_log_probabilities()
+    assert (fresh.directory / "log-probabilities.bin").stat().st_size == fresh.log_probability_bytes()
+    torch.testing.assert_close(fresh.log_probabilities(slice(1, 4)).clone(), computed)
+
+
+def test_log_probabilities_that_take_too_much_are_not_kept(fresh, monkeypatch):
+    monkeypatch.setattr(activations_module, "LARGEST_LOG_PROBABILITIES_BYTES", fresh.log_probability_bytes() - 1)
+    fresh.capture_log_probabilities()
+    assert [file.name for file in fresh.directory.iterdir()] == ["entry-000.bin"]
 
 
 def test_release_drops_the_files_of_one_layer(fresh):

@@ -1,0 +1,174 @@
+"""Training tokens per second of blockwise local distillation against a plain loop that trains the same block.
+
+`puzzle` is `puzzle_core.distill.bld.run` as a task runs it: initial weights, mapped activations, checkpoint check
+after every step, loss curve, divergence check, weights written to disk. `plain loop` is what one would write by hand
+for this one training: the same modules, states in memory, AdamW and nothing else; `own block` is that loop with the
+block itself written out in torch, without transformers' modules. All have the same optimizer, schedule, clipping, loss
+and batches, so they must end at the same weights: the largest difference is printed. The ratio is tokens per second
+against the plain loop in the same round (issue: at least 0.95).
+
+Legend: B windows of a batch, T tokens, D hidden width, H heads, d head width.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from benchmarks.parents import capture, open_parent
+from benchmarks.rounds import ratio, take_turns
+from puzzle_core.architecture import Variant
+from puzzle_core.distill import bld
+from puzzle_core.distill.loop import Checkpoints
+from puzzle_core.model.activations import Activations
+from puzzle_core.model.surgery import variant_block
+from puzzle_core.report.tables import Table, format_text
+from puzzle_core.spec import BldSpec, OptimizerSpec, RuntimeSpec
+from puzzle_core.stages import BldWork
+
+Parameters = dict[str, torch.nn.Parameter]
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+def plain_loop(
+    forward: Forward, parameters: Parameters, inputs_NTD: torch.Tensor, targets_NTD: torch.Tensor, spec: BldSpec
+) -> None:
+    """One pass over states in memory; trains `parameters` in place."""
+    adam: OptimizerSpec = spec.optimizer
+    matrices, vectors = ([p for p in parameters.values() if (p.dim() > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": adam.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=adam.betas, fused=True)
+    batch = spec.batch_tokens // inputs_NTD.shape[1]
+    steps, losses = len(inputs_NTD) // batch, []
+    warmup = max(1, round(adam.warmup_share * steps))
+    for step in range(steps):
+        rate = adam.learning_rate * (step + 1) / warmup
+        if step >= warmup:
+            rate = adam.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rows = slice(step * batch, (step + 1) * batch)
+        target_BTD = targets_NTD[rows]
+        loss = F.mse_loss(forward(inputs_NTD[rows]), target_BTD) / target_BTD.square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), adam.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+
+def block_by_hand(activations: Activations, layer: int, variant: Variant, trained: Parameters) -> Forward:
+    """The block of a Llama without biases as one function; the half that is not trained is the parent's own."""
+    shape, config = activations.parent.shape, activations.parent.config
+    own = activations.parent.block(layer, torch.float32, activations.device)
+    weight = dict(own.named_parameters()) | trained
+    cos_TD, sin_TD = activations.context()["position_embeddings"]
+
+    def norm(x_BTD: torch.Tensor, name: str) -> torch.Tensor:
+        variance = x_BTD.square().mean(-1, keepdim=True)
+        return weight[f"{name}.weight"] * (x_BTD * torch.rsqrt(variance + config.rms_norm_eps))
+
+    def heads(x_BTD: torch.Tensor, name: str) -> torch.Tensor:
+        projected = F.linear(x_BTD, weight[f"self_attn.{name}.weight"])
+        return projected.unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)
+
+    def rotate(x_BHTd: torch.Tensor) -> torch.Tensor:
+        low, high = x_BHTd.chunk(2, -1)
+        return x_BHTd * cos_TD + torch.cat((-high, low), -1) * sin_TD
+
+    def attend(x_BTD: torch.Tensor) -> torch.Tensor:
+        h = norm(x_BTD, "input_layernorm")
+        q, k, v = rotate(heads(h, "q_proj")), rotate(heads(h, "k_proj")), heads(h, "v_proj")
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return x_BTD + F.linear(mixed.transpose(1, 2).flatten(-2), weight["self_attn.o_proj.weight"])
+
+    def feed(x_BTD: torch.Tensor) -> torch.Tensor:
+        h = norm(x_BTD, "post_attention_layernorm")
+        gate, up = (F.linear(h, weight[f"mlp.{name}.weight"]) for name in ("gate_proj", "up_proj"))
+        return x_BTD + F.linear(F.silu(gate) * up, weight["mlp.down_proj.weight"])
+
+    return feed if variant.subblock == "ffn" else lambda x_BTD: feed(attend(x_BTD))
+
+
+def compare(activations: Activations, layer: int, variant: Variant, spec: BldSpec, rounds: int, place: Path) -> Table:
+    """All contestants on one variant of one layer."""
+    parent, device, attends = activations.parent, activations.device, variant.subblock == "attn"
+    contributions = place / "contributions"
+    contributions.mkdir(exist_ok=True)
+    save_file({f"layer.{layer}": torch.rand(parent.shape.ffn_width)}, contributions / "contributions.safetensors")
+    work = BldWork(parent="", layer=layer, variant=variant, tokens="", contributions="", spec=spec)
+    inputs = activations.entry(layer) if attends else activations.middle(layer)
+    inputs_NTD, targets_NTD = (states.clone().to(device) for states in (inputs, activations.entry(layer + 1)))
+    frozen, context = parent.block(layer, torch.float32, device), activations.context()
+    checkpoints = Checkpoints(place / "checkpoint.safetensors", RuntimeSpec().checkpoint_seconds)
+    ends: dict[str, dict[str, torch.Tensor]] = {}
+
+    def puzzle() -> None:
+        bld.run(work, activations, contributions, place, checkpoints)
+        checkpoints.file.unlink(missing_ok=True)
+        ends["puzzle"] = bld.load_weights(place)
+
+    def plain(by_hand: bool) -> None:
+        initial = bld.initial_state(activations, work, contributions)
+        block = variant_block(parent, layer, variant, initial, torch.float32, device)
+        parameters = {name: parameter.requires_grad_(True) for name, parameter in block.named_parameters()}
+        forward = block.feed
+        if by_hand:
+            forward = block_by_hand(activations, layer, variant, parameters)
+        elif attends:
+            forward = lambda x: frozen.feed(block.attend(x, **context))  # noqa: E731
+        plain_loop(forward, parameters, inputs_NTD, targets_NTD, spec)
+        ends["own block" if by_hand else "plain loop"] = {n: p.detach().cpu() for n, p in parameters.items()}
+
+    contestants = {"plain loop": lambda: plain(False), "puzzle": puzzle}
+    if parent.shape.family == "llama" and not (parent.shape.mlp_bias or parent.shape.attention_out_bias):
+        contestants["own block"] = lambda: plain(True)
+    times, tokens = take_turns(contestants, rounds), inputs_NTD[..., 0].numel()
+    reference = ends["plain loop"]
+    rows = [
+        (
+            name,
+            f"{tokens / statistics.median(took.wall_s):,.0f}",
+            ratio(times["plain loop"].wall_s, took.wall_s),
+            ratio(times["plain loop"].cpu_s, took.cpu_s),
+            f"{max(float((ends[name][n] - reference[n]).abs().max()) for n in reference):.1e}",
+        )
+        for name, took in times.items()
+    ]
+    return Table(
+        title=f"BLD of layer {layer} {variant}: {tokens:,} tokens, {rounds} rounds",
+        columns=("", "tok/s, median", "speed ratio [least, most]", "the same in CPU time", "largest weight difference"),
+        rows=tuple(rows),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parent", type=Path, help="Hugging Face directory (default the example parent)")
+    parser.add_argument("--variants", nargs="+", default=["attn:kv2", "ffn:i256"], help="default %(default)s")
+    parser.add_argument("--layer", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=262_144, help="of one training (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    spec = BldSpec()
+    with tempfile.TemporaryDirectory() as place:
+        parent = open_parent(options.parent, Path(place))
+        whole_batches = options.tokens // spec.batch_tokens * spec.batch_tokens
+        activations = capture(parent, whole_batches, options.layer, Path(place) / "states")
+        for variant in map(Variant.parse, options.variants):
+            table = compare(activations, options.layer, variant, spec, options.rounds, Path(place))
+            sys.stdout.write(f"{format_text(table)}\n\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Timing in turns: every round runs all contestants, in rotating order, so a drift of the machine meets them all.
+
+Beside wall time stands the CPU time of the process, which other work on the machine disturbs less.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Times(NamedTuple):
+    """Seconds of one contestant, one entry per round."""
+
+    wall_s: list[float]
+    cpu_s: list[float]
+
+
+def take_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Times]:
+    """Time all contestants in `rounds` rounds; a warm-up round goes before and is not counted."""
+    names, times = list(contestants), {name: Times([], []) for name in contestants}
+    for number in range(rounds + 1):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            contestants[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number:
+                times[name].wall_s.append(time.perf_counter() - wall)
+                times[name].cpu_s.append(time.process_time() - cpu)
+    return times
+
+
+def ratio(numerators: list[float], denominators: list[float]) -> str:
+    """The median over rounds of a quotient within each round, and in brackets its least and largest value."""
+    quotients = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    return f"{statistics.median(quotients):.3f} [{min(quotients):.3f}, {max(quotients):.3f}]"

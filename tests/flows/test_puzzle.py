@@ -1,0 +1,118 @@
+"""The whole flow on a pico parent: what it makes, what a second run leaves alone, and what a change sets off."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flows.build_library import build_library
+from flows.puzzle import puzzle
+from puzzle_core.errors import InfeasibleError
+from puzzle_core.report.inputs import ReportInputs
+from puzzle_core.report.tables import format_final_table
+from puzzle_core.stages import SearchRecord
+from tasks.site import Site
+from tests.workflow import SCORED, TRAINED, Recorded, artifacts, changed, check_whole, of_stage, plan_of, publish_costs
+
+CHILD_STAGES = ("search", "child", "gkd", "evaluation", "timing", "report")
+
+
+def stages_of(keys):
+    return {key.split("/")[0] for key in keys}
+
+
+def chosen(spec):
+    plan, site = plan_of(spec)
+    return SearchRecord.model_validate(site.store().manifest(plan.search().key).record).chosen
+
+
+def test_a_whole_run_ends_with_the_final_table(finished):
+    site = Site.model_validate({"parent": finished.content["parent"], "runtime": finished.content["runtime"]})
+    report = site.store().fetch(finished.report)
+    table = format_final_table(ReportInputs.read(report / "report.json"))
+    for wanted in ("parent", "child after assembly", "child after GKD", "top-1 accuracy", "perplexity", "prefill"):
+        assert wanted in table
+    assert (report / "report.html").stat().st_size > 10_000
+    assert "child after GKD" in (report / "report.md").read_text()
+
+
+def test_a_whole_run_leaves_one_artifact_per_work_and_nothing_else(finished):
+    store = Path(finished.content["runtime"]["store"])
+    found = artifacts(store)
+    counts = {stage: len(of_stage(found, stage)) for stage in stages_of(found)}
+    assert counts["bld"] == TRAINED
+    assert counts["score"] == SCORED
+    assert (counts["tokens"], counts["importance"], counts["cost"], counts["gkd"], counts["report"]) == (5, 1, 1, 1, 1)
+    assert counts["child"] == 2
+    assert counts["evaluation"] == 4  # the parent, the child before and after GKD, and the uniform child
+    check_whole(store, store.parent / "scratch")
+    assert not list(store.rglob(".staging/*"))
+    assert not list((store.parent / "scratch").rglob("*.bin"))
+    assert not list((store.parent / "scratch" / "checkpoints").glob("*"))
+
+
+def test_a_second_run_computes_nothing(again):
+    spec = again()
+    before, recorded = artifacts(spec.runtime.store), Recorded()
+    puzzle(spec)
+    assert changed(before, artifacts(spec.runtime.store)) == set()
+    computed = recorded.computed(at_least=15)
+    assert set(computed) <= {"open inputs", "check limits"}
+
+
+def test_where_prefect_remembers_and_the_store_does_not_work_is_done_again(finished, spec_of):
+    spec = spec_of()
+    publish_costs(spec)
+    build_library(spec)
+    assert len(of_stage(artifacts(spec.runtime.store), "bld")) == TRAINED
+
+
+def test_where_the_store_has_it_and_prefect_remembers_nothing_it_is_not_done_again(again, tmp_path):
+    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+    spec = again()
+    before = artifacts(spec.runtime.store)
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "forgotten"}):
+        puzzle(spec)
+    assert changed(before, artifacts(spec.runtime.store)) == set()
+
+
+def test_a_new_scenario_searches_and_trains_a_new_child_and_leaves_the_library(again):
+    spec = again(scenario={"name": "smaller", "limits": {"parameters": "70%"}})
+    before, recorded = artifacts(spec.runtime.store), Recorded()
+    puzzle(spec)
+    made = changed(before, artifacts(spec.runtime.store))
+    assert stages_of(made) == set(CHILD_STAGES)
+    assert len(of_stage(made, "search")) == len(of_stage(made, "gkd")) == 1
+    assert chosen(spec).architecture != chosen(again()).architecture
+    computed = recorded.computed(at_least=15)
+    assert {"search smaller", "gkd", "report"} <= set(computed)
+    assert not [name for name in computed if name.startswith(("bld ", "score ", "capture ", "tokens ", "importance"))]
+
+
+def test_a_new_scenario_with_the_same_answer_trains_nothing(again):
+    spec = again(scenario={"name": "renamed"})
+    before = artifacts(spec.runtime.store)
+    puzzle(spec)
+    assert chosen(spec).architecture == chosen(again()).architecture
+    assert stages_of(changed(before, artifacts(spec.runtime.store))) == {"search", "report"}
+
+
+@pytest.mark.parametrize("stage", ["bld", "score", "child", "gkd"])
+def test_one_deleted_artifact_is_made_again_and_nothing_else(again, stage):
+    spec = again()
+    before = artifacts(spec.runtime.store)
+    gone = sorted(of_stage(before, stage))[-1]
+    shutil.rmtree(Path(spec.runtime.store) / gone)
+    puzzle(spec)
+    after = artifacts(spec.runtime.store)
+    assert gone in after
+    assert {key for key, written in after.items() if before[key] != written} == {gone}
+
+
+def test_limits_that_nothing_can_meet_are_refused_before_any_training(spec_of):
+    spec = spec_of(scenario={"limits": {"parameters": "1%"}})
+    publish_costs(spec)
+    with pytest.raises(InfeasibleError, match=r"parameters was 1%, and at least \S+KiB \(\d\S+%\) can be reached"):
+        puzzle(spec)
+    assert not of_stage(artifacts(spec.runtime.store), "bld")

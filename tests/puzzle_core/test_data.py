@@ -1,0 +1,166 @@
+"""Texts in, packed windows out: disjoint, deterministic, and readable errors for what cannot be read."""
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from puzzle_core import data
+from puzzle_core.data import Document, batch_rows, digest_documents, pack, read_documents, stdlib_documents
+from puzzle_core.errors import DataError
+from puzzle_core.stages import TokensWork
+
+TEXTS = [f"{number:03d}" for number in range(200)]
+DOCUMENTS = [Document(text, text) for text in TEXTS]
+SPLITS = {"calibration": 40, "bld": 120, "gkd": 80}
+
+
+@pytest.fixture
+def tokenizer(parent):
+    return parent.tokenizer()
+
+
+def numbers(windows, tokenizer):
+    """The documents whose every token made it into these windows."""
+    found = tokenizer.decode(windows.flatten().tolist()).split("<s>")
+    return {text for text in found if len(text) == 3}
+
+
+def test_splits_share_no_document(tokenizer):
+    packed = pack(DOCUMENTS, tokenizer, 8, SPLITS, seed=0)
+    found = [numbers(windows, tokenizer) for windows in packed.values()]
+    assert min(map(len, found)) > 5
+    assert len(set.union(*found)) == sum(map(len, found))
+
+
+def test_windows_follow_from_seed_and_documents_alone(tokenizer):
+    one, same, other = (pack(DOCUMENTS, tokenizer, 8, SPLITS, seed)["bld"] for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert (one.shape, one.dtype) == ((15, 8), torch.int32)
+
+
+def test_a_split_does_not_depend_on_those_that_are_served_later(tokenizer):
+    alone = pack(DOCUMENTS, tokenizer, 8, {"calibration": 40, "bld": 120}, seed=0)
+    later = pack(DOCUMENTS, tokenizer, 8, SPLITS | {"gkd": 240}, seed=0)
+    assert all(torch.equal(alone[split], later[split]) for split in alone)
+
+
+def test_every_document_starts_with_the_begin_of_text_token(tokenizer):
+    windows = pack(DOCUMENTS, tokenizer, 8, {"all": 160}, seed=0)["all"]
+    assert windows.flatten()[::4].eq(tokenizer.bos_token_id).all()
+
+
+def test_too_few_tokens_say_what_was_asked_and_what_is_there(tokenizer):
+    message = r"split 'gkd' asks for 800 tokens \(100 windows of 8\), but the texts gave only \d+ after serving bld"
+    with pytest.raises(DataError, match=message):
+        pack(DOCUMENTS, tokenizer, 8, {"bld": 40, "gkd": 800}, seed=0)
+
+
+def test_stage_writes_one_split_as_if_all_were_packed(tokenizer, tmp_path):
+    work = TokensWork(
+        split="bld",
+        tokens=120,
+        served_before=(("calibration", 40),),
+        sequence_length=8,
+        seed=0,
+        texts="t",
+        tokenizer="t",
+    )
+    record = data.run(work, DOCUMENTS, tokenizer, tmp_path)
+    assert torch.equal(data.read_windows(tmp_path), pack(DOCUMENTS, tokenizer, 8, SPLITS, seed=0)["bld"])
+    assert (record.windows, record.tokens, record.bytes_per_token) == (15, 120, 0.75)
+
+
+def test_batches_wrap_around_the_windows():
+    assert [batch_rows(step, 4, 8) for step in range(3)] == [slice(0, 4), slice(4, 8), slice(0, 4)]
+    assert batch_rows(1, 4, 6) == [4, 5, 0, 1]
+    assert batch_rows(0, 5, 2) == [0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("texts.json", json.dumps(["one", {"text": "two"}])),
+        ("texts.jsonl", '"one"\r\n\n{"text": "two"}\n'),
+        ("texts.jsonl.gz", '"one"\n"two"'),
+        ("TEXTS.JSON", '["one", " ", "two"]'),
+    ],
+)
+def test_reads_lists_of_texts(tmp_path, name, content):
+    encode = gzip.compress if name.endswith(".gz") else bytes
+    (tmp_path / name).write_bytes(encode(content.encode()))
+    assert [document.text for document in read_documents([str(tmp_path / name)])] == ["one", "two"]
+
+
+def test_reads_plain_files_whole_and_directories_in_order(tmp_path):
+    (tmp_path / "b.txt").write_text("two\nlines")
+    (tmp_path / "a.jsonl").write_text('"one"')
+    (tmp_path / ".hidden").write_text("no")
+    assert [document.text for document in read_documents([str(tmp_path)])] == ["one", "two\nlines"]
+
+
+def test_line_separators_of_unicode_do_not_end_a_line_of_jsonl(tmp_path):
+    text = "one\u2028still one\x85still"
+    (tmp_path / "texts.jsonl").write_text(json.dumps(text, ensure_ascii=False) + "\n")
+    assert [document.text for document in read_documents([str(tmp_path / "texts.jsonl")])] == [text]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b" \n", "empty.txt' holds no text"),
+        ("empty.json", b"", "empty.json' holds no text"),
+        ("latin.txt", b"caf\xe9", r"latin\.txt is not UTF-8 \(byte 3 is 0xe9\)"),
+        ("bad.json", b'["one", ', r"bad\.json is not valid JSON"),
+        ("bad.jsonl", b'"one"\n{', r"bad\.jsonl is not valid JSON"),
+        ("object.json", b'{"text": "one"}', "holds a JSON dict: a list of strings is wanted"),
+        ("other.jsonl", b'"one"\n{"body": "two"}', r"other\.jsonl, entry 1: neither a string nor an object"),
+        ("cut.txt.gz", gzip.compress(b"one" * 99)[:-9], r"cut\.txt\.gz is not a whole gzip file"),
+        ("plain.gz", b"one", r"plain\.gz is not a whole gzip file"),
+    ],
+)
+def test_refuses_and_says_why(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_documents([str(tmp_path / name)])
+
+
+def test_a_source_that_is_nothing_is_named():
+    with pytest.raises(DataError, match="'/no/such/file' does not exist"):
+        read_documents(["/no/such/file"])
+    with pytest.raises(DataError, match="say 'python-stdlib:train' or 'python-stdlib:held-out'"):
+        read_documents(["python-stdlib"])
+
+
+def test_digest_follows_texts_and_order_and_not_names():
+    documents = [Document("a", "one"), Document("b", "two")]
+    assert digest_documents(documents) == digest_documents([Document("x", "one"), Document("y", "two")])
+    assert digest_documents(documents) != digest_documents(documents[::-1])
+    assert digest_documents([Document("a", "onetwo")]) != digest_documents(documents)
+
+
+@pytest.fixture
+def stdlib(tmp_path, monkeypatch):
+    """A standard library of two hundred modules, and of files that are left out."""
+    modules = [f"package/module_{number}.py" for number in range(200)]
+    for name in [*modules, "test/test_ast.py", "site-packages/numpy.py", "encodings/cp1252.py", "readme.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "package/latin.py").write_bytes(b"caf\xe9")
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    return set(modules)
+
+
+def test_held_out_standard_library_shares_no_module_with_the_rest(stdlib):
+    train, held_out = ({name for name, _ in stdlib_documents(split)} for split in (False, True))
+    assert train | held_out == stdlib
+    assert not train & held_out
+    assert 10 < len(held_out) < 40
+    assert read_documents(["python-stdlib:held-out"]) == list(stdlib_documents(held_out=True))
+
+
+def test_test_modules_of_the_standard_library_are_there_for_the_asking(stdlib):
+    names = {name for split in (False, True) for name, _ in stdlib_documents(split, include_tests=True)}
+    assert names == stdlib | {"test/test_ast.py"}

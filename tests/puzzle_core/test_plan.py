@@ -1,0 +1,111 @@
+"""The plan of a run: what changes a key, and above all what does not."""
+
+import pytest
+
+from puzzle_core.architecture import Architecture, Variant
+from puzzle_core.errors import SpecError
+from puzzle_core.plan import Inputs, Plan
+from puzzle_core.spec import parse_spec
+from tests.conftest import MIXED
+
+SPEC = {
+    "parent": {"path": "p"},
+    "data": {"sequence_length": 16},
+    "variants": {"kv_heads": [1], "ffn_ratios": [0.5]},
+    "scenario": {"prompt_tokens": 8, "generated_tokens": 8, "batch_sizes": [1, 2], "limits": {"memory": "60%"}},
+}
+
+
+@pytest.fixture
+def plan(parent):
+    """The plan of SPEC with some parts changed, for the plain parent."""
+    inputs = {name: name for name in ("parent", "tokenizer", "train_texts", "held_out_texts", "hardware")}
+    return lambda **parts: Plan(parse_spec(SPEC | parts, "spec"), Inputs(shape=parent.shape, **inputs))
+
+
+def keys(plan):
+    """Every key of a plan, by stage."""
+    architecture = Architecture.parse(MIXED)
+    return {
+        "tokens": [plan.tokens(split).key for split in ("calibration", "bld", "gkd", "scoring", "evaluation")],
+        "importance": [plan.importance().key],
+        "bld": [work.key for work in plan.all_bld()],
+        "scores": [work.key for work in plan.all_scores()],
+        "costs": [work.key for work in plan.costs().values()],
+        "search": [plan.search().key],
+        "gkd": [plan.gkd(architecture).key],
+        "evaluation": [plan.evaluate("child").key],
+        "timing": [plan.timing({"child": architecture}, 1).key],
+    }
+
+
+CHANGES = {
+    "nothing": ({}, set()),
+    "where it runs": ({"runtime": {"workers": 7, "store": "elsewhere"}}, set()),
+    "name": ({"name": "other"}, set()),
+    "limit": ({"scenario": SPEC["scenario"] | {"limits": {"memory": "70%"}}}, {"search"}),
+    "traffic": ({"scenario": SPEC["scenario"] | {"prompt_tokens": 9}}, {"costs", "search", "timing"}),
+    "search": ({"search": {"solutions": 2}}, {"search"}),
+    "rounds": ({"target": {"rounds": 9}}, {"costs", "search"}),
+    "gkd": ({"gkd": {"kl_weight": 2}}, {"gkd"}),
+    "evaluation": ({"evaluation": {"tokens": 64}}, {"tokens", "evaluation"}),
+    "scoring": ({"scoring": {"dtype": "bfloat16"}}, {"scores", "search"}),
+    "bld": ({"bld": {"epochs": 2}}, {"bld", "scores", "search", "gkd"}),
+}
+
+
+@pytest.mark.parametrize(("parts", "stages"), CHANGES.values(), ids=CHANGES)
+def test_a_change_reaches_what_depends_on_it_and_nothing_else(plan, parts, stages):
+    before, after = keys(plan()), keys(plan(**parts))
+    assert {stage for stage in before if before[stage] != after[stage]} == stages
+
+
+def test_every_trained_half_of_a_score_has_its_training(plan):
+    trained = {work.key for work in plan().all_bld()}
+    used = {key for work in plan().all_scores() for key in (work.attention, work.ffn) if key}
+    assert used == trained
+    assert len(trained) == 5 * len(["attn:kv1", "attn:linear", "ffn:i24", "ffn:linear"])
+
+
+def test_pairs_are_scored_whole_and_subblocks_alone(plan):
+    assert len(plan().scored(0)) == 4 * 4 - 1
+    alone = plan(scoring={"composition": "subblocks"}).scored(0)
+    assert len(alone) == 3 + 3
+
+
+def test_only_pruned_ffns_wait_for_contributions(plan):
+    waiting = {str(work.variant) for work in plan().all_bld() if work.contributions}
+    assert waiting == {"ffn:i24"}
+
+
+def test_every_variant_is_measured_once_for_every_batch_size(plan):
+    costs = plan().costs()
+    assert costs.keys() == {1, 2}
+    measured = ["attn:kv1", "attn:kv4", "attn:linear", "ffn:i24", "ffn:i48", "ffn:linear"]
+    assert sorted(map(str, costs[1].variants)) == measured
+
+
+def test_a_child_names_the_library_of_its_trained_halves(plan):
+    library = plan().assemble(Architecture.parse(["attn:kv1+ffn:no_op", *["attn:kv4+ffn:i48"] * 4])).library
+    assert library == ((("attn:kv1", plan().bld(0, Variant.parse("attn:kv1")).key),), (), (), (), ())
+
+
+def test_what_is_done_takes_nothing_more(plan):
+    done = {work.key for work in [*plan().all_bld(), *plan().all_scores()]}
+    fresh, rest = plan().volume(), plan().volume(done)
+    assert (rest.scratch_bytes, rest.forward_tokens) == (0, 0)
+    assert fresh.trained_tokens - rest.trained_tokens == 20 * 262_144
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"variants": {"layers": [{"first_layer": 4, "last_layer": 5}]}}, "the parent has layers 0 to 4"),
+        ({"variants": {"kv_heads": [3]}}, "3 KV heads do not divide"),
+        ({"data": {"sequence_length": 256}}, "data.sequence_length is 256, but the parent's context holds 128"),
+        ({"scenario": SPEC["scenario"] | {"prompt_tokens": 121}}, "scenario tokens is 129"),
+    ],
+)
+def test_what_the_parent_cannot_have_is_refused_before_any_work(plan, parts, message):
+    with pytest.raises(SpecError, match=message):
+        plan(**parts)
