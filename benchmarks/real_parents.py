@@ -2,9 +2,9 @@
 
 For each Hugging Face directory: a spec made from the quickstart's (same search space and limits) with the parent's own
 KV heads, windows of its whole context, a scenario that fills it half with prompt and half with generation, and budgets
-for models of a million parameters; `puzzle run` on it in a process of its own, with a store of its own; then the figures
-of its report. Speed-ups are measured end to end on whole models. Perplexities of different tokenizers do not compare,
-bits per byte do. "Best other" is the baseline of least KL: its KL over that of the searched child, both undistilled.
+for models of a million parameters; `puzzle run` on it in a process of its own, with a store of its own; then the
+figures of its report. Speed-ups are measured end to end on whole models. Perplexities of different tokenizers do not
+compare, bits per byte do. KL of other choices: each baseline's over the searched child's, none of them distilled.
 """
 
 import argparse

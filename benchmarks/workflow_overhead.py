@@ -3,12 +3,13 @@
 The command runs twice in a process of its own, with a fresh store, Prefect server and MLflow database; the start and
 end of every task run and flow run are then read from the server's data that the command leaves behind.
 
-Work is what task bodies do, reading their inputs and publishing their artifacts included, from Running to Completed.
-Tasks that are submitted to run side by side (BLD with its captures, scores, evaluations) count their seconds divided by
-the number of workers, as if no worker ever waited; all others count whole. Everything else is overhead: Prefect's own
-bookkeeping between tasks, workers that have nothing to do, MLflow records, planning. The overhead is given for the flow
-alone (from the start of the flow run to its end) and for the whole command, which also imports torch and Prefect, and
-starts and stops the server (issue: at most 10 % where the work is 5 minutes or more).
+Work is what the bodies of tasks do that make or capture something, reading their inputs and publishing their artifacts
+included, from Running to Completed. Tasks that are submitted to run side by side (BLD with its captures, scores,
+evaluations) count their seconds divided by the number of workers, as if no worker ever waited; all others count whole.
+Everything else is overhead: Prefect's own bookkeeping, workers that have nothing to do, opening the inputs, checking
+limits, dropping activations, MLflow records. The overhead is given for the flow alone (from the start of the flow run
+to its end) and for the whole command, which also imports torch and Prefect, and starts and stops the server (issue: at
+most 10 % where the work is 5 minutes or more).
 
 What threads of one process lose to each other while tasks run side by side lies within the task bodies, so it counts as
 work here; compare with `--set runtime.workers=1` to see it.
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.puzzle_run import REPOSITORY, run_puzzle
 from flows.cli import PREFECT_HOME
+from puzzle_core.errors import PuzzleError
 from puzzle_core.report.tables import Table, format_text
 from puzzle_core.spec import load_spec
 
@@ -33,6 +35,7 @@ SIDE_BY_SIDE = {
     "evaluate-models": ("evaluate ",),
 }
 """By flow, how the names of the tasks begin that it submits to its workers."""
+BOOKKEEPING = ("open inputs", "check limits", "drop activations")
 PAGE = 200
 
 
@@ -83,8 +86,8 @@ def is_side_by_side(flow: str, task: Any) -> bool:
 
 def work_seconds(ran: Ran, workers: int) -> float:
     """What the flow run's own tasks take on workers that never wait."""
-    shared = sum(seconds(task) for task in ran.tasks if is_side_by_side(ran.name, task))
-    return shared / workers + sum(seconds(task) for task in ran.tasks if not is_side_by_side(ran.name, task))
+    works = [task for task in ran.tasks if not task.name.startswith(BOOKKEEPING)]
+    return sum(seconds(task) / (workers if is_side_by_side(ran.name, task) else 1) for task in works)
 
 
 def flows_table(runs: list[Ran], workers: int) -> Table:
@@ -115,31 +118,37 @@ def overhead_table(command_s: float, flow_s: float, work_s: float, cached_s: flo
         ("command", f"{command_s:.1f}", f"{command_s / work_s - 1:+.1%}"),
         ("the same command again, all cached", f"{cached_s:.1f}", ""),
     )
-    note = f"Tasks that the second command ran: {', '.join(recomputed) or 'none'}."
+    note = f"Work that the second command did: {', '.join(recomputed) or 'none'}."
     return Table(title="Overhead over the work", columns=("", "s", "over the work"), rows=rows, note=note)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", type=Path, nargs="?", default=REPOSITORY / "deployments/specs/quickstart.yaml")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     spec = load_spec(options.spec, tuple(options.overrides))
     with tempfile.TemporaryDirectory() as place:
-        command_s = run_puzzle(options.spec, options.overrides, Path(place))
-        cached_s = run_puzzle(options.spec, options.overrides, Path(place))
-        runs = read_runs(Path(place))
+        try:
+            command_s = run_puzzle(options.spec, options.overrides, Path(place))
+            cached_s = run_puzzle(options.spec, options.overrides, Path(place))
+            runs = read_runs(Path(place))
+        except PuzzleError as error:
+            sys.stderr.write(f"{error}\n")
+            return 1
     from tasks.site import Site
 
     workers = Site.of(spec).workers
     starts = [number for number, run in enumerate(runs) if run.name == "puzzle"]
     first, second = runs[: starts[1]], runs[starts[1] :]
     work_s = sum(work_seconds(run, workers) for run in first)
-    recomputed = sorted({task.name for run in second for task in run.tasks if task.state_name != "Cached"})
+    ran_again = [task.name for run in second for task in run.tasks if task.state_name != "Cached"]
+    recomputed = sorted(name for name in ran_again if not name.startswith(BOOKKEEPING))
     sys.stdout.write(f"{format_text(flows_table(first, workers))}\n\n")
     table = overhead_table(command_s, first[0].seconds, work_s, cached_s, recomputed)
     sys.stdout.write(f"{format_text(table)}\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,7 +21,7 @@ from pathlib import Path
 from puzzle_core.errors import PuzzleError
 
 log = logging.getLogger("puzzle")
-START_SECONDS = 90
+START_SECONDS = 240  # a first start makes the database: 80 s were seen on two cores that had other work
 SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",

@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read on import
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default is 7: four minutes for every lost call
+
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric, Param
 from mlflow.exceptions import MlflowException
@@ -26,7 +29,6 @@ from puzzle_core.spec import RunSpec
 
 log = logging.getLogger("puzzle")
 KEY_TAG = "puzzle.key"
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default is 7: four minutes for every lost call
 
 
 class TrackedRun(Record):

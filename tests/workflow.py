@@ -39,10 +39,11 @@ TRAINED, SCORED = 10, 20  # variants and blocks of five layers
 
 
 class Finished(NamedTuple):
-    """A finished run: its spec as plain values, and the key of its report."""
+    """A finished run: its spec as plain values, the key of its report, and what the server knows of it."""
 
     content: dict[str, Any]
     report: str
+    recorded: "Recorded"
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +119,10 @@ def finished(content: dict[str, Any], prefect_server: str, tmp_path_factory: pyt
     done = placed(content, tmp_path_factory.mktemp("finished"))
     spec = parse_spec(done, "test")
     publish_costs(spec)
-    return Finished(done, puzzle(spec))
+    recorded = Recorded()
+    report = puzzle(spec)
+    recorded.task_runs(at_least=60)
+    return Finished(done, report, recorded)
 
 
 @pytest.fixture
@@ -206,28 +210,30 @@ def check_whole(store: str | Path, scratch: Path) -> None:
 
 
 class Recorded:
-    """What the server knows of the flow runs that started after a moment."""
+    """What the server knows of the flow runs that started after a moment; once asked, the answer stays."""
 
     def __init__(self) -> None:
         self.since = datetime.datetime.now(datetime.UTC)
+        self.found: list[Any] = []
 
-    def task_runs(self, at_least: int = 1, longest_seconds: float = 20) -> list[Any]:
-        """Task runs, once they are all in a final state and as many as expected: rows come a moment after the runs."""
+    def task_runs(self, at_least: int = 1, longest_seconds: float = 30) -> list[Any]:
+        """Task runs, once all have ended and there are as many as expected: rows come a moment after the runs."""
         from prefect.client.orchestration import get_client
         from prefect.client.schemas.filters import FlowRunFilter
 
         only = FlowRunFilter.model_validate({"start_time": {"after_": self.since}})
-        deadline, runs, count = time.monotonic() + longest_seconds, [], -1
+        deadline, before = time.monotonic() + longest_seconds, -1
         with get_client(sync_client=True) as client:
-            while time.monotonic() < deadline:
+            while not self.found and time.monotonic() < deadline:
                 runs = client.read_task_runs(flow_run_filter=only, limit=200)
-                if len(runs) == count >= at_least and all(run.state and run.state.is_final() for run in runs):
-                    break
-                count = len(runs)
+                if len(runs) == before >= at_least and all(run.state and run.state.is_final() for run in runs):
+                    self.found = runs
+                before = len(runs)
                 time.sleep(0.7)
-        return runs
+        assert self.found, f"{before} task runs after {longest_seconds} s, where at least {at_least} were expected"
+        return self.found
 
     def computed(self, at_least: int = 1) -> list[str]:
         """Names of the task runs that were not answered from the cache, those that stand for flows left out."""
         runs = [run for run in self.task_runs(at_least) if run.state_name != "Cached"]
-        return [run.name for run in runs if run.task_key.startswith(("tasks.", "open_", "check_")) or "layer" in run.name]
+        return [run.name for run in runs if not run.state.state_details.child_flow_run_id]

@@ -129,7 +129,11 @@ def test_a_run_goes_on_where_mlflow_cannot_be_reached_and_says_so(content, caplo
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     spec = parse_spec(content | {"runtime": {"mlflow_uri": "http://127.0.0.1:9"}}, "test")
     started = time.monotonic()
-    with caplog.at_level(logging.WARNING, "puzzle"), tracked("unreachable", spec) as run, tracked("inner", spec) as inner:
+    with (
+        caplog.at_level(logging.WARNING, "puzzle"),
+        tracked("unreachable", spec) as run,
+        tracked("inner", spec) as inner,
+    ):
         run.params({"a": 1})
         run.metrics([("loss", 1.0, 0)])
         inner.uses("m-1")

@@ -13,10 +13,10 @@ from puzzle_core.stages import CostWork, TimingWork, Traffic
 from tests.conftest import MIXED
 
 TARGET = TargetSpec(device="cpu", rounds=3)
-VARIANTS = tuple(map(Variant.parse, ("attn:kv4", "attn:kv1", "attn:linear", "ffn:i48", "ffn:i12", "ffn:linear")))
+VARIANTS = tuple(map(Variant.parse, ("attn:kv1", "attn:linear", "ffn:i12", "ffn:linear")))
 
 
-def work(variants=VARIANTS, generated_tokens=6):
+def work(variants=VARIANTS, generated_tokens=3):
     traffic = Traffic(prompt_tokens=5, generated_tokens=generated_tokens, batch_size=2)
     return CostWork(shape="s", variants=variants, traffic=traffic, target=TARGET, hardware="abacus")
 
@@ -43,16 +43,16 @@ def test_a_variant_takes_its_own_time_and_the_rest_is_outside(ticking, parent, m
     for variant in VARIANTS:
         parameters = variant_size(parent.shape, variant).parameters
         assert record.variants[str(variant)].prefill_ms == pytest.approx(parameters)
-        assert record.variants[str(variant)].decode_ms == pytest.approx(5 * parameters)
+        assert record.variants[str(variant)].decode_ms == pytest.approx(2 * parameters)
     assert record.outside.prefill_ms == pytest.approx(outside_parameters(parent.shape))
     assert (record.hardware, record.rounds) == ("abacus", 3)
 
 
 def test_variants_and_outside_add_up_to_the_parent(ticking, parent):
-    record = latency.run(work(), parent)
-    own = [record.variants[variant] for variant in ("attn:kv4", "ffn:i48")]
+    own = parent.shape.parent_block
+    record = latency.run(work((own.attention, own.ffn)), parent)
     for phase in ("prefill_ms", "decode_ms"):
-        blocks = parent.shape.layers * sum(getattr(timing, phase) for timing in own)
+        blocks = parent.shape.layers * sum(getattr(timing, phase) for timing in record.variants.values())
         assert getattr(record.parent, phase) == pytest.approx(blocks + getattr(record.outside, phase))
 
 
@@ -80,8 +80,8 @@ def test_rounds_are_reported_the_warm_up_too(ticking, parent):
 
 def test_a_time_that_drowns_in_noise_is_refused(parent, monkeypatch):
     monkeypatch.setattr(latency, "_now", lambda _: 0.0)
-    with pytest.raises(MeasurementError, match=r"measured time of attn:kv4 is not positive.*raise target\.rounds"):
-        latency.run(work(), parent)
+    with pytest.raises(MeasurementError, match=r"measured time of attn:kv1 is not positive.*raise target\.rounds"):
+        latency.run(work(VARIANTS[:1]), parent)
 
 
 def test_real_times_are_positive(parent):
@@ -103,7 +103,6 @@ def test_medians_and_spreads():
     assert timing.prefill_spread > 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_a_gpu_that_is_not_there_is_said():
     with pytest.raises(SpecError, match="sees no GPU here"):
         latency.hardware_name(TargetSpec(device="cuda"))

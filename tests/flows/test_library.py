@@ -1,0 +1,143 @@
+"""Building the library: what is visible, what lies in scratch, what fails by name, and that workers change nothing."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flows.build_library import build_library, score_variants, train_variants
+from puzzle_core.distill import bld
+from puzzle_core.distill.bld import WEIGHTS
+from puzzle_core.errors import PuzzleError
+from puzzle_core.model.activations import Activations
+from puzzle_core.stages import ScoreRecord
+from tests.workflow import TRAINED, Recorded, artifacts, changed, of_stage, plan_of
+
+
+def train(spec):
+    """The part of the library flow that trains, with the tokens it needs."""
+    from flows.running import ensure, ensure_tokens, side_by_side
+    from tasks.stages import measure_importance
+
+    plan, site = plan_of(spec)
+    ensure_tokens(plan, site, "calibration", "bld")
+    ensure(measure_importance, plan.importance(), site)
+    side_by_side(train_variants, site)(spec, plan, site)
+    return plan, site
+
+
+def test_every_variant_and_every_score_is_a_task_run_with_a_name_that_says_so(finished):
+    names = finished.recorded.computed(at_least=50)
+    for layer in range(5):
+        for variant in ("attn:kv2", "ffn:i24"):
+            assert names.count(f"bld layer {layer} {variant}") == 1
+        for block in ("attn:kv2+ffn:i48", "attn:no_op+ffn:i48", "attn:kv4+ffn:i24", "attn:kv4+ffn:no_op"):
+            assert names.count(f"score layer {layer} {block}") == 1
+    assert len([name for name in names if name.startswith("bld ")]) == TRAINED
+    assert len([name for name in names if name.startswith("capture layer ")]) == 10  # for BLD and for the scores
+
+
+def test_only_what_a_missing_variant_needs_is_captured_and_trained(again, prefect_server):
+    spec = again()
+    plan, site = plan_of(spec)
+    gone = [work for work in plan.all_bld() if (work.layer, str(work.variant)) in ((1, "attn:kv2"), (2, "ffn:i24"))]
+    for work in gone:
+        shutil.rmtree(Path(spec.runtime.store) / work.key)
+    before, recorded = artifacts(spec.runtime.store), Recorded()
+    train_variants(spec, plan, site)
+    assert changed(before, artifacts(spec.runtime.store)) == {work.key for work in gone}
+    computed = [name for name in recorded.computed(at_least=5) if not name.startswith("drop")]
+    assert sorted(name.split(" (")[0] for name in computed) == [
+        "bld layer 1 attn:kv2",
+        "bld layer 2 ffn:i24",
+        "capture layer 0",
+        "capture layer 1",
+        "capture layer 2",
+    ]
+
+
+def test_at_most_three_layers_lie_in_scratch_and_none_afterwards(spec_of, prefect_server, monkeypatch):
+    spec, seen = spec_of(), []
+    scratch = Path(spec.runtime.scratch)
+
+    def look():
+        seen.append({file.name for file in (scratch / "activations").rglob("*.bin*")})
+
+    def looking(act):
+        def looked(*arguments, **options):
+            look()
+            result = act(*arguments, **options)
+            look()
+            return result
+
+        return looked
+
+    monkeypatch.setattr(bld, "run", looking(bld.run))
+    monkeypatch.setattr(Activations, "capture_layer", looking(Activations.capture_layer))
+    plan, _ = train(spec)
+    middles = [{name for name in names if "middle" in name} for names in seen]
+    assert max(map(len, middles)) <= 3
+    assert max(map(len, middles)) > 1
+    state = spec.bld.tokens * plan.inputs.shape.hidden * 4
+    assert max(map(len, seen)) * state <= plan.volume().scratch_bytes
+    assert {name for names in seen for name in names} >= {"entry-000.bin", "middle-004.bin", "entry-005.bin"}
+    assert not list((scratch / "activations").rglob("*.bin*"))
+
+
+def test_a_diverged_variant_fails_by_name_once_and_the_others_are_in_the_store(spec_of, prefect_server, monkeypatch):
+    spec, run = spec_of(), bld.run
+
+    def reckless(work, *arguments):
+        if (work.layer, str(work.variant)) == (3, "ffn:i24"):
+            optimizer = work.spec.optimizer.model_copy(update={"learning_rate": 1e6})
+            work = work.model_copy(update={"spec": work.spec.model_copy(update={"optimizer": optimizer})})
+        return run(work, *arguments)
+
+    monkeypatch.setattr(bld, "run", reckless)
+    recorded = Recorded()
+    with pytest.raises(PuzzleError, match=r"BLD of layer 3 ffn:i24 diverged: .*learning.rate"):
+        train(spec)
+    plan, site = plan_of(spec)
+    kept = [(work.layer, str(work.variant)) for work in plan.all_bld() if site.store().has(work.key)]
+    assert len(kept) == TRAINED - 1
+    assert (3, "ffn:i24") not in kept
+    failed = [run for run in recorded.task_runs(at_least=20) if run.state_name == "Failed" and "layer" in run.name]
+    assert [(run.name, run.run_count) for run in failed] == [("bld layer 3 ffn:i24", 1)]
+
+
+def test_a_learning_rate_that_is_too_high_fails_the_run_by_layer_and_variant(spec_of, prefect_server):
+    spec = spec_of(bld={"optimizer": {"learning_rate": 1e6}})
+    with pytest.raises(PuzzleError) as caught:
+        build_library(spec)
+    for variant in ("attn:kv2", "ffn:i24"):
+        assert f"BLD of layer 0 {variant} diverged" in str(caught.value)
+    assert not of_stage(artifacts(spec.runtime.store), "score")
+
+
+def test_results_do_not_depend_on_the_number_of_workers(finished, again, prefect_server):
+    results = []
+    for workers in (1, 2):
+        spec = again(runtime={"workers": workers})
+        for key in artifacts(spec.runtime.store):
+            if key.startswith(("bld/", "score/")):
+                shutil.rmtree(Path(spec.runtime.store) / key)
+        plan, site = plan_of(spec)
+        from flows.running import side_by_side
+
+        side_by_side(train_variants, site)(spec, plan, site)
+        side_by_side(score_variants, site)(spec, plan, site)
+        store = site.store()
+        trained = {
+            (work.layer, str(work.variant), name): tensor
+            for work in plan.all_bld()
+            for name, tensor in load_file(store.fetch(work.key) / WEIGHTS).items()
+        }
+        results.append((trained, [ScoreRecord.model_validate(store.manifest(w.key).record) for w in plan.all_scores()]))
+    (one, scores_of_one), (two, scores_of_two) = results
+    assert one.keys() == two.keys()
+    assert len(one) > TRAINED
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert scores_of_one == scores_of_two
+    assert len({score.kl_nats_per_token for score in scores_of_one}) > TRAINED
