@@ -28,7 +28,7 @@ from puzzle_core.architecture import Variant
 from puzzle_core.distill import bld
 from puzzle_core.distill.loop import Checkpoints
 from puzzle_core.model.activations import Activations
-from puzzle_core.model.surgery import variant_block
+from puzzle_core.model.surgery import load_weights, variant_block
 from puzzle_core.report.tables import Table, format_text
 from puzzle_core.spec import BldSpec, OptimizerSpec, RuntimeSpec
 from puzzle_core.stages import BldWork
@@ -113,7 +113,7 @@ def compare(activations: Activations, layer: int, variant: Variant, spec: BldSpe
     def puzzle() -> None:
         bld.run(work, activations, contributions, place, checkpoints)
         checkpoints.file.unlink(missing_ok=True)
-        ends["puzzle"] = bld.load_weights(place)
+        ends["puzzle"] = load_weights(place)
 
     def plain(by_hand: bool) -> None:
         initial = bld.initial_state(activations, work, contributions)

@@ -26,8 +26,8 @@ from puzzle_core.stages import (
     Traffic,
 )
 
-BLD_STATES = 6
-"""State files that lie on the disk at most while variants train: two each of three layers."""
+BLD_STATES = 7
+"""State files that lie on the disk at most while variants train: two each of three layers, and what leaves the last."""
 LARGEST_LOG_PROBABILITIES_BYTES = 2**30
 
 

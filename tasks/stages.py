@@ -22,6 +22,7 @@ from puzzle_core.distill import bld, gkd
 from puzzle_core.distill.loop import Progress
 from puzzle_core.errors import MeasurementError
 from puzzle_core.model import child
+from puzzle_core.model.surgery import load_weights
 from puzzle_core.plan import Inputs
 from puzzle_core.search import choose
 from puzzle_core.spec import DataSpec, Dtype, TargetSpec
@@ -74,7 +75,7 @@ cached = functools.partial(
 uncached = functools.partial(task, persist_result=False, **_RETRIES)
 
 
-@uncached(name="open inputs")
+@uncached(name="open inputs", task_run_name="open inputs")
 def open_inputs(site: Site, texts: DataSpec, target: TargetSpec) -> Inputs:
     """Open the parent and the texts, and say what they and the machine are; every kind of bad input ends here."""
     parent = site.open_parent()
@@ -96,7 +97,7 @@ def pack_tokens(work: TokensWork, sources: tuple[str, ...], site: Site) -> str:
     return site.produce(work, lambda out: data.run(work, data.read_documents(sources), tokenizer, out))
 
 
-@cached(name="importance")
+@cached(name="importance", task_run_name="importance")
 def measure_importance(work: ImportanceWork, site: Site) -> str:
     """Channel contributions of every FFN."""
     return site.produce(
@@ -114,14 +115,14 @@ def capture_layer(tokens: str, dtype: Dtype, layer: int, keep_middle: bool, site
     activations.capture_layer(layer, keep_middle)
 
 
-@uncached(name="capture log-probabilities")
+@uncached(name="capture log-probabilities", task_run_name="capture log-probabilities")
 def capture_log_probabilities(tokens: str, dtype: Dtype, site: Site) -> None:
     """Keep the parent's own predictions for the scores to compare with, where they are small enough."""
     use_threads(site.threads_per_task)
     site.activations(tokens, dtype).capture_log_probabilities()
 
 
-@uncached(name="drop activations")
+@uncached(name="drop activations", task_run_name="drop activations")
 def drop_activations(tokens: str, dtype: Dtype, layer: int | None, site: Site) -> None:
     """Drop the states that only this layer's tasks needed, or all of them."""
     activations = site.activations(tokens, dtype)
@@ -145,7 +146,7 @@ def score_block(work: ScoreWork, site: Site) -> str:
     """Replace-1-block score of one block variant in one layer."""
     use_threads(site.threads_per_task)
     halves = ((str(work.block.attention), work.attention), (str(work.block.ffn), work.ffn))
-    weights = {variant: bld.load_weights(site.store().fetch(key)) for variant, key in halves if key}
+    weights = {variant: load_weights(site.store().fetch(key)) for variant, key in halves if key}
     activations = site.activations(work.tokens, work.dtype)
     return site.produce(work, lambda _: scoring.run(work, activations, weights))
 
@@ -156,7 +157,7 @@ def measure_costs(work: CostWork, site: Site) -> str:
     return site.produce(work, lambda _: latency.run(work, site.open_parent(), _log_rounds("measuring costs")))
 
 
-@uncached(name="check limits")
+@uncached(name="check limits", task_run_name="check limits")
 def check_limits(work: SearchWork, site: Site) -> None:
     """Refuse limits that no architecture can meet, before anything is trained."""
     choose.check_feasible(work, _cost_records(work, site))
@@ -177,7 +178,7 @@ def assemble_child(work: AssembleWork, label: str, site: Site) -> str:
     return site.produce(work, lambda out: child.run(work, site.open_parent(), directories, out))
 
 
-@cached(name="gkd")
+@cached(name="gkd", task_run_name="gkd")
 def distil_child(work: GkdWork, run: TrackedRun, site: Site) -> str:
     """Global knowledge distillation of the child, on all cores: nothing else runs meanwhile."""
     threads = 1 if torch.cuda.is_available() else available_cores()
@@ -201,13 +202,13 @@ def evaluate_model(work: EvaluateWork, label: str, site: Site) -> str:
     return site.produce(work, lambda _: evaluation.run(work, parent, child_dir, store.fetch(work.tokens)))
 
 
-@cached(name="timing")
+@cached(name="timing", task_run_name="timing")
 def time_models(work: TimingWork, site: Site) -> str:
     """Parent and children timed end to end, in turns."""
     return site.produce(work, lambda _: latency.run_timing(work, site.open_parent(), _log_rounds("timing models")))
 
 
-@cached(name="report")
+@cached(name="report", task_run_name="report")
 def write_report(work: ReportWork, site: Site) -> str:
     """Tables and figures of the whole run."""
     from puzzle_core.report import collect, report

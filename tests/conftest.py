@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the command line sets it
 
 import pytest
 import torch
@@ -14,11 +15,10 @@ from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 from puzzle_core.architecture import Architecture, Variant
-from puzzle_core.distill.bld import WEIGHTS
 from puzzle_core.model import child
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.parent import Parent
-from puzzle_core.model.surgery import State
+from puzzle_core.model.surgery import WEIGHTS, State
 from puzzle_core.spec import Dtype, ParentSpec
 from puzzle_core.stages import AssembleWork, ImportanceWork
 from puzzle_core.variants import importance

@@ -63,9 +63,15 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     home = tmp_path_factory.mktemp("prefect")
     with own_server(home, free_port()) as url:
         from prefect.logging.handlers import APILogWorker
-        from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+        from prefect.settings import (
+            PREFECT_API_URL,
+            PREFECT_LOCAL_STORAGE_PATH,
+            PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW,
+            temporary_settings,
+        )
 
-        with temporary_settings({PREFECT_API_URL: url, PREFECT_LOCAL_STORAGE_PATH: home / "storage"}):
+        settings = {PREFECT_API_URL: url, PREFECT_LOCAL_STORAGE_PATH: home / "storage"}
+        with temporary_settings(settings | {PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore"}):
             yield url
             APILogWorker.drain_all(timeout=5)
 

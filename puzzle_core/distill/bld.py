@@ -11,20 +11,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from puzzle_core.data import batch_rows
 from puzzle_core.distill.loop import Checkpoints, MicroBatch, Progress, train
 from puzzle_core.distill.losses import normalised_mse
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import Activations
-from puzzle_core.model.surgery import State, variant_block
+from puzzle_core.model.surgery import WEIGHTS, State, variant_block
 from puzzle_core.stages import BldRecord, BldWork
 from puzzle_core.variants.attention import initial_attention
 from puzzle_core.variants.ffn import initial_ffn
 from puzzle_core.variants.importance import load_contribution
-
-WEIGHTS = "weights.safetensors"
 
 
 def run(
@@ -92,8 +90,3 @@ def initial_state(activations: Activations, work: BldWork, contributions_dir: Pa
     return initial_ffn(
         layer, work.variant, load_contribution(contributions_dir, work.layer) if contributions_dir else None
     )
-
-
-def load_weights(directory: Path) -> State:
-    """The trained weights of a variant."""
-    return load_file(directory / WEIGHTS)

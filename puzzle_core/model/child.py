@@ -14,13 +14,12 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
-from puzzle_core.distill.bld import load_weights
 from puzzle_core.errors import ArtifactError
 from puzzle_core.model import remote
 from puzzle_core.model.checkpoint import write_checkpoint
 from puzzle_core.model.parent import TOKENIZER_FILES, Parent, served_as, torch_dtype
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
-from puzzle_core.model.surgery import State
+from puzzle_core.model.surgery import State, load_weights
 from puzzle_core.spec import Dtype
 from puzzle_core.stages import AssembleWork, ChildRecord
 from puzzle_core.variants import attention, ffn

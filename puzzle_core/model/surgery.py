@@ -4,15 +4,19 @@ A block variant runs as two halves: an attention half and an FFN half, each eith
 variant's. Swapping a subblock is choosing another half, so there is nothing to restore.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 
 from puzzle_core.architecture import BlockVariant, Variant
 from puzzle_core.model.parent import Parent, block_config
 from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock
 
 State = dict[str, torch.Tensor]
+WEIGHTS = "weights.safetensors"
+"""The file of a trained variant in the library."""
 
 
 class Halves(NamedTuple):
@@ -39,6 +43,11 @@ def variant_block(
         block = PuzzleBlock(config, parent.runnable_config(), layer)
     block.load_state_dict({name: t.to(device=device, dtype=dtype) for name, t in state.items()}, assign=True)
     return block
+
+
+def load_weights(directory: Path) -> State:
+    """The trained weights of a variant, from its library artifact."""
+    return load_file(directory / WEIGHTS)
 
 
 def halves(

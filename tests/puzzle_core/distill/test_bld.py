@@ -9,6 +9,7 @@ from puzzle_core.distill.loop import Checkpoints
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.remote.modeling_puzzle import family_class
+from puzzle_core.model.surgery import load_weights
 from puzzle_core.spec import BldSpec
 from puzzle_core.stages import BldWork
 from tests.conftest import CPU
@@ -36,7 +37,7 @@ def test_the_parents_own_variant_starts_and_stays_at_zero(variant, distil, paren
     record = distil(variant, {"batch_tokens": 96, "optimizer": {"weight_decay": 0}})
     assert record.curve == (0.0,) * 10
     own = parent.layer_tensors(LAYER)
-    assert all(torch.equal(tensor, own[name]) for name, tensor in bld.load_weights(tmp_path).items())
+    assert all(torch.equal(tensor, own[name]) for name, tensor in load_weights(tmp_path).items())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -44,7 +45,7 @@ def test_a_reduced_variant_learns(variant, distil, initial_state, tmp_path):
     record = distil(variant, {"optimizer": {"learning_rate": 0.01}})
     assert 0 < record.final_loss < 0.8 * record.initial_loss
     assert record.tokens == 20 * 48
-    assert bld.load_weights(tmp_path).keys() == initial_state("llama", LAYER, variant).keys()
+    assert load_weights(tmp_path).keys() == initial_state("llama", LAYER, variant).keys()
 
 
 @pytest.mark.parametrize("variant", ["attn:kv1", "ffn:i12"])
@@ -67,14 +68,14 @@ def test_resumed_is_bitwise_the_uninterrupted(variant, distil, tmp_path):
         if progress.step == 7:
             raise KeyboardInterrupt
 
-    curve, weights = distil(variant).curve, bld.load_weights(tmp_path)
+    curve, weights = distil(variant).curve, load_weights(tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoint", least_seconds=0)
     with pytest.raises(KeyboardInterrupt):
         distil(variant, checkpoints=checkpoints, report=stop)
     steps = []
     assert distil(variant, checkpoints=checkpoints, report=steps.append).curve == curve
     assert steps[0].step == 7
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in bld.load_weights(tmp_path).items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_weights(tmp_path).items())
 
 
 def test_no_gradient_leaves_the_variant(distil, parent):
@@ -100,4 +101,4 @@ def test_bfloat16_trains_float32_weights(distil, parent, ids_NT, tmp_path):
     for variant in VARIANTS:
         record = distil(variant, {"dtype": "bfloat16", "optimizer": {"learning_rate": 0.01}}, activations=states)
         assert record.final_loss < record.initial_loss
-        assert {tensor.dtype for tensor in bld.load_weights(tmp_path).values()} == {torch.float32}
+        assert {tensor.dtype for tensor in load_weights(tmp_path).values()} == {torch.float32}

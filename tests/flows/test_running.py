@@ -1,0 +1,34 @@
+"""Waiting for tasks: all are waited for, and every failure is told."""
+
+import pytest
+
+from flows.running import wait_all
+from puzzle_core.errors import NonFiniteError, PuzzleError
+
+
+class Ended:
+    """A future that has ended."""
+
+    def __init__(self, error=None):
+        self.error, self.asked = error, False
+
+    def result(self):
+        self.asked = True
+        if self.error:
+            raise self.error
+
+
+def test_every_failure_is_told_once_all_have_ended():
+    futures = [Ended(NonFiniteError("layer 1 diverged")), Ended(), Ended(NonFiniteError("layer 2 diverged")), Ended()]
+    with pytest.raises(PuzzleError, match="^2 of 9 BLD tasks failed:\nlayer 1 diverged\nlayer 2 diverged$"):
+        wait_all("BLD", futures, done_before=5, total=9)
+    assert all(future.asked for future in futures)
+
+
+def test_our_own_mistakes_are_not_made_the_users():
+    with pytest.raises(KeyError):
+        wait_all("BLD", [Ended(KeyError("ours"))])
+
+
+def test_nothing_to_wait_for_is_well():
+    wait_all("BLD", [])
