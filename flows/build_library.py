@@ -46,7 +46,8 @@ def train_variants(spec: RunSpec, plan: Plan, site: Site) -> None:
     """Blockwise local distillation of what the store lacks, layer by layer.
 
     The parent's states are captured one layer ahead of the training, and a layer's states are dropped when its last
-    variant is done, so at most three layers' states lie on the disk. Nothing is captured beyond the last missing layer.
+    variant is done, so at most three layers' states lie on the disk, and what leaves the last
+    of them. Nothing is captured beyond the last missing layer.
     """
     works, there = plan.all_bld(), site.store().keys(BldWork.stage)
     missing = {layer: [w for w in works if w.layer == layer and w.key not in there] for layer in plan.layers}

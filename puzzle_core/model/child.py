@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
-from puzzle_core.errors import ArtifactError
 from puzzle_core.model import remote
-from puzzle_core.model.checkpoint import write_checkpoint
-from puzzle_core.model.parent import TOKENIZER_FILES, Parent, served_as, torch_dtype
+from puzzle_core.model.checkpoint import Checkpoint, write_checkpoint
+from puzzle_core.model.parent import TOKENIZER_FILES, Parent, build_model, served_as, torch_dtype
+from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.model.surgery import State, load_weights
 from puzzle_core.spec import Dtype
@@ -71,25 +70,14 @@ def load_child(directory: Path, dtype: torch.dtype, device: torch.device) -> Puz
     Raises:
         ArtifactError: its tensors are not those that its config asks for.
     """
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: PuzzleForCausalLM
-    model, found = PuzzleForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
-    wrong = sorted({*found["missing_keys"], *found["unexpected_keys"]})
-    if wrong:
-        raise ArtifactError(
-            f"the child in {directory} does not match its own config in {len(wrong)} tensors, the first being "
-            f"{wrong[0]!r}: assemble it again"
-        )
-    return model.to(device).eval()  # type: ignore[arg-type]
+    checkpoint = Checkpoint(directory)
+    model = build_model(PuzzleConfig.from_pretrained(directory), checkpoint, checkpoint.headers)
+    return served_as(model, dtype, device)
 
 
 def load_parent(parent: Parent, dtype: torch.dtype, device: torch.device) -> PuzzleForCausalLM:
     """The whole parent as the same kind of module, frozen, for the stages that run it end to end."""
-    config = parent.puzzle_config()
-    config._attn_implementation = "sdpa"
-    model = PuzzleForCausalLM(config)
-    model.load_state_dict({name: parent.checkpoint.tensor(name) for name in parent.checkpoint.headers}, strict=False)
-    model.tie_weights()
+    model = build_model(parent.puzzle_config(), parent.checkpoint, parent.checkpoint.headers)
     return served_as(model, dtype, device).requires_grad_(False)
 
 
@@ -97,9 +85,8 @@ def random_child(
     parent: Parent, architecture: Architecture, dtype: torch.dtype, device: torch.device
 ) -> PuzzleForCausalLM:
     """A model of this architecture with random weights: what measuring speed needs."""
-    config = parent.puzzle_config(architecture)
-    config._attn_implementation = "sdpa"
-    return served_as(PuzzleForCausalLM(config), dtype, device).requires_grad_(False)
+    model = build_model(parent.puzzle_config(architecture), None)
+    return served_as(model, dtype, device).requires_grad_(False)
 
 
 def trained_variants(block: BlockVariant, shape: ModelShape) -> list[str]:

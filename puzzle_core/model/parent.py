@@ -8,6 +8,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
-from puzzle_core.errors import NonFiniteError, ParentError
+from puzzle_core.errors import ArtifactError, NonFiniteError, ParentError
 from puzzle_core.model.checkpoint import Checkpoint
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import (
@@ -146,13 +147,8 @@ class Parent:
         return block
 
     def _load_outside(self) -> PuzzleForCausalLM:
-        config = PuzzleConfig.from_parent(self.config, [])
-        config._attn_implementation = "sdpa"
-        model = PuzzleForCausalLM(config)
-        names = {name for name in self.checkpoint.headers if not name.startswith("model.layers.")}
-        model.load_state_dict({name: self.checkpoint.tensor(name) for name in names}, strict=False)
-        model.tie_weights()
-        return model
+        names = [name for name in self.checkpoint.headers if not name.startswith("model.layers.")]
+        return build_model(PuzzleConfig.from_parent(self.config, []), self.checkpoint, names)
 
     def runnable_config(self) -> PreTrainedConfig:
         """The config as attention modules need it, with an attention implementation chosen."""
@@ -186,6 +182,32 @@ def block_config(block: BlockVariant) -> dict[str, dict[str, Any]]:
         "attention": entry(block.attention, "num_key_value_heads"),
         "ffn": entry(block.ffn, "intermediate_size"),
     }
+
+
+_BUILDING = threading.Lock()
+
+
+def build_model(config: PuzzleConfig, checkpoint: Checkpoint | None, names: Iterable[str] = ()) -> PuzzleForCausalLM:
+    """A causal LM with the named tensors of a checkpoint, or with random weights without one.
+
+    Models are made one at a time: transformers replaces torch's initialisers meanwhile, for all threads.
+
+    Raises:
+        ArtifactError: the tensors are not those that the config asks for.
+    """
+    config._attn_implementation = "sdpa"
+    with _BUILDING:
+        model = PuzzleForCausalLM(config)
+    if checkpoint:
+        found = model.load_state_dict({name: checkpoint.tensor(name) for name in names}, strict=False)
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        wrong = sorted(({*found.missing_keys} - tied) | {*found.unexpected_keys})
+        if wrong:
+            raise ArtifactError(
+                f"the model in {checkpoint.directory} does not match its own config in {len(wrong)} tensors, the first "
+                f"being {wrong[0]!r}: make it again"
+            )
+    return model
 
 
 def served_as(module: Module, dtype: torch.dtype, device: torch.device) -> Module:
@@ -274,7 +296,7 @@ def _shape(config: PreTrainedConfig, directory: Path) -> ModelShape:
 
 
 def _check_tensors(checkpoint: Checkpoint, config: PuzzleConfig) -> None:
-    with torch.device("meta"):
+    with _BUILDING, torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in PuzzleForCausalLM(config).state_dict().items()}
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight")

@@ -20,7 +20,7 @@ class Ended:
 
 def test_every_failure_is_told_once_all_have_ended():
     futures = [Ended(NonFiniteError("layer 1 diverged")), Ended(), Ended(NonFiniteError("layer 2 diverged")), Ended()]
-    with pytest.raises(PuzzleError, match="^2 of 9 BLD tasks failed:\nlayer 1 diverged\nlayer 2 diverged$"):
+    with pytest.raises(PuzzleError, match=r"^2 of 9 BLD tasks failed:\nlayer 1 diverged\nlayer 2 diverged$"):
         wait_all("BLD", futures, done_before=5, total=9)
     assert all(future.asked for future in futures)
 
