@@ -37,10 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _set_up_logging(debug: bool) -> None:
-    """Our own messages to stderr, and warnings of others. Tracebacks of failed runs are for the Prefect UI."""
+    """Our own messages to stderr, and warnings of others. What Prefect logs of runs, tracebacks too, is for its UI."""
     console = logging.StreamHandler()
     if not debug:
-        console.addFilter(lambda record: not (record.name.startswith("prefect.") and record.exc_info))
+        console.addFilter(lambda record: record.name not in ("prefect.flow_runs", "prefect.task_runs"))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[console])
     for ours in ("puzzle", "puzzle_core"):
         logging.getLogger(ours).setLevel(logging.INFO)

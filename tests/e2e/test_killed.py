@@ -1,0 +1,139 @@
+"""kill -9 of a real command in the middle of training: nothing half done is left, and the next run goes on from there."""
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from puzzle_core.distill import gkd
+from puzzle_core.spec import parse_spec
+from tests.workflow import TRAINED, Recorded, artifacts, check_whole, merged, of_stage, plan_of, write_spec
+
+ROOT = Path(__file__).parents[2]
+TABLE = ("parent", "child after assembly", "child after GKD", "top-1 accuracy", "report: ")
+
+
+def start(place, *arguments, **environment):
+    """The command in a process of its own, in a directory of its own."""
+    command = [sys.executable, "-m", "flows.cli", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    environment |= {"PREFECT_LOCAL_STORAGE_PATH": str(place / "results")}
+    with (place / "stdout").open("wb") as stdout, (place / "stderr").open("wb") as stderr:
+        return subprocess.Popen(command, cwd=place, env=environment, stdout=stdout, stderr=stderr)
+
+
+def kill_when(process, condition, place):
+    """kill -9, as soon as the condition holds."""
+    while not condition():
+        assert process.poll() is None, f"ended before it could be killed:\n{(place / 'stderr').read_text()}"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def servers(home):
+    """Processes of Prefect servers that keep their data in this directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"PREFECT_HOME={home}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until_gone(home):
+    deadline = time.monotonic() + 30
+    while servers(home) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return servers(home) == []
+
+
+def checkpoints(scratch, stage):
+    return list((scratch / "checkpoints").glob(f"{stage}-*.safetensors"))
+
+
+def test_after_a_kill_during_bld_the_next_run_goes_on_and_no_server_is_left(content, tmp_path):
+    """On the defaults: a server of the command's own, everything under .puzzle/, and costs that are measured."""
+    variants = {"kv_heads": [2], "ffn_ratios": [0.5], "linear": False, "no_op": True}
+    values = {name: part for name, part in content.items() if name != "runtime"} | {
+        "variants": variants,
+        "bld": {"tokens": 512, "batch_tokens": 128, "epochs": 20},
+        "scenario": {"prompt_tokens": 32, "generated_tokens": 16, "batch_sizes": [4], "limits": {"parameters": "90%"}},
+        "runtime": {"workers": 2, "checkpoint_seconds": 0},
+    }
+    spec = write_spec(values, tmp_path / "spec.yaml")
+    store, scratch, home = (tmp_path / ".puzzle" / name for name in ("store", "scratch", "prefect"))
+    running = start(tmp_path, "run", spec)
+    kill_when(running, lambda: of_stage(artifacts(store), "bld") and checkpoints(scratch, "bld"), tmp_path)
+    assert wait_until_gone(home)
+    before = artifacts(store)
+    assert 0 < len(of_stage(before, "bld")) < TRAINED
+    check_whole(store, tmp_path / "unused")
+
+    again = start(tmp_path, "run", spec)
+    assert again.wait() == 0, (tmp_path / "stderr").read_text()
+    assert wait_until_gone(home)
+    said, shown = (tmp_path / "stderr").read_text(), (tmp_path / "stdout").read_text()
+    assert "resuming at step" in said
+    assert "Traceback" not in said
+    assert not [wanted for wanted in TABLE if wanted not in shown]
+    after = artifacts(store)
+    assert {key: after[key] for key in before} == before
+    assert len(of_stage(after, "bld")) == TRAINED
+    check_whole(store, tmp_path / "unused")
+    assert not list((scratch / "checkpoints").iterdir())
+    assert not list(store.rglob(".staging/*"))
+
+
+def test_after_a_kill_during_gkd_the_next_run_gives_the_uninterrupted_child_bitwise(
+    finished, prefect_server, tmp_path, caplog
+):
+    """On the API that is given, which outlives the command that is killed."""
+    store, scratch = tmp_path / "store", tmp_path / "scratch"
+    shutil.copytree(finished.content["runtime"]["store"], store)
+    changes = {
+        "gkd": {"epochs": 100},
+        "runtime": {"store": str(store), "scratch": str(scratch), "checkpoint_seconds": 0},
+    }
+    spec = parse_spec(merged(finished.content, changes), "test")
+    file, before, recorded = write_spec(spec, tmp_path / "spec.yaml"), artifacts(store), Recorded()
+    running = start(tmp_path, "train-child", file, PREFECT_API_URL=prefect_server)
+    kill_when(running, lambda: checkpoints(scratch, "gkd"), tmp_path)
+    assert artifacts(store) == before
+    check_whole(store, tmp_path / "unused")
+    assert not (tmp_path / ".puzzle").exists()
+
+    from flows.train_child import train_child
+
+    with safe_open(checkpoints(scratch, "gkd")[0], framework="pt") as saved:
+        done = saved.metadata()["curve"].count("loss")
+    with caplog.at_level(logging.INFO):
+        train_child(spec)
+    assert 0 < done < 200
+    assert f"resuming at step {done + 1} from" in caplog.text
+    plan, site = plan_of(spec)
+    from flows.train_child import find_search
+
+    work = plan.gkd(find_search(plan, site).chosen.architecture)
+    whole = tmp_path / "uninterrupted"
+    whole.mkdir()
+    record = gkd.run(work, site.open_parent(), site.store().fetch(work.child), site.store().fetch(work.tokens), whole)
+    resumed = site.store().fetch(work.key)
+    assert site.store().manifest(work.key).record["curve"] == record.model_dump(mode="json")["curve"]
+    files = sorted(file.name for file in whole.glob("*.safetensors"))
+    assert files == sorted(file.name for file in resumed.glob("*.safetensors"))
+    for name in files:
+        expected, found = load_file(whole / name), load_file(resumed / name)
+        assert expected.keys() == found.keys()
+        assert [tensor for tensor in expected if not torch.equal(expected[tensor], found[tensor])] == []
+    assert any(run.name == "gkd" for run in recorded.task_runs(at_least=8))
