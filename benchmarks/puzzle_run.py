@@ -25,6 +25,7 @@ def run_puzzle(spec: Path, overrides: list[str], place: Path) -> float:
     """
     changes = [part for override in overrides for part in ("--set", override)]
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    environment["PREFECT_HOME"] = str(place.resolve() / "prefect-home")  # no profile of the user's
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [environment.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "flows.cli", "run", str(spec.resolve()), *changes]
     started = time.monotonic()

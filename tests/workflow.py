@@ -7,6 +7,7 @@ that noise would decide the architecture.
 
 import datetime
 import json
+import logging
 import shutil
 import subprocess
 import time
@@ -62,7 +63,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     home = tmp_path_factory.mktemp("prefect")
     with own_server(home, free_port()) as url:
-        from prefect.logging.handlers import APILogWorker
+        from prefect.logging.handlers import APILogWorker, PrefectConsoleHandler
         from prefect.settings import (
             PREFECT_API_URL,
             PREFECT_LOCAL_STORAGE_PATH,
@@ -70,6 +71,8 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             temporary_settings,
         )
 
+        root = logging.getLogger()
+        root.handlers = [handler for handler in root.handlers if not isinstance(handler, PrefectConsoleHandler)]
         settings = {PREFECT_API_URL: url, PREFECT_LOCAL_STORAGE_PATH: home / "storage"}
         with temporary_settings(settings | {PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore"}):
             yield url
@@ -222,8 +225,8 @@ class Recorded:
         self.since = datetime.datetime.now(datetime.UTC)
         self.found: list[Any] = []
 
-    def task_runs(self, at_least: int = 1, longest_seconds: float = 30) -> list[Any]:
-        """Task runs, once all have ended and there are as many as expected: rows come a moment after the runs."""
+    def task_runs(self, at_least: int = 1, ended: bool = True, longest_seconds: float = 30) -> list[Any]:
+        """Task runs, once there are as many as expected and all have ended: rows come a moment after the runs."""
         from prefect.client.orchestration import get_client
         from prefect.client.schemas.filters import FlowRunFilter
 
@@ -232,7 +235,8 @@ class Recorded:
         with get_client(sync_client=True) as client:
             while not self.found and time.monotonic() < deadline:
                 runs = client.read_task_runs(flow_run_filter=only, limit=200)
-                if len(runs) == before >= at_least and all(run.state and run.state.is_final() for run in runs):
+                final = all(run.state and run.state.is_final() for run in runs)
+                if len(runs) == before >= at_least and (final or not ended):
                     self.found = runs
                 before = len(runs)
                 time.sleep(0.7)

@@ -57,8 +57,11 @@ def shell(prefect_server, tmp_path):
 
 def in_order(text, *wanted):
     """Whether the words come in the text, in this order."""
-    positions = [text.find(word) for word in wanted]
-    return -1 not in positions and positions == sorted(positions)
+    for words in wanted:
+        if words not in text:
+            return False
+        text = text.split(words, 1)[1]
+    return True
 
 
 @pytest.mark.parametrize("name", HELP)

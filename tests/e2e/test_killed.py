@@ -1,4 +1,4 @@
-"""kill -9 of a real command in the middle of training: nothing half done is left, and the next run goes on from there."""
+"""kill -9 of a real command in the middle of training: nothing half done is left, and the next run goes on."""
 
 import logging
 import os
@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from flows.train_child import find_search, train_child
 from puzzle_core.distill import gkd
 from puzzle_core.spec import parse_spec
 from tests.workflow import TRAINED, Recorded, artifacts, check_whole, merged, of_stage, plan_of, write_spec
@@ -67,7 +68,7 @@ def test_after_a_kill_during_bld_the_next_run_goes_on_and_no_server_is_left(cont
     variants = {"kv_heads": [2], "ffn_ratios": [0.5], "linear": False, "no_op": True}
     values = {name: part for name, part in content.items() if name != "runtime"} | {
         "variants": variants,
-        "bld": {"tokens": 512, "batch_tokens": 128, "epochs": 20},
+        "bld": {"tokens": 512, "batch_tokens": 128, "epochs": 15},
         "scenario": {"prompt_tokens": 32, "generated_tokens": 16, "batch_sizes": [4], "limits": {"parameters": "90%"}},
         "runtime": {"workers": 2, "checkpoint_seconds": 0},
     }
@@ -102,7 +103,7 @@ def test_after_a_kill_during_gkd_the_next_run_gives_the_uninterrupted_child_bitw
     store, scratch = tmp_path / "store", tmp_path / "scratch"
     shutil.copytree(finished.content["runtime"]["store"], store)
     changes = {
-        "gkd": {"epochs": 100},
+        "gkd": {"epochs": 30},
         "runtime": {"store": str(store), "scratch": str(scratch), "checkpoint_seconds": 0},
     }
     spec = parse_spec(merged(finished.content, changes), "test")
@@ -113,17 +114,13 @@ def test_after_a_kill_during_gkd_the_next_run_gives_the_uninterrupted_child_bitw
     check_whole(store, tmp_path / "unused")
     assert not (tmp_path / ".puzzle").exists()
 
-    from flows.train_child import train_child
-
     with safe_open(checkpoints(scratch, "gkd")[0], framework="pt") as saved:
         done = saved.metadata()["curve"].count("loss")
     with caplog.at_level(logging.INFO):
         train_child(spec)
-    assert 0 < done < 200
+    assert 0 < done < 60
     assert f"resuming at step {done + 1} from" in caplog.text
     plan, site = plan_of(spec)
-    from flows.train_child import find_search
-
     work = plan.gkd(find_search(plan, site).chosen.architecture)
     whole = tmp_path / "uninterrupted"
     whole.mkdir()
@@ -136,4 +133,5 @@ def test_after_a_kill_during_gkd_the_next_run_gives_the_uninterrupted_child_bitw
         expected, found = load_file(whole / name), load_file(resumed / name)
         assert expected.keys() == found.keys()
         assert [tensor for tensor in expected if not torch.equal(expected[tensor], found[tensor])] == []
-    assert any(run.name == "gkd" for run in recorded.task_runs(at_least=8))
+    gkds = [run.state_name for run in recorded.task_runs(at_least=15, ended=False) if run.name == "gkd"]
+    assert sorted(gkds) == ["Completed", "Running"]  # who is killed cannot say so
