@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from benchmarks.parents import capture, open_parent
+from benchmarks.parents import EXAMPLE, capture, open_parent
 from benchmarks.rounds import ratio, take_turns
 from puzzle_core.architecture import Variant
 from puzzle_core.distill import bld
@@ -30,9 +30,10 @@ from puzzle_core.distill.loop import Checkpoints
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.surgery import load_weights, variant_block
 from puzzle_core.report.tables import Table, format_text
-from puzzle_core.spec import BldSpec, OptimizerSpec, RuntimeSpec
+from puzzle_core.spec import BldSpec, OptimizerSpec, RuntimeSpec, load_spec
 from puzzle_core.stages import BldWork
 
+QUICKSTART = EXAMPLE.parents[1] / "specs/quickstart.yaml"
 Parameters = dict[str, torch.nn.Parameter]
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -113,7 +114,6 @@ def compare(activations: Activations, layer: int, variant: Variant, spec: BldSpe
     def puzzle() -> None:
         bld.run(work, activations, contributions, place, checkpoints)
         checkpoints.file.unlink(missing_ok=True)
-        ends["puzzle"] = load_weights(place)
 
     def plain(by_hand: bool) -> None:
         initial = bld.initial_state(activations, work, contributions)
@@ -131,7 +131,7 @@ def compare(activations: Activations, layer: int, variant: Variant, spec: BldSpe
     if parent.shape.family == "llama" and not (parent.shape.mlp_bias or parent.shape.attention_out_bias):
         contestants["own block"] = lambda: plain(True)
     times, tokens = take_turns(contestants, rounds), inputs_NTD[..., 0].numel()
-    reference = ends["plain loop"]
+    ends["puzzle"], reference = load_weights(place), ends["plain loop"]
     rows = [
         (
             name,
@@ -143,7 +143,7 @@ def compare(activations: Activations, layer: int, variant: Variant, spec: BldSpe
         for name, took in times.items()
     ]
     return Table(
-        title=f"BLD of layer {layer} {variant}: {tokens:,} tokens, {rounds} rounds",
+        title=f"BLD of layer {layer} {variant}: {tokens:,} tokens in batches of {spec.batch_tokens:,}, {rounds} rounds",
         columns=("", "tok/s, median", "speed ratio [least, most]", "the same in CPU time", "largest weight difference"),
         rows=tuple(rows),
     )
@@ -154,15 +154,18 @@ def main() -> None:
     parser.add_argument("--parent", type=Path, help="Hugging Face directory (default the example parent)")
     parser.add_argument("--variants", nargs="+", default=["attn:kv2", "ffn:i256"], help="default %(default)s")
     parser.add_argument("--layer", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=262_144, help="of one training (default %(default)s)")
+    parser.add_argument(
+        "--spec", type=Path, default=QUICKSTART, help="whose bld part is taken (default the quickstart)"
+    )
+    parser.add_argument("--tokens", type=int, help="of one training (default as the spec says)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    spec = BldSpec()
+    spec = load_spec(options.spec).bld.model_copy(update={"epochs": 1})
     with tempfile.TemporaryDirectory() as place:
         parent = open_parent(options.parent, Path(place))
-        whole_batches = options.tokens // spec.batch_tokens * spec.batch_tokens
+        whole_batches = (options.tokens or spec.tokens) // spec.batch_tokens * spec.batch_tokens
         activations = capture(parent, whole_batches, options.layer, Path(place) / "states")
         for variant in map(Variant.parse, options.variants):
             table = compare(activations, options.layer, variant, spec, options.rounds, Path(place))

@@ -28,7 +28,8 @@ def search_architecture(spec: RunSpec) -> None:
     plan = plan_run(spec, site)
     with tracked("search", spec) as run:
         measure_target(plan, site)
-        missing = [work for work in plan.all_scores() if work.key not in site.store().keys(ScoreWork.stage)]
+        there = site.store().keys(ScoreWork.stage)
+        missing = [work for work in plan.all_scores() if work.key not in there]
         if missing:
             raise CoverageError(
                 f"{len(missing)} scores are not in the store {spec.runtime.store}, the first being layer "
