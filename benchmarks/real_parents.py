@@ -113,7 +113,7 @@ def main() -> int:
     parents = sorted(config.parent for config in options.parents.glob("*/config.json"))
     missing = [str(path) for path in (options.train, options.held_out) if not path.exists()]
     if not parents or missing:
-        sys.stdout.write(f"nothing to do: {', '.join(missing) or f'no parent in {options.parents}'} not found\n")
+        sys.stdout.write(f"nothing to do: {', '.join(missing) or f'a parent in {options.parents}'} not found\n")
         return 0
     rows, lines, failed = [], [], []
     with contextlib.ExitStack() as opened:

@@ -18,6 +18,9 @@ from puzzle_core.model.activations import Activations
 from puzzle_core.model.surgery import Halves, State, halves
 from puzzle_core.stages import ScoreRecord, ScoreWork
 
+COMPARED_TOKENS = 512
+"""Tokens whose predictions are compared at a time: few enough that they stay in a processor's cache."""
+
 
 @torch.no_grad()
 def run(work: ScoreWork, activations: Activations, weights: dict[str, State]) -> ScoreRecord:
@@ -51,7 +54,9 @@ def _through_block(work: ScoreWork, activations: Activations, block: Halves) -> 
 
 def _compare(work: ScoreWork, activations: Activations, hidden: list[torch.Tensor]) -> ScoreRecord:
     kl = loss_increase = agreed = 0.0
-    for rows, batch in zip(activations.batches(), hidden, strict=True):
+    few = max(1, COMPARED_TOKENS // activations.ids_NT.shape[1])
+    for first, batch in enumerate(torch.split(torch.cat(hidden), few)):
+        rows = slice(first * few, first * few + len(batch))
         parent_BTV = activations.log_probabilities(rows).to(batch.device)
         child_BTV = activations.log_softmax(batch)
         following_BT1 = activations.ids_NT[rows, 1:, None].long().to(batch.device)

@@ -24,6 +24,9 @@ from puzzle_core.variants.attention import initial_attention
 from puzzle_core.variants.ffn import initial_ffn
 from puzzle_core.variants.importance import load_contribution
 
+DIVERGED_LOSS = 0.05
+"""A loss below this is no divergence, however good the start was; 1 is what predicting nothing costs."""
+
 
 def run(
     work: BldWork,
@@ -65,7 +68,7 @@ def run(
     curve = [term["loss"] for term in terms]
     tail = curve[-max(1, steps // 10) :]
     final = sum(tail) / len(tail)
-    if final > max(2 * curve[0], 1e-3):
+    if final > max(2 * curve[0], DIVERGED_LOSS):
         raise NonFiniteError(
             f"{what} diverged: its loss went from {curve[0]:.4g} to {final:.4g} in {steps} steps; lower "
             f"bld.optimizer.learning_rate (now {spec.optimizer.learning_rate})"
