@@ -4,21 +4,35 @@ Each stage's own part enters the key of its artifacts; `runtime` (where things l
 so equal work has an equal key on every machine.
 """
 
-import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from puzzle_core.architecture import BlockVariant, ModelShape, Variant
 from puzzle_core.errors import SpecError
-from puzzle_core.quantities import parse_bytes, parse_seconds, parse_share, parse_throughput
+from puzzle_core.quantities import (
+    parse_bytes,
+    parse_column,
+    parse_memory,
+    parse_parameters,
+    parse_seconds,
+    parse_share,
+    parse_throughput,
+)
 from puzzle_core.records import Record
+from puzzle_core.target import Dtype as Dtype
+from puzzle_core.target import Positive, Share, load_target
+from puzzle_core.target import TargetSpec as TargetSpec
+from puzzle_core.yaml_file import parse_record, read_keys, resolve_path
 
-Dtype = Literal["float32", "bfloat16"]
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
+Bytes = Annotated[str, BeforeValidator(parse_bytes.check)]
+Parameters = Annotated[str, BeforeValidator(parse_parameters.check)]
+Seconds = Annotated[str, BeforeValidator(parse_seconds.check)]
+ShareOfParent = Annotated[str, BeforeValidator(parse_share.check)]
+Throughput = Annotated[str, BeforeValidator(parse_throughput.check)]
 
 
 class ParentSpec(Record):
@@ -141,51 +155,40 @@ class ScoringSpec(Record):
     dtype: Dtype = "float32"
 
 
-class TargetSpec(Record):
-    """The hardware target that costs are measured on."""
-
-    name: str = "this-machine"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Dtype = Field("float32", description="Type of weights, activations and KV cache when serving")
-    threads: Positive = Field(1, description="CPU threads while measuring")
-    rounds: int = Field(7, ge=3, description="Interleaved rounds; medians are kept")
-
-
 class LimitsSpec(Record):
-    """What the child must meet. Absolute with a unit (`80GiB`, `300ms`, `6000 tok/s`), or `60%` of the parent's."""
+    """What the child must meet. Absolute with a unit (`80GiB`, `300ms`, `6000 tok/s`), or `60%` of the parent's at the
+    same batch size."""
 
-    memory: Annotated[str, BeforeValidator(parse_bytes.check)] | None = Field(
-        None, description="At most: parameters plus KV cache at the full context of the batch"
+    memory: Bytes | None = Field(None, description="At most: parameters plus KV cache at the full context of the batch")
+    parameters: Parameters | None = Field(None, description="At most: number of parameters")
+    active_parameters: Parameters | None = Field(None, description="At most: number of parameters that one token uses")
+    kv_bytes_per_token: Bytes | None = Field(None, description="At most: KV cache per token")
+    throughput: Throughput | None = Field(None, description="At least: tokens per second over prefill and decode")
+    time_to_first_token: Seconds | None = Field(None, description="At most: prefill of the batch")
+    time_per_output_token: Seconds | None = Field(None, description="At most: one decode step, on average")
+    latency: Seconds | None = Field(None, description="At most: prefill plus the whole generation")
+    block_time: ShareOfParent | None = Field(
+        None, description="At most: prefill plus decode time in blocks, the rest not counted"
     )
-    parameters: Annotated[str, BeforeValidator(parse_bytes.check)] | None = Field(
-        None, description="At most: bytes of all parameters"
+    block_prefill_time: ShareOfParent | None = Field(
+        None, description="At most: prefill time in blocks, the rest not counted"
     )
-    throughput: Annotated[str, BeforeValidator(parse_throughput.check)] | None = Field(
-        None, description="At least: generated tokens per second over prefill and decode"
+    block_decode_time: ShareOfParent | None = Field(
+        None, description="At most: decode time in blocks, the rest not counted"
     )
-    time_to_first_token: Annotated[str, BeforeValidator(parse_seconds.check)] | None = Field(
-        None, description="At most: prefill of the batch"
-    )
-    time_per_output_token: Annotated[str, BeforeValidator(parse_seconds.check)] | None = Field(
-        None, description="At most: one decode step"
-    )
-    latency: Annotated[str, BeforeValidator(parse_seconds.check)] | None = Field(
-        None, description="At most: prefill plus the whole generation"
-    )
-    block_time: Annotated[str, BeforeValidator(parse_share.check)] | None = Field(
-        None, description="At most: share of the parent's prefill plus decode time in blocks, the rest not counted"
-    )
-    block_prefill_time: Annotated[str, BeforeValidator(parse_share.check)] | None = Field(
-        None, description="At most: share of the parent's prefill time in blocks, what lies outside not counted"
-    )
-    block_decode_time: Annotated[str, BeforeValidator(parse_share.check)] | None = Field(
-        None, description="At most: share of the parent's decode time in blocks, what lies outside not counted"
-    )
+    columns: dict[str, str] = Field({}, description="At most: any other column of the cost table, for instance energy")
+
+    def asked(self) -> dict[str, str]:
+        """Every limit that is set, by name; those on columns by the column's name."""
+        named = self.model_dump(exclude={"columns"}, exclude_none=True)
+        return named | self.columns
 
     @model_validator(mode="after")
-    def _some_limit(self) -> "LimitsSpec":
-        if not self.model_dump(exclude_none=True):
-            raise ValueError(f"no limit given: set at least one of {', '.join(type(self).model_fields)}")
+    def _columns_are_quantities(self) -> "LimitsSpec":
+        for column, text in self.columns.items():
+            if column in type(self).model_fields:
+                raise ValueError(f"columns.{column}: set the limit {column!r} itself, beside `columns`")
+            parse_column(column, text)
         return self
 
 
@@ -196,7 +199,51 @@ class ScenarioSpec(Record):
     prompt_tokens: Positive = 128
     generated_tokens: Positive = 128
     batch_sizes: tuple[Positive, ...] = Field((1,), min_length=1, description="Tried one by one; the best is kept")
-    limits: LimitsSpec
+    throughput_counts: Literal["generated", "total"] = Field(
+        "generated", description="Tokens that `throughput` counts: generated ones, or the prompt's too"
+    )
+    weight: float = Field(1.0, gt=0, description="Requests of this kind, relative to other scenarios, in a mix")
+    limits: LimitsSpec = LimitsSpec()
+
+    @property
+    def counted_tokens(self) -> int:
+        """Tokens of one request that its throughput counts."""
+        return self.generated_tokens + (self.prompt_tokens if self.throughput_counts == "total" else 0)
+
+
+class MixSpec(Record):
+    """Limits on the weighted mix of all scenarios, each at the batch size that the search gives it."""
+
+    throughput: Throughput | None = Field(
+        None, description="At least: tokens per second of device time over all requests"
+    )
+    latency: Seconds | None = Field(None, description="At most: weighted mean of prefill plus the whole generation")
+
+    def asked(self) -> dict[str, str]:
+        """Every limit that is set, by name."""
+        return self.model_dump(exclude_none=True)
+
+
+class KeepSpec(Record):
+    """Layers that keep the parent's own subblock; -1 is the last layer."""
+
+    attention: tuple[int, ...] = ()
+    ffn: tuple[int, ...] = ()
+
+
+class FormSpec(Record):
+    """What an architecture may look like: rules of whoever serves it."""
+
+    keep: KeepSpec = KeepSpec()
+    linear: bool = Field(True, description="Allow linear layers in place of subblocks")
+    no_op: bool = Field(True, description="Allow subblocks to be left out")
+    max_ffn_widths: Positive | None = Field(None, description="At most so many different FFN widths")
+    uniform_kv_heads: bool = Field(False, description="One number of KV heads in all attentions that remain")
+    ffn_multiple_of: Positive = Field(1, description="FFN widths must be a multiple of this")
+    tensor_parallel: Positive = Field(
+        1,
+        description="Devices that share every layer: FFN widths are a multiple of it, KV heads too, or divide it",
+    )
 
 
 class SearchSpec(Record):
@@ -207,10 +254,53 @@ class SearchSpec(Record):
     alpha: Share = Field(0.8, description="Largest share of layers that two solutions have in common")
     time_limit_s: float = Field(60.0, gt=0)
     frontier_points: int = Field(12, ge=2, description="Points of score against block time in the report")
+    frontier_limit: str | None = Field(
+        None, description="The frontier moves this limit of the main scenario instead, over all batch sizes"
+    )
+    shortlist: Positive = Field(
+        1, description="So many diverse solutions are assembled, and the one with the least measured KL is the child"
+    )
+    iterations: int = Field(
+        0, ge=0, description="Rounds of scoring every block in the child instead of the parent, and searching again"
+    )
+    explain: bool = Field(
+        True, description="Say what more of each limit would buy, and each layer's runner-up: a solve for each"
+    )
     baselines: tuple[Literal["greedy", "uniform", "random", "maximise_parameters"], ...] = Field(
         ("greedy", "uniform", "random", "maximise_parameters"),
         description="Other ways to choose, assembled and evaluated beside the child",
     )
+
+
+class SearchRequest(Record):
+    """What a search is asked: traffic and limits, rules of form, and how to search."""
+
+    scenario: ScenarioSpec
+    more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
+    mix: MixSpec | None = None
+    form: FormSpec = FormSpec()
+    search: SearchSpec = SearchSpec()
+
+    @property
+    def scenarios(self) -> tuple[ScenarioSpec, ...]:
+        """All scenarios, the main one first."""
+        return (self.scenario, *self.more_scenarios)
+
+    def at(self, batch_sizes: Mapping[str, int]) -> "SearchRequest":
+        """The same request with the batch size of every scenario decided."""
+        main, *more = (s.model_copy(update={"batch_sizes": (batch_sizes[s.name],)}) for s in self.scenarios)
+        return self.model_copy(update={"scenario": main, "more_scenarios": tuple(more)})
+
+    @model_validator(mode="after")
+    def _something_asked(self) -> "SearchRequest":
+        names = [scenario.name for scenario in self.scenarios]
+        if len(set(names)) < len(names):
+            raise ValueError(f"scenarios {', '.join(names)}: give every scenario its own name")
+        asked = [scenario.limits.asked() for scenario in self.scenarios] + [self.mix.asked() if self.mix else {}]
+        if not any(asked):
+            known = ", ".join(name for name in LimitsSpec.model_fields)
+            raise ValueError(f"no limit given: set at least one of {known} under scenario.limits")
+        return self
 
 
 class GkdSpec(Record):
@@ -247,11 +337,24 @@ class RuntimeSpec(Record):
     """Where things lie and how many hands there are; enters no key."""
 
     store: str = Field(".puzzle/store", description="Artifact store: a directory or s3://bucket/prefix")
+    on_corruption: Literal["refuse", "recompute"] = Field(
+        "refuse", description="What to do about an artifact whose files are not what was stored: stop, or make it again"
+    )
     scratch: str = Field(".puzzle/scratch", description="Local directory for activations and training checkpoints")
+    cache_size: Annotated[str, BeforeValidator(parse_memory.check)] = Field(
+        "20GiB", description="What local copies of a bucket's artifacts may take under scratch, for instance 20GiB"
+    )
     mlflow_uri: str = Field("sqlite:///.puzzle/mlflow.db", description="MLflow tracking URI")
     mlflow_experiment: str = "puzzle"
     workers: Positive | None = Field(None, description="Tasks side by side; default one per core or GPU")
     checkpoint_seconds: float = Field(60.0, ge=0, description="Least time between two checkpoints of a training")
+
+    @model_validator(mode="after")
+    def _no_credentials(self) -> "RuntimeSpec":
+        """Refuse them without repeating them: a spec is logged, recorded and shown."""
+        if "://" in self.store and ("@" in self.store or "?" in self.store):
+            raise ValueError("store holds credentials or options: say s3://bucket/prefix and set AWS_PROFILE")
+        return self
 
 
 class RunSpec(Record):
@@ -266,10 +369,28 @@ class RunSpec(Record):
     scoring: ScoringSpec = ScoringSpec()
     target: TargetSpec = TargetSpec()
     scenario: ScenarioSpec
+    more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
+    mix: MixSpec | None = None
+    form: FormSpec = FormSpec()
     search: SearchSpec = SearchSpec()
     gkd: GkdSpec = GkdSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     runtime: RuntimeSpec = RuntimeSpec()
+
+    @property
+    def request(self) -> SearchRequest:
+        """The part that the search answers."""
+        return SearchRequest(**{name: getattr(self, name) for name in SearchRequest.model_fields})
+
+    @property
+    def scenarios(self) -> tuple[ScenarioSpec, ...]:
+        """All scenarios, the main one first."""
+        return self.request.scenarios
+
+    @model_validator(mode="after")
+    def _askable(self) -> "RunSpec":
+        _ = self.request
+        return self
 
     @model_validator(mode="after")
     def _whole_windows(self) -> "RunSpec":
@@ -286,22 +407,20 @@ class RunSpec(Record):
 
 
 def load_spec(path: Path, overrides: tuple[str, ...] = ()) -> RunSpec:
-    """Read a spec from YAML, with `key.path=value` overrides; relative parent and text paths are the file's.
+    """Read a spec from YAML, with `key.path=value` overrides.
+
+    `target` may be the path of a target file (puzzle_core/target.py). Relative parent, text and target paths are the
+    file's; those of overrides are the working directory's.
 
     Raises:
         SpecError: the file is missing or not YAML, or a key or value is wrong; names the key and the nearest known one.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SpecError(f"cannot read the spec {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise SpecError(f"{path} holds no keys: a spec starts with `parent:` (see deployments/specs/quickstart.yaml)")
+    content = read_keys(path, "spec", "a spec starts with `parent:` (see deployments/specs/quickstart.yaml)")
     _resolve_paths(content, path.resolve().parent)
+    _read_target(content, path.resolve().parent)
     for override in overrides:
         _apply_override(content, override)
+    _read_target(content, Path())
     return parse_spec(content, str(path))
 
 
@@ -311,39 +430,7 @@ def parse_spec(content: dict[str, Any], origin: str) -> RunSpec:
     Raises:
         SpecError: every wrong key and value, one per line.
     """
-    try:
-        return RunSpec.model_validate(content)
-    except ValidationError as error:
-        lines = [_explain(dict(e)) for e in error.errors(include_url=False)]
-        raise SpecError(f"{origin} is not a valid spec:\n" + "\n".join(f"  {line}" for line in lines)) from error
-
-
-def _explain(error: dict[str, Any]) -> str:
-    place = ".".join(str(part) for part in error["loc"]) or "spec"
-    if error["type"] == "extra_forbidden":
-        known = _fields_at(error["loc"][:-1])
-        nearest = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys here: {', '.join(known)}"
-        return f"{place}: unknown key; {hint}"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    found = "" if isinstance(error["input"], dict) or error["type"] == "missing" else f" (found {error['input']!r})"
-    return f"{place}: {message}{found}"
-
-
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = RunSpec
-    for part in location:
-        if isinstance(part, str):
-            annotation: Any = model.model_fields[part].annotation
-            model = next(
-                (a for a in (annotation, *getattr(annotation, "__args__", ())) if _is_record(a)),
-                model,
-            )
-    return list(model.model_fields)
-
-
-def _is_record(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return parse_record(RunSpec, content, origin, "spec")
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -362,14 +449,17 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         raise SpecError(f"--set {override!r}: the value is not YAML: {error}") from error
 
 
-def _resolve_paths(content: dict[str, Any], directory: Path) -> None:
-    def resolve(value: Any) -> Any:
-        local = isinstance(value, str) and (directory / value).exists()
-        return str((directory / value).resolve()) if local else value
+def _read_target(content: dict[str, Any], directory: Path) -> None:
+    """Put the content of a target file in the place of its path."""
+    target = content.get("target")
+    if isinstance(target, str):
+        content["target"] = load_target(directory / target).model_dump(mode="json", exclude_unset=True)
 
+
+def _resolve_paths(content: dict[str, Any], directory: Path) -> None:
     parent, data = content.get("parent"), content.get("data")
     if isinstance(parent, dict) and "path" in parent:
-        parent["path"] = resolve(parent["path"])
+        parent["path"] = resolve_path(parent["path"], directory)
     for key in ("train_texts", "held_out_texts"):
         if isinstance(data, dict) and isinstance(data.get(key), list):
-            data[key] = [resolve(text) for text in data[key]]
+            data[key] = [resolve_path(text, directory) for text in data[key]]

@@ -13,8 +13,7 @@ from puzzle_core.spec import (
     Dtype,
     GkdSpec,
     RunSpec,
-    ScenarioSpec,
-    SearchSpec,
+    SearchRequest,
     TargetSpec,
     VariantsSpec,
 )
@@ -86,8 +85,23 @@ class BldRecord(Record):
     seconds: float
 
 
+class AssembleWork(Work):
+    """One architecture; `library` has the keys of the trained halves of each layer, by variant id."""
+
+    stage: ClassVar[str] = "child"
+    version: ClassVar[int] = 1
+
+    parent: str
+    architecture: Architecture
+    library: tuple[tuple[tuple[str, str], ...], ...]
+    dtype: Dtype
+
+
 class ScoreWork(Work):
-    """One block variant in one layer; the library keys of its trained halves, none for parent and no-op halves."""
+    """One block variant in one layer; the library keys of its trained halves, none for parent and no-op halves.
+
+    The block replaces one of the parent's, or of the child `base`.
+    """
 
     stage: ClassVar[str] = "score"
     version: ClassVar[int] = 1
@@ -99,6 +113,7 @@ class ScoreWork(Work):
     ffn: str | None
     tokens: str
     dtype: Dtype
+    base: AssembleWork | None = None
 
 
 class ScoreRecord(Record):
@@ -124,7 +139,7 @@ class CostWork(Work):
     """Times of distinct variants for one traffic on one device."""
 
     stage: ClassVar[str] = "cost"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     shape: str
     variants: tuple[VariantId, ...]
@@ -134,39 +149,34 @@ class CostWork(Work):
 
 
 class Timing(Record):
-    """Medians over rounds, and their relative spread (interquartile range over median).
+    """Medians over rounds, and their relative spread (interquartile range over median); computed times spread by 0.
 
     `decode_ms` is the whole generation after the first token, `generated_tokens - 1` steps.
     """
 
     prefill_ms: float
     decode_ms: float
-    prefill_spread: float
-    decode_spread: float
+    prefill_spread: float = 0.0
+    decode_spread: float = 0.0
 
 
 class CostRecord(Record):
-    """Measured times: of every variant per layer, of what lies outside the blocks, and of the whole parent."""
+    """Times: of every variant per layer, of what lies outside the blocks, and of the whole parent.
 
+    `weight_bytes` and `kv_bytes` are bytes per weight and per entry of the KV cache, in the precision that the times
+    hold for. `torch_version`, `threads` and `rounds` are of a measurement.
+    """
+
+    source: Literal["measured", "roofline", "imported"]
     variants: dict[str, Timing]
     outside: Timing
     parent: Timing
     hardware: str
-    torch_version: str
-    threads: int
-    rounds: int
-
-
-class AssembleWork(Work):
-    """One architecture; `library` has the keys of the trained halves of each layer, by variant id."""
-
-    stage: ClassVar[str] = "child"
-    version: ClassVar[int] = 1
-
-    parent: str
-    architecture: Architecture
-    library: tuple[tuple[tuple[str, str], ...], ...]
-    dtype: Dtype
+    weight_bytes: float
+    kv_bytes: float
+    torch_version: str | None = None
+    threads: int | None = None
+    rounds: int | None = None
 
 
 class ChildRecord(Record):
@@ -225,75 +235,186 @@ class EvaluationRecord(Record):
 
 
 class SearchWork(Work):
-    """One search: the space, the scores and costs by key, the scenario and how to search."""
+    """One search: the space, the scores and costs by key, and what is asked.
+
+    `costs` are (scenario, batch size, key) of cost records; an imported cost table has the digest of its file instead.
+    With a `base`, scores are of blocks in that child.
+    """
 
     stage: ClassVar[str] = "search"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     parent: str
     shape: ModelShape
     variants: VariantsSpec
     scores: tuple[str, ...]
     composition: Literal["pairs", "subblocks"]
-    costs: tuple[tuple[int, str], ...]
-    dtype: Dtype
-    scenario: ScenarioSpec
-    spec: SearchSpec
+    costs: tuple[tuple[str, int, str], ...]
+    cost_table: str | None
+    target: str
+    request: SearchRequest
+    base: AssembleWork | None = None
 
 
 class Prediction(Record):
-    """What an architecture is predicted to cost, everything outside its blocks included."""
+    """What an architecture is predicted to take in one scenario at one batch size, all that lies outside included.
+
+    `totals` has every column of the cost table; the properties raise KeyError where a table lacks theirs.
+    """
 
     batch_size: int
-    parameters: int
-    memory_bytes: float
-    prefill_ms: float
-    decode_ms: float
+    totals: dict[str, float]
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return round(self.totals["parameters"])
+
+    @property
+    def memory_bytes(self) -> float:
+        """Parameters plus KV cache at the full context of the batch."""
+        return self.totals["memory_bytes"]
+
+    @property
+    def prefill_ms(self) -> float:
+        """Prefill of the batch."""
+        return self.totals["prefill_ms"]
+
+    @property
+    def decode_ms(self) -> float:
+        """The whole generation after the first token."""
+        return self.totals["decode_ms"]
 
     @property
     def total_ms(self) -> float:
         """Prefill and the whole generation."""
-        return self.prefill_ms + self.decode_ms
+        return self.totals["runtime_ms"]
 
 
 class LimitUse(Record):
-    """One limit, in its unit: what is allowed, what the architecture uses, and what lies outside the blocks of both."""
+    """One limit as it was asked, and in its unit: what is allowed, and what the whole architecture uses."""
 
+    scenario: str
     name: str
+    asked: str
     unit: str
+    sense: Literal["at_most", "at_least"]
     allowed: float
     used: float
-    outside: float
 
 
 class Found(Record):
-    """One architecture and why: how it was found, its predicted score and costs, and its limits."""
+    """One architecture and why: how it was found, its predicted score and costs by scenario, and its limits.
+
+    `spans` says which layers' blocks replace several consecutive layers; those after them are empty.
+    """
 
     method: str
     architecture: Architecture
+    spans: dict[int, int] = {}
     score: float
     bound: float
     gap: float
     optimal: bool
     seconds: float
-    prediction: Prediction
+    predictions: dict[str, Prediction]
     limits: tuple[LimitUse, ...]
+
+    @property
+    def prediction(self) -> Prediction:
+        """In the main scenario."""
+        return next(iter(self.predictions.values()))
+
+
+class Tried(Record):
+    """One combination of batch sizes, and what it came to: its best score, or why it has none or was not solved."""
+
+    batch_sizes: dict[str, int]
+    score: float | None
+    outcome: str
+
+
+class Price(Record):
+    """What one limit costs: loosened by `step` (in the limit's unit), the score falls by `gained`."""
+
+    scenario: str
+    limit: str
+    unit: str
+    step: float
+    gained: float
+
+
+class RunnerUp(Record):
+    """What a layer would take were its choice forbidden, and by how much the score would rise; none if nothing fits."""
+
+    layer: int
+    chosen: str
+    other: str | None
+    rise: float | None
 
 
 class SearchRecord(Record):
-    """The answer of a search: the chosen architecture first among `solutions`, and what it stands beside."""
+    """The answer of a search: the chosen architecture first among `solutions`, and what it stands beside.
+
+    `times` are prefill plus decode milliseconds by subblock variant, and of what lies `outside`, in the main scenario;
+    those that the cost table does not have are missing.
+    """
 
     objective: str
-    parent: Prediction
+    batch_sizes: dict[str, int]
+    parents: dict[str, Prediction]
+    times: dict[str, float]
     solutions: tuple[Found, ...]
     baselines: tuple[Found, ...]
     frontier: tuple[Found, ...]
+    tried: tuple[Tried, ...]
+    prices: tuple[Price, ...]
+    runner_ups: tuple[RunnerUp, ...]
+    flags: tuple[str, ...]
     skipped: dict[str, str]
 
     @property
     def chosen(self) -> Found:
         """The best architecture."""
         return self.solutions[0]
+
+    @property
+    def parent(self) -> Prediction:
+        """The parent in the main scenario."""
+        return next(iter(self.parents.values()))
+
+
+class RefineWork(Work):
+    """Measuring what a search found, and searching again around the best: `tokens` are those that scores use."""
+
+    stage: ClassVar[str] = "refine"
+    version: ClassVar[int] = 1
+
+    search: str
+    tokens: str
+
+
+class Candidate(Record):
+    """An architecture that was assembled and measured: which round's search found it, and its KL to the parent."""
+
+    round: int
+    rank: int
+    found: Found
+    measured_kl: float
+
+
+class RefineRecord(Record):
+    """Every candidate of every round, and the one with the least measured KL."""
+
+    chosen: int
+    candidates: tuple[Candidate, ...]
+
+
+def refined(answer: SearchRecord, record: RefineRecord) -> SearchRecord:
+    """The answer with the best measured candidate first among its solutions."""
+    best = record.candidates[record.chosen].found
+    others = tuple(found for found in answer.solutions if found.architecture != best.architecture)
+    return answer.model_copy(update={"solutions": (best, *others)})
 
 
 class TimingWork(Work):
@@ -336,7 +457,8 @@ class ReportWork(Work):
     search: str
     bld: tuple[str, ...]
     scores: tuple[str, ...]
-    costs: str
+    refine: str | None
+    costs: str | None
     gkd: str
-    timing: TimingWork
+    timing: TimingWork | None
     models: tuple[ReportedModel, ...]

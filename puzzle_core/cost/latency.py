@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import DynamicCache
 
-from puzzle_core.architecture import Architecture, BlockVariant, Variant
+from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
 from puzzle_core.cost.analytic import DTYPE_BYTES, variant_size
 from puzzle_core.device import use_threads
 from puzzle_core.errors import MeasurementError, SpecError
@@ -25,10 +25,13 @@ from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.spec import TargetSpec
 from puzzle_core.stages import CostRecord, CostWork, Timing, TimingRecord, TimingWork, Traffic
 
-OUTSIDE = "outside"
+OUTSIDE, PARENT = "outside", "parent"
 DECODE_POINTS, STEPS_PER_POINT = 4, 8
 STACK_BYTES = 512 * 2**20
 NO_ATTENTION, NO_FFN = Variant("attn", "no_op"), Variant("ffn", "no_op")
+
+Rounds = dict[str, list[float]]
+"""Milliseconds of every round, by phase."""
 
 
 def hardware_name(target: TargetSpec) -> str:
@@ -62,31 +65,46 @@ def run(work: CostWork, parent: Parent, report: Callable[[int, int], None] | Non
     Raises:
         MeasurementError: a variant came out at no time at all, so noise is larger than what is measured.
     """
-    depth, empty = parent.shape.layers, BlockVariant(attention=NO_ATTENTION, ffn=NO_FFN)
+    return cost_record(work, parent, time_models(cost_models(work, parent), work.traffic, work.target, report))
+
+
+def cost_models(work: CostWork, parent: Parent) -> dict[str, PuzzleForCausalLM]:
+    """The models that a cost record is made from: a stack per variant, one with no blocks, and the parent."""
     device, dtype = target_device(work.target), torch_dtype(work.target.dtype)
-    stacks: dict[str, tuple[Architecture, int]] = {OUTSIDE: (Architecture(layers=(empty,) * depth), 0)}
+    empty = BlockVariant(attention=NO_ATTENTION, ffn=NO_FFN)
+    layers = {OUTSIDE: (empty,) * parent.shape.layers, PARENT: Architecture.of_parent(parent.shape).layers}
     for variant in work.variants:
         update = {"attention" if variant.subblock == "attn" else "ffn": variant}
-        size = variant_size(parent.shape, variant).parameters * DTYPE_BYTES[work.target.dtype]
-        copies = max(1, min(depth, STACK_BYTES // size))
-        layers = (empty.model_copy(update=update),) * copies + (empty,) * (depth - copies)
-        stacks[str(variant)] = (Architecture(layers=layers), copies)
-    models = {name: random_child(parent, stack, dtype, device) for name, (stack, _) in stacks.items()}
-    whole = random_child(parent, Architecture.of_parent(parent.shape), dtype, device)
-    times = time_models(models | {"parent": whole}, work.traffic, work.target, report)
+        copies = _copies(work, parent.shape, variant)
+        layers[str(variant)] = (empty.model_copy(update=update),) * copies + (empty,) * (parent.shape.layers - copies)
+    return {name: random_child(parent, Architecture(layers=stack), dtype, device) for name, stack in layers.items()}
+
+
+def cost_record(work: CostWork, parent: Parent, times: Mapping[str, Rounds]) -> CostRecord:
+    """The record from the times of `cost_models`; other models among them are left alone.
+
+    Raises:
+        MeasurementError: a variant came out at no time at all, so noise is larger than what is measured.
+    """
+    names = {str(variant): _copies(work, parent.shape, variant) for variant in work.variants}
     return CostRecord(
-        variants={
-            name: _difference(name, times[name], times[OUTSIDE], copies)
-            for name, (_, copies) in stacks.items()
-            if copies
-        },
+        source="measured",
+        variants={name: _difference(name, times[name], times[OUTSIDE], copies) for name, copies in names.items()},
         outside=timing_of(times[OUTSIDE]),
-        parent=timing_of(times["parent"]),
+        parent=timing_of(times[PARENT]),
         hardware=work.hardware,
+        weight_bytes=DTYPE_BYTES[work.target.dtype],
+        kv_bytes=DTYPE_BYTES[work.target.dtype],
         torch_version=torch.__version__,
         threads=work.target.threads,
         rounds=work.target.rounds,
     )
+
+
+def _copies(work: CostWork, shape: ModelShape, variant: Variant) -> int:
+    """In how many layers a variant's stack has it: in all, unless that would take too much memory."""
+    size = variant_size(shape, variant).parameters * DTYPE_BYTES[work.target.dtype]
+    return max(1, min(shape.layers, STACK_BYTES // size))
 
 
 def run_timing(work: TimingWork, parent: Parent, report: Callable[[int, int], None] | None = None) -> TimingRecord:
@@ -95,9 +113,6 @@ def run_timing(work: TimingWork, parent: Parent, report: Callable[[int, int], No
     models = {name: random_child(parent, architecture, dtype, device) for name, architecture in work.architectures}
     times = time_models(models, work.traffic, work.target, report)
     return TimingRecord(models={name: timing_of(rounds) for name, rounds in times.items()}, hardware=work.hardware)
-
-
-Rounds = dict[str, list[float]]
 
 
 @torch.no_grad()

@@ -1,23 +1,17 @@
-"""Exact costs: the parameters and bytes of real models, and of the published 49B child."""
-
-import json
-from pathlib import Path
+"""Exact costs: the parameters and bytes of real models."""
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from puzzle_core.architecture import Architecture, ModelShape, Variant
+from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.cost.analytic import (
     DTYPE_BYTES,
     architecture_parameters,
-    kv_entries_per_token,
-    outside_parameters,
     variant_size,
 )
 from puzzle_core.model.checkpoint import Checkpoint
 from tests.pico import PICOS
 
-PUBLISHED = Path(__file__).parents[4] / "shared/data/nemotron49b_config.json"
 BIASED = ["llama", "qwen2", "qwen3", "attention-bias", "mlp-bias", "wide-heads", "tied"]
 VARIANTS = ["attn:kv4", "attn:kv2", "attn:kv1", "attn:linear", "ffn:i48", "ffn:i20", "ffn:linear"]
 
@@ -58,37 +52,3 @@ def test_no_op_costs_nothing_and_linear_keeps_no_cache(parent):
     for subblock in ("attn", "ffn"):
         assert variant_size(parent.shape, Variant(subblock, "no_op")) == (0, 0)
         assert variant_size(parent.shape, Variant(subblock, "linear")).kv_entries_per_token == 0
-
-
-@pytest.mark.skipif(not PUBLISHED.exists(), reason=f"{PUBLISHED} is not here")
-def test_the_published_child_has_the_published_size():
-    config = json.loads(PUBLISHED.read_text())
-    shape = ModelShape(
-        family="llama",
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        heads=config["num_attention_heads"],
-        kv_heads=8,
-        head_dim=config["hidden_size"] // config["num_attention_heads"],
-        ffn_width=28672,
-        vocabulary=config["vocab_size"],
-        tied_embeddings=config["tie_word_embeddings"],
-        qkv_bias=config["attention_bias"],
-        attention_out_bias=config["attention_bias"],
-        mlp_bias=config["mlp_bias"],
-        qk_norm=False,
-        max_positions=config["max_position_embeddings"],
-    )
-    child = Architecture.parse([published_block(shape, block) for block in config["block_configs"]])
-    assert round(architecture_parameters(shape, child) / 1e9, 2) == 49.87
-    assert kv_entries_per_token(shape, child) == 49 * 2 * 8 * 128
-    assert round(architecture_parameters(shape, Architecture.of_parent(shape)) / 1e9, 2) == 70.55
-    assert outside_parameters(shape) == 2 * 128256 * 8192 + 8192
-
-
-def published_block(shape, block):
-    """METHOD section 9."""
-    attention, ffn = block["attention"], block["ffn"]
-    heads = "no_op" if attention["no_op"] else f"kv{shape.heads // attention['n_heads_in_group']}"
-    width = -(-int(2 * ffn["ffn_mult"] * shape.hidden / 3) // 256) * 256
-    return f"attn:{heads}+ffn:i{width}"

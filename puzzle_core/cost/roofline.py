@@ -1,0 +1,163 @@
+"""Times from the figures of a data sheet: bytes moved and operations done, each over the rate that is reached.
+
+Every subblock is one kernel or two, and a kernel takes the longer of its operations over the compute rate and its bytes
+over the memory bandwidth. docs/targets.md has every formula and assumption (METHOD section 5). No torch.
+
+Legend: N tokens of one forward pass, all sequences together. Everything is per device of the tensor-parallel group.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from puzzle_core.architecture import ModelShape, Variant
+from puzzle_core.cost.analytic import variant_size
+from puzzle_core.errors import SpecError
+from puzzle_core.quantities import parse_bandwidth, parse_duration, parse_rate
+from puzzle_core.stages import CostRecord, Timing, Traffic
+from puzzle_core.target import PRECISION_BYTES, HardwareSpec, Precision, TargetSpec
+
+RESIDUAL_BYTES = 2
+"""Least bytes per channel of the residual stream, which is what devices add up: products of 8 bits give 16."""
+LOGIT_BYTES = 4
+
+
+class Pass(NamedTuple):
+    """One forward pass of a batch: new tokens per sequence, and cached tokens that a new one attends to on average."""
+
+    batch_size: int
+    new_tokens: int
+    context: float
+    decoding: bool
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.batch_size * self.new_tokens
+
+
+@dataclass(frozen=True)
+class Device:
+    """The figures of a hardware specification as numbers per second, with what is reached of them."""
+
+    hardware: HardwareSpec
+
+    def kernel_s(self, operations: float, moved_bytes: float, precision: Precision, decoding: bool) -> float:
+        """Seconds of one kernel; operations and bytes are those of the whole group."""
+        efficiency, devices = self.hardware.efficiency, self.hardware.tensor_parallel
+        reached = efficiency.decode_compute if decoding else efficiency.prefill_compute
+        peak = parse_rate(getattr(self.hardware.peak_rates, precision)).value
+        bandwidth = parse_bandwidth(self.hardware.bandwidth).value * efficiency.bandwidth
+        return max(operations / (devices * peak * reached), moved_bytes / (devices * bandwidth))
+
+    def all_reduce_s(self, tokens: int, hidden: int) -> float:
+        """Seconds to add up the outputs of a subblock over the group: a ring, not hidden behind compute."""
+        link, devices = self.hardware.interconnect, self.hardware.tensor_parallel
+        if devices == 1 or link is None:
+            return 0.0
+        channel_bytes = max(RESIDUAL_BYTES, PRECISION_BYTES[self.hardware.activations])
+        sent_bytes = 2 * (devices - 1) / devices * tokens * hidden * channel_bytes
+        bandwidth = parse_bandwidth(link.bandwidth).value * self.hardware.efficiency.bandwidth
+        return sent_bytes / bandwidth + parse_duration(link.latency).value
+
+    @property
+    def overhead_s(self) -> float:
+        """Fixed seconds per subblock and pass."""
+        return self.hardware.efficiency.overhead_us * 1e-6
+
+
+def roofline(shape: ModelShape, variants: Iterable[Variant], traffic: Traffic, target: TargetSpec) -> CostRecord:
+    """Prefill and decode times of subblock variants, of what lies outside the blocks, and of the parent.
+
+    Args:
+        variants: no-ops take no time and may be left out.
+        traffic: at a batch size; decoding are `generated_tokens - 1` steps, whose context grows.
+
+    Raises:
+        SpecError: the target has no hardware figures.
+    """
+    if target.hardware is None:
+        raise SpecError(
+            f"target {target.name} has no figures to compute from: give it `costs: roofline` and `hardware`"
+        )
+    hardware = target.hardware
+    device, own = Device(hardware), shape.parent_block
+
+    def timing(variant: Variant) -> Timing:
+        return _timing(traffic, partial(subblock_s, device, shape, variant))
+
+    outside, blocks = _timing(traffic, partial(outside_s, device, shape)), [timing(own.attention), timing(own.ffn)]
+    return CostRecord(
+        source="roofline",
+        variants={str(variant): timing(variant) for variant in variants if variant.kind != "no_op"},
+        outside=outside,
+        parent=Timing(
+            prefill_ms=outside.prefill_ms + shape.layers * sum(half.prefill_ms for half in blocks),
+            decode_ms=outside.decode_ms + shape.layers * sum(half.decode_ms for half in blocks),
+        ),
+        hardware=f"{hardware.tensor_parallel} x {hardware.device}",
+        weight_bytes=PRECISION_BYTES[hardware.weights],
+        kv_bytes=PRECISION_BYTES[hardware.kv_cache],
+    )
+
+
+def subblock_s(device: Device, shape: ModelShape, variant: Variant, work: Pass) -> float:
+    """Seconds of one subblock in one pass."""
+    hardware, size = device.hardware, variant_size(shape, variant)
+    weight_bytes, channel_bytes = PRECISION_BYTES[hardware.weights], PRECISION_BYTES[hardware.activations]
+    channels = 2 * shape.hidden + _inner_channels(shape, variant)
+    seconds = device.kernel_s(
+        operations=2 * size.parameters * work.tokens,
+        moved_bytes=size.parameters * weight_bytes + work.tokens * channels * channel_bytes,
+        precision=hardware.linear_precision,
+        decoding=work.decoding,
+    )
+    if size.kv_entries_per_token:
+        seconds += _attend_s(device, shape, variant, work)
+    return seconds + device.all_reduce_s(work.tokens, shape.hidden) + device.overhead_s
+
+
+def outside_s(device: Device, shape: ModelShape, work: Pass) -> float:
+    """Seconds of embedding, final norm, head and sampling in one pass; only each sequence's last token has logits."""
+    hardware, batch = device.hardware, work.batch_size
+    weight_bytes, channel_bytes = PRECISION_BYTES[hardware.weights], PRECISION_BYTES[hardware.activations]
+    embedding = work.tokens * shape.hidden * (weight_bytes + channel_bytes)
+    head = shape.vocabulary * shape.hidden
+    return device.overhead_s + device.kernel_s(
+        operations=2 * head * batch,
+        moved_bytes=head * weight_bytes + embedding + 2 * batch * shape.vocabulary * LOGIT_BYTES,
+        precision=hardware.linear_precision,
+        decoding=work.decoding,
+    )
+
+
+def _attend_s(device: Device, shape: ModelShape, variant: Variant, work: Pass) -> float:
+    """Seconds of softmax(Q K) V: the cache is read once per pass, and new entries are written."""
+    hardware, query = device.hardware, shape.heads * shape.head_dim
+    entries = variant_size(shape, variant).kv_entries_per_token
+    copies = max(1.0, hardware.tensor_parallel / variant.size)  # fewer KV heads than devices: each needs one
+    cached = work.context if work.decoding else work.new_tokens
+    return device.kernel_s(
+        operations=4 * work.tokens * query * work.context,
+        moved_bytes=work.batch_size * cached * entries * copies * PRECISION_BYTES[hardware.kv_cache],
+        precision=hardware.attention_precision,
+        decoding=work.decoding,
+    )
+
+
+def _inner_channels(shape: ModelShape, variant: Variant) -> int:
+    """Activations per token between the products of a subblock, each written once and read once."""
+    if variant.kind == "linear":
+        return 0
+    if variant.subblock == "ffn":
+        return 2 * variant.size
+    return 2 * 2 * (shape.heads + variant.size) * shape.head_dim
+
+
+def _timing(traffic: Traffic, seconds: Callable[[Pass], float]) -> Timing:
+    """A prefill, and all decode steps: a step's time is linear in the context, so the mean context gives the mean."""
+    batch, prompt, generated = traffic.batch_size, traffic.prompt_tokens, traffic.generated_tokens
+    prefill = Pass(batch, prompt, context=(prompt + 1) / 2, decoding=False)
+    step = Pass(batch, 1, context=prompt + generated / 2, decoding=True)
+    return Timing(prefill_ms=1e3 * seconds(prefill), decode_ms=1e3 * (generated - 1) * seconds(step))

@@ -1,0 +1,143 @@
+"""Hardware targets: the device, precision and engine that costs hold for, and where the costs come from.
+
+A target is part of a run's spec or a file of its own (deployments/targets/, docs/targets.md). Its costs are measured on
+the device at hand, computed from the figures of a data sheet (cost/roofline.py), or imported as a table. No torch.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from puzzle_core.quantities import parse_bandwidth, parse_duration, parse_memory, parse_rate
+from puzzle_core.records import Record
+from puzzle_core.yaml_file import parse_record, read_keys, resolve_path
+
+Dtype = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Memory = Annotated[str, BeforeValidator(parse_memory.check)]
+Bandwidth = Annotated[str, BeforeValidator(parse_bandwidth.check)]
+Rate = Annotated[str, BeforeValidator(parse_rate.check)]
+Duration = Annotated[str, BeforeValidator(parse_duration.check)]
+
+PRECISION_BYTES: dict[Precision, float] = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "fp8": 1,
+    "int8": 1,
+    "int4": 0.5,
+}
+
+
+class PeakRates(Record):
+    """Peak rates of dense matrix products by the precision of their operands; none where there is no fast path."""
+
+    float32: Rate | None = None
+    bfloat16: Rate | None = None
+    float16: Rate | None = None
+    fp8: Rate | None = None
+    int8: Rate | None = None
+    int4: Rate | None = None
+
+
+class Efficiency(Record):
+    """How much of the peaks real kernels reach; cost/calibrate.py fits these to measured costs."""
+
+    prefill_compute: Share = Field(0.6, description="Share of the peak rate that prefill reaches")
+    decode_compute: Share = Field(0.4, description="Share of the peak rate that decoding a large batch reaches")
+    bandwidth: Share = Field(0.8, description="Share of the memory bandwidth that is reached")
+    overhead_us: float = Field(5.0, ge=0, description="Fixed time per subblock and forward pass, microseconds")
+
+
+class Interconnect(Record):
+    """The link between the devices of a tensor-parallel group."""
+
+    bandwidth: Bandwidth = Field(description="Per device and direction, for instance '450GB/s'")
+    latency: Duration = Field(description="Of one all-reduce of nothing, for instance '10us'")
+
+
+class HardwareSpec(Record):
+    """A device as its data sheet has it, and the precisions that it serves in."""
+
+    device: str = Field(description="Name of the device")
+    weights: Precision = Field("bfloat16", description="Precision of the weights")
+    activations: Precision = Field("bfloat16", description="Precision of the activations")
+    kv_cache: Precision = Field("bfloat16", description="Precision of the KV cache")
+    memory: Memory = Field(description="Of one device, for instance '80GB'")
+    bandwidth: Bandwidth = Field(description="Of the device's memory, for instance '3.35TB/s'")
+    peak_rates: PeakRates = Field(description="Dense, not sparse, for instance '989 TFLOP/s'")
+    efficiency: Efficiency = Efficiency()
+    tensor_parallel: Positive = Field(1, description="Devices that share one model")
+    interconnect: Interconnect | None = Field(None, description="Needed where tensor_parallel is above 1")
+    sources: dict[str, str] = Field({}, description="Where each figure comes from")
+
+    @model_validator(mode="after")
+    def _figures_that_are_needed(self) -> Self:
+        for operation, precision in (("weight", self.linear_precision), ("attention", self.attention_precision)):
+            if getattr(self.peak_rates, precision) is None:
+                raise ValueError(
+                    f"peak_rates.{precision} is missing: {operation} products run in the wider of their operands' "
+                    f"precisions (weights {self.weights}, activations {self.activations}, kv_cache {self.kv_cache})"
+                )
+        if self.tensor_parallel > 1 and self.interconnect is None:
+            raise ValueError(
+                f"interconnect is missing: tensor_parallel is {self.tensor_parallel}, so say the link's bandwidth "
+                "and latency"
+            )
+        return self
+
+    @property
+    def linear_precision(self) -> Precision:
+        """What products of weights and activations run in: the wider of the two."""
+        return _wider(self.weights, self.activations)
+
+    @property
+    def attention_precision(self) -> Precision:
+        """What products of queries with the KV cache run in: the wider of activations and cache."""
+        return _wider(self.activations, self.kv_cache)
+
+
+class TargetSpec(Record):
+    """The hardware target that costs hold for."""
+
+    name: str = "this-machine"
+    costs: Literal["measured", "roofline", "imported"] = Field(
+        "measured", description="Measured here, computed from the figures of `hardware`, or read from `table`"
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Dtype = Field(
+        "float32", description="Type of the child's checkpoint; of weights, activations and KV cache while measuring"
+    )
+    threads: Positive = Field(1, description="CPU threads while measuring")
+    rounds: int = Field(7, ge=3, description="Interleaved rounds of a measurement; medians are kept")
+    hardware: HardwareSpec | None = Field(None, description="For roofline costs: the device's figures")
+    table: str | None = Field(None, description="For imported costs: path of the cost table")
+
+    @model_validator(mode="after")
+    def _what_the_kind_needs(self) -> Self:
+        for kind, key in (("roofline", "hardware"), ("imported", "table")):
+            given = getattr(self, key) is not None
+            if self.costs == kind and not given:
+                raise ValueError(f"costs are {kind}, but {key} is missing: give it, or say another kind of costs")
+            if self.costs != kind and given:
+                raise ValueError(f"{key} is given, but costs are {self.costs}: say `costs: {kind}`, or leave {key} out")
+        return self
+
+
+def load_target(path: Path) -> TargetSpec:
+    """Read a target from its YAML file; the path of a cost table is relative to it.
+
+    Raises:
+        SpecError: the file is missing or not YAML, or a key or value is wrong; names the key and the nearest known one.
+    """
+    content = read_keys(path, "target", "a target starts with `name:` (see deployments/targets/this-cpu.yaml)")
+    if "table" in content:
+        content["table"] = resolve_path(content["table"], path.resolve().parent)
+    return parse_record(TargetSpec, content, str(path), "target")
+
+
+def _wider(first: Precision, second: Precision) -> Precision:
+    return first if PRECISION_BYTES[first] >= PRECISION_BYTES[second] else second

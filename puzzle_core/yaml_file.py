@@ -1,0 +1,79 @@
+"""Records that users write as YAML files. All that is wrong in one is said at once, with the nearest known keys."""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from puzzle_core.errors import SpecError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_keys(path: Path, what: str, hint: str) -> dict[str, Any]:
+    """The keys and values of a YAML file, not validated yet.
+
+    Args:
+        what: the kind of file, for error texts: "spec", "target".
+        hint: how such a file starts, for error texts.
+
+    Raises:
+        SpecError: the file is missing, not YAML, or holds no keys.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"cannot read the {what} {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SpecError(f"{path} holds no keys: {hint}")
+    return content
+
+
+def parse_record(model: type[Model], content: dict[str, Any], origin: str, what: str) -> Model:
+    """Validate a record given as plain values.
+
+    Raises:
+        SpecError: every wrong key and value, one per line.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(dict(e), model, what) for e in error.errors(include_url=False)]
+        raise SpecError(f"{origin} is not a valid {what}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def resolve_path(value: Any, directory: Path) -> Any:
+    """An absolute path where `value` names something in `directory`; anything else as it is."""
+    local = isinstance(value, str) and (directory / value).exists()
+    return str((directory / value).resolve()) if local else value
+
+
+def _explain(error: dict[str, Any], model: type[BaseModel], what: str) -> str:
+    place = ".".join(str(part) for part in error["loc"]) or what
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(model, error["loc"][:-1])
+        nearest = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys here: {', '.join(known)}"
+        return f"{place}: unknown key; {hint}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    found = "" if isinstance(error["input"], dict) or error["type"] == "missing" else f" (found {error['input']!r})"
+    return f"{place}: {message}{found}"
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        if isinstance(part, str):
+            annotation: Any = model.model_fields[part].annotation
+            model = next(
+                (a for a in (annotation, *getattr(annotation, "__args__", ())) if _is_record(a)),
+                model,
+            )
+    return list(model.model_fields)
+
+
+def _is_record(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
