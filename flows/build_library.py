@@ -6,6 +6,7 @@ from prefect import flow
 from prefect.futures import PrefectFuture
 
 from flows.running import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
+from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
 from puzzle_core.spec import RunSpec
 from puzzle_core.stages import BldWork, ScoreWork
@@ -71,9 +72,13 @@ def train_variants(spec: RunSpec, plan: Plan, site: Site) -> None:
 
 
 @flow(name="score-variants", flow_run_name="scores of {spec.name}", persist_result=False, validate_parameters=False)
-def score_variants(spec: RunSpec, plan: Plan, site: Site) -> None:
-    """Replace-1-block scores of what the store lacks; the parent's states are captured once, through the last layer."""
-    works, there = plan.all_scores(), site.store().keys(ScoreWork.stage)
+def score_variants(spec: RunSpec, plan: Plan, site: Site, child: Architecture | None = None) -> None:
+    """Replace-1-block scores of what the store lacks, in the parent or in a child.
+
+    The model's states are captured once, through the last layer.
+    """
+    works, there = plan.all_scores(child), site.store().keys(ScoreWork.stage)
+    base = plan.assemble(child) if child else None
     missing = [work for work in works if work.key not in there]
     done = len(works) - len(missing)
     log.info("scores: %d block variants, %d in the store, %d to score", len(works), done, len(missing))
@@ -82,10 +87,14 @@ def score_variants(spec: RunSpec, plan: Plan, site: Site) -> None:
     tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
     first = min(work.layer for work in missing)
     for layer in plan.layers:
-        capture_layer(tokens, dtype, layer, layer >= first, site)
+        capture_layer(tokens, dtype, layer, layer >= first and base is None, site)
     capture_log_probabilities(tokens, dtype, site)
+    for layer in plan.layers if base else ():
+        capture_layer(tokens, dtype, layer, layer >= first, site, base)
     wait_all("scores", [submit(score_block, work, site) for work in missing], done, len(works))
     drop_activations(tokens, dtype, None, site)
+    if base:
+        drop_activations(tokens, dtype, None, site, base)
 
 
 def _finish(

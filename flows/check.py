@@ -1,12 +1,53 @@
 """What a run would do, without doing it: `puzzle check`."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from flows.research_targets import find_answers
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work
+from puzzle_core.report.tables import Table, format_text
+from puzzle_core.report.units import NONE, number_text, percent_text
 from puzzle_core.spec import RunSpec
 from tasks.site import Site
 from tasks.stages import open_inputs
+
+
+def describe_targets(spec: RunSpec, directory: Path) -> str:
+    """Every target file, and the answer that the store has for it, as text.
+
+    Raises:
+        PuzzleError: whatever is wrong with the spec, the parent or the texts, or there are no target files.
+    """
+    site = Site.of(spec)
+    plan = Plan(spec, open_inputs.fn(site, spec.data, spec.target))
+    rows = []
+    for answer in find_answers(spec, plan, site, directory):
+        if answer.spec is None:
+            rows.append((answer.target, NONE, "broken: " + answer.trouble.replace("\n", " "), NONE, NONE))
+            continue
+        found = answer.record.chosen if answer.record else None
+        share = found.prediction.total_ms / answer.record.parent.total_ms if found and answer.record else None
+        rows.append(
+            (
+                answer.target,
+                answer.spec.target.costs,
+                "answered" if found else "no answer yet",
+                number_text(found.score) if found else NONE,
+                percent_text(share) if share else NONE,
+            )
+        )
+    return (
+        format_text(
+            Table(
+                title=f"Targets of {spec.parent.path}, scenario {spec.scenario.name}",
+                columns=("target", "costs", "answer", "score", "time to the parent's"),
+                rows=tuple(rows),
+                text_columns=3,
+            )
+        )
+        + "\n"
+    )
 
 
 def describe_plan(spec: RunSpec) -> str:

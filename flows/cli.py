@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flows.store_commands import STORE_HELP, add_store_commands
 from puzzle_core.errors import PuzzleError, SpecError
 from puzzle_core.spec import load_spec
 
 log = logging.getLogger("puzzle")
 PREFECT_HOME = Path(".puzzle/prefect")
 EXAMPLE_PARENT = Path("deployments/parents/stdlib-2m")
+TARGETS = Path("deployments/targets")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,11 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[Any], None], about: str, spec: bool = True) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[Any], None], about: str, spec: bool = True, optional: bool = False
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=about, description=about)
         added.set_defaults(run=run)
         if spec:
-            added.add_argument("spec", type=Path, metavar="SPEC.yaml", help="run specification")
+            number = "?" if optional else None
+            added.add_argument("spec", type=Path, metavar="SPEC.yaml", nargs=number, help="run specification")
             added.add_argument(
                 "--set",
                 dest="overrides",
@@ -68,7 +73,15 @@ def _parser() -> argparse.ArgumentParser:
 
     command("run", _run, "from parent to child: library, search, child, report")
     command("build-library", _flow("build_library"), "train and score every variant of the parent's layers")
-    command("search", _flow("search_architecture"), "choose an architecture for the spec's target and scenario")
+    search = command(
+        "search", _search, "choose an architecture for a spec's target and scenario, or from tables", optional=True
+    )
+    _add_table_options(search)
+    targets = command("targets", _targets, "list hardware targets, and which of them have a search for this parent")
+    targets.add_argument(
+        "--targets", type=Path, default=TARGETS, metavar="DIR", help="directory of target files (default %(default)s)"
+    )
+    targets.add_argument("--search", action="store_true", help="search those that have no answer yet")
     command("train-child", _flow("train_child"), "assemble, distil and evaluate the chosen architecture")
     command("check", _check, "validate a specification and print the plan: what is cached, what will be computed")
     report = command("report", _report, "print the final table of a run and where its report lies", spec=False)
@@ -76,11 +89,53 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--store", default=".puzzle/store", help="artifact store (default %(default)s)")
     ui = command("ui", _ui, "serve the Prefect UI over the runs kept here, until interrupted", spec=False)
     ui.add_argument("--port", type=int, default=4200, help="port on loopback (default %(default)s)")
+    add_store_commands(commands.add_parser("store", help=STORE_HELP, description=STORE_HELP))
     pretrain = command("pretrain-example", _pretrain, "make the quickstart's parent again", spec=False)
     pretrain.add_argument("--out", type=Path, default=EXAMPLE_PARENT, help="directory (default %(default)s)")
     pretrain.add_argument("--steps", type=int, default=6000, help="optimizer steps (default %(default)s)")
     pretrain.add_argument("--processes", type=int, help="processes side by side (default one per core)")
     return parser
+
+
+def _add_table_options(search: argparse.ArgumentParser) -> None:
+    tables = search.add_argument_group("from tables alone, without a specification (docs/formats.md)")
+    tables.add_argument("--scores", type=Path, metavar="FILE", help="scores by layer, attention and ffn")
+    tables.add_argument("--costs", type=Path, metavar="FILE", help="costs by variant: memory_bytes, decode_ms, ...")
+    tables.add_argument(
+        "--scenario", type=Path, metavar="FILE", action="append", help="traffic and limits; may be given several times"
+    )
+    tables.add_argument("--out", type=Path, metavar="DIR", help="where the answer goes")
+    tables.add_argument("--score", metavar="COLUMN", help="the column of --scores that is the score")
+    tables.add_argument("--maximise", action="store_true", help="larger scores are better")
+    tables.add_argument("--parent", metavar="BLOCK", help="the parent's own block, for instance attn:kv8+ffn:i28672")
+
+
+def _search(options: Any) -> None:
+    if options.spec is not None:
+        _flow("search_architecture")(options)
+        return
+    missing = [name for name in ("scores", "costs", "scenario", "out") if not getattr(options, name)]
+    if missing:
+        raise SpecError(f"give a specification, or tables: --{', --'.join(missing)} missing")
+    from puzzle_core.architecture import BlockVariant
+    from puzzle_core.report.answer import answer_text
+    from puzzle_core.search.from_tables import read_request, search_tables
+
+    try:
+        parent = BlockVariant.parse(options.parent) if options.parent else None
+    except ValueError as error:
+        raise SpecError(f"--parent {options.parent!r} is no block variant: say attn:kv8+ffn:i28672") from error
+    request = read_request(options.scenario)
+    record = search_tables(
+        options.scores,
+        options.costs,
+        request,
+        options.out,
+        score=options.score,
+        maximise=options.maximise,
+        parent=parent,
+    )
+    sys.stdout.write(f"{answer_text(record)}\n\nanswer: {options.out}\n")
 
 
 def _run(options: Any) -> None:
@@ -103,6 +158,18 @@ def _flow(name: str) -> Callable[[Any], None]:
             getattr(importlib.import_module(f"flows.{name}"), name)(spec)
 
     return run
+
+
+def _targets(options: Any) -> None:
+    spec = load_spec(options.spec, tuple(options.overrides))
+    from flows.check import describe_targets
+
+    if options.search:
+        with _prefect():
+            from flows.research_targets import research_targets
+
+            research_targets(spec, str(options.targets))
+    sys.stdout.write(describe_targets(spec, options.targets))
 
 
 def _check(options: Any) -> None:

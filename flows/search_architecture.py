@@ -35,12 +35,12 @@ def search_architecture(spec: RunSpec) -> None:
                 f"{len(missing)} scores are not in the store {spec.runtime.store}, the first being layer "
                 f"{missing[0].layer} {missing[0].block}: run `puzzle build-library` with this spec first"
             )
-        key = ensure(stages.search_architecture, plan.search(), site)
+        key = ensure(stages.search_architecture, plan.search(), site, target=spec.target)
         record_architecture(plan, site, run, key)
 
 
 def measure_target(plan: Plan, site: Site) -> None:
-    """Cost tables of all batch sizes, and a check that some architecture meets the limits."""
+    """Costs of all scenarios and batch sizes, and a check that some architecture meets the limits."""
     for work in plan.costs().values():
-        ensure(stages.measure_costs, work, site)
-    stages.check_limits(plan.search(), site)
+        ensure(stages.find_costs, work, site)
+    stages.check_limits(plan.search(), plan.spec.target, site)

@@ -4,6 +4,7 @@ import logging
 
 from prefect import flow
 
+from flows.refine_search import find_answer
 from flows.running import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
@@ -27,16 +28,17 @@ def train_child(spec: RunSpec) -> None:
     """
     site = Site.of(spec)
     plan = plan_run(spec, site)
-    found = find_search(plan, site)
+    found = find_answer(plan, site)
     with tracked("child", spec) as run:
         ensure_tokens(plan, site, "gkd", "evaluation")
         architectures = children(found)
         for label, architecture in architectures.items():
             ensure(stages.assemble_child, plan.assemble(architecture), site, label=label)
         distilled = ensure(stages.distil_child, plan.gkd(found.chosen.architecture), site, run=run)
-        ensure(stages.time_models, plan.timing(timed(plan, found), found.chosen.prediction.batch_size), site)
+        if timing := plan.timing(timed(plan, found), found.chosen.prediction.batch_size):
+            ensure(stages.time_models, timing, site)
         side_by_side(evaluate_models, site)(spec, plan, site)
-        record_child(plan, site, run, distilled)
+        record_child(plan, site, run, distilled, found.chosen)
 
 
 @flow(
@@ -44,18 +46,9 @@ def train_child(spec: RunSpec) -> None:
 )
 def evaluate_models(spec: RunSpec, plan: Plan, site: Site) -> None:
     """Quality of the parent, the child before and after GKD, and the baselines, on the same held-out tokens."""
-    evaluations = {label: plan.evaluate(key) for label, key in evaluated(plan, find_search(plan, site)).items()}
+    evaluations = {label: plan.evaluate(key) for label, key in evaluated(plan, find_answer(plan, site)).items()}
     missing = {label: work for label, work in evaluations.items() if not site.store().has(work.key)}
     wait_all("evaluation", [submit(stages.evaluate_model, work, site, label=label) for label, work in missing.items()])
-
-
-def find_search(plan: Plan, site: Site) -> SearchRecord:
-    """The answer of this plan's search.
-
-    Raises:
-        ArtifactError: the search was not run.
-    """
-    return SearchRecord.model_validate(site.store().manifest(plan.search().key).record)
 
 
 def children(found: SearchRecord) -> dict[str, Architecture]:

@@ -3,7 +3,7 @@
 Flows submit what a plan names and the store lacks; `puzzle check` prints the same plan without doing any of it.
 """
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Var
 from puzzle_core.cost.analytic import DTYPE_BYTES, architecture_parameters, variant_size
 from puzzle_core.errors import SpecError
 from puzzle_core.records import Record
-from puzzle_core.spec import RunSpec
+from puzzle_core.spec import RunSpec, ScenarioSpec
 from puzzle_core.stages import (
     AssembleWork,
     BldWork,
@@ -19,6 +19,7 @@ from puzzle_core.stages import (
     EvaluateWork,
     GkdWork,
     ImportanceWork,
+    RefineWork,
     ScoreWork,
     SearchWork,
     TimingWork,
@@ -32,7 +33,10 @@ LARGEST_LOG_PROBABILITIES_BYTES = 2**30
 
 
 class Inputs(Record):
-    """What a plan needs to know of the outside world: the parent, the texts and the machine."""
+    """What a plan needs to know of the outside world: the parent, the texts, the machine, and an imported cost table.
+
+    The parent, the texts and the table are digests.
+    """
 
     parent: str
     tokenizer: str
@@ -40,6 +44,7 @@ class Inputs(Record):
     train_texts: str
     held_out_texts: str
     hardware: str
+    cost_table: str | None = None
 
 
 class Volume(NamedTuple):
@@ -72,8 +77,9 @@ class Plan:
                     f"variants.layers names layers {exception.first_layer} to {exception.last_layer}, but the parent "
                     f"has layers 0 to {shape.layers - 1}"
                 )
-        longest = spec.scenario.prompt_tokens + spec.scenario.generated_tokens
-        for what, tokens in (("data.sequence_length", spec.data.sequence_length), ("scenario tokens", longest)):
+        asked = {"data.sequence_length": spec.data.sequence_length}
+        asked |= {f"scenario {s.name}": s.prompt_tokens + s.generated_tokens for s in spec.scenarios}
+        for what, tokens in asked.items():
             if tokens > shape.max_positions:
                 raise SpecError(f"{what} is {tokens}, but the parent's context holds {shape.max_positions} tokens")
 
@@ -124,16 +130,19 @@ class Plan:
         """Where a half's weights lie; none for the parent's own and for no-ops."""
         return self.bld(layer, variant).key if variant in self.trained(layer) else None
 
-    def scored(self, layer: int) -> list[BlockVariant]:
-        """The blocks of a layer that need a score: all pairs, or the parent's block with one half changed."""
-        own = self.inputs.shape.parent_block
-        blocks = self.spec.variants.blocks_of_layer(layer, self.inputs.shape)[1:]
-        if self.spec.scoring.composition == "pairs":
-            return blocks
-        return [block for block in blocks if own.attention == block.attention or own.ffn == block.ffn]
+    def scored(self, layer: int, base: Architecture | None = None) -> list[BlockVariant]:
+        """The blocks of a layer that need a score: all pairs, or the base's block with one half changed.
 
-    def score(self, layer: int, block: BlockVariant) -> ScoreWork:
-        """The score of one block variant."""
+        The base is the parent, or a child; the child itself is scored too, by its own block in layer 0.
+        """
+        own = base.layers[layer] if base else self.inputs.shape.parent_block
+        blocks = self.spec.variants.blocks_of_layer(layer, self.inputs.shape)
+        if self.spec.scoring.composition == "subblocks":
+            blocks = [block for block in blocks if own.attention == block.attention or own.ffn == block.ffn]
+        return [block for block in blocks if block != own or (base and layer == 0)]
+
+    def score(self, layer: int, block: BlockVariant, base: Architecture | None = None) -> ScoreWork:
+        """The score of one block variant in the parent, or in a child."""
         return ScoreWork(
             parent=self.inputs.parent,
             layer=layer,
@@ -142,25 +151,21 @@ class Plan:
             ffn=self.library_key(layer, block.ffn),
             tokens=self.tokens("scoring").key,
             dtype=self.spec.scoring.dtype,
+            base=self.assemble(base) if base else None,
         )
 
     def all_bld(self) -> list[BldWork]:
         """Every variant training."""
         return [self.bld(layer, variant) for layer in self.layers for variant in self.trained(layer)]
 
-    def all_scores(self) -> list[ScoreWork]:
-        """Every score."""
-        return [self.score(layer, block) for layer in self.layers for block in self.scored(layer)]
+    def all_scores(self, base: Architecture | None = None) -> list[ScoreWork]:
+        """Every score in the parent, or in a child."""
+        return [self.score(layer, block, base) for layer in self.layers for block in self.scored(layer, base)]
 
-    def traffic(self, batch_size: int) -> Traffic:
-        """The scenario at one batch size, as measuring needs it."""
-        scenario = self.spec.scenario
-        return Traffic(
-            prompt_tokens=scenario.prompt_tokens, generated_tokens=scenario.generated_tokens, batch_size=batch_size
-        )
-
-    def costs(self) -> dict[int, CostWork]:
-        """The measurement of every distinct variant, by batch size."""
+    def costs(self) -> dict[tuple[str, int], CostWork]:
+        """The costs of every distinct variant, by scenario and batch size; none where a table is imported."""
+        if self.spec.target.costs == "imported":
+            return {}
         distinct = {
             variant
             for layer in self.layers
@@ -169,29 +174,40 @@ class Plan:
             if variant.kind != "no_op"
         }
         return {
-            batch_size: CostWork(
+            (scenario.name, batch_size): CostWork(
                 shape=self.inputs.shape.digest(),
                 variants=tuple(sorted(distinct)),
-                traffic=self.traffic(batch_size),
+                traffic=_traffic(scenario, batch_size),
                 target=self.spec.target,
                 hardware=self.inputs.hardware,
             )
-            for batch_size in self.spec.scenario.batch_sizes
+            for scenario in self.spec.scenarios
+            for batch_size in scenario.batch_sizes
         }
 
-    def search(self) -> SearchWork:
-        """The choice of an architecture."""
+    def search(self, base: Architecture | None = None, batch_sizes: Mapping[str, int] | None = None) -> SearchWork:
+        """The choice of an architecture, from scores in the parent or in a child; of all batch sizes, or of these."""
+        request = self.spec.request
+        if batch_sizes:
+            request = request.at(batch_sizes)
         return SearchWork(
             parent=self.inputs.parent,
             shape=self.inputs.shape,
             variants=self.spec.variants,
-            scores=tuple(work.key for work in self.all_scores()),
+            scores=tuple(work.key for work in self.all_scores(base)),
             composition=self.spec.scoring.composition,
-            costs=tuple((batch_size, work.key) for batch_size, work in self.costs().items()),
-            dtype=self.spec.target.dtype,
-            scenario=self.spec.scenario,
-            spec=self.spec.search,
+            costs=tuple((*where, work.key) for where, work in self.costs().items()),
+            cost_table=self.inputs.cost_table,
+            target=self.spec.target.name,
+            request=request,
+            base=self.assemble(base) if base else None,
         )
+
+    def refine(self) -> RefineWork | None:
+        """Measuring what the search found, where the spec asks for it."""
+        if self.spec.search.shortlist == 1 and not self.spec.search.iterations:
+            return None
+        return RefineWork(search=self.search().key, tokens=self.tokens("scoring").key)
 
     def assemble(self, architecture: Architecture) -> AssembleWork:
         """The child of one architecture."""
@@ -226,12 +242,20 @@ class Plan:
             lm_eval_tasks=self.spec.evaluation.lm_eval_tasks,
         )
 
-    def timing(self, architectures: dict[str, Architecture], batch_size: int) -> TimingWork:
-        """End-to-end times of several models in turns."""
+    def measure(self, architecture: Architecture) -> EvaluateWork:
+        """The measured quality of a candidate, on the tokens of the scores: those of the evaluation stay unseen."""
+        return EvaluateWork(
+            parent=self.inputs.parent, child=self.assemble(architecture).key, tokens=self.tokens("scoring").key
+        )
+
+    def timing(self, architectures: dict[str, Architecture], batch_size: int) -> TimingWork | None:
+        """End-to-end times of several models in turns; none where the target is not at hand."""
+        if self.spec.target.costs != "measured":
+            return None
         return TimingWork(
             shape=self.inputs.shape.digest(),
             architectures=tuple(architectures.items()),
-            traffic=self.traffic(batch_size),
+            traffic=_traffic(self.spec.scenario, batch_size),
             target=self.spec.target.model_copy(update={"rounds": self.spec.evaluation.timing_rounds}),
             hardware=self.inputs.hardware,
         )
@@ -257,3 +281,9 @@ class Plan:
             trained_tokens=len(variants) * spec.bld.tokens * spec.bld.epochs + spec.gkd.tokens * spec.gkd.epochs,
             forward_tokens=len(scores) * spec.scoring.tokens,
         )
+
+
+def _traffic(scenario: ScenarioSpec, batch_size: int) -> Traffic:
+    return Traffic(
+        prompt_tokens=scenario.prompt_tokens, generated_tokens=scenario.generated_tokens, batch_size=batch_size
+    )

@@ -3,7 +3,10 @@
 The parent with exactly one block replaced, against the parent: mean over held-out tokens of KL(parent || modified),
 in nats per token, and from the same pass the increase of the next-token loss and the top-1 agreement. Everything
 before the replaced block is unchanged and is never run again: a score starts from the stored activations that enter
-the block (or, for an FFN variant alone, that leave the parent's attention) and runs the suffix of the parent.
+the block (or, for an FFN variant alone, that leave the attention) and runs the suffix of the model.
+
+An iterated search scores blocks in a child instead of the parent: then one block of the child is replaced, and the
+result is still compared with the parent.
 
 Legend: N windows, T tokens, D hidden width, V vocabulary.
 """
@@ -27,7 +30,7 @@ def run(work: ScoreWork, activations: Activations, weights: dict[str, State]) ->
     """Score one block variant.
 
     Args:
-        activations: captured on the scoring tokens, through the last layer.
+        activations: of the parent, or the child that the block is put into, captured through the last layer.
         weights: the trained weights by variant id.
 
     Raises:
@@ -38,14 +41,14 @@ def run(work: ScoreWork, activations: Activations, weights: dict[str, State]) ->
     block = halves(parent, work.layer, work.block, trained, dtype, device)
     hidden = _through_block(work, activations, block)
     for layer in range(work.layer + 1, parent.shape.layers):
-        own, context = parent.block(layer, dtype, device), activations.context()
+        own, context = activations.block(layer), activations.context()
         hidden = [own(batch, **context) for batch in hidden]
     return _compare(work, activations, hidden)
 
 
 def _through_block(work: ScoreWork, activations: Activations, block: Halves) -> list[torch.Tensor]:
     context, device = activations.context(), activations.device
-    if work.block.attention == activations.parent.shape.parent_block.attention:
+    if work.block.attention == activations.attention(work.layer):
         states = activations.middle(work.layer)
         return [block.ffn.feed(states[rows].to(device)) for rows in activations.batches()]
     states = activations.entry(work.layer)

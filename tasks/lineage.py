@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from puzzle_core.plan import Plan
 from puzzle_core.records import Record
-from puzzle_core.stages import BldRecord, EvaluationRecord, Found, GkdRecord, ScoreRecord, SearchRecord
+from puzzle_core.stages import BldRecord, EvaluationRecord, Found, GkdRecord, RefineRecord, ScoreRecord, SearchRecord
 from tasks.site import Site
 from tasks.tracking import TrackedRun
 
@@ -19,6 +19,7 @@ R = TypeVar("R", bound=Record)
 def record_library(plan: Plan, site: Site, run: TrackedRun) -> None:
     """Final BLD loss per variant and KL per block variant, by layer; the library, made from the parent."""
     metrics = []
+    site.store().manifests(work.key for work in (*plan.all_bld(), *plan.all_scores()))  # many at a time
     for bld in plan.all_bld():
         trained = _record(BldRecord, bld.key, site)
         metrics.append((f"bld_loss/{trained.variant}", trained.final_loss, trained.layer))
@@ -39,9 +40,14 @@ def record_architecture(plan: Plan, site: Site, run: TrackedRun, key: str) -> No
     _architecture(plan, run, chosen)
 
 
-def record_child(plan: Plan, site: Site, run: TrackedRun, child: str) -> None:
+def record_refined(run: TrackedRun, record: RefineRecord) -> None:
+    """Predicted and measured KL of every candidate, in the order they were found."""
+    for step, candidate in enumerate(record.candidates):
+        run.metrics([("kl_predicted", candidate.found.score, step), ("kl_measured", candidate.measured_kl, step)])
+
+
+def record_child(plan: Plan, site: Site, run: TrackedRun, child: str, chosen: Found) -> None:
     """The child's quality; the child, made from the parent, the library and the architecture."""
-    chosen = _record(SearchRecord, plan.search().key, site).chosen
     curve = _record(GkdRecord, child, site).curve
     run.metrics([(f"gkd/{name}", value, step) for step, terms in enumerate(curve, 1) for name, value in terms.items()])
     quality = _record(EvaluationRecord, plan.evaluate(child).key, site)

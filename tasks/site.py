@@ -13,15 +13,19 @@ from pathlib import Path
 import torch
 from prefect.runtime import flow_run
 
+from puzzle_core.architecture import Variant
 from puzzle_core.data import read_windows
 from puzzle_core.device import available_cores, default_device
 from puzzle_core.distill.loop import Checkpoints
 from puzzle_core.errors import StorageError
-from puzzle_core.model.activations import Activations
+from puzzle_core.model.activations import Activations, ChildActivations
 from puzzle_core.model.parent import Parent, torch_dtype
+from puzzle_core.model.surgery import State, load_weights
+from puzzle_core.quantities import parse_memory
 from puzzle_core.records import Record, Work, write_text_atomic
 from puzzle_core.spec import Dtype, ParentSpec, RunSpec, RuntimeSpec
-from tasks.store import Store
+from puzzle_core.stages import AssembleWork
+from tasks.store import OnCorruption, Store
 
 
 class Site(Record):
@@ -52,27 +56,42 @@ class Site(Record):
 
     def store(self) -> Store:
         """The artifact store."""
-        return _open_store(self.runtime.store, self.scratch / "store-cache")
+        runtime = self.runtime
+        cache_bytes = parse_memory(runtime.cache_size).value
+        return _open_store(runtime.store, self.scratch / "store-cache", cache_bytes, runtime.on_corruption)
 
     def open_parent(self) -> Parent:
         """The parent, opened once per process."""
         return _open_parent(self.parent)
 
-    def activations(self, tokens: str, dtype: Dtype) -> Activations:
-        """The captured states of a split of tokens."""
+    def activations(self, tokens: str, dtype: Dtype, base: AssembleWork | None = None) -> Activations:
+        """The captured states of a split of tokens under the parent, or under a child."""
         name = hashlib.sha256(f"{tokens} {dtype} {self.parent_digest()}".encode()).hexdigest()[:16]
-        windows = read_windows(self.store().fetch(tokens))
-        return Activations(
-            self.scratch / "activations" / name, self.open_parent(), windows, torch_dtype(dtype), default_device()
-        )
+        windows, places = read_windows(self.store().fetch(tokens)), self.scratch / "activations"
+        parents = Activations(places / name, self.open_parent(), windows, torch_dtype(dtype), default_device())
+        if base is None:
+            return parents
+        library = base.library
+
+        def weights(layer: int) -> dict[Variant, State]:
+            return {Variant.parse(variant): load_weights(self.store().fetch(key)) for variant, key in library[layer]}
+
+        return ChildActivations(places / f"{name}-{base.digest()[:16]}", parents, base.architecture, weights)
 
     def checkpoints(self, work: Work) -> Checkpoints:
-        """Where a training in progress keeps its checkpoint."""
-        file = self.scratch / "checkpoints" / f"{work.key.replace('/', '-')}.safetensors"
+        """Where a training in progress keeps its checkpoint: a directory of its own, for what is half written too."""
+        file = self.scratch / "checkpoints" / work.key / "checkpoint.safetensors"
         return Checkpoints(file, self.runtime.checkpoint_seconds)
 
+    def drop_finished_checkpoints(self) -> None:
+        """Drop what trainings left whose artifact is in the store: they were killed between the two."""
+        store, places = self.store(), self.scratch / "checkpoints"
+        for directory in places.glob("*/*/*"):
+            if store.has(directory.relative_to(places).as_posix()):
+                shutil.rmtree(directory, ignore_errors=True)
+
     def produce(self, work: Work, compute: Callable[[Path], Record]) -> str:
-        """Make the artifact of `work` unless the store has it; its checkpoint, if any, is dropped afterwards.
+        """Make the artifact of `work` unless the store has it; its checkpoint, if any, is dropped either way.
 
         Returns:
             The artifact's key.
@@ -81,9 +100,7 @@ class Site(Record):
         if not store.has(work.key):
             with store.staging() as staged:
                 store.publish(work, compute(staged), staged, made_by=flow_run.get_name() or "a script")
-            checkpoint = self.checkpoints(work).file
-            for file in checkpoint.parent.glob(f"*{checkpoint.name}*"):  # and what a killed process left of one
-                file.unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints(work).file.parent, ignore_errors=True)
         return work.key
 
     def check_room(self, scratch_bytes: int, store_bytes: int) -> None:
@@ -130,5 +147,5 @@ def _open_parent(spec: ParentSpec) -> Parent:
 
 
 @functools.lru_cache(maxsize=4)
-def _open_store(url: str, cache: Path) -> Store:
-    return Store(url, cache)
+def _open_store(url: str, cache: Path, cache_bytes: float, on_corruption: OnCorruption) -> Store:
+    return Store(url, cache, cache_bytes, on_corruption)

@@ -8,6 +8,7 @@ import functools
 import logging
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.tasks import exponential_backoff
 
 from puzzle_core import data, evaluation, scoring
-from puzzle_core.cost import latency
+from puzzle_core.cost import latency, roofline
 from puzzle_core.device import available_cores, use_threads
 from puzzle_core.distill import bld, gkd
 from puzzle_core.distill.loop import Progress
@@ -24,7 +25,12 @@ from puzzle_core.errors import MeasurementError
 from puzzle_core.model import child
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.plan import Inputs
+from puzzle_core.records import digest_file
 from puzzle_core.search import choose
+from puzzle_core.search.files import read_costs
+from puzzle_core.search.inputs import cost_table, score_table, unscored_table
+from puzzle_core.search.instance import Instance
+from puzzle_core.search.tables import CostTable
 from puzzle_core.spec import DataSpec, Dtype, TargetSpec
 from puzzle_core.stages import (
     AssembleWork,
@@ -34,6 +40,8 @@ from puzzle_core.stages import (
     EvaluateWork,
     GkdWork,
     ImportanceWork,
+    RefineRecord,
+    RefineWork,
     ReportWork,
     ScoreRecord,
     ScoreWork,
@@ -43,6 +51,7 @@ from puzzle_core.stages import (
 )
 from puzzle_core.variants import importance
 from tasks.site import Site
+from tasks.store_cache import reading
 from tasks.tracking import TrackedRun
 
 log = logging.getLogger("puzzle")
@@ -80,13 +89,30 @@ def open_inputs(site: Site, texts: DataSpec, target: TargetSpec) -> Inputs:
     """Open the parent and the texts, and say what they and the machine are; every kind of bad input ends here."""
     parent = site.open_parent()
     parent.tokenizer()
-    return Inputs(
+    inputs = Inputs(
         parent=site.parent_digest(),
         tokenizer=parent.tokenizer_digest,
         shape=parent.shape,
         train_texts=data.digest_documents(data.read_documents(texts.train_texts)),
         held_out_texts=data.digest_documents(data.read_documents(texts.held_out_texts)),
-        hardware=latency.hardware_name(target),
+        hardware="",
+    )
+    return for_target(inputs, target)
+
+
+def for_target(inputs: Inputs, target: TargetSpec) -> Inputs:
+    """The same inputs for this target.
+
+    Raises:
+        PuzzleError: a device that is not here, or a cost table that cannot be read.
+    """
+    if target.table:
+        read_costs(Path(target.table))
+    return inputs.model_copy(
+        update={
+            "hardware": target.hardware.device if target.hardware else latency.hardware_name(target),
+            "cost_table": digest_file(Path(target.table)) if target.table else None,
+        }
     )
 
 
@@ -98,6 +124,7 @@ def pack_tokens(work: TokensWork, sources: tuple[str, ...], site: Site) -> str:
 
 
 @cached(name="importance", task_run_name="importance")
+@reading()
 def measure_importance(work: ImportanceWork, site: Site) -> str:
     """Channel contributions of every FFN."""
     return site.produce(
@@ -106,16 +133,20 @@ def measure_importance(work: ImportanceWork, site: Site) -> str:
 
 
 @uncached(task_run_name="capture layer {layer} ({tokens})")
-def capture_layer(tokens: str, dtype: Dtype, layer: int, keep_middle: bool, site: Site) -> None:
-    """Run one layer of the parent on its stored inputs and keep what leaves it."""
+@reading()
+def capture_layer(
+    tokens: str, dtype: Dtype, layer: int, keep_middle: bool, site: Site, base: AssembleWork | None = None
+) -> None:
+    """Run one layer of the parent, or of a child, on its stored inputs and keep what leaves it."""
     use_threads(site.threads_per_task)
-    activations = site.activations(tokens, dtype)
+    activations = site.activations(tokens, dtype, base)
     if layer == 0 and not activations.has_entry(0):
         activations.capture_embedding()
     activations.capture_layer(layer, keep_middle)
 
 
 @uncached(name="capture log-probabilities", task_run_name="capture log-probabilities")
+@reading()
 def capture_log_probabilities(tokens: str, dtype: Dtype, site: Site) -> None:
     """Keep the parent's own predictions for the scores to compare with, where they are small enough."""
     use_threads(site.threads_per_task)
@@ -123,9 +154,11 @@ def capture_log_probabilities(tokens: str, dtype: Dtype, site: Site) -> None:
 
 
 @uncached(name="drop activations", task_run_name="drop activations")
-def drop_activations(tokens: str, dtype: Dtype, layer: int | None, site: Site) -> None:
+def drop_activations(
+    tokens: str, dtype: Dtype, layer: int | None, site: Site, base: AssembleWork | None = None
+) -> None:
     """Drop the states that only this layer's tasks needed, or all of them."""
-    activations = site.activations(tokens, dtype)
+    activations = site.activations(tokens, dtype, base)
     if layer is None:
         shutil.rmtree(activations.directory, ignore_errors=True)
     else:
@@ -133,6 +166,7 @@ def drop_activations(tokens: str, dtype: Dtype, layer: int | None, site: Site) -
 
 
 @cached(name="bld", task_run_name="bld layer {work.layer} {work.variant}")
+@reading()
 def train_variant(work: BldWork, site: Site) -> str:
     """Blockwise local distillation of one variant of one layer."""
     use_threads(site.threads_per_task)
@@ -142,36 +176,49 @@ def train_variant(work: BldWork, site: Site) -> str:
 
 
 @cached(name="score", task_run_name="score layer {work.layer} {work.block}")
+@reading()
 def score_block(work: ScoreWork, site: Site) -> str:
     """Replace-1-block score of one block variant in one layer."""
     use_threads(site.threads_per_task)
     halves = ((str(work.block.attention), work.attention), (str(work.block.ffn), work.ffn))
     weights = {variant: load_weights(site.store().fetch(key)) for variant, key in halves if key}
-    activations = site.activations(work.tokens, work.dtype)
+    activations = site.activations(work.tokens, work.dtype, work.base)
     return site.produce(work, lambda _: scoring.run(work, activations, weights))
 
 
-@cached(name="cost", task_run_name="cost batch {work.traffic.batch_size}")
-def measure_costs(work: CostWork, site: Site) -> str:
-    """Prefill and decode times of every distinct variant for one traffic."""
+@cached(name="cost", task_run_name="cost {work.target.name} batch {work.traffic.batch_size}")
+def find_costs(work: CostWork, site: Site) -> str:
+    """Prefill and decode times of every distinct variant for one traffic: measured, or from the target's figures."""
+    if work.target.costs == "roofline":
+        shape = site.open_parent().shape
+        return site.produce(work, lambda _: roofline.roofline(shape, work.variants, work.traffic, work.target))
     return site.produce(work, lambda _: latency.run(work, site.open_parent(), _log_rounds("measuring costs")))
 
 
 @uncached(name="check limits", task_run_name="check limits")
-def check_limits(work: SearchWork, site: Site) -> None:
+def check_limits(work: SearchWork, target: TargetSpec, site: Site) -> None:
     """Refuse limits that no architecture can meet, before anything is trained."""
-    choose.check_feasible(work, _cost_records(work, site))
+    choose.check_feasible(Instance(work.request, unscored_table(work.variants, work.shape), _costs(work, target, site)))
 
 
-@cached(name="search", task_run_name="search {work.scenario.name}")
-def search_architecture(work: SearchWork, site: Site) -> str:
+@cached(name="search", task_run_name="search {work.request.scenario.name} on {work.target}")
+def search_architecture(work: SearchWork, target: TargetSpec, site: Site) -> str:
     """Solve the mixed-integer program, and what it is compared with."""
     store = site.store()
-    scores = [ScoreRecord.model_validate(store.manifest(key).record) for key in work.scores]
-    return site.produce(work, lambda _: choose.run(work, scores, _cost_records(work, site)))
+    records = [ScoreRecord.model_validate(found.record) for found in store.manifests(work.scores).values()]
+    base, objective = work.base.architecture if work.base else None, work.request.search.objective
+    scores = score_table(records, work.composition, objective, work.variants, work.shape, base)
+    return site.produce(work, lambda _: choose.run(Instance(work.request, scores, _costs(work, target, site))))
+
+
+@cached(name="refine", task_run_name="refine")
+def keep_refined(work: RefineWork, record: RefineRecord, site: Site) -> str:
+    """Keep which candidate measured best."""
+    return site.produce(work, lambda _: record)
 
 
 @cached(name="assemble", task_run_name="assemble {label}")
+@reading()
 def assemble_child(work: AssembleWork, label: str, site: Site) -> str:
     """Put library blocks into a child's checkpoint."""
     directories = [{variant: site.store().fetch(key) for variant, key in layer} for layer in work.library]
@@ -179,6 +226,7 @@ def assemble_child(work: AssembleWork, label: str, site: Site) -> str:
 
 
 @cached(name="gkd", task_run_name="gkd")
+@reading()
 def distil_child(work: GkdWork, run: TrackedRun, site: Site) -> str:
     """Global knowledge distillation of the child, on all cores: nothing else runs meanwhile."""
     threads = 1 if torch.cuda.is_available() else available_cores()
@@ -194,6 +242,7 @@ def distil_child(work: GkdWork, run: TrackedRun, site: Site) -> str:
 
 
 @cached(name="evaluate", task_run_name="evaluate {label}")
+@reading()
 def evaluate_model(work: EvaluateWork, label: str, site: Site) -> str:
     """Quality of one model on held-out tokens."""
     use_threads(site.threads_per_task)
@@ -217,9 +266,14 @@ def write_report(work: ReportWork, site: Site) -> str:
     return site.produce(work, lambda out: report.run(inputs, out))
 
 
-def _cost_records(work: SearchWork, site: Site) -> dict[int, CostRecord]:
+def _costs(work: SearchWork, target: TargetSpec, site: Site) -> CostTable:
+    if target.table:
+        return read_costs(Path(target.table))
     store = site.store()
-    return {batch: CostRecord.model_validate(store.manifest(key).record) for batch, key in work.costs}
+    records = {
+        (scenario, batch): CostRecord.model_validate(store.manifest(key).record) for scenario, batch, key in work.costs
+    }
+    return cost_table(work.variants, work.shape, records)
 
 
 def _log_rounds(what: str) -> Callable[[int, int], None]:

@@ -161,10 +161,13 @@ def publish_costs(spec: RunSpec) -> None:
         own = plan.inputs.shape.parent_block
         block = times[str(own.attention)].prefill_ms + times[str(own.ffn)].prefill_ms
         record = CostRecord(
+            source="measured",
             variants=times,
             outside=timing(10.0),
             parent=timing(10.0 + plan.inputs.shape.layers * block),
             hardware=work.hardware,
+            weight_bytes=4,
+            kv_bytes=4,
             torch_version="none",
             threads=work.target.threads,
             rounds=work.target.rounds,

@@ -8,15 +8,17 @@ Legend: N windows, T tokens per window, B windows of a batch, D hidden width, V 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import StorageError
 from puzzle_core.model.parent import Parent
+from puzzle_core.model.surgery import Halves, State, halves
 from puzzle_core.plan import LARGEST_LOG_PROBABILITIES_BYTES
 
 FORWARD_TOKENS = 4096
@@ -41,6 +43,15 @@ class Activations:
         """What leaves the attention half of a layer, mapped, (N, T, D)."""
         return self._open(f"middle-{layer:03d}")
 
+    def block(self, layer: int) -> Halves:
+        """The block that runs as this layer."""
+        own = self.parent.block(layer, self.dtype, self.device)
+        return Halves(own, own)
+
+    def attention(self, layer: int) -> Variant:
+        """The attention whose output `middle(layer)` is."""
+        return self.parent.shape.parent_block.attention
+
     def has_entry(self, layer: int) -> bool:
         """Whether `entry(layer)` was captured."""
         return self._path(f"entry-{layer:03d}").exists()
@@ -63,7 +74,7 @@ class Activations:
         names = [f"middle-{layer:03d}"] * keep_middle + [f"entry-{layer + 1:03d}"]
         if all(self._path(name).exists() for name in names):
             return
-        block, context = self.parent.block(layer, self.dtype, self.device), self.context()
+        block, context = self.block(layer), self.context()
         entry = self.entry(layer)
         with ExitStack() as files:
             middle = files.enter_context(_Writer(self, names[0])) if keep_middle else None
@@ -119,6 +130,34 @@ class Activations:
 
     def _open(self, name: str) -> torch.Tensor:
         return _map(self._path(name), self._shape, self.dtype, writable=False)
+
+
+class ChildActivations(Activations):
+    """The states of the same windows under a child; the log-probabilities stay the parent's."""
+
+    def __init__(
+        self,
+        directory: Path,
+        parents: Activations,
+        architecture: Architecture,
+        weights: Callable[[int], dict[Variant, State]],
+    ):
+        """`weights` gives the trained weights of a layer's variants."""
+        super().__init__(directory, parents.parent, parents.ids_NT, parents.dtype, parents.device)
+        self._parents, self._architecture, self._weights = parents, architecture, weights
+        self._blocks: dict[int, Halves] = {}
+
+    def block(self, layer: int) -> Halves:
+        if layer not in self._blocks:
+            block, weights = self._architecture.layers[layer], self._weights(layer)
+            self._blocks[layer] = halves(self.parent, layer, block, weights, self.dtype, self.device)
+        return self._blocks[layer]
+
+    def attention(self, layer: int) -> Variant:
+        return self._architecture.layers[layer].attention
+
+    def log_probabilities(self, rows: slice) -> torch.Tensor:
+        return self._parents.log_probabilities(rows)
 
 
 def block_context(parent: Parent, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

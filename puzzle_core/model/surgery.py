@@ -25,10 +25,17 @@ class Halves(NamedTuple):
     attention: PuzzleBlock
     ffn: PuzzleBlock
 
+    def attend(self, hidden_BTD: torch.Tensor, **context: object) -> torch.Tensor:
+        """The attention half."""
+        return self.attention.attend(hidden_BTD, **context)  # type: ignore[no-any-return]
+
+    def feed(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """The FFN half."""
+        return self.ffn.feed(hidden_BTD)  # type: ignore[no-any-return]
+
     def __call__(self, hidden_BTD: torch.Tensor, **context: object) -> torch.Tensor:
         """The whole block."""
-        output_BTD: torch.Tensor = self.ffn.feed(self.attention.attend(hidden_BTD, **context))
-        return output_BTD
+        return self.feed(self.attend(hidden_BTD, **context))
 
 
 def variant_block(

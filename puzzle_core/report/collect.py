@@ -3,18 +3,21 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from puzzle_core.architecture import Architecture
+from puzzle_core.cost.analytic import DTYPE_BYTES, architecture_parameters, kv_entries_per_token
 from puzzle_core.records import Record
 from puzzle_core.report.inputs import ModelResult, ReportInputs
-from puzzle_core.search.instance import make_costs
 from puzzle_core.stages import (
     BldRecord,
     CostRecord,
     EvaluationRecord,
     GkdRecord,
+    RefineRecord,
     ReportWork,
     ScoreRecord,
     SearchRecord,
     TimingRecord,
+    refined,
 )
 
 R = TypeVar("R", bound=Record)
@@ -30,13 +33,17 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]]) -> Rep
     def record(kind: type[R], key: str) -> R:
         return kind.model_validate(record_of(key))
 
-    search, costs = record(SearchRecord, work.search), record(CostRecord, work.costs)
-    prices = make_costs(work.shape, work.spec.scenario, search.parent.batch_size, costs, work.spec.target.dtype)
-    timings = record(TimingRecord, work.timing.key).models
-    timing_of = {architecture: timings[name] for name, architecture in work.timing.architectures}
+    search = record(SearchRecord, work.search)
+    refine = record(RefineRecord, work.refine) if work.refine else None
+    if refine:
+        search = refined(search, refine)
+    costs = record(CostRecord, work.costs) if work.costs else None
+    timing_of = {}
+    if work.timing:
+        timings = record(TimingRecord, work.timing.key).models
+        timing_of = {architecture: timings[name] for name, architecture in work.timing.architectures}
     models = []
     for model in work.models:
-        prediction = prices.predict(model.architecture)
         models.append(
             ModelResult(
                 name=model.name,
@@ -44,10 +51,12 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]]) -> Rep
                 architecture=model.architecture,
                 evaluation=record(EvaluationRecord, model.evaluation),
                 timing=timing_of.get(model.architecture),
-                parameters=prediction.parameters,
-                memory_bytes=prediction.memory_bytes,
+                parameters=architecture_parameters(work.shape, model.architecture),
+                memory_bytes=_memory_bytes(work, model.architecture, search.parent.batch_size, costs),
             )
         )
+    timing = work.timing.key if work.timing else None
+    artifacts = {"search": work.search, "costs": work.costs, "gkd": work.gkd, "timing": timing}
     return ReportInputs(
         spec=work.spec,
         shape=work.shape,
@@ -55,7 +64,18 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]]) -> Rep
         bld=tuple(record(BldRecord, key) for key in work.bld),
         scores=tuple(record(ScoreRecord, key) for key in work.scores),
         costs=costs,
+        refine=refine,
         gkd=record(GkdRecord, work.gkd),
         models=tuple(models),
-        artifacts={"search": work.search, "costs": work.costs, "gkd": work.gkd, "timing": work.timing.key},
+        artifacts={name: key for name, key in artifacts.items() if key},
     )
+
+
+def _memory_bytes(work: ReportWork, architecture: Architecture, batch_size: int, costs: CostRecord | None) -> float:
+    """Parameters plus the KV cache of the main scenario at its full context, in the precision that costs hold for."""
+    stored = DTYPE_BYTES[work.spec.target.dtype]
+    weight_bytes, kv_bytes = (costs.weight_bytes, costs.kv_bytes) if costs else (stored, stored)
+    scenario, shape = work.spec.scenario, work.shape
+    tokens = batch_size * (scenario.prompt_tokens + scenario.generated_tokens)
+    cache = tokens * kv_entries_per_token(shape, architecture) * kv_bytes
+    return architecture_parameters(shape, architecture) * weight_bytes + cache

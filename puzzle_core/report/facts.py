@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, BlockVariant, Variant
 from puzzle_core.report.inputs import ModelResult, ReportInputs
-from puzzle_core.search.instance import block_scores
+from puzzle_core.search.inputs import score_table
+from puzzle_core.search.tables import OUTSIDE, Option
 from puzzle_core.stages import Found, Prediction, Timing
 
 
@@ -49,6 +50,11 @@ def total_ms(timing: Timing) -> float:
     return timing.prefill_ms + timing.decode_ms
 
 
+def hardware(inputs: ReportInputs) -> str:
+    """What the times hold for."""
+    return inputs.costs.hardware if inputs.costs else inputs.spec.target.name
+
+
 def headline(inputs: ReportInputs) -> dict[str, float]:
     """The child beside its parent: ratios, and the KL. Speed-ups are missing where nothing was timed."""
     parent, child = inputs.parent, inputs.child
@@ -71,7 +77,9 @@ def headline(inputs: ReportInputs) -> dict[str, float]:
 
 def comparisons(inputs: ReportInputs) -> list[Comparison]:
     """Predicted and measured times of every model that has both, and of the parent when costs were measured."""
-    found = [("parent, with the costs", inputs.search.parent, inputs.costs.parent)]
+    found = []
+    if inputs.costs and inputs.costs.source == "measured":
+        found.append(("parent, with the costs", inputs.search.parent, inputs.costs.parent))
     for model in inputs.models:
         prediction = predicted(inputs, model.architecture)
         if model.timing and prediction:
@@ -103,7 +111,7 @@ def measured(inputs: ReportInputs, architecture: Architecture) -> ModelResult | 
 
 def block_time_share(inputs: ReportInputs, prediction: Prediction) -> float:
     """Predicted time in blocks as a share of the parent's, what lies outside not counted."""
-    outside = total_ms(inputs.costs.outside)
+    outside = inputs.search.times.get(OUTSIDE, 0.0)
     return (prediction.total_ms - outside) / (inputs.search.parent.total_ms - outside)
 
 
@@ -111,7 +119,13 @@ def scores(inputs: ReportInputs) -> dict[tuple[int, BlockVariant], float]:
     """The score of every layer and block variant, as the search saw it."""
     spec, shape = inputs.spec, inputs.shape
     objective = inputs.search.objective
-    return block_scores(list(inputs.scores), spec.scoring.composition, objective, spec.variants, shape)
+    table = score_table(inputs.scores, spec.scoring.composition, objective, spec.variants, shape)
+    return {
+        (layer, option.block): score
+        for layer, scores in enumerate(table.layers)
+        for option, score in scores.items()
+        if option != Option(table.parent)
+    }
 
 
 def layer_facts(inputs: ReportInputs) -> list[LayerFact]:
@@ -137,4 +151,4 @@ def method_name(found: Found) -> str:
 
 
 def _variant_ms(inputs: ReportInputs, variant: Variant) -> float:
-    return 0.0 if variant.kind == "no_op" else total_ms(inputs.costs.variants[str(variant)])
+    return inputs.search.times.get(str(variant), 0.0)

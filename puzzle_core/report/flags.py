@@ -5,7 +5,7 @@ from collections.abc import Callable
 from puzzle_core.report import facts
 from puzzle_core.report.inputs import ReportInputs
 from puzzle_core.report.units import duration_text, number_text, percent_text, signed_percent_text, times_text
-from puzzle_core.stages import LimitUse, Timing
+from puzzle_core.stages import Prediction, Timing
 
 EMPTY_SHARE, TIME_ERROR, TIME_SPREAD, KL_MARGIN = 0.5, 0.15, 0.15, 0.05
 """More layers empty, predictions further off, rounds further apart, a baseline better by more: worth a sentence."""
@@ -30,6 +30,7 @@ def flags(inputs: ReportInputs) -> list[str]:
         *_noisy_times(inputs),
         *_bld_learnt_nothing(inputs),
         *_search_not_proved(inputs),
+        *inputs.search.flags,
         *(f"Left out: {what}. {reason}" for what, reason in inputs.search.skipped.items()),
     ]
 
@@ -52,9 +53,13 @@ def _measured_limits(inputs: ReportInputs) -> list[str]:
     found = []
     for use in inputs.search.chosen.limits:
         time_of = _MEASURED.get(use.name)
-        if time_of is None:
+        if time_of is None or use.scenario != inputs.spec.scenario.name:
             continue
-        used, allowed = time_of(timing), use.allowed * _parent_scale(inputs, use, parent)
+        predicted = inputs.search.chosen.prediction
+        used = time_of(timing) / time_of(_as_timing(predicted))
+        allowed = use.allowed / use.used if use.sense == "at_most" else use.used / use.allowed
+        if use.asked.rstrip().endswith("%"):
+            allowed *= time_of(parent) / time_of(_as_timing(inputs.search.parent))
         if used > allowed:
             found.append(
                 f"The limit on {use.name.replace('_', ' ')} holds as predicted, and not as measured: the child takes "
@@ -63,16 +68,8 @@ def _measured_limits(inputs: ReportInputs) -> list[str]:
     return found
 
 
-def _parent_scale(inputs: ReportInputs, use: LimitUse, parent: Timing) -> float:
-    """What a limit that is a share of the parent's has to be multiplied with to hold for the measured parent."""
-    if not str(getattr(inputs.spec.scenario.limits, use.name)).rstrip().endswith("%"):
-        return 1.0
-    predicted = inputs.search.parent
-    time_of = _MEASURED[use.name]
-    as_timing = Timing(
-        prefill_ms=predicted.prefill_ms, decode_ms=predicted.decode_ms, prefill_spread=0.0, decode_spread=0.0
-    )
-    return time_of(parent) / time_of(as_timing)
+def _as_timing(predicted: Prediction) -> Timing:
+    return Timing(prefill_ms=predicted.prefill_ms, decode_ms=predicted.decode_ms, prefill_spread=0.0, decode_spread=0.0)
 
 
 def _worse_after_gkd(inputs: ReportInputs) -> list[str]:

@@ -12,6 +12,7 @@ from puzzle_core.stages import (
     CostRecord,
     EvaluationRecord,
     GkdRecord,
+    RefineRecord,
     ScoreRecord,
     SearchRecord,
     Timing,
@@ -38,7 +39,8 @@ class ReportInputs(Record):
     search: SearchRecord
     bld: tuple[BldRecord, ...]
     scores: tuple[ScoreRecord, ...]
-    costs: CostRecord = Field(description="Of the batch size that the search chose")
+    costs: CostRecord | None = Field(description="Of the batch size that the search chose; none of an imported table")
+    refine: RefineRecord | None = None
     gkd: GkdRecord | None
     models: tuple[ModelResult, ...]
     artifacts: dict[str, str] = Field(description="Store keys by name")

@@ -23,6 +23,7 @@ from puzzle_core.report.units import (
     speed_text,
     times_text,
 )
+from puzzle_core.stages import CostRecord
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def run(inputs: ReportInputs, out_dir: Path) -> ReportRecord:
                 "tasks": tables.lm_eval_table(inputs),
                 "limits": tables.limits_table(inputs),
                 "layers": tables.layers_table(inputs),
+                "shortlist": tables.shortlist_table(inputs),
                 "baselines": tables.baselines_table(inputs),
                 "predicted": tables.predicted_table(inputs),
                 "bld": tables.bld_table(inputs),
@@ -115,13 +117,13 @@ def headline_sentence(inputs: ReportInputs) -> str:
 
 def making_table(inputs: ReportInputs) -> tables.Table:
     """How the child came to be: parent, hardware, tokens, hours, and how the search ended."""
-    spec, costs, chosen = inputs.spec, inputs.costs, inputs.search.chosen
+    spec, chosen = inputs.spec, inputs.search.chosen
     tokens, seconds = sum(r.tokens for r in inputs.bld), sum(r.seconds for r in inputs.bld)
     ended = "proved best" if chosen.optimal else f"gap {percent_text(chosen.gap)}"
     rows = [
         ("parent", spec.parent.path + (f", revision {spec.parent.revision}" if spec.parent.revision else "")),
-        ("hardware", costs.hardware),
-        ("costs", f"torch {costs.torch_version}, {costs.rounds} rounds, CPU threads: {costs.threads}"),
+        ("hardware", facts.hardware(inputs)),
+        ("costs", _costs_text(inputs.costs)),
         ("served in", spec.target.dtype),
         ("BLD", f"{len(inputs.bld)} variants, {count_text(tokens)} tokens, {duration_text(seconds)} in all"),
         ("scores", f"{len(inputs.scores)} blocks on {count_text(spec.scoring.tokens)} tokens each"),
@@ -131,6 +133,12 @@ def making_table(inputs: ReportInputs) -> tables.Table:
         rows.append(("GKD", f"{count_text(inputs.gkd.tokens)} tokens, {duration_text(inputs.gkd.seconds)}"))
     rows.append(("evaluation", f"{count_text(inputs.child.evaluation.tokens)} held-out tokens"))
     return tables.Table("How it was made", ("", ""), tuple(rows), text_columns=2)
+
+
+def _costs_text(costs: CostRecord | None) -> str:
+    if costs is None or costs.source != "measured":
+        return costs.source if costs else "imported"
+    return f"measured: torch {costs.torch_version}, {costs.rounds} rounds, CPU threads: {costs.threads}"
 
 
 def spec_yaml(inputs: ReportInputs) -> str:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, Variant
@@ -22,8 +22,9 @@ from puzzle_core.report.units import (
     speed_text,
     times_text,
 )
-from puzzle_core.stages import BldRecord, Found, LimitUse
+from puzzle_core.stages import BldRecord, Found, LimitUse, Price
 
+LIMIT_COLUMNS = ("limit", "scenario", "asked for", "allowed", "predicted", "slack", "one step more", "would gain")
 OBJECTIVE_UNITS = {"kl": "KL, nats per token", "lm_loss": "LM loss, nats per token", "disagreement": "share of tokens"}
 
 
@@ -85,7 +86,7 @@ def final_table(inputs: ReportInputs) -> Table:
         columns=("", parent.name, *(cell for child in children for cell in (child.name, "to the parent"))),
         rows=tuple(rows),
         note=f"Scenario {scenario.name}: {scenario.prompt_tokens:,} prompt and {scenario.generated_tokens:,} "
-        f"generated tokens, batch size {inputs.batch_size}, on {inputs.costs.hardware}. Memory is parameters plus KV "
+        f"generated tokens, batch size {inputs.batch_size}, on {facts.hardware(inputs)}. Memory is parameters plus KV "
         "cache at the full context of the batch; end to end is prefill plus decode, its rate counts generated tokens.",
     )
 
@@ -129,24 +130,35 @@ def baselines_table(inputs: ReportInputs) -> Table:
     )
 
 
-def limits_table(inputs: ReportInputs) -> Table:
-    """Every limit of the scenario: asked, allowed, used by the chosen architecture, and what is left."""
-    asked = inputs.spec.scenario.limits.model_dump(exclude_none=True)
+def shortlist_table(inputs: ReportInputs) -> Table:
+    """Candidates that were assembled and measured; without rows where none was."""
+    refine = inputs.refine
     rows = [
         (
-            use.name.replace("_", " "),
-            asked.get(use.name, NONE),
-            f"{'≥' if use.name == 'throughput' else '≤'} {_limit_text(inputs, use, use.allowed)}",
-            _limit_text(inputs, use, use.used),
-            _slack_text(inputs, use),
+            f"round {candidate.round}, solution {candidate.rank}" + (" (chosen)" if number == refine.chosen else ""),
+            number_text(candidate.found.score),
+            number_text(candidate.measured_kl),
+            percent_text(facts.block_time_share(inputs, candidate.found.prediction)),
         )
-        for use in inputs.search.chosen.limits
+        for number, candidate in enumerate(refine.candidates if refine else ())
+        if refine
     ]
     return Table(
-        title="Limits",
-        columns=("limit", "asked for", "allowed", "predicted", "slack"),
+        title="Shortlist: predicted and measured",
+        columns=("candidate", "score predicted", "KL measured", "block time predicted"),
         rows=tuple(rows),
-        text_columns=2,
+        note="Round 0 is the search over scores in the parent; later rounds score every block in the best child so "
+        "far. KL is measured on the tokens of the scores, before any distillation.",
+    )
+
+
+def limits_table(inputs: ReportInputs) -> Table:
+    """Every limit of the scenario: asked, allowed, used by the chosen architecture, and what is left."""
+    return Table(
+        title="Limits",
+        columns=LIMIT_COLUMNS,
+        rows=tuple(limit_row(use, inputs.search.prices) for use in inputs.search.chosen.limits),
+        text_columns=3,
         note="Shares are of the parent's own predicted value. Block times leave out what lies outside the blocks.",
     )
 
@@ -283,22 +295,25 @@ def _quality_cells(inputs: ReportInputs, model: ModelResult | None) -> tuple[str
     return number_text(evaluation.kl_nats_per_token), number_text(evaluation.perplexity), kept
 
 
-def _limit_text(inputs: ReportInputs, use: LimitUse, value: float) -> str:
-    """A value of a limit's resource as the limit's name speaks of it; the whole time of a batch as a rate, for one."""
-    generated = inputs.spec.scenario.generated_tokens
-    if use.name == "throughput":
-        return rate_text(inputs.batch_size * generated / value * 1e3)
-    if use.name == "time_per_output_token":
-        return ms_text(value / max(1, generated - 1))
-    return bytes_text(value) if use.unit == "bytes" else ms_text(value)
+def limit_row(use: LimitUse, prices: Sequence[Price]) -> tuple[str, ...]:
+    """One limit: asked, allowed, used, what is left, and what a looser limit would buy in score."""
+    slack = use.allowed - use.used if use.sense == "at_most" else use.used - use.allowed
+    price = next((p for p in prices if (p.scenario, p.limit) == (use.scenario, use.name)), None)
+    return (
+        use.name.replace("_", " "),
+        use.scenario,
+        use.asked,
+        f"{'≤' if use.sense == 'at_most' else '≥'} {_in_unit(use.allowed, use.unit)}",
+        _in_unit(use.used, use.unit),
+        f"{_in_unit(slack, use.unit)} ({percent_text(slack / use.allowed)})",
+        _in_unit(price.step, price.unit) if price else NONE,
+        number_text(price.gained) if price else NONE,
+    )
 
 
-def _slack_text(inputs: ReportInputs, use: LimitUse) -> str:
-    slack = use.allowed - use.used
-    if use.name == "throughput":
-        tokens_s = inputs.batch_size * inputs.spec.scenario.generated_tokens * 1e3
-        return f"{rate_text(tokens_s / use.used - tokens_s / use.allowed)} ({percent_text(use.allowed / use.used - 1)})"
-    return f"{_limit_text(inputs, use, slack)} ({percent_text(slack / use.allowed)})"
+def _in_unit(value: float, unit: str) -> str:
+    texts = {"tok/s": rate_text, "ms": ms_text, "bytes": bytes_text, "params": count_text}
+    return texts[unit](value) if unit in texts else f"{number_text(value)} {unit}".rstrip()
 
 
 def _variant_counts(architecture: Architecture) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """The searches that the exact one is compared with (METHOD section 8, "Order of search methods").
 
-Each returns a Solution that holds every limit, or raises. They prove nothing, so the bound they report is no more than
-the sum of every layer's least score.
+Each returns a Solution that holds every limit and rule, or raises. They prove nothing, so the bound they report is no
+more than the sum of every layer's least score. Variants that span layers are for the exact search alone: greedy and
+random never take a member of a Together.
 
 Legend: L layers, J options of a layer, K limits.
 """
@@ -16,12 +17,15 @@ from puzzle_core.errors import InfeasibleError, SpecError
 from puzzle_core.search.highs import minimise
 from puzzle_core.search.infeasible import explain_infeasible
 from puzzle_core.search.problem import TOLERANCE, Choice, Problem, Solution, describe
+from puzzle_core.search.rules import UNCOUNTED, Distinct, tied_options
 
 ATTEMPTS = 20
 """How often a random descent that is stuck outside the limits starts again from the parent."""
 
 ROUNDING = 1e-12
 """A step must change a use by more than this part of its span, or it is rounding and no step."""
+
+UNCHOSEN = -1
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -31,22 +35,31 @@ def greedy(problem: Problem) -> Solution:
     """Budgets split evenly; layers in ascending order of mean score; each takes its best option within its budget.
 
     What a layer leaves rolls to the next. Where no option fits, the one with the smallest overdraft is taken (the worst
-    over the limits, relative to a layer's even share), and the deficit rolls.
+    over the limits, relative to a layer's even share), and the deficit rolls. A Distinct rule's groups go to the layers
+    served first; later ones have to do with those.
 
     Raises:
-        InfeasibleError: the deficit was not made up in the end. That alone does not mean that no choice fits.
+        InfeasibleError: the deficit was not made up in the end, or a rule leaves a layer without an option. That alone
+            does not mean that no choice fits.
     """
     started = time.perf_counter()
     layers = len(problem.options)
     share_K = np.array([limit.capacity / layers for limit in problem.limits])
     budget_K = np.zeros_like(share_K)
-    choice = [0] * layers
+    choice = [UNCHOSEN] * layers
     for layer in sorted(range(layers), key=lambda index: float(problem.score[index].mean())):
+        allowed_J = _allowed_next(problem, choice, layer)
+        if not allowed_J.any():
+            raise InfeasibleError(
+                f"greedy search left layer {layer} no option that the rules allow: the exact search may still find an "
+                "architecture, or say which limit or rule to loosen"
+            )
         budget_K += share_K
         use_KJ = _limited_use(problem, layer)
         overdraft_J = _worst((use_KJ - budget_K[:, None]) / _nonzero(np.abs(share_K))[:, None])
-        fits_J = overdraft_J <= TOLERANCE
+        fits_J = allowed_J & (overdraft_J <= TOLERANCE)
         wanted_J = np.where(fits_J, problem.score[layer], np.inf) if fits_J.any() else overdraft_J
+        wanted_J = np.where(allowed_J, wanted_J, np.inf)
         choice[layer] = int(wanted_J.argmin())
         budget_K -= use_KJ[:, choice[layer]]
     if not problem.feasible(choice):
@@ -77,7 +90,7 @@ def uniform(problem: Problem) -> Solution:
 
 
 def maximise(problem: Problem, resource: str, *, time_limit_s: float = 60.0, relative_gap: float = 1e-6) -> Solution:
-    """The choice within the limits with the most of a resource, parameter bytes for instance; scores are not looked at.
+    """The choice within limits and rules with the most of a resource, parameter bytes say; scores are not looked at.
 
     Raises:
         SpecError: there is no such resource.
@@ -99,15 +112,20 @@ def random_choice(problem: Problem, seed: int) -> Solution:
     """A random choice that uses the budget; scores are not looked at.
 
     From the parent, random layers take random cheaper options (less overdraft in total) until every limit holds; then
-    random layers take random dearer ones (more use in total) for as long as any fits.
+    random layers take random dearer ones (more use in total) for as long as any fits. A Distinct rule allows each walk
+    random groups; a layer whose parent has none of them starts from its first option that has.
 
     Raises:
-        InfeasibleError: no descent out of ATTEMPTS came within the limits.
+        InfeasibleError: no descent out of ATTEMPTS came within limits and rules.
     """
     started = time.perf_counter()
     random = np.random.default_rng(seed)
+    choice = problem.parent
     for _ in range(ATTEMPTS):
-        choice = _random_walk(problem, random)
+        allowed = _random_groups(problem, random)
+        if not all(allowed_J.any() for allowed_J in allowed):
+            continue
+        choice = _random_walk(problem, allowed, random)
         if problem.feasible(choice):
             return describe(problem, choice, method="random", seconds=time.perf_counter() - started)
     raise InfeasibleError(
@@ -116,13 +134,38 @@ def random_choice(problem: Problem, seed: int) -> Solution:
     )
 
 
-def _random_walk(problem: Problem, random: np.random.Generator) -> Choice:
+def _allowed_next(problem: Problem, choice: list[int], layer: int) -> Mask:
+    """Options of a layer that the rules allow beside what is chosen; no member of a Together."""
+    allowed_J = ~tied_options(problem.rules, [len(ids) for ids in problem.options])[layer]
+    for rule in problem.rules:
+        if isinstance(rule, Distinct):
+            chosen = [
+                int(groups[index]) for groups, index in zip(rule.groups, choice, strict=True) if index != UNCHOSEN
+            ]
+            groups = set(chosen) - {UNCOUNTED}
+            if len(groups) >= rule.at_most:
+                allowed_J &= np.isin(rule.groups[layer], [*groups, UNCOUNTED])
+    return allowed_J
+
+
+def _random_groups(problem: Problem, random: np.random.Generator) -> list[Mask]:
+    """Options per layer of as many random groups as every Distinct rule allows; no member of a Together."""
+    allowed = [~tied_J for tied_J in tied_options(problem.rules, [len(ids) for ids in problem.options])]
+    for rule in problem.rules:
+        if isinstance(rule, Distinct):
+            groups = random.permutation(np.setdiff1d(np.concatenate(rule.groups), [UNCOUNTED]))[: rule.at_most]
+            for allowed_J, groups_J in zip(allowed, rule.groups, strict=True):
+                allowed_J &= np.isin(groups_J, [*groups, UNCOUNTED])
+    return allowed
+
+
+def _random_walk(problem: Problem, allowed: list[Mask], random: np.random.Generator) -> Choice:
     """Down until no random step lessens the overdraft, then up while one fits; uses are relative to a limit's span."""
     use_LKJ = [_limited_use(problem, layer) for layer in range(len(problem.options))]
     span_K = _nonzero(np.sum([use_KJ.max(axis=1) - use_KJ.min(axis=1) for use_KJ in use_LKJ], axis=0))
     use_LKJ = [use_KJ / span_K[:, None] for use_KJ in use_LKJ]
     room_K = np.array([limit.capacity + 0.5 * TOLERANCE * abs(limit.capacity) for limit in problem.limits]) / span_K
-    choice = list(problem.parent)
+    choice = [own if mask[own] else int(mask.argmax()) for own, mask in zip(problem.parent, allowed, strict=True)]
 
     def overdraft(used_KJ: Floats) -> Floats:
         return np.asarray(np.maximum(used_KJ - room_K[:, None], 0.0).sum(axis=0))
@@ -133,24 +176,25 @@ def _random_walk(problem: Problem, random: np.random.Generator) -> Choice:
     def dearer_and_fits(now_K1: Floats, used_KJ: Floats) -> Mask:
         return np.asarray((used_KJ.sum(axis=0) > now_K1.sum(axis=0) + ROUNDING) & (overdraft(used_KJ) == 0.0))
 
-    while _random_step(choice, use_LKJ, random, cheaper):
+    while _random_step(choice, allowed, use_LKJ, random, cheaper):
         pass
-    while _random_step(choice, use_LKJ, random, dearer_and_fits):
+    while _random_step(choice, allowed, use_LKJ, random, dearer_and_fits):
         pass
     return tuple(choice)
 
 
 def _random_step(
     choice: list[int],
+    allowed: list[Mask],
     use_LKJ: list[Floats],
     random: np.random.Generator,
     accepts: Callable[[Floats, Floats], Mask],
 ) -> bool:
-    """Change one random layer to a random option that is accepted; False when no layer has any."""
+    """Change one random layer to a random option that is allowed and accepted; False when no layer has any."""
     now_K1 = np.sum([use_KJ[:, index] for use_KJ, index in zip(use_LKJ, choice, strict=True)], axis=0)[:, None]
     for layer in random.permutation(len(choice)):
         used_KJ = now_K1 - use_LKJ[layer][:, [choice[layer]]] + use_LKJ[layer]
-        accepted = np.flatnonzero(accepts(now_K1, used_KJ))
+        accepted = np.flatnonzero(allowed[layer] & accepts(now_K1, used_KJ))
         if accepted.size:
             choice[layer] = int(random.choice(accepted))
             return True
@@ -174,6 +218,5 @@ def _nonzero(values: Floats) -> Floats:
 
 def _uses(problem: Problem, choice: Choice) -> str:
     used = problem.use(choice)
-    return ", ".join(
-        f"{limit.name} {used[limit.name]:,.12g} of {limit.capacity:,.12g} {limit.unit}" for limit in problem.limits
-    )
+    uses = [f"{limit.name} {used[limit.name]:,.12g} of {limit.capacity:,.12g} {limit.unit}" for limit in problem.limits]
+    return ", ".join(uses + [f"rule {rule.name}" for rule in problem.rules if not rule.holds(choice)])

@@ -1,113 +1,220 @@
-"""The search stage: one problem per batch size, the best answer, and what it stands beside (METHOD section 6)."""
+"""The search stage: batch sizes, the best architecture, and what it stands beside (METHOD section 6)."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from puzzle_core.architecture import Architecture
-from puzzle_core.errors import InfeasibleError
+from puzzle_core.errors import InfeasibleError, SpecError
+from puzzle_core.search.alternatives import Alternative, solve_best
 from puzzle_core.search.baselines import greedy, maximise, random_choice, uniform
-from puzzle_core.search.frontier import frontier
-from puzzle_core.search.instance import Costs, block_scores, build_problem, explain, limit_uses, make_costs
-from puzzle_core.search.mip import solve, solve_diverse
+from puzzle_core.search.frontier import capacity_range, frontier, sweep_frontier
+from puzzle_core.search.infeasible import explain_infeasible
+from puzzle_core.search.instance import EMPTY, BatchSizes, Instance
+from puzzle_core.search.mip import runner_up, solve_diverse, solve_or_none
+from puzzle_core.search.prices import prices
 from puzzle_core.search.problem import Limit, Problem, Solution
-from puzzle_core.stages import CostRecord, Found, ScoreRecord, SearchRecord, SearchWork
+from puzzle_core.search.words import batch_text, flags, infeasible_text
+from puzzle_core.stages import Found, Price, RunnerUp, SearchRecord, Tried
 
 RELATIVE_GAP = 1e-6
-BASELINES: dict[str, Callable[[Problem], Solution]] = {
-    "greedy": greedy,
-    "uniform": uniform,
-    "random": lambda problem: random_choice(problem, seed=0),
-    "maximise_parameters": lambda problem: maximise(problem, "parameter_bytes"),
-}
+PRICE_STEP = 0.01
+"""How far a limit is loosened to see what that buys, as a part of it."""
 
 
-def run(work: SearchWork, scores: list[ScoreRecord], costs: dict[int, CostRecord]) -> SearchRecord:
-    """Search every batch size and keep the one whose best architecture scores best; at a tie, the larger batch.
+def run(instance: Instance) -> SearchRecord:
+    """Search all batch sizes and keep the one whose best architecture scores best; at a tie, the larger batch.
 
     Raises:
-        InfeasibleError: no batch size has an architecture that meets the limits; says by how much each misses.
-        CoverageError: a score or a cost is missing.
+        InfeasibleError: no combination of batch sizes has an architecture that meets the limits; says by how much each
+            misses.
+        CoverageError: a cost is missing.
     """
-    table = block_scores(scores, work.composition, work.spec.objective, work.variants, work.shape)
-    answers: list[tuple[float, int, Costs, Problem, list[Solution]]] = []
-    skipped: dict[str, str] = {}
-    for batch_size in sorted(work.scenario.batch_sizes):
-        prices = make_costs(work.shape, work.scenario, batch_size, costs[batch_size], work.dtype)
-        problem = build_problem(work.variants, table, prices)
-        try:
-            solutions = solve_diverse(
-                problem,
-                work.spec.solutions,
-                work.spec.alpha,
-                time_limit_s=work.spec.time_limit_s,
-                relative_gap=RELATIVE_GAP,
-            )
-        except InfeasibleError as error:
-            skipped[f"batch size {batch_size}"] = explain(error, prices)
-            continue
-        answers.append((solutions[0].objective, -batch_size, prices, problem, solutions))
-    if not answers:
-        raise _infeasible(work, [f"  {place}: {reason}" for place, reason in skipped.items()])
-    _, _, prices, problem, solutions = min(answers, key=lambda answer: answer[:2])
-    baselines = []
-    for name in work.spec.baselines:
-        try:
-            baselines.append(_found(replace(BASELINES[name](problem), method=name), prices))
-        except InfeasibleError as error:
-            skipped[f"baseline {name}"] = str(error)
-    return SearchRecord(
-        objective=work.spec.objective,
-        parent=prices.predict(Architecture.of_parent(work.shape)),
-        solutions=tuple(_found(solution, prices) for solution in solutions),
+    spec = instance.request.search
+    batch_sizes, problem, best, tried = _best_batch_sizes(instance)
+    count, limit_s = max(spec.solutions, spec.shortlist), spec.time_limit_s
+    solutions = [best]
+    if count > 1:
+        solutions = solve_diverse(problem, count, spec.alpha, time_limit_s=limit_s, relative_gap=RELATIVE_GAP)
+    found = [_found(instance, solution, batch_sizes) for solution in solutions]
+    baselines, skipped = _baselines(instance, problem, batch_sizes)
+    record = SearchRecord(
+        objective=instance.scores.objective,
+        batch_sizes=dict(batch_sizes),
+        parents=instance.predict(_parent(instance), batch_sizes),
+        times=instance.times(batch_sizes),
+        solutions=tuple(found),
         baselines=tuple(baselines),
-        frontier=tuple(_found(solution, prices) for solution in _time_frontier(problem, work.spec.frontier_points)),
+        frontier=tuple(_frontier(instance, problem, batch_sizes)),
+        tried=tuple(tried),
+        prices=tuple(_prices(instance, problem, best, batch_sizes)) if spec.explain else (),
+        runner_ups=tuple(_runner_ups(problem, best, spec.time_limit_s)) if spec.explain else (),
+        flags=(),
         skipped=skipped,
     )
+    return record.model_copy(update={"flags": tuple(flags(record, instance.scores))})
 
 
-def check_feasible(work: SearchWork, costs: dict[int, CostRecord]) -> None:
-    """Refuse limits that nothing can meet, from costs alone: what it takes to know this is no training.
+def check_feasible(instance: Instance) -> None:
+    """Refuse limits that nothing can meet; the scores do not matter.
 
     Raises:
-        InfeasibleError: no batch size has an architecture that meets the limits.
+        InfeasibleError: no combination of batch sizes has an architecture that meets the limits.
     """
-    reasons = []
-    unscored = {
-        (layer, block): 0.0
-        for layer in range(work.shape.layers)
-        for block in work.variants.blocks_of_layer(layer, work.shape)
+    problems = _problems(instance)
+    if all(solve_or_none(problem, time_limit_s=_limit_s(instance)) is None for problem in problems.values()):
+        raise _infeasible(instance, problems)
+
+
+def combinations_of(instance: Instance) -> list[BatchSizes]:
+    """Every combination of the scenarios' batch sizes, the largest first."""
+    scenarios = instance.request.scenarios
+    sizes = (sorted(set(scenario.batch_sizes), reverse=True) for scenario in scenarios)
+    return [dict(zip((s.name for s in scenarios), found, strict=True)) for found in itertools.product(*sizes)]
+
+
+def _best_batch_sizes(instance: Instance) -> tuple[BatchSizes, Problem, Solution, list[Tried]]:
+    """The combination whose best architecture scores best, its problem and answer, and what every one came to."""
+    problems, combinations = _problems(instance), combinations_of(instance)
+    try:
+        best = solve_best(problems, time_limit_s=_limit_s(instance), relative_gap=RELATIVE_GAP)
+    except InfeasibleError as error:
+        raise _infeasible(instance, problems) from error
+    tried = [
+        _tried(instance, batch_sizes, best.alternatives[number]) for number, batch_sizes in enumerate(combinations)
+    ]
+    return combinations[best.key], problems[best.key], best.solution, tried
+
+
+def _problems(instance: Instance) -> dict[int, Problem]:
+    return {number: instance.problem(batch_sizes) for number, batch_sizes in enumerate(combinations_of(instance))}
+
+
+def _infeasible(instance: Instance, problems: Mapping[int, Problem]) -> InfeasibleError:
+    lines = []
+    for number, batch_sizes in enumerate(combinations_of(instance)):
+        error = explain_infeasible(problems[number], time_limit_s=_limit_s(instance))
+        lines.append(f"  {batch_text(batch_sizes)}: {infeasible_text(error, instance, batch_sizes)}")
+    names = ", ".join(repr(scenario.name) for scenario in instance.request.scenarios)
+    return InfeasibleError(f"scenario {names} has no architecture within its limits:\n" + "\n".join(lines))
+
+
+def _tried(instance: Instance, batch_sizes: BatchSizes, alternative: Alternative) -> Tried:
+    score = alternative.solution.objective if alternative.solution else None
+    if alternative.infeasible:
+        outcome = f"infeasible: {infeasible_text(alternative.infeasible, instance, batch_sizes)}"
+    elif alternative.solution:
+        outcome = "solved"
+    else:
+        outcome = f"left out: it scores {alternative.bound:.6g} at least"
+    return Tried(batch_sizes=dict(batch_sizes), score=score, outcome=outcome)
+
+
+def _limit_s(instance: Instance) -> float:
+    return instance.request.search.time_limit_s
+
+
+def _baselines(instance: Instance, problem: Problem, batch_sizes: BatchSizes) -> tuple[list[Found], dict[str, str]]:
+    """What other ways to choose come to, and why one has nothing."""
+    parameters = f"{instance.request.scenario.name}/parameters"
+    methods: dict[str, Callable[[Problem], Solution]] = {
+        "greedy": greedy,
+        "uniform": uniform,
+        "random": lambda problem: random_choice(problem, seed=0),
+        "maximise_parameters": lambda problem: maximise(problem, parameters),
     }
-    for batch_size in work.scenario.batch_sizes:
-        prices = make_costs(work.shape, work.scenario, batch_size, costs[batch_size], work.dtype)
+    found, skipped = [], {}
+    for name in instance.request.search.baselines:
         try:
-            solve(build_problem(work.variants, unscored, prices), time_limit_s=work.spec.time_limit_s)
-            return
-        except InfeasibleError as error:
-            reasons.append(f"  batch size {batch_size}: {explain(error, prices)}")
-    raise _infeasible(work, reasons)
+            found.append(_found(instance, replace(methods[name](problem), method=name), batch_sizes))
+        except (InfeasibleError, SpecError) as error:
+            skipped[f"baseline {name}"] = str(error)
+    return found, skipped
 
 
-def _infeasible(work: SearchWork, reasons: list[str]) -> InfeasibleError:
-    lines = "\n".join(reasons)
-    return InfeasibleError(f"scenario {work.scenario.name!r} has no architecture within its limits:\n{lines}")
+def _frontier(instance: Instance, problem: Problem, batch_sizes: BatchSizes) -> list[Found]:
+    """The trade-off that the request asks for: of score against one limit, or against time at the chosen batch size."""
+    if instance.request.search.frontier_limit:
+        return _limit_frontier(instance, instance.request.search.frontier_limit)
+    resource = f"{instance.request.scenario.name}/runtime_ms"
+    if resource not in problem.resources:
+        return []
+    unlimited = problem.with_limits((Limit("time", resource, problem.total(resource, problem.parent), "ms"),))
+    points = frontier(unlimited, "time", instance.request.search.frontier_points, time_limit_s=_limit_s(instance))
+    return [_found(instance, point, batch_sizes) for point in points]
 
 
-def _time_frontier(problem: Problem, points: int) -> list[Solution]:
-    """The trade-off of score against prefill plus decode time, other limits left out."""
-    unlimited = problem.total("total_ms", problem.parent)
-    return frontier(problem.with_limits((Limit("block_time", "total_ms", unlimited, "ms"),)), "block_time", points)
+def _limit_frontier(instance: Instance, name: str) -> list[Found]:
+    """Score against a limit of the main scenario, over all batch sizes, other limits held."""
+    combinations, main = combinations_of(instance), instance.request.scenario.name
+    asked, problems, ends = {}, {}, []
+    for number, batch_sizes in enumerate(combinations):
+        found = [limit for limit in instance.asked(batch_sizes) if (limit.scenario, limit.name) == (main, name)]
+        if not found:
+            names = ", ".join(instance.request.scenario.limits.asked()) or "none"
+            raise SpecError(
+                f"search.frontier_limit is {name!r}, and scenario {main} has no such limit (it has: {names})"
+            )
+        problem, limit = instance.problem(batch_sizes), found[0]
+        try:
+            span = capacity_range(problem, limit.label, time_limit_s=_limit_s(instance), relative_gap=RELATIVE_GAP)
+        except InfeasibleError:
+            continue
+        asked[number], problems[number] = limit, problem
+        ends += [limit.in_terms(capacity + limit.outside) for capacity in span]
+    if not problems:
+        return []
+    tightest, loosest = (max(ends), min(ends)) if next(iter(asked.values())).tokens else (min(ends), max(ends))
+    terms = np.linspace(tightest, loosest, instance.request.search.frontier_points)
+    capacities = {number: [limit.capacity_of(term) for term in terms] for number, limit in asked.items()}
+    label = f"{main}/{name}"
+    swept = sweep_frontier(problems, label, capacities, time_limit_s=_limit_s(instance), relative_gap=RELATIVE_GAP)
+    points: list[Found] = []
+    for point in swept:
+        if point and (not points or point.solution.objective < points[-1].score):
+            points.append(_found(instance, point.solution, combinations[point.key]))
+    return points
 
 
-def _found(solution: Solution, costs: Costs) -> Found:
-    architecture = Architecture.parse(solution.options)
+def _prices(instance: Instance, problem: Problem, best: Solution, batch_sizes: BatchSizes) -> list[Price]:
+    """What loosening each limit by a hundredth would gain, in the limit's own terms."""
+    by_label = {asked.label: asked for asked in instance.asked(batch_sizes)}
+    steps = {label: PRICE_STEP * asked.capacity for label, asked in by_label.items()}
+    found = []
+    for price in prices(problem, best, steps=steps, time_limit_s=instance.request.search.time_limit_s):
+        asked = by_label[price.limit.name]
+        step = asked.in_terms(asked.capacity + price.step) - asked.in_terms(asked.capacity)
+        found.append(Price(scenario=asked.scenario, limit=asked.name, unit=asked.unit, step=step, gained=price.gain))
+    return found
+
+
+def _runner_ups(problem: Problem, best: Solution, time_limit_s: float) -> list[RunnerUp]:
+    others = runner_up(problem, best, time_limit_s=time_limit_s)
+    return [
+        RunnerUp(layer=layer, chosen=chosen, other=other and other[0], rise=other and other[1])
+        for layer, (chosen, other) in enumerate(zip(best.options, others, strict=True))
+    ]
+
+
+def _found(instance: Instance, solution: Solution, batch_sizes: BatchSizes) -> Found:
+    """An answer as an architecture; the layers that a spanning block covers are left empty."""
+    options = instance.options_of(solution.choice)
+    architecture = Architecture(layers=tuple(option.block if option else EMPTY for option in options))
     return Found(
         method=solution.method,
         architecture=architecture,
+        spans={layer: option.span for layer, option in enumerate(options) if option and option.span > 1},
         score=solution.objective,
         bound=solution.bound,
         gap=solution.gap,
         optimal=solution.optimal,
         seconds=solution.seconds,
-        prediction=costs.predict(architecture),
-        limits=limit_uses(costs, architecture),
+        predictions=instance.predict(architecture, batch_sizes),
+        limits=instance.limit_uses(architecture, batch_sizes),
     )
+
+
+def _parent(instance: Instance) -> Architecture:
+    return Architecture(layers=(instance.scores.parent,) * len(instance.layers))

@@ -1,14 +1,29 @@
-"""The whole trade-off of score against one limit (METHOD section 6, solved along a range of capacities)."""
+"""The whole trade-off of score against one limit (METHOD section 6, solved along a range of capacities).
 
-from dataclasses import replace
+From the loosest capacity to the tightest: what was best at a looser one is still best where it fits, and otherwise its
+score bounds what a tighter one can reach. So most points need no solve, and of several problems most need none at all.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic
 
 import numpy as np
 
 from puzzle_core.errors import SpecError
-from puzzle_core.search.highs import minimise
+from puzzle_core.search.alternatives import Key, Race
+from puzzle_core.search.highs import lower_bound, minimise
 from puzzle_core.search.infeasible import explain_infeasible
 from puzzle_core.search.mip import solve
-from puzzle_core.search.problem import Problem, Solution
+from puzzle_core.search.problem import Limit, Problem, Solution, describe
+
+
+@dataclass(frozen=True)
+class SweepPoint(Generic[Key]):
+    """The best over several problems at one point of a sweep, and whose it is."""
+
+    key: Key
+    solution: Solution
 
 
 def frontier(
@@ -19,37 +34,115 @@ def frontier(
     time_limit_s: float = 60.0,
     relative_gap: float = 1e-6,
 ) -> list[Solution]:
-    """Best solutions from the tightest to the loosest capacity of one limit, the other limits held.
+    """Best solutions from the tightest to the loosest capacity of one limit, other limits and rules held.
 
-    Capacities are evenly spaced from the least use that can be reached to what the best choice without the limit uses;
-    the limit's own capacity does not matter. A capacity that brings no better score than the one before is left out, so
-    the objective falls along the result, and `used[limit_name] + slack[limit_name]` is the capacity. `time_limit_s`
-    holds for each solve.
+    Capacities are evenly spaced over `capacity_range`; the limit's own capacity does not matter. A capacity that brings
+    no better score than the one before is left out, so the objective falls along the result, and
+    `used[limit_name] + slack[limit_name]` is the capacity. `time_limit_s` holds for each solve.
 
     Raises:
         SpecError: there is no such limit, or fewer than two points are asked for.
         InfeasibleError, TimeLimitError: as `mip.solve`, for the other limits.
     """
-    swept = next((limit for limit in problem.limits if limit.name == limit_name), None)
-    if swept is None or points < 2:
-        names = ", ".join(limit.name for limit in problem.limits) or "none"
-        raise SpecError(
-            f"a frontier needs two points or more and a limit to move, got {points} and {limit_name!r} ({names})"
-        )
+    if points < 2:
+        raise SpecError(f"a frontier needs two points or more, got {points}")
+    least, most = capacity_range(problem, limit_name, time_limit_s=time_limit_s, relative_gap=relative_gap)
+    capacities = [float(capacity) for capacity in np.linspace(least, most, points)]
+    swept = sweep_frontier(
+        {"": problem}, limit_name, {"": capacities}, time_limit_s=time_limit_s, relative_gap=relative_gap
+    )
+    found: list[Solution] = []
+    for point in swept:
+        if point is not None and (not found or point.solution.objective < found[-1].objective):
+            found.append(point.solution)
+    return found
+
+
+def capacity_range(
+    problem: Problem, limit_name: str, *, time_limit_s: float = 60.0, relative_gap: float = 1e-6
+) -> tuple[float, float]:
+    """The capacities between which a limit matters: the least use within reach, and what the best without it uses.
+
+    Raises:
+        SpecError: there is no such limit.
+        InfeasibleError, TimeLimitError: as `mip.solve`, for the other limits.
+    """
+    swept = _limit(problem, limit_name)
     others = problem.with_limits(limit for limit in problem.limits if limit is not swept)
     tightest = minimise(others, others.resources[swept.resource], time_limit_s=time_limit_s)
     if tightest is None:
         raise explain_infeasible(others, time_limit_s=time_limit_s)
     loosest = solve(others, time_limit_s=time_limit_s, relative_gap=relative_gap)
     least, most = (others.total(swept.resource, choice) for choice in (tightest.choice, loosest.choice))
+    return least, max(least, most)
 
-    found: list[Solution] = []
-    start = tightest.choice
-    for capacity in np.linspace(least, max(least, most), points):
-        moved = replace(swept, capacity=float(capacity))
-        narrowed = problem.with_limits(moved if limit is swept else limit for limit in problem.limits)
-        solution = solve(narrowed, time_limit_s=time_limit_s, relative_gap=relative_gap, start=start)
-        if not found or solution.objective < found[-1].objective:
-            found.append(solution)
-            start = solution.choice
+
+def sweep_frontier(
+    problems: Mapping[Key, Problem],
+    limit_name: str,
+    capacities: Mapping[Key, Sequence[float]],
+    *,
+    time_limit_s: float = 60.0,
+    relative_gap: float = 1e-6,
+) -> list[SweepPoint[Key] | None]:
+    """The best over problems that share score and rules, at every point of a sweep of one limit's capacity.
+
+    Args:
+        capacities: per problem the capacity at each point, from the tightest to the loosest. Problems may have other
+            ones at the same point (a rate is another time at another batch size, a part of it taken off as fixed).
+        time_limit_s: for each solve. A problem whose solve it ends is judged by the best it has.
+
+    Returns:
+        One entry per point; None where no problem has an answer. Of problems that score the same, within the relative
+        gap, the first key's is there.
+
+    Raises:
+        SpecError: a problem lacks the limit, or its capacities; their numbers differ, or they fall.
+    """
+    points = _checked_points(problems, limit_name, capacities)
+    found: list[SweepPoint[Key] | None] = [None] * points
+    looser: dict[Key, Solution] = {}
+    bounds = dict.fromkeys(problems, -np.inf)
+    for point in reversed(range(points)):
+        here = {key: problem.with_capacity(limit_name, capacities[key][point]) for key, problem in problems.items()}
+        race = Race(here, bounds, time_limit_s, relative_gap)
+        for key, solution in looser.items():
+            if here[key].feasible(solution.choice):
+                race.found[key] = _moved(here[key], solution)
+        for key in sorted(problems, key=lambda key: bounds[key]):
+            if key not in race.found and race.may_win(key):
+                race.bounds[key] = max(bounds[key], lower_bound(here[key], here[key].score))
+        race.run()
+        bounds, looser = race.bounds, {**looser, **race.found}
+        winner = race.winner()
+        if winner is not None:
+            found[point] = SweepPoint(winner, race.found[winner])
     return found
+
+
+def _moved(problem: Problem, solution: Solution) -> Solution:
+    """The same solution where a capacity is tighter and it still fits."""
+    moved = describe(problem, solution.choice, method=solution.method, seconds=0.0, bound=solution.bound)
+    return replace(moved, optimal=solution.optimal)
+
+
+def _limit(problem: Problem, limit_name: str) -> Limit:
+    for limit in problem.limits:
+        if limit.name == limit_name:
+            return limit
+    names = ", ".join(limit.name for limit in problem.limits) or "none"
+    raise SpecError(f"there is no limit {limit_name!r} to move ({names})")
+
+
+def _checked_points(problems: Mapping[Key, Problem], limit_name: str, capacities: Mapping[Key, Sequence[float]]) -> int:
+    """How many points there are."""
+    if not problems or problems.keys() != capacities.keys():
+        raise SpecError(f"a sweep needs capacities for every problem: {list(problems)}, got {list(capacities)}")
+    for key, problem in problems.items():
+        _limit(problem, limit_name)
+        if any(after < before for before, after in zip(capacities[key], capacities[key][1:], strict=False)):
+            raise SpecError(f"capacities of {key} must go from tightest to loosest, got {list(capacities[key])}")
+    sizes = {len(values) for values in capacities.values()}
+    if len(sizes) > 1:
+        raise SpecError(f"all problems of a sweep need as many points, got {sorted(sizes)}")
+    return sizes.pop()

@@ -1,30 +1,39 @@
-"""Why no architecture meets the limits: the fewest limits that cannot hold together, and what each of them could be.
+"""Why no architecture meets the limits: the fewest that cannot hold together, and what each of them could be.
 
 METHOD section 6 and DESIGN rule 5: an infeasible search says what was asked, what can be reached, and what to do.
+"Parts" are what was asked: limits and Distinct rules. A Together is not asked for, it is what the options are, so it
+holds throughout.
 """
 
 import math
-from dataclasses import dataclass
-from itertools import chain, combinations
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from puzzle_core.errors import InfeasibleError, TimeLimitError
 from puzzle_core.search.highs import minimise
-from puzzle_core.search.problem import Limit, Problem
+from puzzle_core.search.problem import Choice, Limit, Problem
+from puzzle_core.search.rules import UNCOUNTED, Distinct, Together
+
+Part = Limit | Distinct
+Parts = frozenset[int]
+"""Places of parts in the tuple of all."""
 
 
 @dataclass(frozen=True)
 class Conflict:
-    """One of the limits that cannot hold together.
+    """One of the limits and rules that cannot hold together.
 
     Attributes:
         limit: what was asked.
-        least: the least capacity with which the problem has an answer, every other limit held; None if none was found.
-        least_alone: the least use with no other limit.
+        least: the least capacity (number of different groups) with which the problem has an answer, everything else
+            held; None if none was found.
+        least_alone: the least use (number) with no other limit or rule.
     """
 
-    limit: Limit
+    limit: Part
     least: float | None
     least_alone: float
 
@@ -32,30 +41,110 @@ class Conflict:
 def explain_infeasible(problem: Problem, *, time_limit_s: float = 60.0) -> InfeasibleError:
     """The error to raise for a problem known to have no answer; its attribute `conflicts` is a tuple of Conflict.
 
-    Sets of the K limits are tried from the smallest on: up to 2**K solves, each of `time_limit_s` at most.
+    `time_limit_s` holds for finding the parts and for each of their least values; when it ends, the parts are still
+    such that cannot hold together, and may not be the fewest.
     """
-    limits = problem.limits
-    smaller = chain.from_iterable(combinations(limits, size) for size in range(1, len(limits)))
-    together = next((group for group in smaller if _impossible(problem.with_limits(group), time_limit_s)), limits)
-    conflicts = tuple(_conflict(problem, limit, time_limit_s) for limit in together)
+    together = _fewest_impossible(problem, _parts(problem), time.perf_counter() + time_limit_s)
+    conflicts = tuple(_conflict(problem, part, time_limit_s) for part in together)
     error = InfeasibleError(_text(conflicts))
     error.conflicts = conflicts
     return error
 
 
-def _impossible(problem: Problem, time_limit_s: float) -> bool:
-    """Whether it is proved that the limits cannot hold together."""
-    nothing = tuple(np.zeros_like(values) for values in problem.score)
-    try:
-        return minimise(problem, nothing, time_limit_s=time_limit_s) is None
-    except TimeLimitError:
-        return False
+def _parts(problem: Problem) -> tuple[Part, ...]:
+    return (*problem.limits, *(rule for rule in problem.rules if isinstance(rule, Distinct)))
 
 
-def _conflict(problem: Problem, limit: Limit, time_limit_s: float) -> Conflict:
-    others = problem.with_limits(other for other in problem.limits if other != limit)
-    alone = math.fsum(float(values.min()) for values in problem.resources[limit.resource])
-    return Conflict(limit, _least_use(others, limit.resource, time_limit_s), alone)
+def _only(problem: Problem, parts: Iterable[Part]) -> Problem:
+    """The problem with these parts alone."""
+    parts = tuple(parts)
+    return replace(
+        problem,
+        limits=tuple(part for part in parts if isinstance(part, Limit)),
+        rules=tuple(rule for rule in problem.rules if isinstance(rule, Together) or rule in parts),
+    )
+
+
+def _fewest_impossible(problem: Problem, parts: tuple[Part, ...], deadline: float) -> tuple[Part, ...]:
+    """The smallest set of parts that cannot hold together, in about as many solves as there are parts.
+
+    First a deletion filter: a part that can go goes, which leaves a set none of whose parts can go. Then the duality
+    of conflicts and corrections: whatever choice exists breaks some parts, and every impossible set has one of those.
+    The smallest set with one of each such correction seen so far is either impossible, and then no smaller one is, or
+    there is a choice for it, which is another correction.
+    """
+    corrections: list[Parts] = []
+
+    def possible(places: Parts) -> bool:
+        """Whether these parts can hold together, as far as known by the deadline; notes what the choice breaks."""
+        rest = frozenset(range(len(parts))) - places
+        try:
+            choice = _choice_within(problem, parts, places, deadline - time.perf_counter())
+        except TimeLimitError:
+            choice = problem.parent
+            broken = rest
+        else:
+            if choice is None:
+                return False
+            names = problem.broken(choice)
+            broken = frozenset(place for place in rest if parts[place].name in names) or rest
+        corrections.append(broken)
+        return True
+
+    known = frozenset(range(len(parts)))
+    for place in reversed(range(len(parts))):
+        if not possible(known - {place}):
+            known -= {place}
+    while time.perf_counter() < deadline:
+        smaller = _smallest_hitting(corrections, len(known) - 1)
+        if smaller is None:
+            break
+        if not possible(smaller):
+            known = smaller
+            break
+    return tuple(parts[place] for place in sorted(known))
+
+
+def _choice_within(problem: Problem, parts: tuple[Part, ...], places: Parts, time_limit_s: float) -> Choice | None:
+    """A choice that holds these parts, and does not exceed the other limits by much; None when there is none."""
+    excess = [np.zeros_like(values) for values in problem.score]
+    for place, part in enumerate(parts):
+        if isinstance(part, Limit) and place not in places:
+            column = problem.resources[part.resource]
+            span = math.fsum(float(np.ptp(values)) for values in column) or 1.0
+            excess = [sum_J + values / span for sum_J, values in zip(excess, column, strict=True)]
+    held = _only(problem, (parts[place] for place in places))
+    found = minimise(held, tuple(excess), time_limit_s=max(0.0, time_limit_s), relative_gap=0.1)
+    return None if found is None else found.choice
+
+
+def _smallest_hitting(sets: Sequence[Parts], largest: int) -> Parts | None:
+    """The smallest set of places with one of every set, of at most `largest` places; None when all have more."""
+    ordered = sorted(sets, key=len)
+
+    def extended(chosen: Parts, room: int) -> Parts | None:
+        unhit = next((places for places in ordered if not places & chosen), None)
+        if unhit is None:
+            return chosen
+        if room == 0:
+            return None
+        trials = (extended(chosen | {place}, room - 1) for place in sorted(unhit))
+        return next((trial for trial in trials if trial is not None), None)
+
+    sizes = (extended(frozenset(), size) for size in range(largest + 1))
+    return next((found for found in sizes if found is not None), None)
+
+
+def _conflict(problem: Problem, part: Part, time_limit_s: float) -> Conflict:
+    others = _only(problem, (other for other in _parts(problem) if other is not part))
+    alone = _only(problem, ())
+    if isinstance(part, Distinct):
+        counts = [_least_count(within, part, time_limit_s) for within in (others, alone)]
+    else:
+        counts = [_least_use(within, part.resource, time_limit_s) for within in (others, alone)]
+    least, least_alone = counts
+    assert least_alone is not None, "without limits, the parent is a choice"
+    return Conflict(part, least, least_alone)
 
 
 def _least_use(problem: Problem, resource: str, time_limit_s: float) -> float | None:
@@ -66,19 +155,34 @@ def _least_use(problem: Problem, resource: str, time_limit_s: float) -> float | 
     return None if found is None else problem.total(resource, found.choice)
 
 
+def _least_count(problem: Problem, rule: Distinct, time_limit_s: float) -> float | None:
+    """The least number of groups that a choice can have, by trying each."""
+    nothing = tuple(np.zeros_like(values) for values in problem.score)
+    groups = np.setdiff1d(np.concatenate(rule.groups), [UNCOUNTED]).size
+    for at_most in range(groups + 1):
+        ruled = replace(problem, rules=(*problem.rules, replace(rule, at_most=at_most)))
+        try:
+            if minimise(ruled, nothing, time_limit_s=time_limit_s) is not None:
+                return float(at_most)
+        except TimeLimitError:
+            return None
+    return None
+
+
 def _text(conflicts: tuple[Conflict, ...]) -> str:
     names = " and ".join(conflict.limit.name for conflict in conflicts)
     head = f"no architecture meets the limit {names}" if len(conflicts) == 1 else f"{names} cannot hold together"
     lines = [f"{head} (capacities of the layers alone, fixed costs taken off):"]
     for conflict in conflicts:
-        limit = conflict.limit
-        line = f"  {limit.name}: asked at most {_number(limit.capacity)} {limit.unit}; the least within reach is "
+        part = conflict.limit
+        asked, unit = (part.capacity, part.unit) if isinstance(part, Limit) else (part.at_most, "different")
+        line = f"  {part.name}: asked at most {_number(asked)} {unit}; the least within reach is "
         if conflict.least != conflict.least_alone:
-            line += f"{_number(conflict.least_alone)} {limit.unit} alone, and with the other limits held "
+            line += f"{_number(conflict.least_alone)} {unit} alone, and with the other limits held "
         if conflict.least is None:
             line += "none was found: they may not hold together even without it"
         else:
-            line += f"{_number(conflict.least)} {limit.unit}"
+            line += f"{_number(conflict.least)} {unit}"
         lines.append(line)
     lines.append("Raise one of these limits to the least within reach, or add cheaper variants to the library.")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ def solve(
     avoid: Avoid = (),
     start: Choice | None = None,
 ) -> Solution:
-    """The choice with the least total score within every limit.
+    """The choice with the least total score within every limit and rule.
 
     Args:
         time_limit_s: when it ends, the best so far is returned with `optimal=False`.
@@ -30,10 +30,10 @@ def solve(
         start: a choice to start from, for speed; the answer does not depend on it.
 
     Raises:
-        InfeasibleError: no choice fits; says which limits cannot hold together, and the least they could be.
+        InfeasibleError: no choice fits; says which limits and rules cannot hold together, and the least they could be.
         TimeLimitError: the time limit ended with neither a choice nor a proof that there is none.
     """
-    solution = _best(problem, avoid, time_limit_s, relative_gap, start)
+    solution = solve_or_none(problem, avoid=avoid, time_limit_s=time_limit_s, relative_gap=relative_gap, start=start)
     if solution is None:
         raise explain_infeasible(_avoiding(problem, avoid), time_limit_s=time_limit_s)
     return solution
@@ -61,7 +61,7 @@ def solve_diverse(
     found = [solve(problem, time_limit_s=time_limit_s, relative_gap=relative_gap)]
     while len(found) < solutions:
         avoid = [(earlier.choice, shared) for earlier in found]
-        following = _best(problem, avoid, time_limit_s, relative_gap, None)
+        following = solve_or_none(problem, avoid=avoid, time_limit_s=time_limit_s, relative_gap=relative_gap)
         if following is None:
             break
         found.append(following)
@@ -73,25 +73,34 @@ def runner_up(
 ) -> list[tuple[str, float] | None]:
     """Per layer: what it would take were its choice forbidden, and by how much the objective would rise.
 
-    None where the limits cannot hold without the layer's choice. One solve per layer.
+    None where limits and rules cannot hold without the layer's choice. One solve per layer.
     """
     results: list[tuple[str, float] | None] = []
     for layer, chosen in enumerate(solution.choice):
         nowhere = [-1] * len(solution.choice)
         nowhere[layer] = chosen
-        other = _best(problem, [(tuple(nowhere), 0)], time_limit_s, relative_gap, None)
+        avoid = [(tuple(nowhere), 0)]
+        other = solve_or_none(problem, avoid=avoid, time_limit_s=time_limit_s, relative_gap=relative_gap)
         results.append(None if other is None else (other.options[layer], other.objective - solution.objective))
     return results
 
 
-def _best(
-    problem: Problem, avoid: Avoid, time_limit_s: float, relative_gap: float, start: Choice | None
+def solve_or_none(
+    problem: Problem,
+    *,
+    time_limit_s: float = 60.0,
+    relative_gap: float = 1e-6,
+    avoid: Avoid = (),
+    start: Choice | None = None,
 ) -> Solution | None:
-    """The best choice, or None when there is none. The uses it reports are those of the problem's own limits."""
+    """As `solve`, and None where no choice fits, without the work of explaining why.
+
+    Raises:
+        TimeLimitError: as `solve`.
+    """
     started = time.perf_counter()
-    found = minimise(
-        _avoiding(problem, avoid), problem.score, time_limit_s=time_limit_s, relative_gap=relative_gap, start=start
-    )
+    avoiding = _avoiding(problem, avoid)
+    found = minimise(avoiding, problem.score, time_limit_s=time_limit_s, relative_gap=relative_gap, start=start)
     if found is None:
         return None
     seconds = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""The search problem as arrays: options per layer, their scores and resources, limits on sums (METHOD section 6).
+"""The search problem as arrays: options per layer, scores, resources, limits on sums, rules (METHOD section 6).
 
 Nothing here knows what an option is. Fixed costs outside the layers were taken off every capacity by the caller.
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puzzle_core.errors import CoverageError, NonFiniteError, SpecError
+from puzzle_core.search.rules import Rule, Together, check_rules, drop_broken
 
 Choice = tuple[int, ...]
 Column = tuple[NDArray[np.float64], ...]
@@ -42,13 +43,14 @@ class Problem:
         score: what each option costs in quality; lower is better.
         parent: index of the parent's own option in each layer.
         resources: a column per resource name.
-        limits: what must hold; names differ.
+        limits: what must hold.
+        rules: what must hold too, whatever it costs. Names of limits and rules differ.
 
     Raises:
         NonFiniteError: a score, resource or capacity is NaN or infinite.
-        CoverageError: a layer has no option, or a column does not have one number per option.
-        SpecError: option ids or limit names repeat, a parent index is outside its layer, or a limit is on a resource
-            that is not there.
+        CoverageError: a layer has no option, or a column or rule does not have one number per option.
+        SpecError: option ids, or names of limits and rules repeat, a parent index is outside its layer, a limit is on a
+            resource that is not there, or a rule on options that it cannot be on (rules.py).
     """
 
     options: tuple[tuple[str, ...], ...]
@@ -56,6 +58,7 @@ class Problem:
     parent: Choice
     resources: Mapping[str, Column]
     limits: tuple[Limit, ...] = ()
+    rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         _check_options(self.options, self.parent)
@@ -63,6 +66,8 @@ class Problem:
         columns = {name: _checked_column(name, column, self.options) for name, column in self.resources.items()}
         object.__setattr__(self, "resources", columns)
         _check_limits(self.limits, columns)
+        check_rules(self.rules, self.options, self.parent)
+        _check_names([part.name for part in (*self.limits, *self.rules)])
 
     def total(self, resource: str, choice: Sequence[int]) -> float:
         """Use of a resource, summed over layers."""
@@ -77,20 +82,35 @@ class Problem:
         return {limit.name: self.total(limit.resource, choice) for limit in self.limits}
 
     def feasible(self, choice: Sequence[int], tolerance: float = TOLERANCE) -> bool:
-        """Whether every limit holds, up to `tolerance` relative to its capacity."""
+        """Whether every rule holds, and every limit up to `tolerance` relative to its capacity."""
+        return not self.broken(choice, tolerance)
+
+    def broken(self, choice: Sequence[int], tolerance: float = TOLERANCE) -> list[str]:
+        """Names of the limits and rules that do not hold."""
         used = self.use(choice)
-        return all(used[limit.name] <= limit.capacity + tolerance * abs(limit.capacity) for limit in self.limits)
+        over = [
+            limit.name for limit in self.limits if used[limit.name] > limit.capacity + tolerance * abs(limit.capacity)
+        ]
+        return over + [rule.name for rule in self.rules if not rule.holds(choice)]
 
     def option_ids(self, choice: Sequence[int]) -> tuple[str, ...]:
         """The ids that a choice names, in layer order."""
         return tuple(ids[index] for ids, index in zip(self.options, choice, strict=True))
 
     def restrict(self, keep: Callable[[int, str], bool]) -> Self:
-        """The same problem over the options for which `keep(layer, id)` holds, and the parent's own."""
-        kept = [
+        """The same problem over the options for which `keep(layer, id)` holds, and the parent's own.
+
+        Options that are chosen together go together when one of them goes, and their rule with them.
+        """
+        wanted = [
             [index for index, option in enumerate(ids) if index == own or keep(layer, option)]
             for layer, (ids, own) in enumerate(zip(self.options, self.parent, strict=True))
         ]
+        kept = [rows.tolist() for rows in drop_broken(self.rules, wanted)]
+
+        def left(rule: Rule) -> bool:
+            return not isinstance(rule, Together) or all(option in kept[layer] for layer, option in rule.members)
+
         return replace(
             self,
             options=tuple(tuple(ids[index] for index in rows) for ids, rows in zip(self.options, kept, strict=True)),
@@ -100,11 +120,17 @@ class Problem:
                 name: tuple(values[rows] for values, rows in zip(column, kept, strict=True))
                 for name, column in self.resources.items()
             },
+            rules=tuple(rule.restricted(kept) for rule in self.rules if left(rule)),
         )
 
     def with_limits(self, limits: Iterable[Limit]) -> Self:
-        """The same options under these limits instead."""
+        """The same options and rules under these limits instead."""
         return replace(self, limits=tuple(limits))
+
+    def with_capacity(self, name: str, capacity: float) -> Self:
+        """The same problem with another capacity of one limit."""
+        moved = (replace(limit, capacity=capacity) if limit.name == name else limit for limit in self.limits)
+        return self.with_limits(moved)
 
     def avoiding(self, choice: Sequence[int], max_shared_layers: int, name: str) -> Self:
         """The same problem with one more limit: at most so many layers choose as `choice` does.
@@ -159,18 +185,19 @@ def describe(
     bound: float = -math.inf,
     optimal: bool = False,
 ) -> Solution:
-    """The Solution for a choice: score and uses recomputed from it, and every limit compared (DESIGN rule 6).
+    """The Solution for a choice: score and uses recomputed, every limit and rule checked (DESIGN rule 6).
 
     Raises:
-        RuntimeError: a limit does not hold. That is our own mistake: a method returns only choices that fit.
+        RuntimeError: one does not hold. That is our own mistake: a method returns only choices that fit.
     """
     used = problem.use(choice)
-    if not problem.feasible(choice):
+    if broken := problem.broken(choice):
         limits = ", ".join(
             f"{limit.name} {used[limit.name]!r} of {limit.capacity!r} {limit.unit}" for limit in problem.limits
         )
         raise RuntimeError(
-            f"{method} returned a choice outside the limits ({limits}); this is a mistake in puzzle_core.search"
+            f"{method} returned a choice outside {', '.join(broken)} ({limits}); this is a mistake in "
+            "puzzle_core.search"
         )
     objective = problem.total_score(choice)
     least = math.fsum(float(values.min()) for values in problem.score)
@@ -228,10 +255,7 @@ def _checked_array(name: str, layer: int, values: NDArray[np.float64], ids: tupl
 
 
 def _check_limits(limits: tuple[Limit, ...], resources: Mapping[str, Column]) -> None:
-    names = [limit.name for limit in limits]
     for limit in limits:
-        if names.count(limit.name) > 1:
-            raise SpecError(f"two limits are called {limit.name!r}: give every limit its own name")
         if limit.resource not in resources:
             known = ", ".join(sorted(resources)) or "none"
             raise SpecError(f"limit {limit.name!r} is on {limit.resource!r}, which no option has (known: {known})")
@@ -239,3 +263,9 @@ def _check_limits(limits: tuple[Limit, ...], resources: Mapping[str, Column]) ->
             raise NonFiniteError(
                 f"the capacity of limit {limit.name!r} is {limit.capacity}: leave out a limit that is none"
             )
+
+
+def _check_names(names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise SpecError(f"two limits or rules are called {name!r}: give each its own name")

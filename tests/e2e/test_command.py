@@ -231,7 +231,7 @@ def test_a_run_with_a_limit_that_nothing_can_meet_is_refused_with_one_message(sp
     spec = spec_of(scenario={"limits": {"parameters": "1%"}})
     publish_costs(spec)
     ended = shell("run", write_spec(spec, tmp_path / "spec.yaml"))
-    assert refused(ended, ["'chatbot'", "parameters was 1%, and at least", "can be reached"], tmp_path / "store")
+    assert refused(ended, ["'chatbot'", "parameters was 1%, and at least", "can be had"], tmp_path / "store")
 
 
 def test_a_run_on_a_full_disk_is_refused_with_one_message(spec_of, shell, small_disk, tmp_path):

@@ -88,7 +88,7 @@ def test_a_new_scenario_searches_and_trains_a_new_child_and_leaves_the_library(a
     assert len(of_stage(made, "search")) == len(of_stage(made, "gkd")) == 1
     assert chosen(spec).architecture != chosen(again()).architecture
     computed = recorded.computed(at_least=15)
-    assert {"search smaller", "gkd", "report"} <= set(computed)
+    assert {"search smaller on this-machine", "gkd", "report"} <= set(computed)
     assert not [name for name in computed if name.startswith(("bld ", "score ", "capture ", "tokens ", "importance"))]
 
 
@@ -123,6 +123,6 @@ def test_what_is_deleted_is_made_again_and_nothing_that_came_of_it(again, stages
 def test_limits_that_nothing_can_meet_are_refused_before_any_training(spec_of):
     spec = spec_of(scenario={"limits": {"parameters": "1%"}})
     publish_costs(spec)
-    with pytest.raises(InfeasibleError, match=r"parameters was 1%, and at least \S+KiB \(\d\S+%\) can be reached"):
+    with pytest.raises(InfeasibleError, match=r"parameters was 1%, and at least \S+ params \(\d\S+%\) can be had"):
         puzzle(spec)
     assert not of_stage(artifacts(spec.runtime.store), "bld")

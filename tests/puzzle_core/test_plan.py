@@ -80,7 +80,7 @@ def test_only_pruned_ffns_wait_for_contributions(plan):
 
 def test_every_variant_is_measured_once_for_every_batch_size(plan):
     costs = plan().costs()
-    assert costs.keys() == {1, 2}
+    assert costs.keys() == {("chatbot", 1), ("chatbot", 2)}
     measured = ["attn:kv1", "attn:kv4", "attn:linear", "ffn:i24", "ffn:i48", "ffn:linear"]
     assert sorted(map(str, costs[1].variants)) == measured
 
@@ -103,7 +103,7 @@ def test_what_is_done_takes_nothing_more(plan):
         ({"variants": {"layers": [{"first_layer": 4, "last_layer": 5}]}}, "the parent has layers 0 to 4"),
         ({"variants": {"kv_heads": [3]}}, "3 KV heads do not divide"),
         ({"data": {"sequence_length": 256}}, "data.sequence_length is 256, but the parent's context holds 128"),
-        ({"scenario": SPEC["scenario"] | {"prompt_tokens": 121}}, "scenario tokens is 129"),
+        ({"scenario": SPEC["scenario"] | {"prompt_tokens": 121}}, "scenario chatbot is 129"),
     ],
 )
 def test_what_the_parent_cannot_have_is_refused_before_any_work(plan, parts, message):

@@ -9,7 +9,9 @@ import pytest
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
 from puzzle_core.cost.analytic import architecture_parameters, kv_entries_per_token
 from puzzle_core.report.inputs import ModelResult, ReportInputs
-from puzzle_core.search.instance import Costs, limit_uses, make_costs
+from puzzle_core.search.inputs import cost_table
+from puzzle_core.search.instance import Instance
+from puzzle_core.search.tables import Option, ScoreTable
 from puzzle_core.spec import RunSpec, parse_spec
 from puzzle_core.stages import (
     BldRecord,
@@ -17,6 +19,8 @@ from puzzle_core.stages import (
     EvaluationRecord,
     Found,
     GkdRecord,
+    LimitUse,
+    Prediction,
     ScoreRecord,
     SearchRecord,
     Timing,
@@ -27,6 +31,10 @@ BATCH = 4
 
 def timing(prefill_ms: float, decode_ms: float, spread: float = 0.02) -> Timing:
     return Timing(prefill_ms=prefill_ms, decode_ms=decode_ms, prefill_spread=spread, decode_spread=spread)
+
+
+def holds(use: LimitUse) -> bool:
+    return use.used <= use.allowed if use.sense == "at_most" else use.used >= use.allowed
 
 
 class MadeUp:
@@ -55,21 +63,32 @@ class MadeUp:
         self.blocks = [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
         self.trained = [v for v in (*attentions[1:], *ffns[1:]) if v.kind != "no_op"]
         self.measured = CostRecord(
+            source="measured",
             variants={str(v): self._time(v) for v in (*attentions, *ffns) if v.kind != "no_op"},
             outside=timing(6.0, 90.0),
             parent=timing(6.2 + layers * 9.1, 92 + layers * 75.0),
+            weight_bytes=4,
+            kv_bytes=4,
             hardware="Imaginary CPU @ 3 GHz",
             torch_version="2.13.0",
             threads=1,
             rounds=7,
         )
-        self.costs: Costs = make_costs(self.shape, self.spec.scenario, BATCH, self.measured, "float32")
+        self.name = self.spec.scenario.name
+        self.batch_sizes = {self.name: BATCH}
         self.scores = {
             (layer, block): self._kl(layer, block)
             for layer in range(layers)
             for block in self.blocks
             if block != self.own
         }
+        scores = ScoreTable(
+            self.own,
+            tuple({Option(b): self.scores.get((layer, b), 0.0) for b in self.blocks} for layer in range(layers)),
+            "kl",
+        )
+        costs = cost_table(self.spec.variants, self.shape, {(self.name, BATCH): self.measured})
+        self.instance = Instance(self.spec.request, scores, costs)
 
     def _time(self, variant: Variant) -> Timing:
         own = self.own.attention if variant.subblock == "attn" else self.own.ffn
@@ -90,7 +109,8 @@ class MadeUp:
 
         def price(layer: int, block: BlockVariant) -> float:
             score = 0.0 if block == self.own else self.scores[layer, block]
-            return score + weight * self.costs.of_block(layer, block)["total_ms"]
+            times = (self.instance.costs.block(c, layer, block, self.name, BATCH) for c in ("prefill_ms", "decode_ms"))
+            return score + weight * sum(times)
 
         return Architecture(
             layers=tuple(min(self.blocks, key=lambda b: price(layer, b)) for layer in range(self.shape.layers))
@@ -100,11 +120,14 @@ class MadeUp:
         score = sum(self.scores.get((i, b), 0.0) for i, b in enumerate(architecture.layers))
         return Found(
             method=method, architecture=architecture, score=score, bound=score, gap=0.0, optimal=True, seconds=0.04,
-            prediction=self.costs.predict(architecture), limits=limit_uses(self.costs, architecture),
+            predictions=self.predict(architecture), limits=self.instance.limit_uses(architecture, self.batch_sizes),
         )  # fmt: skip
 
+    def predict(self, architecture: Architecture) -> dict[str, Prediction]:
+        return self.instance.predict(architecture, self.batch_sizes)
+
     def model(self, name: str, kind: Any, architecture: Architecture, kl: float) -> ModelResult:
-        p = self.costs.predict(architecture)
+        p = self.predict(architecture)[self.name]
         entries = kv_entries_per_token(self.shape, architecture)
         parameters = architecture_parameters(self.shape, architecture)
         return ModelResult(
@@ -153,7 +176,7 @@ class MadeUp:
 
     def inputs(self) -> ReportInputs:
         limited = (self.found("mip", self.choose(weight)) for weight in np.geomspace(1e-6, 1, 400))
-        found = next(f for f in limited if all(use.used <= use.allowed for use in f.limits))
+        found = next(f for f in limited if all(holds(use) for use in f.limits))
         chosen = found.architecture
         half = BlockVariant.parse("attn:kv2+ffn:i512")
         picks = self.random.integers(len(self.blocks), size=self.shape.layers)
@@ -179,10 +202,13 @@ class MadeUp:
             shape=self.shape,
             search=SearchRecord(
                 objective="kl",
-                parent=self.costs.predict(parent),
+                batch_sizes=self.batch_sizes,
+                parents=self.predict(parent),
+                times=self.instance.times(self.batch_sizes),
                 solutions=(found,),
                 baselines=tuple(baselines.values()),
                 frontier=frontier,
+                tried=(), prices=(), runner_ups=(), flags=(),
                 skipped={},
             ),
             bld=self.bld(),

@@ -1,12 +1,14 @@
 """Random small problems, and the slow, obvious search that the fast ones are compared with."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 
 from puzzle_core.search.problem import Choice, Limit, Problem
+from puzzle_core.search.rules import UNCOUNTED, Distinct, Rule, Together
 
 Avoid = Sequence[tuple[Choice, int]]
 
@@ -41,6 +43,35 @@ def make_problem(seed: int, limits: int | None = None, layers: int | None = None
     )
 
 
+def with_rules(problem: Problem, seed: int) -> Problem:
+    """The problem with up to two Distinct rules and up to two Together rules, if it has layers and options enough."""
+    random = np.random.default_rng(10_000 + seed)
+    rules: list[Rule] = []
+    for number in range(int(random.integers(0, 3))):
+        groups = tuple(random.integers(UNCOUNTED, 4, len(ids)) for ids in problem.options)
+        rules.append(Distinct(f"distinct {number}", groups, int(random.integers(1, 4))))
+    free = [[j for j in range(len(ids)) if j != own] for ids, own in zip(problem.options, problem.parent, strict=True)]
+    for number in range(int(random.integers(0, 3))):
+        layers = [layer for layer in range(len(free)) if free[layer]]
+        if len(layers) < 2:
+            break
+        span = sorted(random.permutation(layers)[: int(random.integers(2, 4))].tolist())
+        members = tuple((layer, free[layer].pop(int(random.integers(len(free[layer]))))) for layer in span)
+        rules.append(Together(f"together {number}", members))
+    return replace(problem, rules=tuple(rules))
+
+
+def with_free_continuations(problem: Problem) -> Problem:
+    """As variants over several layers are priced: the first member carries score and costs, the others nothing."""
+    score = [values.copy() for values in problem.score]
+    resources = {name: [values.copy() for values in column] for name, column in problem.resources.items()}
+    for rule in problem.rules:
+        for layer, option in rule.members[1:] if isinstance(rule, Together) else ():
+            for column in (score, *resources.values()):
+                column[layer][option] = 0.0
+    return replace(problem, score=tuple(score), resources={name: tuple(column) for name, column in resources.items()})
+
+
 def all_choices(problem: Problem) -> list[Choice]:
     """Every architecture there is."""
     return list(product(*(range(len(ids)) for ids in problem.options)))
@@ -49,18 +80,50 @@ def all_choices(problem: Problem) -> list[Choice]:
 def best_by_brute_force(problem: Problem, avoid: Avoid = ()) -> float | None:
     """The least total score of all choices that fit, by trying each; None when none fits."""
 
+    columns = (problem.score, *(problem.resources[limit.resource] for limit in problem.limits))
+
     def differs(choice: Choice) -> bool:
         return all(sum(a == b for a, b in zip(choice, other, strict=True)) <= shared for other, shared in avoid)
 
-    scores = [
-        problem.total_score(choice) for choice in all_choices(problem) if problem.feasible(choice) and differs(choice)
-    ]
-    return min(scores, default=None)
+    best = None
+    for choice in all_choices(problem):
+        score, *used = (sum(float(values[j]) for values, j in zip(column, choice, strict=True)) for column in columns)
+        fits = all(
+            use <= limit.capacity + 1e-9 * abs(limit.capacity) for use, limit in zip(used, problem.limits, strict=True)
+        )
+        if fits and obeys(problem.rules, choice) and differs(choice) and (best is None or score < best):
+            best = score
+    return best
+
+
+def obeys(rules: Sequence[Rule], choice: Choice) -> bool:
+    """Whether a choice obeys the rules, spelt out."""
+    for rule in rules:
+        if isinstance(rule, Together):
+            chosen = [choice[layer] == option for layer, option in rule.members]
+            if any(chosen) and not all(chosen):
+                return False
+        else:
+            groups = [int(groups[option]) for groups, option in zip(rule.groups, choice, strict=True)]
+            if len(set(groups) - {-1}) > rule.at_most:
+                return False
+    return True
 
 
 @pytest.fixture
 def random_problem() -> Callable[..., Problem]:
     return make_problem
+
+
+@pytest.fixture
+def ruled_problem() -> Callable[..., Problem]:
+    """Random problems with rules; of every third, variants that span layers cost only in their first."""
+
+    def make(seed: int, **sizes: int) -> Problem:
+        problem = with_rules(make_problem(seed, **sizes), seed)
+        return with_free_continuations(problem) if seed % 3 == 0 else problem
+
+    return make
 
 
 @pytest.fixture

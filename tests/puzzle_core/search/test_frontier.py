@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from puzzle_core.errors import InfeasibleError, SpecError
-from puzzle_core.search.frontier import frontier
+from puzzle_core.search import alternatives
+from puzzle_core.search.alternatives import solve_best
+from puzzle_core.search.frontier import capacity_range, frontier, sweep_frontier
 from puzzle_core.search.mip import solve
 from puzzle_core.search.problem import Limit, Problem
 
@@ -62,9 +64,73 @@ def test_one_point_when_nothing_is_traded(pair: Problem) -> None:
 
 def test_what_cannot_be_asked(pair: Problem) -> None:
     problem = pair.with_limits([Limit("memory", "bytes", 9.0, "GB"), Limit("latency", "ms", 1.0, "ms")])
-    with pytest.raises(SpecError, match=r"'memroy' \(memory, latency\)"):
+    with pytest.raises(SpecError, match=r"'memroy' .*\(memory, latency\)"):
         frontier(problem, "memroy", 3)
     with pytest.raises(SpecError, match="two points"):
         frontier(problem, "memory", 1)
     with pytest.raises(InfeasibleError, match="latency"):
         frontier(problem, "memory", 3)
+
+
+def test_a_sweep_over_problems_equals_the_best_of_each_at_each_point(
+    ruled_problem: Callable, brute_force: Callable
+) -> None:
+    keys = set()
+    for seed in range(5000, 5024):
+        problem = ruled_problem(seed, limits=2, layers=4)
+        name = problem.limits[0].name
+        random = np.random.default_rng(seed)
+        problems, capacities = {}, {}
+        for key in ("small", "middle", "large"):
+            columns = {n: tuple(x * random.uniform(0.8, 1.2) for x in c) for n, c in problem.resources.items()}
+            problems[key] = replace(problem, resources=columns)
+            span = sum(float(values.max()) for values in columns[problem.limits[0].resource])
+            capacities[key] = np.linspace(0.1, 1.0, 8) * span * random.uniform(0.9, 1.1)
+        found = sweep_frontier(problems, name, capacities)
+        assert len(found) == 8
+        for number, point in enumerate(found):
+            here = {key: moved(value, name, float(capacities[key][number])) for key, value in problems.items()}
+            each = {key: value for key, p in here.items() if (value := brute_force(p)) is not None}
+            if not each:
+                assert point is None
+                continue
+            assert point is not None
+            least = min(each.values())
+            assert point.solution.objective == pytest.approx(least, rel=1e-6, abs=1e-9)
+            assert here[point.key].feasible(point.solution.choice)
+            assert point.key == next(key for key in each if each[key] <= least + 1e-6)
+            assert point.key == solve_best(here).key
+            keys.add(point.key)
+    assert keys == {"small", "middle", "large"}
+
+
+def test_a_sweep_solves_little_of_what_it_could(random_problem: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = random_problem(5100, limits=1, layers=10, options=6)
+    name = problem.limits[0].name
+    least, most = capacity_range(problem, name)
+    problems = {
+        key: replace(problem, resources={n: tuple(x * (1 + key / 50) for x in c) for n, c in problem.resources.items()})
+        for key in range(10)
+    }
+    solved = []
+    solve_or_none = alternatives.solve_or_none
+    monkeypatch.setattr(alternatives, "solve_or_none", lambda *a, **n: solved.append(1) or solve_or_none(*a, **n))
+    found = sweep_frontier(problems, name, dict.fromkeys(problems, np.linspace(least, most, 20).tolist()))
+    assert all(point is not None for point in found)
+    assert {point.key for point in found if point} == {0}, "the cheapest of ten alike"
+    assert len(solved) <= 40, "of 200"
+
+
+def test_what_cannot_be_swept(pair: Problem) -> None:
+    problem = pair.with_limits([Limit("memory", "bytes", 9.0, "GB")])
+    for capacities, text in (
+        ({}, "capacities for every problem"),
+        ({1: [2.0, 1.0]}, "from tightest to loosest"),
+        ({1: [1.0], 2: [1.0]}, "capacities for every problem"),
+    ):
+        with pytest.raises(SpecError, match=text):
+            sweep_frontier({1: problem}, "memory", capacities)
+    with pytest.raises(SpecError, match="as many points"):
+        sweep_frontier({1: problem, 2: problem}, "memory", {1: [1.0], 2: [1.0, 2.0]})
+    with pytest.raises(SpecError, match="no limit 'latency'"):
+        sweep_frontier({1: problem}, "latency", {1: [1.0]})

@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from puzzle_core.search import highs
-from puzzle_core.search.highs import Minimum, keep_useful, minimise
+from puzzle_core.search import highs, model
+from puzzle_core.search.highs import Minimum, minimise
+from puzzle_core.search.model import keep_useful
 from puzzle_core.search.problem import Limit, Problem
 
 
@@ -18,7 +19,7 @@ def test_leaving_options_out_changes_nothing(
     problem = random_problem(seed, limits=2, layers=5)
     problem = problem.avoiding(problem.parent, 2, "shared")
     pruned = minimise(problem, problem.score)
-    monkeypatch.setattr(highs, "_undominated", lambda values_CJ, rank_J: np.ones(rank_J.size, dtype=bool))
+    monkeypatch.setattr(model, "undominated", lambda *arguments: np.ones(arguments[-1].size, dtype=bool))
     whole = minimise(problem, problem.score)
     assert (pruned is None) == (whole is None)
     if pruned is not None and whole is not None:
@@ -53,14 +54,14 @@ def test_of_equal_options_the_parents_own_stays(pair: Problem) -> None:
 @pytest.mark.parametrize(
     ("returned", "text"),
     [
-        (Minimum((0, 0), 0.0, 0.0, True), "outside the limits"),
+        (Minimum((0, 0), 0.0, 0.0, True), r"outside the limits or rules \['memory'\]"),
         (Minimum((2, 2), 0.0, 0.0, True), "its choice costs 8.0"),
     ],
 )
 def test_a_wrong_answer_of_the_solver_is_noticed(
     pair: Problem, monkeypatch: pytest.MonkeyPatch, returned: Minimum, text: str
 ) -> None:
-    monkeypatch.setattr(highs, "_run", lambda *arguments: returned)
+    monkeypatch.setattr(highs, "_solve_core", lambda *arguments: returned)
     with pytest.raises(RuntimeError, match=text):
         minimise(pair.with_limits([Limit("memory", "bytes", 15.0, "GB")]), pair.score)
 

@@ -1,0 +1,183 @@
+"""Tables from files: scores and costs as CSV, Parquet or JSON (docs/formats.md). No torch, no Prefect."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from puzzle_core.architecture import BlockVariant, Variant
+from puzzle_core.errors import CoverageError, NonFiniteError, SpecError
+from puzzle_core.search.tables import OUTSIDE, CostRow, CostTable, Option, ScoreTable
+
+READERS = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".json": pd.read_json}
+SCORE_KEYS = ("layer", "attention", "ffn", "span")
+COST_KEYS = ("scenario", "batch_size", "layer", "attention", "ffn", "subblock", "variant")
+
+
+def read_scores(
+    path: Path, column: str | None = None, maximise: bool = False, parent: BlockVariant | None = None
+) -> ScoreTable:
+    """A score table: columns `layer`, `attention`, `ffn`, the score, and optionally `span`.
+
+    Args:
+        column: the score's name; needed where the file has several numeric columns and none is called `score`.
+        maximise: larger scores are better; they are negated, so that the parent's is taken off.
+        parent: the parent's own block; the widest attention with the widest FFN unless given. Where a layer has no row
+            for it, its score is 0.
+
+    Raises:
+        SpecError, CoverageError, NonFiniteError: what is wrong, with the row and the column.
+    """
+    frame = _read(path)
+    _need(path, frame, ("layer", "attention", "ffn"))
+    column = _score_column(path, frame, column)
+    rows = list(_rows(path, frame))
+    blocks = [_block(place, row) for place, row in rows]
+    count = max((_integer(place, row, "layer") for place, row in rows), default=-1) + 1
+    layers: list[dict[Option, float]] = [{} for _ in range(count)]
+    seen: dict[tuple[int, Option], str] = {}
+    for (place, row), block in zip(rows, blocks, strict=True):
+        layer, option = _integer(place, row, "layer"), Option(block, _integer(place, row, "span", 1))
+        if (layer, option) in seen:
+            raise SpecError(f"{place}: layer {layer} {option} was scored before, in {seen[layer, option]}")
+        seen[layer, option] = place
+        score = _number(place, row, column)
+        layers[layer][option] = -score if maximise else score
+    empty = [layer for layer, scores in enumerate(layers) if not scores]
+    if empty or not layers:
+        raise CoverageError(f"{path} has no scores of layers {empty or '0 and on'}: every layer needs its options")
+    own = parent or _widest(blocks)
+    for scores in layers:
+        scores.setdefault(Option(own), 0.0)
+    return ScoreTable(own, tuple(layers), column)
+
+
+def read_costs(path: Path) -> CostTable:
+    """A cost table: what a row is about, and any numeric columns.
+
+    A row is about `attention` and `ffn` (a block), or one of them (a subblock), or `subblock` and `variant`; or, with
+    `subblock` `outside`, about all that lies outside the blocks. `layer`, `batch_size` and `scenario` narrow it down.
+
+    Raises:
+        SpecError, NonFiniteError: what is wrong, with the row and the column.
+    """
+    frame = _read(path)
+    values = [name for name in frame.columns if name not in COST_KEYS]
+    if not values:
+        raise SpecError(f"{path} has no cost column beside {', '.join(frame.columns)}: add `decode_ms` or the like")
+    rows = []
+    for place, row in _rows(path, frame):
+        rows.append(
+            CostRow(
+                part=_part(place, row),
+                values={name: _number(place, row, name) for name in values if not _absent(row[name])},
+                layer=None if _absent(row.get("layer")) else _integer(place, row, "layer"),
+                batch_size=None if _absent(row.get("batch_size")) else _integer(place, row, "batch_size"),
+                scenario=None if _absent(row.get("scenario")) else str(row["scenario"]),
+                origin=place,
+            )
+        )
+    return CostTable(tuple(rows))
+
+
+def _read(path: Path) -> pd.DataFrame:
+    reader = READERS.get(path.suffix)
+    if reader is None:
+        raise SpecError(f"{path}: tables are {', '.join(READERS)} files, and this is none of them")
+    try:
+        frame = reader(path)
+    except FileNotFoundError as error:
+        raise SpecError(f"the table {path} does not exist") from error
+    except (ValueError, OSError) as error:
+        raise SpecError(f"cannot read the table {path}: {error}") from error
+    return frame
+
+
+def _rows(path: Path, frame: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row as values, with its place for messages; the header of a CSV file is its line 1."""
+    first, what = (2, "line") if path.suffix == ".csv" else (0, "row")
+    for number, row in enumerate(frame.to_dict("records")):
+        yield f"{path.name} {what} {number + first}", {str(name): value for name, value in row.items()}
+
+
+def _need(path: Path, frame: pd.DataFrame, columns: tuple[str, ...]) -> None:
+    for column in columns:
+        if column not in frame.columns:
+            raise SpecError(f"{path} has no column {column!r} (columns: {', '.join(map(str, frame.columns))})")
+
+
+def _score_column(path: Path, frame: pd.DataFrame, column: str | None) -> str:
+    if column is not None:
+        _need(path, frame, (column,))
+        return column
+    others = [str(name) for name in frame.columns if name not in SCORE_KEYS]
+    if "score" in others:
+        return "score"
+    if len(others) != 1:
+        raise SpecError(f"{path}: which column is the score? Say --score with one of: {', '.join(others) or 'none'}")
+    return others[0]
+
+
+def _widest(blocks: list[BlockVariant]) -> BlockVariant:
+    """The parent's own block, where nobody says which it is."""
+    return BlockVariant(
+        attention=max((block.attention for block in blocks), key=lambda variant: variant.size),
+        ffn=max((block.ffn for block in blocks), key=lambda variant: variant.size),
+    )
+
+
+def _block(place: str, row: dict[str, Any]) -> BlockVariant:
+    return BlockVariant(attention=_variant(place, "attn", row["attention"]), ffn=_variant(place, "ffn", row["ffn"]))
+
+
+def _part(place: str, row: dict[str, Any]) -> str:
+    attention, ffn, subblock = (row.get(name) for name in ("attention", "ffn", "subblock"))
+    if not _absent(subblock):
+        if str(subblock) == OUTSIDE:
+            return OUTSIDE
+        if _absent(row.get("variant")) or str(subblock) not in ("attn", "attention", "ffn"):
+            raise SpecError(f"{place}: say subblock attn or ffn with its variant, or subblock {OUTSIDE}")
+        return str(_variant(place, "ffn" if subblock == "ffn" else "attn", row["variant"]))
+    if _absent(attention) and _absent(ffn):
+        raise SpecError(f"{place} is about nothing: give attention, ffn or both, or subblock and variant")
+    halves = ((subblock, text) for subblock, text in (("attn", attention), ("ffn", ffn)) if not _absent(text))
+    return "+".join(str(_variant(place, subblock, text)) for subblock, text in halves)
+
+
+def _variant(place: str, subblock: str, text: Any) -> Variant:
+    """A variant by its id, with or without `attn:` or `ffn:` before it."""
+    written = str(text)
+    try:
+        variant = Variant.parse(written if ":" in written else f"{subblock}:{written}")
+    except ValueError as error:
+        raise SpecError(f"{place}: {error}") from error
+    if variant.subblock != subblock:
+        raise SpecError(f"{place}: {written!r} is in the column of {subblock} variants")
+    return variant
+
+
+def _absent(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _number(place: str, row: dict[str, Any], column: str) -> float:
+    try:
+        value = float(row[column])
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"{place}, column {column}: {row[column]!r} is no number") from error
+    if not math.isfinite(value):
+        raise NonFiniteError(f"{place}, column {column} is {value}: fill it in, or leave the row out")
+    return value
+
+
+def _integer(place: str, row: dict[str, Any], column: str, default: int | None = None) -> int:
+    if _absent(row.get(column)):
+        if default is None:
+            raise SpecError(f"{place}, column {column} is empty")
+        return default
+    value = _number(place, row, column)
+    if value != int(value) or value < (0 if column == "layer" else 1):
+        raise SpecError(f"{place}, column {column}: {row[column]!r} is no {column.replace('_', ' ')}")
+    return int(value)

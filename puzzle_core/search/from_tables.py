@@ -1,0 +1,79 @@
+"""Search from tables alone: no parent, no torch, no server (`puzzle search --scores --costs --scenario`)."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from puzzle_core.architecture import BlockVariant
+from puzzle_core.errors import SpecError
+from puzzle_core.search import choose
+from puzzle_core.search.files import read_costs, read_scores
+from puzzle_core.search.instance import Instance
+from puzzle_core.spec import ScenarioSpec, SearchRequest
+from puzzle_core.stages import Found, SearchRecord
+from puzzle_core.yaml_file import parse_record, read_keys
+
+
+def read_request(paths: list[Path]) -> SearchRequest:
+    """What is asked, from scenario files.
+
+    A file holds one scenario (`name`, `prompt_tokens`, `limits`, ...), or the keys of a run specification that say what
+    is asked: `scenario`, `more_scenarios`, `mix`, `form`, `search`; its other keys are not looked at. The first file's
+    scenario is the main one, and where two files have another key, the first file's counts.
+
+    Raises:
+        SpecError: names the file, the key, and the nearest known one.
+    """
+    asked: dict[str, Any] = {}
+    scenarios: list[Any] = []
+    for path in paths:
+        content = _read_one(path)
+        scenarios += content.pop("scenarios")
+        asked = content | asked
+    content = asked | {"scenario": scenarios[0], "more_scenarios": scenarios[1:]}
+    return parse_record(SearchRequest, content, ", ".join(map(str, paths)), "scenario")
+
+
+def search_tables(
+    scores: Path,
+    costs: Path,
+    request: SearchRequest,
+    out: Path,
+    *,
+    score: str | None = None,
+    maximise: bool = False,
+    parent: BlockVariant | None = None,
+) -> SearchRecord:
+    """Solve, and write `search.json` (the whole answer), `architecture.json` and `frontier.csv` into `out`.
+
+    Raises:
+        PuzzleError: bad tables, limits that nothing can meet.
+    """
+    instance = Instance(request, read_scores(scores, score, maximise, parent), read_costs(costs))
+    record = choose.run(instance)
+    out.mkdir(parents=True, exist_ok=True)
+    record.write(out / "search.json")
+    record.chosen.architecture.write(out / "architecture.json")
+    pd.DataFrame([_row(found) for found in record.frontier]).to_csv(out / "frontier.csv", index=False)
+    return record
+
+
+def _read_one(path: Path) -> dict[str, Any]:
+    content = read_keys(path, "scenario", "a scenario starts with `name:` and has `limits:`")
+    if "scenario" not in content:
+        parse_record(ScenarioSpec, content, str(path), "scenario")
+        return {"scenarios": [content]}
+    more = content.get("more_scenarios") or []
+    if not isinstance(more, list):
+        raise SpecError(f"{path}: more_scenarios must be a list of scenarios")
+    kept = {name: content[name] for name in ("mix", "form", "search") if name in content}
+    return kept | {"scenarios": [content["scenario"], *more]}
+
+
+def _row(found: Found) -> dict[str, object]:
+    row: dict[str, object] = {"score": found.score}
+    for scenario, prediction in found.predictions.items():
+        row |= {f"{scenario}/batch_size": prediction.batch_size}
+        row |= {f"{scenario}/{column}": total for column, total in prediction.totals.items()}
+    return row | {"architecture": " ".join(str(block) for block in found.architecture.layers)}

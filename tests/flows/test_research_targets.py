@@ -1,0 +1,85 @@
+"""Re-search: only targets without an answer are searched, a broken file stops only itself, and nothing is measured."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flows.check import describe_targets
+from flows.research_targets import research_targets
+from puzzle_core.errors import PuzzleError
+from puzzle_core.stages import SearchRecord
+from tests.workflow import Recorded, artifacts, changed, of_stage, plan_of
+
+SHIPPED = Path(__file__).parents[2] / "deployments" / "targets"
+
+
+@pytest.fixture
+def targets(tmp_path):
+    place = tmp_path / "targets"
+    place.mkdir()
+    for name in ("h100-80gb-fp8", "l4"):
+        shutil.copy(SHIPPED / f"{name}.yaml", place)
+    return place
+
+
+def search_of(spec, key):
+    _, site = plan_of(spec)
+    return SearchRecord.model_validate(site.store().manifest(key).record)
+
+
+def test_every_target_gets_an_answer_from_the_library_as_it_is(again, targets):
+    spec = again()
+    before, recorded = artifacts(spec.runtime.store), Recorded()
+    found = research_targets(spec, str(targets))
+    assert len(found) == 2
+    made = changed(before, artifacts(spec.runtime.store))
+    assert of_stage(made, "search") == set(found.values())
+    assert {key.split("/")[0] for key in made} == {"cost", "search"}
+    assert not [name for name in recorded.computed(at_least=4) if name.startswith(("bld", "score", "capture"))]
+    for key in found.values():
+        record = search_of(spec, key)
+        assert all(use.used <= use.allowed for use in record.chosen.limits)
+        assert record.parent.total_ms > 0
+
+
+def test_a_second_pass_does_nothing_and_a_changed_or_new_file_is_searched(again, targets):
+    spec = again()
+    first = research_targets(spec, str(targets))
+    before = artifacts(spec.runtime.store)
+    assert research_targets(spec, str(targets)) == first
+    assert changed(before, artifacts(spec.runtime.store)) == set()
+    file = targets / "l4.yaml"
+    file.write_text(file.read_text().replace("memory: 24GB", "memory: 48GB").replace("300GB/s", "350GB/s"))
+    shutil.copy(SHIPPED / "b200.yaml", targets)
+    second = research_targets(spec, str(targets))
+    made = of_stage(changed(before, artifacts(spec.runtime.store)), "search")
+    assert made == {key for name, key in second.items() if first.get(name) != key}
+    assert len(made) == 2
+
+
+def test_a_broken_target_file_stops_only_itself_and_loudly(again, targets):
+    spec = again()
+    (targets / "typo.yaml").write_text("name: typo\ncosts: roofline\nbandwith: 3TB/s\n")
+    before = artifacts(spec.runtime.store)
+    with pytest.raises(PuzzleError, match=r"(?s)1 of 3 targets have no answer:\ntypo.yaml: .*bandwith: unknown key"):
+        research_targets(spec, str(targets))
+    assert len(of_stage(changed(before, artifacts(spec.runtime.store)), "search")) == 2
+
+
+def test_targets_are_listed_with_what_is_known_of_them(again, targets):
+    spec = again()
+    assert describe_targets(spec, targets).count("no answer yet") == 2
+    research_targets(spec, str(targets))
+    (targets / "typo.yaml").write_text("name: typo\nbandwith: 3TB/s\n")
+    text = describe_targets(spec, targets)
+    assert text.count("answered") == 2
+    assert "broken: " in text
+
+
+def test_no_targets_or_two_of_one_name_are_refused(again, targets, tmp_path):
+    with pytest.raises(PuzzleError, match="holds no target files"):
+        research_targets(again(), str(tmp_path / "nowhere"))
+    shutil.copy(targets / "l4.yaml", targets / "other.yaml")
+    with pytest.raises(PuzzleError, match=r"two files of .* have targets called"):
+        research_targets(again(), str(targets))

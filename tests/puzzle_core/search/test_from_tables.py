@@ -1,0 +1,197 @@
+"""Search from files: every format, units, and each way a table can be wrong, named by row and column."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from puzzle_core.architecture import Architecture, BlockVariant
+from puzzle_core.errors import InfeasibleError, PuzzleError
+from puzzle_core.search.files import read_costs, read_scores
+from puzzle_core.search.from_tables import read_request, search_tables
+from puzzle_core.stages import SearchRecord
+
+SCORES = """layer,attention,ffn,score
+0,kv4,i512,0
+0,kv4,i256,1
+0,no_op,i512,2
+1,kv4,i512,0
+1,kv4,i256,0.5
+1,no_op,i512,4
+"""
+COSTS = """subblock,variant,batch_size,parameters,decode_ms,prefill_ms
+attn,kv4,,100,,
+attn,no_op,,0,,
+ffn,i512,,200,,
+ffn,i256,,100,,
+outside,,,50,,
+attn,kv4,8,,10,1
+attn,no_op,8,,0,0
+ffn,i512,8,,20,2
+ffn,i256,8,,10,1
+outside,,8,,5,1
+"""
+SCENARIO = {"name": "chat", "prompt_tokens": 8, "generated_tokens": 9, "batch_sizes": [8]}
+
+
+def write(place: Path, scores: str = SCORES, costs: str = COSTS, limits: Any = None, **more: Any) -> tuple[Path, ...]:
+    (place / "scores.csv").write_text(scores)
+    (place / "costs.csv").write_text(costs)
+    scenario = SCENARIO | {"limits": limits or {"latency": "62ms"}} | more
+    (place / "scenario.yaml").write_text(yaml.safe_dump(scenario))
+    return place / "scores.csv", place / "costs.csv", place / "scenario.yaml"
+
+
+def search(place: Path, **options: Any) -> SearchRecord:
+    scores, costs, scenario = write(place, **options)
+    return search_tables(scores, costs, read_request([scenario]), place / "out")
+
+
+def test_the_best_of_a_table_that_can_be_counted_by_hand(tmp_path: Path) -> None:
+    # The parent takes 6 + 2 * 33 = 72 ms; one i256 saves 11 ms, one no-op attention too: the cheapest way down is 0.5.
+    record = search(tmp_path)
+    assert [str(block) for block in record.chosen.architecture.layers] == ["attn:kv4+ffn:i512", "attn:kv4+ffn:i256"]
+    assert (record.chosen.score, record.chosen.optimal) == (0.5, True)
+    assert record.chosen.prediction.total_ms == 61
+    out = tmp_path / "out"
+    assert SearchRecord.read(out / "search.json") == record
+    assert Architecture.read(out / "architecture.json") == record.chosen.architecture
+    frontier = pd.read_csv(out / "frontier.csv")
+    assert frontier["score"].is_monotonic_decreasing
+    assert frontier["chat/runtime_ms"].is_monotonic_increasing
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+def test_other_formats_give_the_same_answer(tmp_path: Path, suffix: str) -> None:
+    scores, costs, scenario = write(tmp_path)
+    plain = search_tables(scores, costs, read_request([scenario]), tmp_path / "plain")
+    for table in (scores, costs):
+        frame = pd.read_csv(table)
+        if suffix == ".json":
+            frame.to_json(table.with_suffix(suffix), orient="records")
+        else:
+            frame.to_parquet(table.with_suffix(suffix))
+    again = search_tables(
+        scores.with_suffix(suffix), costs.with_suffix(suffix), read_request([scenario]), tmp_path / "again"
+    )
+    assert again.chosen.architecture == plain.chosen.architecture
+    assert again.chosen.limits == plain.chosen.limits
+
+
+def test_block_rows_and_layer_rows_win_over_subblock_rows(tmp_path: Path) -> None:
+    rows = [line.split(",") for line in COSTS.splitlines()[1:]]
+    lines = ["subblock,variant,attention,ffn,layer,batch_size,parameters,decode_ms,prefill_ms"]
+    lines += [",".join([*row[:2], "", "", "", *row[2:]]) for row in rows]
+    lines.append(",,kv4,i256,1,8,,90,9")
+    record = search(tmp_path, costs="\n".join(lines))
+    assert str(record.chosen.architecture.layers[1]) != "attn:kv4+ffn:i256", "it is dear in layer 1 now"
+
+
+def test_larger_scores_may_be_better(tmp_path: Path) -> None:
+    scores, costs, scenario = write(tmp_path, scores=SCORES.replace("score", "accuracy"))
+    frame = pd.read_csv(scores)
+    frame["accuracy"] = 10 - frame["accuracy"]
+    frame["seconds"] = 1.0
+    frame.to_csv(scores, index=False)
+    with pytest.raises(PuzzleError, match=r"which column is the score.*accuracy, seconds"):
+        search_tables(scores, costs, read_request([scenario]), tmp_path / "out")
+    record = search_tables(scores, costs, read_request([scenario]), tmp_path / "out", score="accuracy", maximise=True)
+    assert str(record.chosen.architecture.layers[1]) == "attn:kv4+ffn:i256"
+    assert record.chosen.score == -19.5
+
+
+def test_the_parent_is_the_widest_or_the_one_that_is_named(tmp_path: Path) -> None:
+    scores, _, _ = write(tmp_path)
+    assert str(read_scores(scores).parent) == "attn:kv4+ffn:i512"
+    named = BlockVariant.parse("attn:kv4+ffn:i256")
+    assert read_scores(scores, parent=named).parent == named
+
+
+@pytest.mark.parametrize(
+    ("scores", "costs", "message"),
+    [
+        (SCORES.replace("0,kv4,i256,1", "0,kv4,i256,"), COSTS, "scores.csv line 3, column score is nan"),
+        (SCORES.replace("0,kv4,i256,1", "0,kv4,i256,much"), COSTS, "column score: 'much' is no number"),
+        (SCORES.replace("0,kv4,i256,1", "0,kv4,i256,inf"), COSTS, "scores.csv line 3, column score is inf"),
+        (SCORES + "1,kv4,i256,2\n", COSTS, r"scores.csv line 8: layer 1 attn:kv4\+ffn:i256 was scored before.*line 6"),
+        (SCORES.replace("0,kv4,i256", "0,q4,i256"), COSTS, "scores.csv line 3: 'attn:q4' is no variant id"),
+        (SCORES.replace("1,kv4,i512,0\n1,kv4,i256,0.5\n1", "2"), COSTS, r"no scores of layers \[1\]"),
+        (SCORES.replace("layer", "depth"), COSTS, "scores.csv has no column 'layer'"),
+        (SCORES.replace("0,kv4,i256", "0.5,kv4,i256"), COSTS, "column layer: 0.5 is no layer"),
+        (SCORES, COSTS.replace("ffn,i256,8,,10,1\n", ""), "no decode_ms of ffn:i256|no prefill_ms of ffn:i256"),
+        (SCORES, COSTS.replace("ffn,i256,8,,10,1", "ffn,i256,8,,-10,1"), "decode_ms of ffn:i256, batch .*line 10.* is -10"),
+        (SCORES, COSTS + "ffn,i256,8,,11,1\n", "decode_ms of ffn:i256.*line 12.*given twice.*line 10"),
+        (SCORES, COSTS.replace("ffn,i256,8,,10,1", "ffn,i256,8,,nan?,1"), "costs.csv line 10, column decode_ms: 'nan"),
+        (SCORES, COSTS.replace("decode_ms", "decoding"), "limit latency of scenario chat needs the column runtime_ms"),
+        (SCORES, COSTS.replace("ffn,i256,8", ",,8"), "costs.csv line 10 is about nothing"),
+        (SCORES, "subblock,variant\nattn,kv4\n", "has no cost column"),
+        ("", COSTS, "cannot read the table"),
+    ],
+)  # fmt: skip
+def test_bad_tables_are_refused_by_row_and_column(tmp_path: Path, scores: str, costs: str, message: str) -> None:
+    with pytest.raises(PuzzleError, match=f"(?s){message}"):
+        search(tmp_path, scores=scores, costs=costs)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"latency": 60}, "limits.latency.*'60' has no unit"),
+        ({"memory": 78_000}, "'78000' has no unit"),
+        ({"latencies": "60ms"}, "latencies: unknown key; did you mean 'latency'"),
+        ({"columns": {"heat": "60%"}}, "needs the column heat"),
+        ({"columns": {"parameters_used": "60"}}, "only be a share"),
+    ],
+)
+def test_bad_limits_are_refused(tmp_path: Path, limits: dict[str, Any], message: str) -> None:
+    with pytest.raises(PuzzleError, match=f"(?s){message}"):
+        search(tmp_path, limits=limits)
+
+
+def test_infeasible_says_what_can_be_had(tmp_path: Path) -> None:
+    with pytest.raises(InfeasibleError, match=r"latency was 20ms, and at least 50\.0ms"):
+        search(tmp_path, limits={"latency": "20ms"})
+    assert search(tmp_path, limits={"latency": "50.0ms"}).chosen.prediction.total_ms == 50
+
+
+def test_scenarios_of_several_files_hold_together(tmp_path: Path) -> None:
+    scores, costs, first = write(tmp_path)
+    second = tmp_path / "rag.yaml"
+    second.write_text(yaml.safe_dump({"name": "rag", "batch_sizes": [8], "limits": {"parameters": "500params"}}))
+    request = read_request([first, second])
+    assert [scenario.name for scenario in request.scenarios] == ["chat", "rag"]
+    record = search_tables(scores, costs, request, tmp_path / "out")
+    assert record.chosen.prediction.parameters <= 500
+    run_spec = tmp_path / "run.yaml"
+    content = yaml.safe_load(first.read_text())
+    run_spec.write_text(yaml.safe_dump({"parent": {"path": "x"}, "scenario": content, "form": {"no_op": False}}))
+    assert read_request([run_spec]).form.no_op is False
+
+
+def test_the_command_needs_neither_torch_nor_prefect_and_starts_at_once(tmp_path: Path) -> None:
+    scores, costs, scenario = write(tmp_path)
+    probe = (
+        "import sys, json; from flows.cli import main; code = main(sys.argv[1:]); "
+        "sys.stderr.write(json.dumps([code, [m for m in ('torch', 'prefect', 'mlflow') if m in sys.modules]]))"
+    )
+    command = [sys.executable, "-c", probe, "search", "--scores", str(scores), "--costs", str(costs)]
+    command += ["--scenario", str(scenario), "--out", str(tmp_path / "out")]
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - started)
+    assert json.loads(done.stderr.splitlines()[-1]) == [0, []]
+    assert "Architectures within the limits" in done.stdout
+    assert min(seconds) < 2, f"took {seconds}"
+
+
+def test_a_cost_table_names_its_columns(tmp_path: Path) -> None:
+    _, costs, _ = write(tmp_path)
+    assert read_costs(costs).columns == {"parameters", "decode_ms", "prefill_ms"}
