@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 SPEC ?= deployments/specs/quickstart.yaml
 
-.PHONY: puzzle test lint lock clean
+.PHONY: puzzle test lint lock s3 clean
 
 puzzle: $(VENV)/.installed
 	$(VENV)/bin/puzzle run $(SPEC)
@@ -24,6 +24,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # After a change of pyproject.toml: write the versions that are installed now.
 lock:
 	$(VENV)/bin/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools | sed 's/+cpu$$//' > constraints.txt
+
+# An S3 server on loopback to try a store in a bucket with; prints the environment to set (docs/operations.md).
+s3: $(VENV)/.installed
+	$(VENV)/bin/python -m tests.s3_server .puzzle/s3
 
 clean:
 	rm -rf .puzzle .pytest_cache .mypy_cache .ruff_cache

@@ -9,7 +9,8 @@ from pathlib import Path
 from puzzle_core.errors import PuzzleError
 from puzzle_core.report.inputs import ReportInputs
 from puzzle_core.report.report import INPUTS
-from tasks.store import Manifest, Store
+from tasks.store import Store
+from tasks.store_manifest import Manifest
 
 REPOSITORY = Path(__file__).parent.parent
 

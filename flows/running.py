@@ -2,14 +2,14 @@
 
 import logging
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from prefect import Flow, Task
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from puzzle_core.errors import PuzzleError
+from puzzle_core.errors import DamagedError, PuzzleError
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work
 from puzzle_core.spec import RunSpec
@@ -19,6 +19,8 @@ from tasks.stages import open_inputs, pack_tokens
 
 log = logging.getLogger("puzzle")
 PROGRESS_SECONDS = 5.0
+MENDINGS = 3
+T = TypeVar("T")
 
 
 def plan_run(spec: RunSpec, site: Site) -> Plan:
@@ -28,6 +30,7 @@ def plan_run(spec: RunSpec, site: Site) -> Plan:
         PuzzleError: what is wrong, and what to do.
     """
     plan = Plan(spec, open_inputs(site, spec.data, spec.target))
+    site.drop_finished_checkpoints()
     store = site.store()
     volume = plan.volume(store.keys(BldWork.stage) | store.keys(ScoreWork.stage))
     site.check_room(volume.scratch_bytes, volume.store_bytes)
@@ -46,7 +49,7 @@ def ensure(task: Task[Any, str], work: Work, site: Site, **arguments: Any) -> st
 
 def submit(task: Task[Any, str], work: Work, site: Site, **arguments: Any) -> PrefectFuture[str]:
     """Submit one task whose artifact is missing."""
-    return _fresh(task, work, site).submit(work=work, site=site, **arguments)
+    return task.with_options(refresh_cache=True).submit(work=work, site=site, **arguments)
 
 
 def ensure_tokens(plan: Plan, site: Site, *splits: str) -> None:
@@ -58,24 +61,43 @@ def ensure_tokens(plan: Plan, site: Site, *splits: str) -> None:
         ensure(pack_tokens, work, site, sources=sources)
 
 
+def mending(spec: RunSpec, act: Callable[[], T]) -> T:
+    """Act, and again after an artifact was found damaged and removed, which `runtime.on_corruption` has to allow.
+
+    Raises:
+        DamagedError: damage is to be refused, or there was more of it every time.
+    """
+    for left in reversed(range(MENDINGS)):
+        try:
+            return act()
+        except DamagedError as error:
+            if spec.runtime.on_corruption == "refuse" or not left:
+                raise
+            log.warning("%s\ngoing through the run once more: what is whole is not computed again", error)
+    raise AssertionError("unreachable")
+
+
 def wait_all(what: str, futures: Iterable[PrefectFuture[Any]], done_before: int = 0, total: int | None = None) -> None:
     """Wait for all futures, log progress now and then, and raise what failed once the others are finished.
 
     Raises:
-        PuzzleError: one line per failed task.
+        PuzzleError: one line per failed task; a DamagedError where one was.
     """
     waiting = list(futures)
-    total, logged, failed = total or len(waiting), time.monotonic(), []
+    total, logged = total or len(waiting), time.monotonic()
+    failed: list[PuzzleError] = []
     for number, future in enumerate(waiting, start=1):
         try:
             future.result()
         except PuzzleError as error:
-            failed.append(str(error))
+            failed.append(error)
         if time.monotonic() - logged > PROGRESS_SECONDS:
             log.info("%s: %d of %d", what, done_before + number, total)
             logged = time.monotonic()
     if failed:
-        raise PuzzleError(f"{len(failed)} of {total} {what} tasks failed:\n" + "\n".join(failed))
+        damaged = any(isinstance(error, DamagedError) for error in failed)
+        said = f"{len(failed)} of {total} {what} tasks failed:\n" + "\n".join(map(str, failed))
+        raise (DamagedError if damaged else PuzzleError)(said)
 
 
 def _fresh(task: Task[Any, str], work: Work, site: Site) -> Task[Any, str]:

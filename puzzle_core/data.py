@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -51,7 +52,7 @@ def read_documents(sources: Iterable[str]) -> list[Document]:
     strings, a `.jsonl` or `.jsonl.gz` with one string or one object with a `text` per line, or a directory of these.
 
     Raises:
-        DataError: a source is missing, empty, not UTF-8, or not of a known form.
+        DataError: a source is missing, empty, not UTF-8, not of a known form, or holds half a surrogate pair.
     """
     documents: list[Document] = []
     for source in sources:
@@ -165,7 +166,7 @@ def _read_file(path: Path) -> Iterator[Document]:
     if suffixes[-1:] == [".gz"]:
         try:
             content = gzip.decompress(content)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path} is not a whole gzip file ({error}): replace it") from error
         suffixes.pop()
     try:
@@ -190,6 +191,13 @@ def _read_file(path: Path) -> Iterator[Document]:
         body = item.get("text") if isinstance(item, dict) else item
         if not isinstance(body, str):
             raise DataError(f"{path}, entry {number}: neither a string nor an object with a string under 'text'")
+        try:
+            body.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path}, entry {number}: character {error.start} is \\u{ord(body[error.start]):04x}, half of a "
+                f"surrogate pair and no text: repair or drop this entry"
+            ) from error
         yield Document(f"{path}#{number}", body)
 
 

@@ -49,5 +49,13 @@ class ArtifactError(PuzzleError):
     """An artifact in the store is missing or is not what its record says."""
 
 
+class DamagedError(ArtifactError):
+    """An artifact's files are not those that were stored."""
+
+
+class ExportError(PuzzleError):
+    """A child is what an export format, or the engine that reads it, cannot carry."""
+
+
 class StorageError(PuzzleError):
     """The artifact store or the scratch directory cannot be written or read (disk full, no permission)."""

@@ -1,85 +1,82 @@
-"""The artifact store: a local directory or `s3://bucket/prefix`, through fsspec. The only file that knows buckets.
+"""The artifact store: a local directory or `s3://bucket/prefix`, which behave alike.
 
-An artifact is `<root>/<key>/`: its files, then `record.json`, written last. A directory without a record does not
-exist, so a crash at any moment leaves only whole artifacts. Artifacts are immutable and keyed by content: two writers
-of one key write the same thing.
+An artifact is `<root>/<key>/`: its files, then `record.json`, written last. Without a record it does not exist, so a
+crash at any moment leaves only whole artifacts. Artifacts are immutable and keyed by content. In a bucket the files
+lie below a directory named by their content, so two writers of one key never overwrite each other's, and the record
+is created only where there is none: the first one is the artifact. What is read is checked against the record.
 """
 
 import contextlib
 import datetime
-import errno
-import fcntl
+import hashlib
 import os
-import re
 import shutil
-import socket
-import tempfile
-import uuid
-from collections.abc import Iterator
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Literal, NoReturn
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-from safetensors import SafetensorError
-
-from puzzle_core.errors import ArtifactError, SpecError, StorageError
+from puzzle_core.errors import ArtifactError, DamagedError
 from puzzle_core.records import Record, Work, digest_file
+from tasks.store_bucket import Bucket, Entry
+from tasks.store_cache import Cache
+from tasks.store_manifest import MANIFEST, Manifest, StoredFile, name_of
+from tasks.store_staging import clear_abandoned, directory_in_use, move_into_place, writing_to
 
-MANIFEST = "record.json"
+DOWNLOADS = 2
+"""How often a file is fetched before the bucket's copy counts as damaged, and not the way from there."""
 
-
-class StoredFile(Record):
-    """Size and SHA-256 of one file of an artifact."""
-
-    size_bytes: int
-    sha256: str
-
-
-class Manifest(Record):
-    """`record.json`: what was asked, what came out, which files, and who made it when."""
-
-    key: str
-    work: dict[str, Any]
-    record: dict[str, Any]
-    files: dict[str, StoredFile]
-    made_by: str
-    made_at: str
+OnCorruption = Literal["refuse", "recompute"]
 
 
 class Store:
     """Artifacts by key."""
 
-    def __init__(self, url: str, cache: Path):
-        """Open a store.
+    def __init__(
+        self,
+        url: str,
+        cache: Path,
+        cache_bytes: float = 20 * 2**30,
+        on_corruption: OnCorruption = "refuse",
+    ):
+        """Open a store; a bucket is not asked before it is needed.
 
         Args:
-            url: a directory, or any fsspec URL such as `s3://bucket/prefix` (credentials from the environment).
+            url: a directory, or an fsspec URL such as `s3://bucket/prefix` (credentials from the environment).
             cache: local directory for the files of remote artifacts.
+            cache_bytes: what these may take; what is being read may exceed it.
+            on_corruption: leave a damaged artifact where it is, or remove it, so that the next run makes it again.
 
         Raises:
-            SpecError: the URL's protocol is unknown.
+            SpecError: the URL's protocol is unknown, or the URL holds credentials.
         """
-        self.url = url
-        options = {"use_listings_cache": False} if url.startswith("s3://") else {}
-        try:
-            self._fs, root = fsspec.core.url_to_fs(url, **options)
-        except (ValueError, ImportError) as error:
-            raise SpecError(f"runtime.store {url!r} is no store: {error}") from error
-        self._root, self._cache, self._checked = root.rstrip("/"), cache, set[str]()
-        self.is_local = isinstance(self._fs, LocalFileSystem)
+        self.url, self._on_corruption, self._checked = url, on_corruption, set[str]()
+        self.is_local = "://" not in url
+        self._root = Path(url)
+        self._bucket = None if self.is_local else Bucket(url)
+        self._cache = Cache(cache, cache_bytes)
+        self._tags: dict[str, str] = {}  # of records in the bucket, as last listed
+        self._manifests: dict[str, Manifest] = {}  # of a bucket's artifacts, which do not change
+        self._fetching: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def has(self, key: str) -> bool:
         """Whether this artifact is there, whole."""
-        return bool(self._fs.exists(f"{self._root}/{key}/{MANIFEST}"))
+        if self._bucket is None:
+            return (self._root / key / MANIFEST).exists()
+        return self._bucket.exists(f"{key}/{MANIFEST}")
 
     def keys(self, stage: str = "") -> set[str]:
         """All keys of a stage, or of the store, from one listing."""
-        with contextlib.suppress(FileNotFoundError):
-            found = self._fs.find(f"{self._root}/{stage}")
-            prefix = len(self._root.lstrip("/")) + 1
-            return {path.lstrip("/")[prefix:].removesuffix(f"/{MANIFEST}") for path in found if path.endswith(MANIFEST)}
-        return set()
+        return {path.removesuffix(f"/{MANIFEST}") for path in self.listing(stage) if path.endswith(f"/{MANIFEST}")}
+
+    def listing(self, prefix: str = "") -> dict[str, Entry]:
+        """Every file below a prefix, those of artifacts that are not whole too, by path."""
+        if self._bucket is None:
+            return dict(_walk(self._root, prefix))
+        found = self._bucket.listing(prefix)
+        self._tags |= {path: entry.tag for path, entry in found.items() if path.endswith(f"/{MANIFEST}")}
+        return found
 
     def manifest(self, key: str) -> Manifest:
         """The manifest of an artifact.
@@ -87,30 +84,52 @@ class Store:
         Raises:
             ArtifactError: it is not in the store, or its manifest is not readable.
         """
-        try:
-            return Manifest.model_validate_json(self._fs.cat_file(f"{self._root}/{key}/{MANIFEST}"))
-        except FileNotFoundError as error:
-            raise ArtifactError(f"{key} is not in the store {self.url}: run the flow that makes it") from error
-        except ValueError as error:
-            raise ArtifactError(f"the manifest of {key} in {self.url} is damaged: delete that artifact") from error
+        return self.manifests([key])[key]
+
+    def manifests(self, keys: Iterable[str]) -> dict[str, Manifest]:
+        """The manifests of many artifacts, read side by side; what was read before is not asked for again.
+
+        Raises:
+            ArtifactError: one is not in the store, or not readable.
+        """
+        wanted = list(dict.fromkeys(keys))
+        if self._bucket is None:
+            return {key: self._parse(key, _read(self._root / key / MANIFEST)) for key in wanted}
+        unknown = [key for key in wanted if key not in self._manifests]
+        copies = {key: text for key in unknown if (text := _read(self._copy_of_record(key)))}
+        asked = [key for key in unknown if key not in copies]
+        answers = self._bucket.read_all([f"{key}/{MANIFEST}" for key in asked])
+        for key in unknown:
+            text = copies.get(key) or answers.get(f"{key}/{MANIFEST}")
+            self._manifests[key] = self._parse(key, text)
+        for key in asked:
+            self._keep_record(key, answers[f"{key}/{MANIFEST}"])
+        return {key: self._manifests[key] for key in wanted}
 
     def fetch(self, key: str) -> Path:
         """A local directory with the artifact's files, checked against their digests once per process.
 
+        Those of a bucket's artifact stay there until the end of the enclosing `reading()`.
+
         Raises:
-            ArtifactError: the artifact is missing, or a file is not what its manifest says.
+            ArtifactError: the artifact is missing.
+            DamagedError: a file is not what its manifest says.
+            StorageError: the bucket gives no good answer, or the cache's disk is full.
         """
-        manifest = self.manifest(key)
-        directory = Path(self._root if self.is_local else self._cache) / key
-        for name, entry in manifest.files.items():
-            file = directory / name
-            if not self.is_local and not (file.is_file() and file.stat().st_size == entry.size_bytes):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-                self._fs.get_file(f"{self._root}/{key}/{name}", str(partial))
-                partial.replace(file)
-            self._check(key, name, file, entry)
-        return directory
+        with self._fetching[key]:
+            if self._bucket is None:
+                return self._check_local(self.manifest(key))
+            with writing_to(self._cache.directory):
+                try:
+                    return self._download(self.manifest(key))
+                except FileNotFoundError:  # it may have been made anew since we read its manifest
+                    self._forget(key)
+                manifest = self.manifest(key)
+                try:
+                    return self._download(manifest)
+                except FileNotFoundError as error:
+                    name = str(error)
+                    self._refuse(key, name, manifest.files[name])
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
@@ -119,117 +138,197 @@ class Store:
         Raises:
             StorageError: the disk is full, or not writable.
         """
-        parent = Path(self._root if self.is_local else self._cache) / ".staging"
-        try:
+        parent = (self._root if self.is_local else self._cache.directory) / ".staging"
+        with writing_to(parent):
             parent.mkdir(parents=True, exist_ok=True)
-            _clear_abandoned(parent)
-            with _directory_in_use(parent) as directory:
+            clear_abandoned(parent)
+            with directory_in_use(parent) as directory:
                 yield directory
-        except (OSError, SafetensorError) as error:
-            reason = _no_more_room(error)
-            if not reason:
-                raise
-            place = getattr(error, "filename", None) or parent
-            raise StorageError(f"cannot write to {place}: {reason}; free some space or choose another place") from error
 
     def publish(self, work: Work, record: Record, staged: Path, made_by: str) -> None:
-        """Make the staged files, with this record, the artifact of `work`."""
-        files = {p.relative_to(staged).as_posix(): p for p in sorted(staged.rglob("*")) if p.is_file()}
+        """Make the staged files, with this record, the artifact of `work`, unless there is one already.
+
+        Raises:
+            StorageError: the bucket refuses, or gives no good answer.
+        """
+        paths = {p.relative_to(staged).as_posix(): p for p in sorted(staged.rglob("*")) if p.is_file()}
+        files = {n: StoredFile(size_bytes=p.stat().st_size, sha256=digest_file(p)) for n, p in paths.items()}
         manifest = Manifest(
             key=work.key,
             work=work.model_dump(mode="json"),
             record=record.model_dump(mode="json"),
-            files={n: StoredFile(size_bytes=p.stat().st_size, sha256=digest_file(p)) for n, p in files.items()},
+            files=files,
             made_by=made_by,
             made_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            place="" if self.is_local else name_of(files),
         )
-        if self.is_local:
+        if self._bucket is None:
             manifest.write(staged / MANIFEST)
-            self._move_into_place(staged, Path(self._root) / work.key)
-            return
-        for name, path in files.items():
-            self._fs.put_file(str(path), f"{self._root}/{work.key}/{name}")
-        self._fs.pipe_file(f"{self._root}/{work.key}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+            move_into_place(staged, self._root / work.key, MANIFEST)
+        elif not self.has(work.key) and self._upload(self._bucket, manifest, paths):
+            self._cache.adopt(work.key, staged, manifest.place)
 
     def delete(self, key: str) -> None:
-        """Remove an artifact, its manifest first."""
-        self._fs.rm_file(f"{self._root}/{key}/{MANIFEST}")
-        self._fs.rm(f"{self._root}/{key}", recursive=True)
-
-    def _move_into_place(self, staged: Path, final: Path) -> None:
-        """Rename, which is atomic; a whole artifact that is there stays, and one without a record is put aside."""
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _sync(staged)
-        while True:
-            try:
-                os.rename(staged, final)
-                return
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            if (final / MANIFEST).exists():
-                return
-            with _directory_in_use(staged.parent) as aside, contextlib.suppress(FileNotFoundError):
-                os.rename(final, aside)
-
-    def _check(self, key: str, name: str, file: Path, entry: StoredFile) -> None:
-        label = f"{key}/{name}"
-        if label in self._checked:
+        """Remove an artifact, its manifest first; what refers to it is not asked."""
+        if self._bucket is None:
+            (self._root / key / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(self._root / key, ignore_errors=True)
             return
-        found = file.stat().st_size if file.is_file() else None
-        if found != entry.size_bytes or digest_file(file) != entry.sha256:
-            now = "nothing" if found is None else f"{found:,} bytes{', altered' if found == entry.size_bytes else ''}"
-            if not self.is_local:
-                file.unlink(missing_ok=True)  # it may be our copy that is damaged: the next run fetches it again
-            raise ArtifactError(
-                f"{label} in {self.url} is not what was stored ({entry.size_bytes:,} bytes then, {now} now): "
-                f"delete {self.url}/{key} and run again"
-            )
-        self._checked.add(label)
+        self._bucket.remove([f"{key}/{MANIFEST}", *self._bucket.listing(f"{key}/")])
+        self._forget(key)
 
+    def remove_stray(self, path: str) -> None:
+        """Remove one file that belongs to no artifact."""
+        if self._bucket is None:
+            (self._root / path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self._root / path).parent.rmdir()
+        else:
+            self._bucket.remove([path])
 
-def _no_more_room(error: Exception) -> str | None:
-    """What a full or read-only disk says for itself; none for any other error."""
-    found = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors passes on the system's errors
-    code = error.errno if isinstance(error, OSError) else int(found.group(1)) if found else None
-    return os.strerror(code) if code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES) else None
+    def drop_unfinished_uploads(self, before_s: float, dry_run: bool) -> int:
+        """Drop uploads in parts that began before a moment and never ended.
 
+        Returns:
+            How many.
+        """
+        if self._bucket is None:
+            return 0
+        old = [upload for upload, began_s in self._bucket.unfinished_uploads().items() if began_s < before_s]
+        for path, upload in () if dry_run else old:
+            self._bucket.abort_upload(path, upload)
+        return len(old)
 
-@contextlib.contextmanager
-def _directory_in_use(parent: Path) -> Iterator[Path]:
-    """A new directory, removed afterwards, with a lock that tells others on this machine that its maker lives."""
-    while True:
-        directory = Path(tempfile.mkdtemp(prefix=f"{socket.gethostname()}-", dir=parent))
+    def damage(self, key: str) -> dict[str, str]:
+        """What is wrong with an artifact, by file, after a look at every byte that the store holds; not of copies."""
+        manifest = self.manifest(key)
+        found = {name: self._found(manifest, name) for name in manifest.files}
+        return {name: said for name, said in found.items() if said}
+
+    def _upload(self, bucket: Bucket, manifest: Manifest, paths: dict[str, Path]) -> bool:
+        """Whether these files are the artifact now; if another writer was first with others, ours are removed."""
+        key, prefix = manifest.key, f"{manifest.key}/{manifest.place}"
+        for name, path in paths.items():
+            bucket.put(path, f"{prefix}/{name}")
+        self._forget(key)
+        record = f"{manifest.model_dump_json(indent=1)}\n".encode()
+        if bucket.put_new(f"{key}/{MANIFEST}", record) or self.manifest(key).place == manifest.place:
+            return True
+        bucket.remove(f"{prefix}/{name}" for name in paths)
+        return False
+
+    def _download(self, manifest: Manifest) -> Path:
+        """Fetch what the cache lacks, and check what it has.
+
+        Raises:
+            FileNotFoundError: the bucket lacks a file, whose name it is.
+        """
+        assert self._bucket is not None
+        directory = self._cache.hold(manifest.key) / manifest.place
+        for name, entry in manifest.files.items():
+            file, label = directory / name, f"{manifest.key}/{name}"
+            there = file.is_file() and file.stat().st_size == entry.size_bytes
+            if not (there and (label in self._checked or digest_file(file) == entry.sha256)):
+                self._download_file(self._bucket, manifest, name, file)
+            self._checked.add(label)
+        return directory
+
+    def _download_file(self, bucket: Bucket, manifest: Manifest, name: str, file: Path) -> None:
+        entry = manifest.files[name]
+        for _ in range(DOWNLOADS):
+            with self._cache.room_for(file, entry.size_bytes) as partial:
+                try:
+                    sha256 = bucket.download(f"{manifest.key}/{manifest.place}/{name}", entry.size_bytes, partial)
+                except FileNotFoundError as error:
+                    raise FileNotFoundError(name) from error
+                if sha256 == entry.sha256:
+                    partial.replace(file)
+                    return
+        self._refuse(manifest.key, name, entry)
+
+    def _check_local(self, manifest: Manifest) -> Path:
+        for name, entry in manifest.files.items():
+            label = f"{manifest.key}/{name}"
+            if label not in self._checked:
+                if self._found(manifest, name):
+                    self._refuse(manifest.key, name, entry)
+                self._checked.add(label)
+        return self._root / manifest.key / manifest.place
+
+    def _found(self, manifest: Manifest, name: str) -> str:
+        """What the store holds in place of a file; empty when it is what the manifest says."""
+        entry, path = manifest.files[name], f"{manifest.key}/{manifest.place}/{name}".replace("//", "/")
+        if self._bucket is None:
+            file = self._root / path
+            size = file.stat().st_size if file.is_file() else None
+            sha256 = digest_file(file) if size == entry.size_bytes else ""
+        else:
+            size, hasher = self._bucket.size_bytes(path), hashlib.sha256()
+            for chunk in self._bucket.chunks(path, entry.size_bytes) if size == entry.size_bytes else ():
+                hasher.update(chunk)
+            sha256 = hasher.hexdigest()
+        if size is None:
+            return "nothing"
+        altered = ", altered" if size == entry.size_bytes else ""
+        return "" if sha256 == entry.sha256 and altered else f"{size:,} bytes{altered}"
+
+    def _refuse(self, key: str, name: str, entry: StoredFile) -> NoReturn:
+        """Say what is damaged, and remove the artifact where the spec wants that.
+
+        Raises:
+            DamagedError: always.
+        """
+        now = self._found(self.manifest(key), name) or "something else on its way here"
+        said = f"{key}/{name} in {self.url} is not what was stored ({entry.size_bytes:,} bytes then, {now} now)"
+        if self._on_corruption == "refuse":
+            raise DamagedError(f"{said}: delete {self.url}/{key} and run again")
+        self.delete(key)
+        raise DamagedError(f"{said}: it was removed, as runtime.on_corruption says; run again to make it anew")
+
+    def _parse(self, key: str, text: bytes | None) -> Manifest:
+        if text is None:
+            raise ArtifactError(f"{key} is not in the store {self.url}: run the flow that makes it")
         try:
-            handle = os.open(directory, os.O_RDONLY)
-        except FileNotFoundError:
-            continue
-        with contextlib.suppress(OSError):  # a file system without locks: what is left there stays there
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        if directory.exists():
-            break
-        os.close(handle)
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        os.close(handle)
+            manifest = Manifest.model_validate_json(text)
+        except ValueError as error:
+            raise ArtifactError(f"the manifest of {key} in {self.url} is damaged: delete that artifact") from error
+        if manifest.key != key:
+            raise ArtifactError(f"the manifest of {key} in {self.url} is that of {manifest.key}: delete that artifact")
+        return manifest
+
+    def _copy_of_record(self, key: str) -> Path | None:
+        """Where the cache keeps the record that was last listed."""
+        tag = self._tags.get(f"{key}/{MANIFEST}", "")
+        return self._cache.directory / key / f"record-{tag}.json" if tag.isalnum() else None
+
+    def _keep_record(self, key: str, text: bytes) -> None:
+        copy = self._copy_of_record(key)
+        if not copy:
+            return
+        evicted = contextlib.suppress(FileNotFoundError)
+        with evicted, writing_to(copy), self._cache.room_for(copy, len(text)) as partial:
+            partial.write_bytes(text)
+            partial.replace(copy)
+
+    def _forget(self, key: str) -> None:
+        self._manifests.pop(key, None)
+        self._tags.pop(f"{key}/{MANIFEST}", None)
+        self._checked -= {label for label in self._checked if label.startswith(f"{key}/")}
+        self._cache.drop(key)
 
 
-def _clear_abandoned(parent: Path) -> None:
-    """Remove what killed processes of this machine were staging: children are large."""
-    for directory in parent.glob(f"{socket.gethostname()}-*"):
-        with contextlib.suppress(OSError):
-            handle = os.open(directory, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(directory, ignore_errors=True)
-            finally:
-                os.close(handle)
+def _read(file: Path | None) -> bytes | None:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return file.read_bytes() if file else None
+    return None
 
 
-def _sync(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+def _walk(root: Path, prefix: str) -> Iterator[tuple[str, Entry]]:
+    """Files below a local root, those that are being staged left out."""
+    for directory, names, files in os.walk(root / prefix):
+        names[:] = [name for name in names if not name.startswith(".")]
+        for name in files:
+            path = Path(directory, name)
+            with contextlib.suppress(FileNotFoundError):
+                found = path.stat()
+                yield path.relative_to(root).as_posix(), Entry(found.st_size, found.st_mtime, "")

@@ -15,7 +15,7 @@ import torch
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
 from puzzle_core.model import remote
 from puzzle_core.model.checkpoint import Checkpoint, write_checkpoint
-from puzzle_core.model.parent import TOKENIZER_FILES, Parent, build_model, served_as, torch_dtype
+from puzzle_core.model.parent import Parent, build_model, served_as, torch_dtype
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.model.surgery import State, load_weights
@@ -59,9 +59,9 @@ def write_description(parent: Parent, architecture: Architecture, dtype: Dtype, 
     (out_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     for name in CODE:
         shutil.copyfile(Path(remote.__path__[0]) / name, out_dir / name)
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (parent.directory / name).is_file():
-            shutil.copyfile(parent.directory / name, out_dir / name)
+    for file in (*parent.tokenizer_files, parent.directory / "generation_config.json"):
+        if file.is_file():
+            shutil.copyfile(file, out_dir / file.name)
 
 
 def load_child(directory: Path, dtype: torch.dtype, device: torch.device) -> PuzzleForCausalLM:

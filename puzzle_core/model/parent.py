@@ -1,7 +1,7 @@
 """The parent: a Hugging Face causal LM of the Llama pattern, read lazily, one layer at a time.
 
-A family is a row in the table of `remote/modeling_puzzle.py`. What this project does not run right (sliding windows,
-rotary embeddings that depend on the length of the batch, quantised weights) is refused by name before any work.
+A family is a row in the table of `remote/modeling_puzzle.py`. What this project does not run right is refused by name
+before any work (parent_config.py).
 """
 
 import hashlib
@@ -15,53 +15,48 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
-from puzzle_core.errors import ArtifactError, NonFiniteError, ParentError
+from puzzle_core.errors import ArtifactError, NonFiniteError, ParentError, PuzzleError
 from puzzle_core.model.checkpoint import Checkpoint
+from puzzle_core.model.parent_config import (
+    TOKENIZER_FILES,
+    as_config_says,
+    fetch,
+    first_line,
+    read_config,
+    shape_of,
+)
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import (
-    FAMILIES,
     PuzzleBlock,
     PuzzleForCausalLM,
-    attention_output_has_bias,
-    family_class,
 )
 from puzzle_core.records import canonical_json, digest_file
 from puzzle_core.spec import Dtype, ParentSpec
 
 Module = TypeVar("Module", bound=nn.Module)
 
-STATE_DEPENDENT_ROPE = {"dynamic", "longrope"}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
 
 class Parent:
     """An opened parent checkpoint. Opening checks headers and config; weights are read when they are asked for.
 
     Raises (on construction):
-        ParentError: not a directory or reachable hub id, an unsupported family or feature, a missing or truncated
-            shard, or tensors that do not match the config.
+        ParentError: not a directory or reachable hub id, a config that is not valid, an unsupported family or
+            feature, a missing or truncated shard, or tensors that do not match the config.
     """
 
     def __init__(self, spec: ParentSpec, *, cached_bytes: int = 4 * 2**30):
         """Open `spec.path`, keeping at most `cached_bytes` of layer weights in memory."""
         self.spec = spec
-        self.directory = _fetch(spec)
-        self.config = _read_config(self.directory)
-        self.shape = _shape(self.config, self.directory)
+        self.directory = fetch(spec)
+        self.config = read_config(self.directory)
+        with as_config_says(self.directory):
+            self.shape = shape_of(self.config, self.directory)
+            expected = _tensor_shapes(self.puzzle_config())
         self.checkpoint = Checkpoint(self.directory)
-        _check_tensors(self.checkpoint, self.puzzle_config())
+        _check_tensors(self.checkpoint, expected)
         _check_tie(self.checkpoint, self.shape)
         self._cached_bytes = cached_bytes
         self._cache: OrderedDict[tuple[str, str, str], nn.Module] = OrderedDict()
@@ -81,13 +76,19 @@ class Parent:
             digest.update(digest_file(file).encode())
         return digest.hexdigest()[:40]
 
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's files, and the checkpoint's code where the spec allows some of it."""
+        files = [self.directory / name for name in TOKENIZER_FILES]
+        code = sorted(self.directory.glob("*.py")) if self.spec.allow_remote_code else []
+        return [file for file in (*files, *code) if file.is_file()]
+
     @cached_property
     def tokenizer_digest(self) -> str:
         """Digest of the tokenizer's files."""
         digest = hashlib.sha256()
-        for name in TOKENIZER_FILES:
-            if (self.directory / name).is_file():
-                digest.update(f"{name} {digest_file(self.directory / name)}\n".encode())
+        for file in self.tokenizer_files:
+            digest.update(f"{file.name} {digest_file(file)}\n".encode())
         return digest.hexdigest()[:40]
 
     def check_finite(self) -> None:
@@ -109,20 +110,32 @@ class Parent:
         """The parent's tokenizer.
 
         Raises:
-            ParentError: it is missing, or needs code from the checkpoint that the spec does not allow by name.
+            ParentError: it is missing or damaged, or needs code from the checkpoint that the spec does not allow by
+                name.
         """
         try:
-            settings = json.loads((self.directory / "tokenizer_config.json").read_text())
-            remote = (settings.get("auto_map") or {}).get("AutoTokenizer")
-            names = [name for name in (remote if isinstance(remote, list) else [remote]) if name]
-            if names and self.spec.allow_remote_code not in names:
+            code = self._tokenizer_code()
+            if code and self.spec.allow_remote_code not in code:
                 raise ParentError(
-                    f"the tokenizer of {self.directory} is code of the checkpoint itself ({names[0]}); read it, and "
-                    f"allow it with parent.allow_remote_code: {names[0]}"
+                    f"the tokenizer of {self.directory} is code of the checkpoint itself ({code[0]}); read it, and "
+                    f"allow it with parent.allow_remote_code: {code[0]}"
                 )
-            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=bool(names))
-        except (OSError, ValueError) as error:
-            raise ParentError(f"cannot load the tokenizer of {self.directory}: {_first_line(error)}") from error
+            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=bool(code))
+        except PuzzleError:
+            raise
+        except Exception as error:  # what transformers and tokenizers raise of a damaged file has no common base
+            there = ", ".join(file.name for file in self.tokenizer_files) or "none"
+            raise ParentError(
+                f"cannot load the tokenizer of {self.directory} ({type(error).__name__}: {first_line(error)}); its "
+                f"files there are: {there}; fetch them again"
+            ) from error
+
+    def _tokenizer_code(self) -> list[str]:
+        """The classes in the checkpoint's own code that its tokenizer asks for."""
+        file = self.directory / "tokenizer_config.json"
+        settings = json.loads(file.read_text()) if file.is_file() else {}
+        asked = (settings.get("auto_map") or {}).get("AutoTokenizer")
+        return [name for name in (asked if isinstance(asked, list) else [asked]) if name]
 
     def layer_tensors(self, layer: int) -> dict[str, torch.Tensor]:
         """The tensors of one layer by their names within it, as stored."""
@@ -224,82 +237,16 @@ def torch_dtype(name: Dtype) -> torch.dtype:
     return dtype
 
 
-def _fetch(spec: ParentSpec) -> Path:
-    directory = Path(spec.path)
-    if directory.is_dir():
-        return directory.resolve()
-    if directory.is_absolute() or spec.path.startswith(".") or spec.path.count("/") != 1:
-        raise ParentError(f"parent.path {spec.path!r} is neither a directory here nor a hub id like 'owner/name'")
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["*.safetensors", "*.json", *TOKENIZER_FILES]
-        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=wanted))
-    except Exception as error:
-        raise ParentError(
-            f"parent.path {spec.path!r} is no directory here, and the hub did not give it ({_first_line(error)})"
-        ) from error
-
-
-def _read_config(directory: Path) -> PreTrainedConfig:
-    try:
-        content = json.loads((directory / "config.json").read_text())
-    except FileNotFoundError as error:
-        raise ParentError(f"{directory} has no config.json: is it a Hugging Face model directory?") from error
-    except ValueError as error:
-        raise ParentError(f"{directory / 'config.json'} is not JSON: {error}") from error
-    family = content.get("model_type")
-    if family not in FAMILIES:
-        raise ParentError(
-            f"{directory} is of family {family!r}, which is not supported; supported: {', '.join(sorted(FAMILIES))}"
-        )
-    if content.get("quantization_config"):
-        raise ParentError(f"{directory} holds quantised weights: give the checkpoint before quantisation")
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:
-        raise ParentError(f"{directory / 'config.json'} is not valid: {_first_line(error)}") from error
-    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
-    if kinds - {"full_attention"} or (window and family == "mistral"):
-        raise ParentError(
-            f"{directory} uses sliding-window attention, which is not supported yet"
-            + (": set sliding_window to null if its contexts never reach it" if family == "mistral" else "")
-        )
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type") in STATE_DEPENDENT_ROPE:
-        raise ParentError(f"{directory} uses rope type {rope['rope_type']!r}, which is not supported")
-    return config
-
-
-def _shape(config: PreTrainedConfig, directory: Path) -> ModelShape:
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if heads % kv_heads:
-        raise ParentError(f"{directory}: {kv_heads} KV heads do not divide {heads} attention heads")
-    with torch.device("meta"):
-        attention = family_class(config.model_type, "Attention")(config, 0)
-    return ModelShape(
-        family=config.model_type,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        ffn_width=config.intermediate_size,
-        vocabulary=config.vocab_size,
-        tied_embeddings=bool(config.tie_word_embeddings),
-        qkv_bias=attention_output_has_bias(config),
-        attention_out_bias=bool(getattr(config, "attention_bias", False)),
-        mlp_bias=bool(getattr(config, "mlp_bias", False)),
-        qk_norm=hasattr(attention, "q_norm"),
-        max_positions=config.max_position_embeddings,
-    )
-
-
-def _check_tensors(checkpoint: Checkpoint, config: PuzzleConfig) -> None:
+def _tensor_shapes(config: PuzzleConfig) -> dict[str, tuple[int, ...]]:
+    """What a checkpoint of this config holds."""
     with _BUILDING, torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in PuzzleForCausalLM(config).state_dict().items()}
+        shapes = {name: tuple(t.shape) for name, t in PuzzleForCausalLM(config).state_dict().items()}
     if config.tie_word_embeddings:
-        expected.pop("lm_head.weight")
+        shapes.pop("lm_head.weight")
+    return shapes
+
+
+def _check_tensors(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:
     found = {
         name: header.shape
         for name, header in checkpoint.headers.items()
@@ -337,7 +284,3 @@ def _module_bytes(module: nn.Module) -> int:
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     volatile = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
     return {k: v for k, v in config.to_dict().items() if k not in volatile}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -147,10 +147,17 @@ PARENTS = {
     "config with more layers": ("llama", lambda directory: edit_config(directory, num_hidden_layers=6), ["layers.5."]),
     "unsupported family": ("llama", lambda directory: edit_config(directory, model_type="gpt2"), ["gpt2", "llama"]),
     "NaN in the weights": ("llama", spoil_a_weight, ["model.layers.2.mlp.up_proj.weight", "1 NaN"]),
-}
+    "KV heads that are none": ("llama", lambda directory: edit_config(directory, num_key_value_heads=0),
+                               ["config.json is not valid", "'num_key_value_heads' is 0"]),
+    "KV heads that do not divide the heads": ("llama", lambda directory: edit_config(directory, num_key_value_heads=3),
+                                              ["3 KV heads do not divide 8"]),
+    "no tokenizer": ("llama", lambda directory: (directory / "tokenizer.json").unlink(),
+                     ["cannot load the tokenizer", "fetch them again"]),
+}  # fmt: skip
 TEXTS = {
-    "empty": (b" \n", ["holds no text"]),
-    "not UTF-8": ("naïve".encode("latin-1"), ["not UTF-8", "iconv"]),
+    "empty.txt": (b" \n", ["holds no text"]),
+    "latin.txt": ("naïve".encode("latin-1"), ["not UTF-8", "iconv"]),
+    "half-a-character.json": (rb'["whole", "\ud83d"]', ["entry 1", "half of a surrogate pair"]),
 }
 SPECS = {
     "KV heads that do not divide": ({"variants": {"kv_heads": [3]}}, ["attn:kv3", "4", "[1, 2, 4]"]),
@@ -193,10 +200,10 @@ def test_a_bad_parent_is_refused(name, content, copy_of, command, tmp_path):
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_bad_text_is_refused(name, content, command, tmp_path):
     text, wanted = TEXTS[name]
-    (tmp_path / "bad.txt").write_bytes(text)
-    changes = {"data": {"train_texts": [str(tmp_path / "bad.txt")]}}
+    (tmp_path / name).write_bytes(text)
+    changes = {"data": {"train_texts": [str(tmp_path / name)]}}
     file = write_spec(merged(placed(content, tmp_path), changes), tmp_path / "spec.yaml")
-    assert refused(command("check", file), [*wanted, "bad.txt"], tmp_path / "store")
+    assert refused(command("check", file), [*wanted, name], tmp_path / "store")
 
 
 @pytest.mark.parametrize("name", SPECS)

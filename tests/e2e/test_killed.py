@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,8 +14,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from flows.train_child import find_search, train_child
-from puzzle_core.distill import gkd
+from flows.refine_search import find_answer
+from flows.train_child import train_child
+from puzzle_core.distill import bld, gkd
+from puzzle_core.model.surgery import WEIGHTS
 from puzzle_core.spec import parse_spec
 from tests.workflow import TRAINED, Recorded, artifacts, check_whole, merged, of_stage, plan_of, write_spec
 
@@ -60,10 +63,26 @@ def wait_until_gone(home):
 
 
 def checkpoints(scratch, stage):
-    return list((scratch / "checkpoints").glob(f"{stage}-*.safetensors"))
+    return list((scratch / "checkpoints" / stage).rglob("checkpoint.safetensors"))
 
 
-def test_after_a_kill_during_bld_the_next_run_goes_on_and_no_server_is_left(content, tmp_path):
+def check_uninterrupted(spec, key, place):
+    """Train one variant once more, without a stop: the same weights and the same curve, bitwise."""
+    plan, site = plan_of(spec)
+    work = next(work for work in plan.all_bld() if work.key == key)
+    store, activations = site.store(), site.activations(work.tokens, work.spec.dtype)
+    activations.capture_embedding()
+    for layer in range(work.layer + 1):
+        activations.capture_layer(layer)
+    place.mkdir()
+    record = bld.run(work, activations, store.fetch(work.contributions) if work.contributions else None, place)
+    assert store.manifest(key).record["curve"] == list(record.curve)
+    expected, found = load_file(place / WEIGHTS), load_file(store.fetch(key) / WEIGHTS)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_after_a_kill_during_bld_the_next_run_goes_on_bitwise_and_no_server_is_left(content, tmp_path):
     """On the defaults: a server of the command's own, everything under .puzzle/, and costs that are measured."""
     variants = {"kv_heads": [2], "ffn_ratios": [0.5], "linear": False, "no_op": True}
     values = {name: part for name, part in content.items() if name != "runtime"} | {
@@ -85,15 +104,18 @@ def test_after_a_kill_during_bld_the_next_run_goes_on_and_no_server_is_left(cont
     assert again.wait() == 0, (tmp_path / "stderr").read_text()
     assert wait_until_gone(home)
     said, shown = (tmp_path / "stderr").read_text(), (tmp_path / "stdout").read_text()
-    assert "resuming at step" in said
+    resumed = re.findall(r"resuming at step \d+ from \S+/checkpoints/(\S+)/checkpoint.safetensors", said)
+    assert resumed
     assert "Traceback" not in said
     assert not [wanted for wanted in TABLE if wanted not in shown]
     after = artifacts(store)
     assert {key: after[key] for key in before} == before
     assert len(of_stage(after, "bld")) == TRAINED
     check_whole(store, tmp_path / "unused")
-    assert not list((scratch / "checkpoints").iterdir())
+    assert not [path for path in (scratch / "checkpoints").rglob("*") if path.is_file()]
     assert not list(store.rglob(".staging/*"))
+    places = {"runtime": {"store": str(store), "scratch": str(tmp_path / "another-scratch")}}
+    check_uninterrupted(parse_spec(merged(values, places), "test"), resumed[0], tmp_path / "uninterrupted")
 
 
 def test_after_a_kill_during_gkd_the_next_run_gives_the_uninterrupted_child_bitwise(
@@ -121,7 +143,7 @@ def test_after_a_kill_during_gkd_the_next_run_gives_the_uninterrupted_child_bitw
     assert 0 < done < 60
     assert f"resuming at step {done + 1} from" in caplog.text
     plan, site = plan_of(spec)
-    work = plan.gkd(find_search(plan, site).chosen.architecture)
+    work = plan.gkd(find_answer(plan, site).chosen.architecture)
     whole = tmp_path / "uninterrupted"
     whole.mkdir()
     record = gkd.run(work, site.open_parent(), site.store().fetch(work.child), site.store().fetch(work.tokens), whole)

@@ -100,7 +100,7 @@ def test_a_new_scenario_with_the_same_answer_trains_nothing(again):
     assert stages_of(changed(before, artifacts(spec.runtime.store))) == {"search", "report"}
 
 
-@pytest.mark.parametrize("stages", [("bld", "score", "child"), ("search", "gkd")])
+@pytest.mark.parametrize("stages", [("bld", "score", "child"), ("search", "gkd", "tokens", "importance")])
 def test_what_is_deleted_is_made_again_and_nothing_that_came_of_it(again, stages):
     spec = again()
     before, (plan, _) = artifacts(spec.runtime.store), plan_of(spec)
@@ -110,6 +110,8 @@ def test_what_is_deleted_is_made_again_and_nothing_that_came_of_it(again, stages
         "child": plan.assemble(chosen(spec).architecture).key,  # what was distilled from it stays
         "search": plan.search().key,
         "gkd": plan.gkd(chosen(spec).architecture).key,  # its evaluation stays
+        "tokens": plan.tokens("bld").key,  # what was trained on them stays
+        "importance": plan.importance().key,  # the variants that were pruned by it stay
     }
     gone = {used[stage] for stage in stages}
     for key in gone:

@@ -94,6 +94,11 @@ def test_reads_lists_of_texts(tmp_path, name, content):
     assert [document.text for document in read_documents([str(tmp_path / name)])] == ["one", "two"]
 
 
+def test_both_halves_of_a_surrogate_pair_are_one_character(tmp_path):
+    (tmp_path / "whole.json").write_bytes(rb'["a\ud83d\ude00"]')
+    assert [document.text for document in read_documents([str(tmp_path / "whole.json")])] == ["a\N{GRINNING FACE}"]
+
+
 def test_reads_plain_files_whole_and_directories_in_order(tmp_path):
     (tmp_path / "b.txt").write_text("two\nlines")
     (tmp_path / "a.jsonl").write_text('"one"')
@@ -105,6 +110,12 @@ def test_line_separators_of_unicode_do_not_end_a_line_of_jsonl(tmp_path):
     text = "one\u2028still one\x85still"
     (tmp_path / "texts.jsonl").write_text(json.dumps(text, ensure_ascii=False) + "\n")
     assert [document.text for document in read_documents([str(tmp_path / "texts.jsonl")])] == [text]
+
+
+def spoilt_gzip():
+    """Compressed text with a few bytes in its middle changed."""
+    whole = gzip.compress(" ".join(TEXTS).encode())
+    return whole[:60] + b"\xff" * 20 + whole[80:]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +130,9 @@ def test_line_separators_of_unicode_do_not_end_a_line_of_jsonl(tmp_path):
         ("other.jsonl", b'"one"\n{"body": "two"}', r"other\.jsonl, entry 1: neither a string nor an object"),
         ("cut.txt.gz", gzip.compress(b"one" * 99)[:-9], r"cut\.txt\.gz is not a whole gzip file"),
         ("plain.gz", b"one", r"plain\.gz is not a whole gzip file"),
+        ("spoilt.gz", spoilt_gzip(), r"spoilt\.gz is not a whole gzip file"),
+        ("half.json", rb'["one", "a\ud83d"]', r"half\.json, entry 1: character 1 is \\ud83d, half of a surrogate pair"),
+        ("half.jsonl", b'"one"\n{"text": "\\udc00"}', r"half\.jsonl, entry 1: character 0 is \\udc00, half of a"),
     ],
 )
 def test_refuses_and_says_why(tmp_path, name, content, message):

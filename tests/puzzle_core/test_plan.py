@@ -82,7 +82,7 @@ def test_every_variant_is_measured_once_for_every_batch_size(plan):
     costs = plan().costs()
     assert costs.keys() == {("chatbot", 1), ("chatbot", 2)}
     measured = ["attn:kv1", "attn:kv4", "attn:linear", "ffn:i24", "ffn:i48", "ffn:linear"]
-    assert sorted(map(str, costs[1].variants)) == measured
+    assert sorted(map(str, costs["chatbot", 1].variants)) == measured
 
 
 def test_a_child_names_the_library_of_its_trained_halves(plan):

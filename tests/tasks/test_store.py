@@ -39,31 +39,13 @@ class InterruptedStageError(Exception):
     """What stops a stage in the middle."""
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    """An S3 endpoint of moto's with one bucket; credentials are in the environment."""
-    server = pytest.importorskip("moto.server", reason="moto is not installed: the store is not tested on s3://")
-    boto3 = pytest.importorskip("boto3", reason="boto3 is not installed: the store is not tested on s3://")
-    running = server.ThreadedMotoServer(port=0, verbose=False)
-    running.start()
-    endpoint = "http://{}:{}".format(*running.get_host_and_port())
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket="artifacts")
-        yield "s3://artifacts"
-    running.stop()
-
-
 @pytest.fixture(params=["local", "memory", "s3"])
 def store(request, tmp_path):
     """A store of every kind; `memory://` takes the same way as buckets do."""
     root = {
         "local": lambda: str(tmp_path / "store"),
         "memory": lambda: f"memory://{uuid.uuid4().hex}",
-        "s3": lambda: f"{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}",
+        "s3": lambda: request.getfixturevalue("bucket"),
     }
     return Store(root[request.param](), tmp_path / "cache")
 
@@ -153,6 +135,23 @@ def test_a_whole_artifact_is_not_written_again(local, tmp_path):
     assert (reopened(local, tmp_path).fetch(key) / "weights.bin").read_text() == TEXT
 
 
+@pytest.mark.parametrize(("mask", "file_mode", "directory_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_others_may_read_what_the_umask_lets_them(local, mask, file_mode, directory_mode):
+    before = os.umask(mask)
+    try:
+        with local.staging() as staged:
+            save_file({"weights": torch.zeros(1)}, staged / "weights.safetensors")
+            (staged / "figures").mkdir()
+            (staged / "figures" / "curve.svg").write_text("curve")
+            local.publish(WORK, PlainRecord(), staged, "a test")
+    finally:
+        os.umask(before)
+    directory = local.fetch(WORK.key)
+    found = [(path.is_dir(), path.stat().st_mode & 0o777) for path in (directory, *directory.rglob("*"))]
+    assert set(found) == {(True, directory_mode), (False, file_mode)}
+    assert len(found) == 5
+
+
 def test_a_crash_while_staging_leaves_nothing(store, tmp_path):
     def interrupted():
         with store.staging() as staged:
@@ -170,7 +169,7 @@ def test_a_crash_while_publishing_leaves_nothing_under_the_key(store, monkeypatc
     def interrupt(*_, **__):
         raise InterruptedStageError
 
-    place = (store_module.os, "rename") if store.is_local else (store._fs, "pipe_file")
+    place = (store_module.os, "rename") if store.is_local else (store._bucket.fs, "pipe_file")
     monkeypatch.setattr(*place, interrupt)
     with pytest.raises(InterruptedStageError):
         publish(store)
@@ -255,10 +254,7 @@ def test_damaged_local_copy_of_a_remote_artifact_is_fetched_again(tmp_path):
     store = Store(f"memory://{uuid.uuid4().hex}", tmp_path / "cache")
     key = publish(store)
     (store.fetch(key) / "weights.bin").write_text("W" + TEXT[1:])
-    again = Store(store.url, tmp_path / "cache")
-    with pytest.raises(ArtifactError, match="altered"):
-        again.fetch(key)
-    assert (again.fetch(key) / "weights.bin").read_text() == TEXT
+    assert (Store(store.url, tmp_path / "cache").fetch(key) / "weights.bin").read_text() == TEXT
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])

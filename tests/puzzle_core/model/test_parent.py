@@ -82,6 +82,13 @@ def forget_a_shard(directory):
     (directory / INDEX).write_text(json.dumps(index))
 
 
+def drop_field(directory, name):
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    del config[name]
+    file.write_text(json.dumps(config))
+
+
 def to_pickle(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
 
@@ -94,7 +101,27 @@ def truncate(directory):
 REFUSED = {
     "no config": ("llama", lambda d: (d / "config.json").unlink(), "has no config.json"),
     "config not JSON": ("llama", lambda d: (d / "config.json").write_text("{"), "is not JSON"),
-    "config not valid": ("llama", lambda d: edit_config(d, hidden_size="wide"), "is not valid.*hidden_size"),
+    "config no object": ("llama", lambda d: (d / "config.json").write_text("[]"), "config.json is not a JSON object"),
+    "size of a wrong kind": (
+        "llama",
+        lambda d: edit_config(d, hidden_size="wide"),
+        "not valid: 'hidden_size' is 'wide'",
+    ),
+    "no KV heads": ("llama", lambda d: edit_config(d, num_key_value_heads=0), "not valid: 'num_key_value_heads' is 0,"),
+    "negative size": (
+        "llama",
+        lambda d: edit_config(d, vocab_size=-1),
+        "is not valid: 'vocab_size' is -1, where a whole",
+    ),
+    "size missing": (
+        "qwen2",
+        lambda d: drop_field(d, "num_attention_heads"),
+        "'num_attention_heads' is missing, where",
+    ),
+    "field of a wrong kind": ("llama", lambda d: edit_config(d, attention_bias="yes"), "is not valid.*attention_bias"),
+    "activation": ("llama", lambda d: edit_config(d, hidden_act="relux"), "is not valid: no model can .*'relux'"),
+    "too few entries": ("smollm3", lambda d: edit_config(d, no_rope_layers=[1]), "is not valid: no model can .*range"),
+    "family of a wrong kind": ("llama", lambda d: edit_config(d, model_type=["llama"]), "not supported; supported"),
     "family": ("llama", lambda d: edit_config(d, model_type="gpt2"), "family 'gpt2'.*supported: llama, mistral"),
     "quantised": ("llama", lambda d: edit_config(d, quantization_config={"quant_method": "fp8"}), "quantised"),
     "window": ("mistral", lambda d: edit_config(d, sliding_window=8), "sliding-window.*set sliding_window to null"),
@@ -153,6 +180,33 @@ def test_code_in_a_tokenizer_needs_permission_by_name(copy_of):
     for allowed in (None, "tokenization_y.Y"):
         with pytest.raises(ParentError, match=r"parent.allow_remote_code: tokenization_x.X"):
             Parent(ParentSpec(path=str(directory), allow_remote_code=allowed)).tokenizer()
+
+
+DAMAGED_TOKENIZERS = {
+    "missing": (
+        lambda d: (d / "tokenizer.json").unlink(),
+        r"files there are: tokenizer_config\.json; fetch them again",
+    ),
+    "truncated": (lambda d: (d / "tokenizer.json").write_text((d / "tokenizer.json").read_text()[:200]), "char 200"),
+    "of another kind": (lambda d: (d / "tokenizer.json").write_text("{}"), "KeyError"),
+    "settings no JSON": (lambda d: (d / "tokenizer_config.json").write_text("{"), "JSONDecodeError"),
+    "settings no object": (lambda d: (d / "tokenizer_config.json").write_text("[]"), "AttributeError"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGED_TOKENIZERS.values(), ids=DAMAGED_TOKENIZERS)
+def test_a_damaged_tokenizer_is_refused_with_what_is_there(damage, message, copy_of):
+    directory = copy_of("llama")
+    damage(directory)
+    parent = Parent(ParentSpec(path=str(directory)))
+    with pytest.raises(ParentError, match=f"cannot load the tokenizer of {directory} .*{message}"):
+        parent.tokenizer()
+
+
+def test_a_tokenizer_needs_no_settings(copy_of):
+    directory = copy_of("llama")
+    (directory / "tokenizer_config.json").unlink()
+    assert Parent(ParentSpec(path=str(directory))).tokenizer()("def")["input_ids"]
 
 
 def test_tokenizer_without_code_loads(parent):

@@ -184,7 +184,7 @@ class MadeUp:
             "greedy": Architecture(layers=chosen.layers[-2:] + chosen.layers[:-2]),
             "uniform": Architecture(layers=(half,) * self.shape.layers),
             "random": Architecture(layers=tuple(self.blocks[i] for i in picks)),
-            "maximise parameter_bytes": Architecture(layers=chosen.layers[::-1]),
+            "maximise_parameters": Architecture(layers=chosen.layers[::-1]),
         }
         baselines = {method: self.found(method, architecture) for method, architecture in others.items()}
         frontier = tuple(self.found("mip", self.choose(w)) for w in np.geomspace(3e-5, 0.3, 12))
@@ -193,10 +193,7 @@ class MadeUp:
         models.append(self.model("child after assembly", "child", chosen, found.score * 1.2))
         if self.with_gkd:
             models.append(self.model("child after GKD", "child", chosen, found.score * 0.4))
-        models += [
-            self.model(method.replace(" parameter_bytes", "_parameters"), "baseline", b.architecture, b.score * 1.3)
-            for method, b in baselines.items()
-        ]
+        models += [self.model(method, "baseline", b.architecture, b.score * 1.3) for method, b in baselines.items()]
         return ReportInputs(
             spec=self.spec,
             shape=self.shape,

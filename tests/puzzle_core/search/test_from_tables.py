@@ -125,7 +125,7 @@ def test_the_parent_is_the_widest_or_the_one_that_is_named(tmp_path: Path) -> No
         (SCORES.replace("layer", "depth"), COSTS, "scores.csv has no column 'layer'"),
         (SCORES.replace("0,kv4,i256", "0.5,kv4,i256"), COSTS, "column layer: 0.5 is no layer"),
         (SCORES, COSTS.replace("ffn,i256,8,,10,1\n", ""), "no decode_ms of ffn:i256|no prefill_ms of ffn:i256"),
-        (SCORES, COSTS.replace("ffn,i256,8,,10,1", "ffn,i256,8,,-10,1"), "decode_ms of ffn:i256, batch .*line 10.* is -10"),
+        (SCORES, COSTS.replace("ffn,i256,8,,10,1", "ffn,i256,8,,-10,1"), "decode_ms of ffn:i256,.*line 10.* is -10"),
         (SCORES, COSTS + "ffn,i256,8,,11,1\n", "decode_ms of ffn:i256.*line 12.*given twice.*line 10"),
         (SCORES, COSTS.replace("ffn,i256,8,,10,1", "ffn,i256,8,,nan?,1"), "costs.csv line 10, column decode_ms: 'nan"),
         (SCORES, COSTS.replace("decode_ms", "decoding"), "limit latency of scenario chat needs the column runtime_ms"),

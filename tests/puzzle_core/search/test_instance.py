@@ -326,3 +326,27 @@ def test_the_frontier_of_a_limit_goes_over_all_batch_sizes() -> None:
         assert again.chosen.score <= point.score + 1e-9
     with pytest.raises(SpecError, match="frontier_limit is 'latency', and scenario chat has no such limit"):
         choose.run(instance({"memory": "1GB"}, search={"frontier_limit": "latency"}))
+
+
+def test_other_ways_to_choose_are_searched_over_the_same_problem() -> None:
+    names = ("mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters")
+    table = scores()
+    # By the next-token loss, the last layers are the fragile ones, as they are the first by the score.
+    lm_loss = tuple(
+        {option: (LAYERS - layer) * s for option, s in found.items()} for layer, found in enumerate(table.layers)
+    )
+    asked = request({"block_time": "60%", "memory": "95%"}, search={"baselines": names})
+    record = choose.run(Instance(asked, ScoreTable(OWN, table.layers, "kl", lm_loss), costs()))
+    found = {baseline.method: baseline for baseline in record.baselines}
+    assert {*found, *(name.removeprefix("baseline ") for name in record.skipped)} == set(names)
+    assert all(baseline.score >= record.chosen.score for baseline in found.values())
+    kinds = {half for block in found["mip_no_op_only"].architecture.layers for half in (block.attention, block.ffn)}
+    assert all(half in (OWN.attention, OWN.ffn) or half.kind == "no_op" for half in kinds)
+    assert found["mip_lm_loss"].architecture != record.chosen.architecture
+
+    def lost(architecture: Architecture) -> float:
+        return sum(lm_loss[layer][Option(block)] for layer, block in enumerate(architecture.layers))
+
+    assert lost(found["mip_lm_loss"].architecture) < lost(record.chosen.architecture)
+    without = choose.run(instance({"block_time": "60%"}, search={"baselines": ["mip_lm_loss"]}))
+    assert "no increase of the next-token loss" in without.skipped["baseline mip_lm_loss"]

@@ -1,0 +1,139 @@
+"""Parents from a hub: a real client against a small hub of our own, and tokenizers that are code of the checkpoint."""
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from transformers import dynamic_module_utils
+
+from puzzle_core.architecture import Architecture
+from puzzle_core.errors import ParentError
+from puzzle_core.model.child import write_description
+from puzzle_core.model.parent import Parent
+from puzzle_core.spec import ParentSpec
+
+COMMIT = "0123456789" * 4
+OWNER = "/pico/llama"
+ALLOWED = "tokenization_reversed.Reversed"
+CODE = """
+from transformers import PreTrainedTokenizerFast
+
+class Reversed(PreTrainedTokenizerFast):
+    def __call__(self, text, **options):
+        found = super().__call__(text, **options)
+        found["input_ids"] = found["input_ids"][::-1]
+        return found
+"""
+
+
+@pytest.fixture
+def coded(copy_of):
+    """A parent whose tokenizer is code of its own, which is seen in what it gives: the ids come in reverse."""
+    directory = copy_of("llama")
+    (directory / "tokenization_reversed.py").write_text(CODE)
+    file = directory / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {
+        "auto_map": {"AutoTokenizer": [None, ALLOWED]},
+        "tokenizer_class": "Reversed",
+    }
+    file.write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def own_code_cache(tmp_path, monkeypatch):
+    """Code of checkpoints is copied by transformers to a place of this test's."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+
+
+@pytest.fixture
+def hub(coded, tmp_path, monkeypatch):
+    """A hub on loopback with one model; how often each of its files was downloaded, by name."""
+    asked = Counter()
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.split("?")[0]
+            if path == f"/api/models{OWNER}/revision/main":
+                self.answer(json.dumps({"id": OWNER[1:], "sha": COMMIT, "siblings": []}).encode())
+            elif path == f"/api/models{OWNER}/tree/{COMMIT}":
+                files = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": ""} for f in coded.iterdir()]
+                self.answer(json.dumps(files).encode())
+            elif path.startswith(f"{OWNER}/resolve/{COMMIT}/") and (file := coded / Path(path).name).is_file():
+                asked[file.name] += self.command == "GET"
+                self.answer(file.read_bytes())
+            else:
+                self.send_error(404)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def answer(self, body):
+            self.send_response(200)
+            for name, value in {
+                "Content-Length": len(body),
+                "ETag": f'"{hashlib.sha256(body).hexdigest()}"',
+                "X-Repo-Commit": COMMIT,
+            }.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            """Nothing on stderr."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    for name, value in {
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HUGGINGFACE_CO_URL_TEMPLATE": constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint),
+        "ENDPOINT": endpoint,
+    }.items():  # read from the environment on import
+        monkeypatch.setattr(constants, name, value)
+    yield asked
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_parent_of_the_hub_is_the_one_in_the_directory(hub, coded):
+    parent = Parent(ParentSpec(path=OWNER[1:]))
+    assert parent.digest == Parent(ParentSpec(path=str(coded))).digest
+    assert parent.directory.name == COMMIT
+    assert hub["model.safetensors"] == 1
+
+
+def test_code_of_the_hub_is_not_even_fetched_unless_it_is_allowed(hub):
+    parent = Parent(ParentSpec(path=OWNER[1:]))
+    with pytest.raises(ParentError, match=f"parent.allow_remote_code: {ALLOWED}"):
+        parent.tokenizer()
+    assert hub["tokenization_reversed.py"] == 0
+
+
+def test_code_of_the_hub_that_is_allowed_is_fetched_and_runs(hub):
+    tokenizer = Parent(ParentSpec(path=OWNER[1:], allow_remote_code=ALLOWED)).tokenizer()
+    assert tokenizer.decode(tokenizer("def f")["input_ids"]) == "f fed"
+    assert hub["tokenization_reversed.py"] == 1
+
+
+def test_a_model_that_the_hub_does_not_have_is_named(hub):
+    with pytest.raises(ParentError, match=r"'pico/other' is no directory here, and the hub did not give it"):
+        Parent(ParentSpec(path="pico/other"))
+
+
+def test_code_that_is_allowed_goes_with_the_child_and_counts_in_the_digest(coded, tmp_path):
+    with_code, without = (Parent(ParentSpec(path=str(coded), allow_remote_code=allow)) for allow in (ALLOWED, None))
+    out_dir = tmp_path / "child"
+    out_dir.mkdir()
+    write_description(with_code, Architecture.of_parent(with_code.shape), "float32", out_dir)
+    assert (out_dir / "tokenization_reversed.py").read_text() == CODE
+    assert with_code.tokenizer_digest != without.tokenizer_digest
