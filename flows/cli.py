@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flows.server import PREFECT_HOME
 from flows.store_commands import STORE_HELP, add_store_commands
 from puzzle_core.errors import PuzzleError, SpecError
 from puzzle_core.spec import load_spec
 
 log = logging.getLogger("puzzle")
-PREFECT_HOME = Path(".puzzle/prefect")
 EXAMPLE_PARENT = Path("deployments/parents/stdlib-2m")
 TARGETS = Path("deployments/targets")
 

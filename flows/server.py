@@ -21,6 +21,7 @@ from pathlib import Path
 from puzzle_core.errors import PuzzleError
 
 log = logging.getLogger("puzzle")
+PREFECT_HOME = Path(".puzzle/prefect")
 START_SECONDS = 240  # a first start makes the database: 80 s were seen on two cores that had other work
 SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -29,6 +30,7 @@ SETTINGS = {
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "200",
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "100",
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
     "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
     "DO_NOT_TRACK": "1",
@@ -73,15 +75,12 @@ def own_server(home: Path, port: int) -> Iterator[str]:
         PuzzleError: it did not answer in time; its log is in `home`.
     """
     home = home.resolve()
-    home.mkdir(parents=True, exist_ok=True)
     address = f"http://127.0.0.1:{port}"
-    environment = os.environ | SETTINGS
-    environment |= {"PREFECT_HOME": str(home), "PREFECT_SERVER_UI_API_URL": f"{address}/api"}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    command, environment = server_command(home, port)
     with (home / "server.log").open("ab") as output:
         process = subprocess.Popen(
             command,
-            env=environment,
+            env=os.environ | environment,
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,
@@ -97,6 +96,17 @@ def own_server(home: Path, port: int) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def server_command(home: Path, port: int) -> tuple[list[str], dict[str, str]]:
+    """How to start a server on loopback that keeps its data in `home`: the command, and what its environment adds."""
+    home = home.resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    environment = SETTINGS | {
+        "PREFECT_HOME": str(home),
+        "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
+    }
+    return [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)], environment
 
 
 def free_port() -> int:

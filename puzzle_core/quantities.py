@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*(.*?)\s*")
 
@@ -38,6 +38,13 @@ class _Kind:
             known = ", ".join([*self.units, *(["%"] if self.shares else [])])
             raise ValueError(f"{text!r} has {'the unit ' + repr(unit) if unit else 'no unit'}; say one of: {known}")
         return Quantity(number * self.units[unit], relative=False)
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What a form may check before anything is sent, as JSON schema: the pattern, and what values look like."""
+        units = "|".join(map(re.escape, [*self.units, *(["%"] if self.shares else [])]))
+        pattern = rf"^{_NUMBER.pattern.replace('(.*?)', f'({units})')}$"
+        return {"pattern": pattern, "examples": re.findall("'(.*?)'", self.example)}
 
     def check(self, value: object) -> str:
         """The value as text, if it parses; for use as a validator, to which YAML gives a bare number as a number."""

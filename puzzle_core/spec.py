@@ -28,11 +28,11 @@ from puzzle_core.target import Positive, Share, load_target
 from puzzle_core.target import TargetSpec as TargetSpec
 from puzzle_core.yaml_file import parse_record, read_keys, resolve_path
 
-Bytes = Annotated[str, BeforeValidator(parse_bytes.check)]
-Parameters = Annotated[str, BeforeValidator(parse_parameters.check)]
-Seconds = Annotated[str, BeforeValidator(parse_seconds.check)]
-ShareOfParent = Annotated[str, BeforeValidator(parse_share.check)]
-Throughput = Annotated[str, BeforeValidator(parse_throughput.check)]
+Bytes = Annotated[str, BeforeValidator(parse_bytes.check), Field(json_schema_extra=parse_bytes.form)]
+Parameters = Annotated[str, BeforeValidator(parse_parameters.check), Field(json_schema_extra=parse_parameters.form)]
+Seconds = Annotated[str, BeforeValidator(parse_seconds.check), Field(json_schema_extra=parse_seconds.form)]
+ShareOfParent = Annotated[str, BeforeValidator(parse_share.check), Field(json_schema_extra=parse_share.form)]
+Throughput = Annotated[str, BeforeValidator(parse_throughput.check), Field(json_schema_extra=parse_throughput.form)]
 
 
 class ParentSpec(Record):
@@ -63,13 +63,13 @@ class DataSpec(Record):
 class VariantRange(Record):
     """Other variants for some layers; what is not said here is as for all layers."""
 
-    first_layer: int = Field(ge=0)
+    first_layer: int = Field(ge=0, description="Counted from 0")
     last_layer: int = Field(ge=0, description="Included")
-    kv_heads: tuple[Positive, ...] | None = None
-    ffn_ratios: tuple[Share, ...] | None = None
-    ffn_widths: tuple[Positive, ...] | None = None
-    linear: bool | None = None
-    no_op: bool | None = None
+    kv_heads: tuple[Positive, ...] | None = Field(None, description="Instead of those for all layers")
+    ffn_ratios: tuple[Share, ...] | None = Field(None, description="Instead of those for all layers")
+    ffn_widths: tuple[Positive, ...] | None = Field(None, description="Instead of those for all layers")
+    linear: bool | None = Field(None, description="Offer one linear layer in place of each subblock here")
+    no_op: bool | None = Field(None, description="Offer to leave out each subblock here")
 
     @model_validator(mode="after")
     def _some_layer(self) -> "VariantRange":
@@ -128,10 +128,10 @@ class ImportanceSpec(Record):
 class OptimizerSpec(Record):
     """AdamW with warm-up, cosine decay to zero and gradient clipping."""
 
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, description="After the warm-up")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up")
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Of AdamW's two moving averages")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled, on matrices only")
     gradient_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient")
 
 
@@ -140,7 +140,7 @@ class BldSpec(Record):
 
     tokens: Positive = Field(262_144, description="Tokens that every variant is trained on")
     epochs: Positive = Field(1, description="Passes over these tokens")
-    batch_tokens: Positive = 4096
+    batch_tokens: Positive = Field(4096, description="Tokens per optimizer step; whole windows")
     dtype: Dtype = Field("float32", description="Type of activations and matrix products; weights stay float32")
     optimizer: OptimizerSpec = OptimizerSpec()
 
@@ -148,11 +148,11 @@ class BldSpec(Record):
 class ScoringSpec(Record):
     """Replace-1-block scores (METHOD section 4)."""
 
-    tokens: Positive = 16_384
+    tokens: Positive = Field(16_384, description="Held-out tokens that every block is compared on")
     composition: Literal["pairs", "subblocks"] = Field(
         "pairs", description="Score every composed block, or single subblocks whose scores are added up"
     )
-    dtype: Dtype = "float32"
+    dtype: Dtype = Field("float32", description="Type of activations and matrix products")
 
 
 class LimitsSpec(Record):
@@ -195,9 +195,9 @@ class LimitsSpec(Record):
 class ScenarioSpec(Record):
     """Traffic and limits."""
 
-    name: str = "chatbot"
-    prompt_tokens: Positive = 128
-    generated_tokens: Positive = 128
+    name: str = Field("chatbot", description="How reports call this traffic")
+    prompt_tokens: Positive = Field(128, description="Per request")
+    generated_tokens: Positive = Field(128, description="Per request")
     batch_sizes: tuple[Positive, ...] = Field((1,), min_length=1, description="Tried one by one; the best is kept")
     throughput_counts: Literal["generated", "total"] = Field(
         "generated", description="Tokens that `throughput` counts: generated ones, or the prompt's too"
@@ -227,8 +227,8 @@ class MixSpec(Record):
 class KeepSpec(Record):
     """Layers that keep the parent's own subblock; -1 is the last layer."""
 
-    attention: tuple[int, ...] = ()
-    ffn: tuple[int, ...] = ()
+    attention: tuple[int, ...] = Field((), description="Layers that keep the parent's attention")
+    ffn: tuple[int, ...] = Field((), description="Layers that keep the parent's FFN")
 
 
 class FormSpec(Record):
@@ -246,13 +246,16 @@ class FormSpec(Record):
     )
 
 
+Baseline = Literal["mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"]
+
+
 class SearchSpec(Record):
     """The mixed-integer program (METHOD section 6)."""
 
     objective: Literal["kl", "lm_loss", "disagreement"] = Field("kl", description="Which score is minimised")
     solutions: Positive = Field(1, description="Diverse solutions; the best is assembled")
     alpha: Share = Field(0.8, description="Largest share of layers that two solutions have in common")
-    time_limit_s: float = Field(60.0, gt=0)
+    time_limit_s: float = Field(60.0, gt=0, description="Seconds per solve")
     frontier_points: int = Field(12, ge=2, description="Points of score against block time in the report")
     frontier_limit: str | None = Field(
         None, description="The frontier moves this limit of the main scenario instead, over all batch sizes"
@@ -266,8 +269,8 @@ class SearchSpec(Record):
     explain: bool = Field(
         True, description="Say what more of each limit would buy, and each layer's runner-up: a solve for each"
     )
-    baselines: tuple[Literal["greedy", "uniform", "random", "maximise_parameters"], ...] = Field(
-        ("greedy", "uniform", "random", "maximise_parameters"),
+    baselines: tuple[Baseline, ...] = Field(
+        ("mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"),
         description="Other ways to choose, assembled and evaluated beside the child",
     )
 
@@ -306,16 +309,16 @@ class SearchRequest(Record):
 class GkdSpec(Record):
     """Global knowledge distillation (METHOD section 7)."""
 
-    tokens: Positive = 524_288
-    epochs: Positive = 1
-    batch_tokens: Positive = 4096
+    tokens: Positive = Field(524_288, description="Tokens that the child is trained on")
+    epochs: Positive = Field(1, description="Passes over these tokens")
+    batch_tokens: Positive = Field(4096, description="Tokens per optimizer step; whole windows")
     micro_batch_tokens: Positive | None = Field(
         None, description="Tokens per forward pass; gradients add up to a batch"
     )
     cosine_weight: float = Field(1.0, ge=0, description="Weight of the sum over layers of 1 - cos(h_child, h_parent)")
     kl_weight: float = Field(1.0, ge=0, description="Weight of KL(parent || child) on logits")
     lm_weight: float = Field(0.0, ge=0, description="Weight of the next-token loss on the texts")
-    dtype: Dtype = "float32"
+    dtype: Dtype = Field("float32", description="Type of activations and matrix products; weights stay float32")
     optimizer: OptimizerSpec = OptimizerSpec(learning_rate=5e-4)
 
     @model_validator(mode="after")
@@ -328,7 +331,7 @@ class GkdSpec(Record):
 class EvaluationSpec(Record):
     """Parent against child on held-out text."""
 
-    tokens: Positive = 65_536
+    tokens: Positive = Field(65_536, description="Held-out tokens")
     lm_eval_tasks: tuple[str, ...] = Field((), description="Tasks of lm-evaluation-harness, where it is installed")
     timing_rounds: int = Field(7, ge=3, description="Interleaved end-to-end timings of parent and child")
 
@@ -341,11 +344,11 @@ class RuntimeSpec(Record):
         "refuse", description="What to do about an artifact whose files are not what was stored: stop, or make it again"
     )
     scratch: str = Field(".puzzle/scratch", description="Local directory for activations and training checkpoints")
-    cache_size: Annotated[str, BeforeValidator(parse_memory.check)] = Field(
+    cache_size: Annotated[str, BeforeValidator(parse_memory.check), Field(json_schema_extra=parse_memory.form)] = Field(
         "20GiB", description="What local copies of a bucket's artifacts may take under scratch, for instance 20GiB"
     )
     mlflow_uri: str = Field("sqlite:///.puzzle/mlflow.db", description="MLflow tracking URI")
-    mlflow_experiment: str = "puzzle"
+    mlflow_experiment: str = Field("puzzle", description="Name of the MLflow experiment")
     workers: Positive | None = Field(None, description="Tasks side by side; default one per core or GPU")
     checkpoint_seconds: float = Field(60.0, ge=0, description="Least time between two checkpoints of a training")
 
@@ -360,7 +363,7 @@ class RuntimeSpec(Record):
 class RunSpec(Record):
     """From one parent to one child for one hardware target and scenario."""
 
-    name: str = Field("puzzle", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field("puzzle", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="How runs and reports are called")
     parent: ParentSpec
     data: DataSpec = DataSpec()
     variants: VariantsSpec = VariantsSpec()
@@ -370,7 +373,7 @@ class RunSpec(Record):
     target: TargetSpec = TargetSpec()
     scenario: ScenarioSpec
     more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
-    mix: MixSpec | None = None
+    mix: MixSpec | None = Field(None, description="Limits on the weighted mix of all scenarios")
     form: FormSpec = FormSpec()
     search: SearchSpec = SearchSpec()
     gkd: GkdSpec = GkdSpec()

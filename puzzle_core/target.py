@@ -17,10 +17,10 @@ Dtype = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
-Memory = Annotated[str, BeforeValidator(parse_memory.check)]
-Bandwidth = Annotated[str, BeforeValidator(parse_bandwidth.check)]
-Rate = Annotated[str, BeforeValidator(parse_rate.check)]
-Duration = Annotated[str, BeforeValidator(parse_duration.check)]
+Memory = Annotated[str, BeforeValidator(parse_memory.check), Field(json_schema_extra=parse_memory.form)]
+Bandwidth = Annotated[str, BeforeValidator(parse_bandwidth.check), Field(json_schema_extra=parse_bandwidth.form)]
+Rate = Annotated[str, BeforeValidator(parse_rate.check), Field(json_schema_extra=parse_rate.form)]
+Duration = Annotated[str, BeforeValidator(parse_duration.check), Field(json_schema_extra=parse_duration.form)]
 
 PRECISION_BYTES: dict[Precision, float] = {
     "float32": 4,
@@ -103,11 +103,13 @@ class HardwareSpec(Record):
 class TargetSpec(Record):
     """The hardware target that costs hold for."""
 
-    name: str = "this-machine"
+    name: str = Field("this-machine", description="How reports call the target")
     costs: Literal["measured", "roofline", "imported"] = Field(
         "measured", description="Measured here, computed from the figures of `hardware`, or read from `table`"
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="What to measure on; auto takes a GPU that is here"
+    )
     dtype: Dtype = Field(
         "float32", description="Type of the child's checkpoint; of weights, activations and KV cache while measuring"
     )

@@ -147,7 +147,8 @@ def layer_facts(inputs: ReportInputs) -> list[LayerFact]:
 
 def method_name(found: Found) -> str:
     """How people call a way to choose."""
-    return {"mip": "MIP", "maximise parameter_bytes": "maximise parameters"}.get(found.method, found.method)
+    names = {"mip": "MIP", "mip_no_op_only": "MIP, no-op only", "mip_lm_loss": "MIP on LM loss"}
+    return names.get(found.method, found.method.replace("_", " "))
 
 
 def _variant_ms(inputs: ReportInputs, variant: Variant) -> float:

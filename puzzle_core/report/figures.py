@@ -42,8 +42,9 @@ def all_figures(inputs: ReportInputs) -> dict[str, Figure]:
     figures = {
         "architecture": architecture_figure(inputs),
         "quality_against_speed": quality_figure(inputs),
-        "predicted_against_measured": predicted_figure(inputs),
     }
+    if facts.comparisons(inputs):
+        figures["predicted_against_measured"] = predicted_figure(inputs)
     if inputs.scores:
         figures["scores"] = scores_figure(inputs)
     if inputs.bld:

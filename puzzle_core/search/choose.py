@@ -13,13 +13,16 @@ from puzzle_core.search.baselines import greedy, maximise, random_choice, unifor
 from puzzle_core.search.frontier import capacity_range, frontier, sweep_frontier
 from puzzle_core.search.infeasible import explain_infeasible
 from puzzle_core.search.instance import EMPTY, BatchSizes, Instance
-from puzzle_core.search.mip import runner_up, solve_diverse, solve_or_none
+from puzzle_core.search.mip import runner_up, solve, solve_diverse, solve_or_none
 from puzzle_core.search.prices import prices
-from puzzle_core.search.problem import Limit, Problem, Solution
+from puzzle_core.search.problem import Limit, Problem, Solution, describe
 from puzzle_core.search.words import batch_text, flags, infeasible_text
 from puzzle_core.stages import Found, Price, RunnerUp, SearchRecord, Tried
 
 RELATIVE_GAP = 1e-6
+EXPLAINED: dict[str, float] = {"time_limit_s": 2.0, "relative_gap": 1e-4}
+"""How exact each solve is that only explains the answer (prices, runner-ups) or stands beside it (maximise)."""
+
 PRICE_STEP = 0.01
 """How far a limit is loosened to see what that buys, as a part of it."""
 
@@ -50,7 +53,7 @@ def run(instance: Instance) -> SearchRecord:
         frontier=tuple(_frontier(instance, problem, batch_sizes)),
         tried=tuple(tried),
         prices=tuple(_prices(instance, problem, best, batch_sizes)) if spec.explain else (),
-        runner_ups=tuple(_runner_ups(problem, best, spec.time_limit_s)) if spec.explain else (),
+        runner_ups=tuple(_runner_ups(problem, best)) if spec.explain else (),
         flags=(),
         skipped=skipped,
     )
@@ -120,10 +123,12 @@ def _baselines(instance: Instance, problem: Problem, batch_sizes: BatchSizes) ->
     """What other ways to choose come to, and why one has nothing."""
     parameters = f"{instance.request.scenario.name}/parameters"
     methods: dict[str, Callable[[Problem], Solution]] = {
+        "mip_no_op_only": lambda problem: _no_op_only(instance, problem),
+        "mip_lm_loss": lambda problem: _lm_loss(instance, problem),
         "greedy": greedy,
         "uniform": uniform,
         "random": lambda problem: random_choice(problem, seed=0),
-        "maximise_parameters": lambda problem: maximise(problem, parameters),
+        "maximise_parameters": lambda problem: maximise(problem, parameters, **EXPLAINED),
     }
     found, skipped = [], {}
     for name in instance.request.search.baselines:
@@ -132,6 +137,35 @@ def _baselines(instance: Instance, problem: Problem, batch_sizes: BatchSizes) ->
         except (InfeasibleError, SpecError) as error:
             skipped[f"baseline {name}"] = str(error)
     return found, skipped
+
+
+def _no_op_only(instance: Instance, problem: Problem) -> Solution:
+    """The exact search where subblocks are the parent's or left out."""
+    own = instance.scores.parent
+
+    def kept(layer: int, option: str) -> bool:
+        blocks = (found.block for found in instance.layers[layer] if str(found) == option)
+        return any(
+            block.attention.kind == "no_op" or block.attention == own.attention
+            for block in blocks
+            if block.ffn.kind == "no_op" or block.ffn == own.ffn
+        )
+
+    return _as_choice(problem, solve(problem.restrict(kept), time_limit_s=_limit_s(instance)))
+
+
+def _lm_loss(instance: Instance, problem: Problem) -> Solution:
+    """The exact search for the least increase of the next-token loss."""
+    if instance.scores.lm_loss is None:
+        raise SpecError(f"the scores are {instance.scores.objective}, with no increase of the next-token loss beside")
+    score = instance.column(lambda layer, option: instance.scores.lm_loss[layer][option])  # type: ignore[index]
+    return _as_choice(problem, solve(replace(problem, score=score), time_limit_s=_limit_s(instance)))
+
+
+def _as_choice(problem: Problem, solution: Solution) -> Solution:
+    """The same options as a choice of this problem, scored by it."""
+    choice = [ids.index(option) for ids, option in zip(problem.options, solution.options, strict=True)]
+    return describe(problem, choice, method=solution.method, seconds=solution.seconds)
 
 
 def _frontier(instance: Instance, problem: Problem, batch_sizes: BatchSizes) -> list[Found]:
@@ -183,15 +217,15 @@ def _prices(instance: Instance, problem: Problem, best: Solution, batch_sizes: B
     by_label = {asked.label: asked for asked in instance.asked(batch_sizes)}
     steps = {label: PRICE_STEP * asked.capacity for label, asked in by_label.items()}
     found = []
-    for price in prices(problem, best, steps=steps, time_limit_s=instance.request.search.time_limit_s):
+    for price in prices(problem, best, steps=steps, **EXPLAINED):
         asked = by_label[price.limit.name]
         step = asked.in_terms(asked.capacity + price.step) - asked.in_terms(asked.capacity)
         found.append(Price(scenario=asked.scenario, limit=asked.name, unit=asked.unit, step=step, gained=price.gain))
     return found
 
 
-def _runner_ups(problem: Problem, best: Solution, time_limit_s: float) -> list[RunnerUp]:
-    others = runner_up(problem, best, time_limit_s=time_limit_s)
+def _runner_ups(problem: Problem, best: Solution) -> list[RunnerUp]:
+    others = runner_up(problem, best, **EXPLAINED)
     return [
         RunnerUp(layer=layer, chosen=chosen, other=other and other[0], rise=other and other[1])
         for layer, (chosen, other) in enumerate(zip(best.options, others, strict=True))

@@ -34,6 +34,22 @@ def score_table(
         CoverageError: a block variant of the space has no score.
     """
     base = base or Architecture.of_parent(shape)
+    return ScoreTable(
+        parent=shape.parent_block,
+        layers=_layers(scores, composition, objective, variants, shape, base),
+        objective=objective,
+        lm_loss=None if objective == "lm_loss" else _layers(scores, composition, "lm_loss", variants, shape, base),
+    )
+
+
+def _layers(
+    scores: Sequence[ScoreRecord],
+    composition: str,
+    objective: str,
+    variants: VariantsSpec,
+    shape: ModelShape,
+    base: Architecture,
+) -> tuple[dict[Option, float], ...]:
     measured = {(score.layer, score.block): OBJECTIVES[objective](score) for score in scores}
     of_base = measured.get((0, base.layers[0]), 0.0)
 
@@ -50,13 +66,9 @@ def score_table(
         return sum(of_block(layer, half) for half in alone)
 
     score = of_block if composition == "pairs" else of_halves
-    return ScoreTable(
-        parent=shape.parent_block,
-        layers=tuple(
-            {Option(block): score(layer, block) for block in variants.blocks_of_layer(layer, shape)}
-            for layer in range(shape.layers)
-        ),
-        objective=objective,
+    return tuple(
+        {Option(block): score(layer, block) for block in variants.blocks_of_layer(layer, shape)}
+        for layer in range(shape.layers)
     )
 
 

@@ -7,7 +7,7 @@ Legend: L layers, J options of a layer. A column is a tuple of L arrays (J,), as
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -134,6 +134,7 @@ class Instance:
     scores: ScoreTable
     costs: CostTable
     layers: tuple[tuple[Option, ...], ...] = field(init=False)
+    _costs: dict[tuple[str, str, int, Hashable], float] = field(default_factory=dict, init=False, repr=False)
     _columns: dict[tuple[str, tuple[int, ...]], Column] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -172,7 +173,7 @@ class Instance:
                 )
                 for options, more in zip(self.layers, covering, strict=True)
             ),
-            score=self._column(lambda layer, option: self.scores.layers[layer][option]),
+            score=self.column(lambda layer, option: self.scores.layers[layer][option]),
             parent=(0,) * len(self.layers),
             resources={name: self._resource(name, batch_sizes) for name in sorted(wanted)},
             limits=tuple(limit.limit() for limit in asked),
@@ -275,12 +276,12 @@ class Instance:
         where = name.rsplit("/", 1)[0]
         key = name, tuple(batch for scenario, batch in batch_sizes.items() if where in (MIX, scenario))
         if key not in self._columns:
-            self._columns[key] = self._column(
+            self._columns[key] = self.column(
                 lambda layer, option: self._resource_of(name, layer, option.block, batch_sizes)
             )
         return self._columns[key]
 
-    def _column(self, value: Callable[[int, Option], float]) -> Column:
+    def column(self, value: Callable[[int, Option], float]) -> Column:
         """A column over all options; a layer that is covered adds nothing of its own."""
         covering = self._covering()
         return tuple(
@@ -307,9 +308,12 @@ class Instance:
         )
 
     def _cost(self, column: str, layer: int, block: BlockVariant, scenario: ScenarioSpec, batch: int) -> float:
-        return self._derived(
-            column, scenario, batch, lambda name: self.costs.block(name, layer, block, scenario.name, batch)
-        )
+        key = column, scenario.name, batch, (layer, block) if self.costs.by_layer else block
+        if key not in self._costs:
+            self._costs[key] = self._derived(
+                column, scenario, batch, lambda name: self.costs.block(name, layer, block, scenario.name, batch)
+            )
+        return self._costs[key]
 
     def _outside(self, column: str, scenario: ScenarioSpec, batch: int) -> float:
         return self._derived(column, scenario, batch, lambda name: self.costs.outside(name, scenario.name, batch))

@@ -31,6 +31,8 @@ class Option(NamedTuple):
 class ScoreTable:
     """The score of every option of every layer, lower is better; the parent's own option is one of them.
 
+    `lm_loss` scores the same options by the increase of the next-token loss, where that is known and another score.
+
     Raises (on construction):
         CoverageError: a layer lacks the parent's own block, or an option spans layers that are not there.
         NonFiniteError: a score is NaN or infinite.
@@ -39,6 +41,7 @@ class ScoreTable:
     parent: BlockVariant
     layers: tuple[Mapping[Option, float], ...]
     objective: str = "score"
+    lm_loss: tuple[Mapping[Option, float], ...] | None = None
 
     def __post_init__(self) -> None:
         for layer, scores in enumerate(self.layers):
@@ -113,6 +116,11 @@ class CostTable:
     def columns(self) -> frozenset[str]:
         """All columns."""
         return frozenset(column for row in self.rows for column in row.values)
+
+    @functools.cached_property
+    def by_layer(self) -> bool:
+        """Whether any row holds for one layer only."""
+        return any(row.layer is not None for row in self.rows)
 
     def block(self, column: str, layer: int, block: BlockVariant, scenario: str, batch_size: int) -> float:
         """One column of a block variant: its own row, or the sum of its halves'.
