@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from puzzle_core.errors import ArtifactError
 
@@ -44,8 +44,15 @@ class Record(BaseModel):
             return cls.model_validate_json(path.read_text())
         except FileNotFoundError as error:
             raise ArtifactError(f"{path} does not exist, so this artifact is not whole; run the flow again") from error
-        except ValueError as error:
-            raise ArtifactError(f"{path} does not hold a {cls.__name__}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ArtifactError(f"{path} does not hold a {cls.__name__}, nor any text: it is damaged") from error
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"])) or "the file"
+            raise ArtifactError(
+                f"{path} does not hold a {cls.__name__} ({error.error_count()} mistakes, the first in {place}: "
+                f"{first['msg']}): it is damaged, or another version wrote it; run the flow again"
+            ) from error
 
 
 def canonical_json(value: Any) -> str:

@@ -450,7 +450,7 @@ class ReportWork(Work):
     """Everything a report shows, by key; `spec` without its runtime part."""
 
     stage: ClassVar[str] = "report"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     spec: RunSpec
     shape: ModelShape
