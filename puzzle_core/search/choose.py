@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from puzzle_core.architecture import Architecture
-from puzzle_core.errors import InfeasibleError, SpecError
+from puzzle_core.errors import InfeasibleError, SpecError, TimeLimitError
 from puzzle_core.search.alternatives import Alternative, solve_best
 from puzzle_core.search.baselines import greedy, maximise, random_choice, uniform
 from puzzle_core.search.frontier import capacity_range, frontier, sweep_frontier
@@ -23,6 +23,7 @@ RELATIVE_GAP = 1e-6
 EXPLAINED: dict[str, float] = {"time_limit_s": 2.0, "relative_gap": 1e-4}
 """How exact each solve is that only explains the answer (prices, runner-ups) or stands beside it (maximise)."""
 
+RUNNER_UP_GAP = 1e-3
 PRICE_STEP = 0.01
 """How far a limit is loosened to see what that buys, as a part of it."""
 
@@ -134,7 +135,7 @@ def _baselines(instance: Instance, problem: Problem, batch_sizes: BatchSizes) ->
     for name in instance.request.search.baselines:
         try:
             found.append(_found(instance, replace(methods[name](problem), method=name), batch_sizes))
-        except (InfeasibleError, SpecError) as error:
+        except (InfeasibleError, SpecError, TimeLimitError) as error:
             skipped[f"baseline {name}"] = str(error)
     return found, skipped
 
@@ -225,7 +226,7 @@ def _prices(instance: Instance, problem: Problem, best: Solution, batch_sizes: B
 
 
 def _runner_ups(problem: Problem, best: Solution) -> list[RunnerUp]:
-    others = runner_up(problem, best, **EXPLAINED)
+    others = runner_up(problem, best, time_limit_s=EXPLAINED["time_limit_s"], relative_gap=RUNNER_UP_GAP)
     return [
         RunnerUp(layer=layer, chosen=chosen, other=other and other[0], rise=other and other[1])
         for layer, (chosen, other) in enumerate(zip(best.options, others, strict=True))

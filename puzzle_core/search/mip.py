@@ -1,10 +1,12 @@
 """The exact search: least total score within every limit; diverse solutions; runners-up (METHOD section 6)."""
 
 import math
+import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-from puzzle_core.errors import SpecError
+from puzzle_core.errors import SpecError, TimeLimitError
 from puzzle_core.search.highs import minimise
 from puzzle_core.search.infeasible import explain_infeasible
 from puzzle_core.search.problem import Choice, Problem, Solution, describe
@@ -73,16 +75,22 @@ def runner_up(
 ) -> list[tuple[str, float] | None]:
     """Per layer: what it would take were its choice forbidden, and by how much the objective would rise.
 
-    None where limits and rules cannot hold without the layer's choice. One solve per layer.
+    None where limits and rules cannot hold without the layer's choice, or nothing was found in time. One solve per
+    layer, side by side on all cores: the solver leaves Python alone while it works.
     """
-    results: list[tuple[str, float] | None] = []
-    for layer, chosen in enumerate(solution.choice):
+
+    def other(layer: int) -> tuple[str, float] | None:
         nowhere = [-1] * len(solution.choice)
-        nowhere[layer] = chosen
+        nowhere[layer] = solution.choice[layer]
         avoid = [(tuple(nowhere), 0)]
-        other = solve_or_none(problem, avoid=avoid, time_limit_s=time_limit_s, relative_gap=relative_gap)
-        results.append(None if other is None else (other.options[layer], other.objective - solution.objective))
-    return results
+        try:
+            found = solve_or_none(problem, avoid=avoid, time_limit_s=time_limit_s, relative_gap=relative_gap)
+        except TimeLimitError:
+            return None
+        return None if found is None else (found.options[layer], found.objective - solution.objective)
+
+    with ThreadPoolExecutor(os.cpu_count()) as side_by_side:
+        return list(side_by_side.map(other, range(len(solution.choice))))
 
 
 def solve_or_none(
