@@ -17,7 +17,7 @@ FILES = {
 }
 WITHOUT_TORCH = ["puzzle_core.spec", "puzzle_core.stages", "puzzle_core.plan", "puzzle_core.target"]
 WITHOUT_TORCH += [f"puzzle_core.cost.{module}" for module in ("analytic", "roofline", "calibrate")]
-WITHOUT_TORCH += [module for module in FILES if module.startswith("puzzle_core.search")]
+WITHOUT_TORCH += [module for module in FILES if module.startswith(("puzzle_core.search", "puzzle_core.interop"))]
 
 
 @functools.cache
