@@ -25,6 +25,7 @@ from puzzle_core.architecture import Architecture
 from puzzle_core.errors import PuzzleError
 from puzzle_core.report import facts
 from puzzle_core.report.inputs import ReportInputs
+from puzzle_core.report.tables import format_text, shortlist_table
 from puzzle_core.report.units import count_text, duration_text, number_text, percent_text, times_text
 
 DATA = REPOSITORY.parent / "shared/data"
@@ -63,7 +64,7 @@ def make_spec(parent: Path, train: Path, held_out: Path) -> dict[str, Any]:
 
 
 def measure(parent: Path, options: argparse.Namespace, place: Path) -> tuple[str, str]:
-    """Run one parent; its row of the table, and its child's layers as a line of text."""
+    """Run one parent; its row of the table, and its child's layers and shortlist as text."""
     place.mkdir(parents=True, exist_ok=True)
     spec = place / f"{parent.name}.yaml"
     spec.write_text(yaml.safe_dump(make_spec(parent, options.train, options.held_out), sort_keys=False))
@@ -72,7 +73,10 @@ def measure(parent: Path, options: argparse.Namespace, place: Path) -> tuple[str
     inputs = last_report(store)
     tokens = [found.record for found in manifests(store, "tokens") if found.work["split"] == "evaluation"][-1]
     layers = "; ".join(f"{count} × {block}" for block, count in blocks(inputs.child.architecture))
-    return row(parent.name, inputs, tokens["bytes_per_token"], seconds), f"- {parent.name}: {layers}"
+    line = f"- {parent.name}: {layers}"
+    if (shortlist := shortlist_table(inputs)).rows:
+        line += f"\n\n{format_text(shortlist)}\n"
+    return row(parent.name, inputs, tokens["bytes_per_token"], seconds), line
 
 
 def row(name: str, inputs: ReportInputs, bytes_per_token: float, seconds: float) -> str:
