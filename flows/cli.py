@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flows.export_command import EXPORT_HELP, add_export_options, export
+from flows.interop_commands import IMPORT_HELP, add_config_options, add_import_commands, export_config, export_library
 from flows.server import PREFECT_HOME
 from flows.store_commands import STORE_HELP, add_store_commands
 from puzzle_core.errors import PuzzleError, SpecError
@@ -87,9 +89,16 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "print the final table of a run and where its report lies", spec=False)
     report.add_argument("name", metavar="RUN", help="name of a flow run or of a specification, or a report's key")
     report.add_argument("--store", default=".puzzle/store", help="artifact store (default %(default)s)")
+    add_export_options(command("export", export, EXPORT_HELP, spec=False))
     ui = command("ui", _ui, "serve the Prefect UI over the runs kept here, until interrupted", spec=False)
     ui.add_argument("--port", type=int, default=4200, help="port on loopback (default %(default)s)")
     add_store_commands(commands.add_parser("store", help=STORE_HELP, description=STORE_HELP))
+    add_import_commands(commands.add_parser("import", help=IMPORT_HELP, description=IMPORT_HELP))
+    add_config_options(
+        command("export-config", export_config, "write the config.json of a searched architecture", spec=False)
+    )
+    library = command("export-library", _export_library, "write an index of the block library: keys, losses, scores")
+    library.add_argument("--out", type=Path, required=True, metavar="library.json", help="the index")
     pretrain = command("pretrain-example", _pretrain, "make the quickstart's parent again", spec=False)
     pretrain.add_argument("--out", type=Path, default=EXAMPLE_PARENT, help="directory (default %(default)s)")
     pretrain.add_argument("--steps", type=int, default=6000, help="optimizer steps (default %(default)s)")
@@ -179,11 +188,17 @@ def _check(options: Any) -> None:
     sys.stdout.write(describe_plan(spec))
 
 
+def _export_library(options: Any) -> None:
+    export_library(load_spec(options.spec, tuple(options.overrides)), options.out)
+
+
 def _report(options: Any) -> None:
+    from puzzle_core.stages import ReportWork
     from tasks.store import Store
 
     store = Store(options.store, Path(".puzzle/scratch/store-cache"))
-    manifests = [store.manifest(key) for key in store.keys("report")]
+    readable = f"{ReportWork.stage}/v{ReportWork.version}/"
+    manifests = [store.manifest(key) for key in store.keys(ReportWork.stage) if key.startswith(readable)]
     found = [
         manifest
         for manifest in manifests

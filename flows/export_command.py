@@ -1,0 +1,131 @@
+"""`puzzle export`: a child as a serving engine reads it."""
+
+import argparse
+import contextlib
+import logging
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from puzzle_core.errors import SpecError
+from puzzle_core.spec import RuntimeSpec
+
+EXPORT_HELP = "write a child as a serving engine reads it: a Hugging Face directory (DeciLM) or a GGUF file"
+FORMATS = ("hf", "gguf")
+HF_DTYPES: dict[str, Any] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
+WIDTHS = ("grid", "pad", "any")
+
+log = logging.getLogger("puzzle")
+
+
+def add_export_options(export: argparse.ArgumentParser) -> None:
+    """Give `puzzle export` its options."""
+    export.add_argument("child", metavar="CHILD", help="directory of a child (or parent), or a key in --store")
+    export.add_argument("--format", choices=FORMATS, required=True, help="hf: DeciLM directory; gguf: llama.cpp")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; must not exist")
+    export.add_argument("--name", help="what the model calls itself (default the name of --out)")
+    export.add_argument(
+        "--dtype", choices=GGUF_TYPES, help="type of the weights (default as they are; q8_0: gguf only)"
+    )
+    export.add_argument(
+        "--widths",
+        choices=WIDTHS,
+        default="grid",
+        help="hf, FFN widths that are no multiple of 256: refused (grid), padded with zero channels (pad), or written "
+        "as they are (any), which vLLM and transformers read (default %(default)s)",
+    )
+    export.add_argument("--store", default=RuntimeSpec().store, help="artifact store (default %(default)s)")
+
+
+def export(options: Any) -> None:
+    """Run `puzzle export`."""
+    if options.format == "hf" and options.dtype == "q8_0":
+        raise SpecError("--dtype q8_0 is of --format gguf: engines quantise a Hugging Face directory themselves")
+    name = options.name or options.out.resolve().name
+    directory, provenance = _child(options)
+    with _new_directory(options.out) as staged:
+        written = _write_hf if options.format == "hf" else _write_gguf
+        record = written(directory, provenance, staged, name, options)
+    for remark in record.remarks:
+        log.info("%s", remark)
+    size = f"{record.parameters:,} parameters, {record.bytes / 2**20:,.1f} MiB"
+    sys.stdout.write(f"{record.format} in {record.dtype}, {size}: {options.out}\n")
+
+
+def _write_hf(directory: Path, provenance: Any, staged: Path, name: str, options: Any) -> Any:
+    from puzzle_core.model.export.card import model_card
+    from puzzle_core.model.export.engines import obstacles
+    from puzzle_core.model.export.hf import export_hf
+    from puzzle_core.model.export.source import Source
+
+    source = Source(directory)
+    record = export_hf(source, staged, widths=options.widths, dtype=HF_DTYPES.get(options.dtype))
+    (staged / "README.md").write_text(model_card(name, source, record, provenance))
+    for engine, reasons in obstacles(record.architecture).items():
+        if reasons:
+            log.warning("%s will not run it: it %s", engine, "; it ".join(reasons))
+    return record
+
+
+def _write_gguf(directory: Path, _: Any, staged: Path, name: str, options: Any) -> Any:
+    from puzzle_core.model.export.gguf_file import as_stored, export_gguf
+    from puzzle_core.model.export.source import Source
+
+    source = Source(directory)
+    kind = options.dtype or as_stored(source)
+    return export_gguf(source, staged / f"{name}-{kind}.gguf", kind, name=name)
+
+
+def _child(options: Any) -> tuple[Path, Any]:
+    """The child's directory, and what the store knows of it."""
+    if Path(options.child).is_dir():
+        return Path(options.child), None
+    from tasks.store import Store
+    from tasks.store_manifest import check_key
+
+    try:
+        key = check_key(options.child)
+    except SpecError as error:
+        raise SpecError(
+            f"{options.child!r} is neither a directory here nor a key of a child like gkd/v1/..."
+        ) from error
+    store = Store(options.store, Path(RuntimeSpec().scratch) / "store-cache")
+    return store.fetch(key), _provenance(store, key)
+
+
+def _provenance(store: Any, key: str) -> Any:
+    from puzzle_core.model.export.card import Provenance
+    from puzzle_core.stages import EvaluationRecord
+
+    manifest = store.manifest(key)
+    evaluations = list(store.manifests(store.keys("evaluation")).values())
+    own = next((found for found in evaluations if found.work["child"] == key), None)
+    same = {"parent": manifest.work["parent"], "child": None, "tokens": own.work["tokens"] if own else None}
+    parent = next((found for found in evaluations if same.items() <= found.work.items()), None)
+    return Provenance(
+        key=key,
+        made_by=manifest.made_by,
+        made_at=manifest.made_at,
+        parent=manifest.work["parent"],
+        distilled_tokens=manifest.record.get("tokens"),
+        evaluation=EvaluationRecord.model_validate(own.record) if own else None,
+        parent_evaluation=EvaluationRecord.model_validate(parent.record) if parent else None,
+    )
+
+
+@contextlib.contextmanager
+def _new_directory(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that becomes it when all went well, so that it is whole or not there."""
+    if out.exists():
+        raise SpecError(f"--out {out} exists: name a new directory, or remove it")
+    staged = out.resolve().with_name(f".{out.resolve().name}.{uuid.uuid4().hex}")
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        staged.rename(out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)

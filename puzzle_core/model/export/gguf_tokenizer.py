@@ -1,0 +1,205 @@
+"""A Hugging Face tokenizer as llama.cpp's own, so that both give the same tokens.
+
+llama.cpp knows two kinds that matter here. `gpt2` is byte-level BPE whose text is first split by a regular expression;
+llama.cpp has its own for every name it knows, so the tokenizer's must be one of these. `llama` is SentencePiece's BPE:
+no merges but a score per token, and the pair whose union scores highest is merged first; that is a list of merges
+exactly where all pairs that form the same token stand together and none is missing.
+Names and flags: src/llama-vocab.cpp of llama.cpp.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from gguf import TokenType
+
+from puzzle_core.errors import ExportError
+
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_CAPITALS = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+_CASED_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+BYTE_LEVEL = "byte level"
+DIGITS = "digits, byte level"
+SPLITS: dict[tuple[str, bool], str] = {
+    (BYTE_LEVEL, False): "gpt-2",
+    (_GPT2, False): "gpt-2",
+    (DIGITS, False): "smollm",
+    (rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_TAIL}", True): "llama-bpe",
+    (rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_TAIL}", False): "smaug-bpe",
+    (rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_TAIL}", False): "qwen2",
+    (rf"{_CASED}|{_CAPITALS}|\p{{N}}|{_CASED_TAIL}", True): "tekken",
+    (rf"{_CASED}{_CONTRACTIONS}?|{_CAPITALS}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_CASED_TAIL}", False): "gpt-4o",
+}
+"""llama.cpp's name of a split, by its expression and by whether whole words that are tokens skip the merges."""
+NO_MERGES = ["no merges"]
+"""llama.cpp insists on merges. This one joins two texts that are no single characters, so it never happens."""
+
+
+@dataclass(frozen=True)
+class GgufVocabulary:
+    """What `tokenizer.ggml.*` is to say; `scores` for kind `llama`, `pre` and `merges` for kind `gpt2`."""
+
+    kind: str
+    tokens: list[str]
+    types: list[int]
+    add_bos: bool
+    add_eos: bool
+    pre: str | None = None
+    merges: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    add_space: bool = False
+
+
+def gguf_vocabulary(tokenizer: Any, size: int) -> GgufVocabulary:
+    """The vocabulary of a tokenizer of transformers.
+
+    Args:
+        size: tokens that the embedding has; those that the tokenizer does not have are written as unused.
+
+    Raises:
+        ExportError: llama.cpp has no tokenizer that gives the same tokens; names what it lacks.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError(
+            f"the tokenizer {type(tokenizer).__name__} is none of the `tokenizers` library: convert it first"
+        )
+    content = json.loads(backend.to_str())
+    model = content["model"]
+    if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise ExportError(
+            f"llama.cpp has no tokenizer of the kind {model['type']!r} with these options: BPE is supported"
+        )
+    tokens, types = _tokens(content, size)
+    add_bos, add_eos = _added(tokenizer)
+    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    if model.get("byte_fallback"):
+        return GgufVocabulary(
+            kind="llama",
+            tokens=tokens,
+            types=types,
+            scores=_scores(tokens, types, merges),
+            add_bos=add_bos,
+            add_eos=add_eos,
+            add_space=_adds_space(content),
+        )
+    return GgufVocabulary(
+        kind="gpt2",
+        tokens=tokens,
+        types=types,
+        pre=_split_name(content),
+        merges=[" ".join(merge) for merge in merges] or NO_MERGES,
+        add_bos=add_bos,
+        add_eos=add_eos,
+    )
+
+
+def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Texts and types of all tokens, by their numbers."""
+    vocabulary: dict[str, int] = content["model"]["vocab"]
+    added = {token["content"]: token for token in content["added_tokens"]}
+    numbers = vocabulary | {text: token["id"] for text, token in added.items()}
+    if max(numbers.values()) >= size:
+        raise ExportError(f"the tokenizer has tokens up to {max(numbers.values())}, and the embedding {size} rows")
+    tokens = [f"[PAD{number}]" for number in range(size)]
+    types = [int(TokenType.UNUSED)] * size
+    for text, number in numbers.items():
+        tokens[number], types[number] = text, int(_type(text, added.get(text), content["model"]))
+    return tokens, types
+
+
+def _type(text: str, added: dict[str, Any] | None, model: dict[str, Any]) -> TokenType:
+    if text == model.get("unk_token"):
+        return TokenType.UNKNOWN
+    if added is not None:
+        return TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    if model.get("byte_fallback") and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        return TokenType.BYTE
+    return TokenType.NORMAL
+
+
+def _added(tokenizer: Any) -> tuple[bool, bool]:
+    """Whether the tokenizer puts BOS before a text and EOS behind it."""
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a", add_special_tokens=True).input_ids
+    for bos in (False, True):
+        for eos in (False, True):
+            if whole == [tokenizer.bos_token_id] * bos + plain + [tokenizer.eos_token_id] * eos:
+                return bos, eos
+    raise ExportError(
+        f"the tokenizer adds other tokens than BOS and EOS ({whole} for {plain}): llama.cpp adds these only"
+    )
+
+
+def _split_name(content: dict[str, Any]) -> str:
+    """llama.cpp's name of the way the text is split."""
+    normalizer = content.get("normalizer")
+    if normalizer and normalizer["type"] != "NFC":  # llama.cpp leaves text as it is; most text is NFC already
+        raise ExportError(
+            f"the tokenizer normalises text ({normalizer['type']}), which llama.cpp's byte-level BPE does not"
+        )
+    split, ignore_merges = _split(content.get("pre_tokenizer")), bool(content["model"].get("ignore_merges"))
+    name = SPLITS.get((split, ignore_merges))
+    if name is None:
+        raise ExportError(
+            f"llama.cpp knows no tokenizer that splits text by {split!r} with ignore_merges {ignore_merges}; it knows "
+            f"{', '.join(sorted(set(SPLITS.values())))}"
+        )
+    return name
+
+
+def _split(pre_tokenizer: dict[str, Any] | None) -> str:
+    """The expression that a byte-level tokenizer splits by, or a name for a composition of parts."""
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
+    kinds = [part["type"] for part in parts]
+    if not kinds or kinds[-1] != "ByteLevel" or parts[-1]["add_prefix_space"]:
+        return f"parts {kinds}"
+    if parts[-1].get("use_regex", True):
+        digits = kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"]
+        return BYTE_LEVEL if len(kinds) == 1 else DIGITS if digits else f"parts {kinds}"
+    if kinds != ["Split", "ByteLevel"] or parts[0]["behavior"] != "Isolated" or parts[0]["invert"]:
+        return f"parts {kinds}"
+    return str(parts[0]["pattern"].get("Regex", parts[0]["pattern"]))
+
+
+def _adds_space(content: dict[str, Any]) -> bool:
+    """Whether a SentencePiece tokenizer puts a blank before the text; blanks must be written as "▁"."""
+    normalizer, splitter = content.get("normalizer"), content.get("pre_tokenizer")
+    if normalizer is None and splitter and splitter["type"] == "Metaspace" and not splitter.get("split", True):
+        return bool(splitter["prepend_scheme"] != "never")
+    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    kinds = [step["type"] for step in steps]
+    blanks = steps and kinds[-1] == "Replace" and steps[-1]["pattern"] == {"String": " "}
+    if splitter is None and blanks and steps[-1]["content"] == "▁" and kinds in (["Replace"], ["Prepend", "Replace"]):
+        return "Prepend" in kinds
+    raise ExportError(f"llama.cpp has no SentencePiece tokenizer that prepares text by {kinds or splitter}")
+
+
+def _scores(tokens: list[str], types: list[int], merges: Iterable[tuple[str, ...]]) -> list[float]:
+    """Scores by which SentencePiece merges in the order of the list: minus the place of a token among those formed.
+
+    Raises:
+        ExportError: no scores give this order.
+    """
+    pairs_of: dict[str, set[tuple[str, ...]]] = {}
+    last = None
+    for pair in merges:
+        formed = "".join(pair)
+        if formed != last and formed in pairs_of:
+            raise ExportError(
+                f"the merges that form {formed!r} do not stand together, so that no score per token gives them"
+            )
+        pairs_of.setdefault(formed, set()).add(pair)
+        last = formed
+    normal = {text for text, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
+    for text in normal:
+        splits = {(text[:i], text[i:]) for i in range(1, len(text)) if {text[:i], text[i:]} <= normal}
+        if lacking := splits - pairs_of.get(text, set()):
+            raise ExportError(f"the merges lack {sorted(lacking)[0]}, by which llama.cpp would form {text!r}")
+    place = {text: number for number, text in enumerate(pairs_of)}
+    return [float(-place.get(text, len(place))) for text in tokens]
