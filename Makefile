@@ -2,14 +2,23 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 SPEC ?= deployments/specs/quickstart.yaml
+PREFECT_PORT ?= 4200
+MLFLOW_PORT ?= 5000
 
-.PHONY: puzzle test lint lock s3 clean
+.PHONY: puzzle up down test lint lock s3 engines clean
 
 puzzle: $(VENV)/.installed
 	$(VENV)/bin/puzzle run $(SPEC)
 
+# Prefect's server and UI, a worker with all deployments, and MLflow, on loopback (docs/operations.md).
+up: $(VENV)/.installed
+	$(VENV)/bin/python -m flows.up start --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+
+down:
+	$(VENV)/bin/python -m flows.up stop
+
 test: $(VENV)/.installed lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses $(shell nproc) --dist loadfile
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -28,6 +37,12 @@ lock:
 # An S3 server on loopback to try a store in a bucket with; prints the environment to set (docs/operations.md).
 s3: $(VENV)/.installed
 	$(VENV)/bin/python -m tests.s3_server .puzzle/s3
+
+# What runs exported children here: llama.cpp, built from source (some minutes). Tests that need it skip without it.
+# Then a table of what really runs; with VLLM=/path/to/python of an environment that has vLLM, it goes into docs/engines.md.
+engines: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[engines]'
+	$(VENV)/bin/python -m benchmarks.engines $(if $(VLLM),--vllm $(VLLM) --write docs/engines.md)
 
 clean:
 	rm -rf .puzzle .pytest_cache .mypy_cache .ruff_cache

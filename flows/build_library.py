@@ -10,6 +10,7 @@ from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
 from puzzle_core.spec import RunSpec
 from puzzle_core.stages import BldWork, ScoreWork
+from tasks.artifacts import Bar, show_found, show_library, show_tracked
 from tasks.lineage import record_library
 from tasks.site import Site
 from tasks.stages import (
@@ -35,11 +36,13 @@ def build_library(spec: RunSpec) -> None:
     site = Site.of(spec)
     plan = plan_run(spec, site)
     with tracked("library", spec) as run:
+        show_tracked(plan, run)
         ensure_tokens(plan, site, "calibration", "bld", "scoring")
         ensure(measure_importance, plan.importance(), site)
         side_by_side(train_variants, site)(spec, plan, site)
         side_by_side(score_variants, site)(spec, plan, site)
         record_library(plan, site, run)
+        show_library(plan, site)
 
 
 @flow(name="train-variants", flow_run_name="BLD of {spec.name}", persist_result=False, validate_parameters=False)
@@ -55,10 +58,11 @@ def train_variants(spec: RunSpec, plan: Plan, site: Site) -> None:
     needed = [layer for layer in plan.layers if missing[layer]]
     done = len(works) - sum(map(len, missing.values()))
     log.info("block library: %d variants, %d in the store, %d to train", len(works), done, len(works) - done)
+    show_found("bld", plan, [work for work in works if work.key in there], site)
     if not needed:
         return
     tokens, dtype = plan.tokens("bld").key, plan.spec.bld.dtype
-    running: dict[int, list[PrefectFuture[str]]] = {}
+    bar, running = Bar("bld", spec.name), dict[int, list[PrefectFuture[str]]]()
     capture = capture_layer.submit(tokens, dtype, 0, bool(missing[0]), site)
     for layer in range(needed[-1] + 1):
         capture.result()
@@ -66,8 +70,8 @@ def train_variants(spec: RunSpec, plan: Plan, site: Site) -> None:
             capture = capture_layer.submit(tokens, dtype, layer + 1, bool(missing[layer + 1]), site)
         running[layer] = [submit(train_variant, work, site) for work in missing[layer]]
         if layer:
-            done = _finish(layer - 1, running, done, len(works), plan, site)
-    _finish(needed[-1], running, done, len(works), plan, site)
+            done = _finish(layer - 1, running, done, len(works), bar, plan, site)
+    _finish(needed[-1], running, done, len(works), bar, plan, site)
     drop_activations(tokens, dtype, None, site)
 
 
@@ -82,6 +86,7 @@ def score_variants(spec: RunSpec, plan: Plan, site: Site, child: Architecture | 
     missing = [work for work in works if work.key not in there]
     done = len(works) - len(missing)
     log.info("scores: %d block variants, %d in the store, %d to score", len(works), done, len(missing))
+    show_found("scores", plan, [work for work in works if work.key in there], site)
     if not missing:
         return
     tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
@@ -91,18 +96,19 @@ def score_variants(spec: RunSpec, plan: Plan, site: Site, child: Architecture | 
     capture_log_probabilities(tokens, dtype, site)
     for layer in plan.layers if base else ():
         capture_layer(tokens, dtype, layer, layer >= first, site, base)
-    wait_all("scores", [submit(score_block, work, site) for work in missing], done, len(works))
+    futures = [submit(score_block, work, site) for work in missing]
+    wait_all("scores", futures, done, len(works), Bar("scores", spec.name))
     drop_activations(tokens, dtype, None, site)
     if base:
         drop_activations(tokens, dtype, None, site, base)
 
 
 def _finish(
-    layer: int, running: dict[int, list[PrefectFuture[str]]], done: int, total: int, plan: Plan, site: Site
+    layer: int, running: dict[int, list[PrefectFuture[str]]], done: int, total: int, bar: Bar, plan: Plan, site: Site
 ) -> int:
     """Wait for a layer's variants and drop its states."""
     futures = running.pop(layer)
-    wait_all("BLD", futures, done, total)
+    wait_all("BLD", futures, done, total, bar)
     drop_activations(plan.tokens("bld").key, plan.spec.bld.dtype, layer, site)
     if futures:
         log.info("BLD: layer %d done, %d of %d variants", layer, done + len(futures), total)

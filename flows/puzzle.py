@@ -13,6 +13,7 @@ from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
 from puzzle_core.spec import RunSpec, RuntimeSpec
 from puzzle_core.stages import ReportedModel, ReportWork
+from tasks.artifacts import show_report, show_tracked
 from tasks.lineage import record_report
 from tasks.site import Site
 from tasks.stages import write_report
@@ -39,6 +40,7 @@ def _from_parent_to_report(spec: RunSpec) -> str:
     before = site.store().keys()
     plan = plan_run(spec, site)
     with tracked(spec.name, spec) as run:
+        show_tracked(plan, run)
         ensure_tokens(plan, site, "calibration", "bld", "gkd", "scoring", "evaluation")
         measure_target(plan, site)
         build_library(spec)
@@ -48,6 +50,7 @@ def _from_parent_to_report(spec: RunSpec) -> str:
         train_child(spec)
         key = ensure(write_report, report_work(plan, site), site)
         record_report(plan, site, run, key)
+        show_report(plan, site, key)
     made = len(site.store().keys() - before)
     log.info("made %s", f"{made} artifacts" if made else "nothing: every artifact was in the store")
     return key

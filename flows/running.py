@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from prefect import Flow, Task
+from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
-from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.workers import Workers
 from puzzle_core.errors import DamagedError, PuzzleError
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work
 from puzzle_core.spec import RunSpec
 from puzzle_core.stages import BldWork, ScoreWork
+from tasks.artifacts import Bar
 from tasks.site import Site
 from tasks.stages import open_inputs, pack_tokens
 
@@ -39,17 +41,21 @@ def plan_run(spec: RunSpec, site: Site) -> Plan:
 
 def side_by_side(flow: Flow[Any, Any], site: Site) -> Flow[Any, Any]:
     """The flow with as many task slots as the site has cores or GPUs."""
-    return flow.with_options(task_runner=ThreadPoolTaskRunner(max_workers=site.workers))  # type: ignore[arg-type]
+    return flow.with_options(task_runner=Workers(max_workers=site.workers))  # type: ignore[arg-type]
 
 
 def ensure(task: Task[Any, str], work: Work, site: Site, **arguments: Any) -> str:
     """Run one task now unless its artifact is there already; Prefect then shows it as cached."""
-    return _fresh(task, work, site)(work=work, site=site, **arguments)
+    fresh = _within(task, site, refresh=not site.store().has(work.key))
+    try:
+        return fresh(work=work, site=site, **arguments)
+    except TimeoutError as error:
+        raise _stuck(f"{task.name} ({work.key})", error) from error
 
 
 def submit(task: Task[Any, str], work: Work, site: Site, **arguments: Any) -> PrefectFuture[str]:
     """Submit one task whose artifact is missing."""
-    return task.with_options(refresh_cache=True).submit(work=work, site=site, **arguments)
+    return _within(task, site, refresh=True).submit(work=work, site=site, **arguments)
 
 
 def ensure_tokens(plan: Plan, site: Site, *splits: str) -> None:
@@ -77,8 +83,14 @@ def mending(spec: RunSpec, act: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
-def wait_all(what: str, futures: Iterable[PrefectFuture[Any]], done_before: int = 0, total: int | None = None) -> None:
-    """Wait for all futures, log progress now and then, and raise what failed once the others are finished.
+def wait_all(
+    what: str,
+    futures: Iterable[PrefectFuture[Any]],
+    done_before: int = 0,
+    total: int | None = None,
+    bar: Bar | None = None,
+) -> None:
+    """Wait for all futures, show progress now and then, and raise what failed once the others are finished.
 
     Raises:
         PuzzleError: one line per failed task; a DamagedError where one was.
@@ -91,6 +103,10 @@ def wait_all(what: str, futures: Iterable[PrefectFuture[Any]], done_before: int 
             future.result()
         except PuzzleError as error:
             failed.append(error)
+        except TimeoutError as error:
+            failed.append(_stuck(_name_of(future), error))
+        if bar:
+            bar.show(done_before + number, total)
         if time.monotonic() - logged > PROGRESS_SECONDS:
             log.info("%s: %d of %d", what, done_before + number, total)
             logged = time.monotonic()
@@ -100,6 +116,22 @@ def wait_all(what: str, futures: Iterable[PrefectFuture[Any]], done_before: int 
         raise (DamagedError if damaged else PuzzleError)(said)
 
 
-def _fresh(task: Task[Any, str], work: Work, site: Site) -> Task[Any, str]:
-    """The store is the truth: whatever Prefect remembers, an artifact that is gone is made again."""
-    return task.with_options(refresh_cache=not site.store().has(work.key))
+def _within(task: Task[Any, str], site: Site, refresh: bool) -> Task[Any, str]:
+    """The task with the run's timeout; to be run whatever Prefect remembers, where the store lacks its artifact."""
+    return task.with_options(refresh_cache=refresh, timeout_seconds=site.runtime.task_timeout_s)
+
+
+def _stuck(name: str, error: TimeoutError) -> PuzzleError:
+    return PuzzleError(
+        f"{name}: {error} The task is stuck, or runtime.task_timeout_s is too short for it; run again to go on from "
+        "its last checkpoint"
+    )
+
+
+def _name_of(future: PrefectFuture[Any]) -> str:
+    """A task's name in the UI, which the server may not know yet."""
+    try:
+        with get_client(sync_client=True) as client:
+            return client.read_task_run(future.task_run_id).name
+    except Exception:
+        return f"task run {future.task_run_id}"

@@ -10,6 +10,7 @@ from puzzle_core.plan import Plan
 from puzzle_core.spec import RunSpec
 from puzzle_core.stages import ScoreWork
 from tasks import stages
+from tasks.artifacts import show_architecture, show_tracked
 from tasks.lineage import record_architecture
 from tasks.site import Site
 from tasks.tracking import tracked
@@ -27,6 +28,7 @@ def search_architecture(spec: RunSpec) -> None:
     site = Site.of(spec)
     plan = plan_run(spec, site)
     with tracked("search", spec) as run:
+        show_tracked(plan, run)
         measure_target(plan, site)
         there = site.store().keys(ScoreWork.stage)
         missing = [work for work in plan.all_scores() if work.key not in there]
@@ -37,6 +39,7 @@ def search_architecture(spec: RunSpec) -> None:
             )
         key = ensure(stages.search_architecture, plan.search(), site, target=spec.target)
         record_architecture(plan, site, run, key)
+        show_architecture(plan, site, key)
 
 
 def measure_target(plan: Plan, site: Site) -> None:

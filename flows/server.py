@@ -1,7 +1,8 @@
 """A Prefect server for one command: the API that the settings name, or one of our own on loopback.
 
 Our own keeps its data in a directory, so runs can be looked at later (`puzzle ui`), and ends with the command, even
-when that is killed. The settings are those that were measured to lose no task rows (docs/operations.md).
+when that is killed. Where `make up` keeps a server over the same data, that one is used. The settings are those that
+were measured to lose no task rows (benchmarks/task_overhead.py).
 """
 
 import contextlib
@@ -22,6 +23,8 @@ from puzzle_core.errors import PuzzleError
 
 log = logging.getLogger("puzzle")
 PREFECT_HOME = Path(".puzzle/prefect")
+RUNNING = "api-url"
+"""File beside a server's data that names its API, where it outlives the command that started it."""
 START_SECONDS = 240  # a first start makes the database: 80 s were seen on two cores that had other work
 SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -56,7 +59,8 @@ def prefect_api(home: Path) -> Iterator[str]:
     if configured:
         yield configured
         return
-    with own_server(home, free_port()) as url:
+    running = running_api(home)
+    with contextlib.nullcontext(running) if running else own_server(home, free_port()) as url:
         from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
         with temporary_settings({PREFECT_API_URL: url, PREFECT_LOCAL_STORAGE_PATH: home.resolve() / "storage"}):
@@ -96,6 +100,15 @@ def own_server(home: Path, port: int) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def running_api(home: Path) -> str | None:
+    """The API of a server over the same data that outlives commands (`make up`), where one answers."""
+    with contextlib.suppress(OSError, ValueError):
+        url = (home / RUNNING).read_text()
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return url if answer.status == 200 else None
+    return None
 
 
 def server_command(home: Path, port: int) -> tuple[list[str], dict[str, str]]:

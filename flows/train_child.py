@@ -11,6 +11,7 @@ from puzzle_core.plan import Plan
 from puzzle_core.spec import RunSpec
 from puzzle_core.stages import SearchRecord
 from tasks import stages
+from tasks.artifacts import show_tracked
 from tasks.lineage import record_child
 from tasks.site import Site
 from tasks.tracking import tracked
@@ -30,6 +31,7 @@ def train_child(spec: RunSpec) -> None:
     plan = plan_run(spec, site)
     found = find_answer(plan, site)
     with tracked("child", spec) as run:
+        show_tracked(plan, run)
         ensure_tokens(plan, site, "gkd", "evaluation")
         architectures = children(found)
         for label, architecture in architectures.items():

@@ -350,6 +350,9 @@ class RuntimeSpec(Record):
     mlflow_uri: str = Field("sqlite:///.puzzle/mlflow.db", description="MLflow tracking URI")
     mlflow_experiment: str = Field("puzzle", description="Name of the MLflow experiment")
     workers: Positive | None = Field(None, description="Tasks side by side; default one per core or GPU")
+    task_timeout_s: float | None = Field(
+        None, gt=0, description="A task that takes longer is stuck, and fails; the next run goes on from its checkpoint"
+    )
     checkpoint_seconds: float = Field(60.0, ge=0, description="Least time between two checkpoints of a training")
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 Opened things (the parent, the store, captured activations) are kept per process, since all tasks of a worker share it.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -26,6 +27,7 @@ from puzzle_core.records import Record, Work, write_text_atomic
 from puzzle_core.spec import Dtype, ParentSpec, RunSpec, RuntimeSpec
 from puzzle_core.stages import AssembleWork
 from tasks.store import OnCorruption, Store
+from tasks.turns import turn
 
 
 class Site(Record):
@@ -90,7 +92,7 @@ class Site(Record):
             if store.has(directory.relative_to(places).as_posix()):
                 shutil.rmtree(directory, ignore_errors=True)
 
-    def produce(self, work: Work, compute: Callable[[Path], Record]) -> str:
+    def produce(self, work: Work, compute: Callable[[Path], Record], alone: bool | None = False) -> str:
         """Make the artifact of `work` unless the store has it; its checkpoint, if any, is dropped either way.
 
         Returns:
@@ -99,7 +101,9 @@ class Site(Record):
         store = self.store()
         if not store.has(work.key):
             with store.staging() as staged:
-                store.publish(work, compute(staged), staged, made_by=flow_run.get_name() or "a script")
+                with contextlib.nullcontext() if alone is None else turn(alone):
+                    record = compute(staged)
+                store.publish(work, record, staged, made_by=flow_run.get_name() or "a script")
         shutil.rmtree(self.checkpoints(work).file.parent, ignore_errors=True)
         return work.key
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from prefect import task
 from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.task_engine import TaskRunTimeoutError
 from prefect.tasks import exponential_backoff
 
 from puzzle_core import data, evaluation, scoring
@@ -50,17 +51,21 @@ from puzzle_core.stages import (
     TokensWork,
 )
 from puzzle_core.variants import importance
+from tasks.artifacts import Bar
 from tasks.site import Site
 from tasks.store_cache import reading
 from tasks.tracking import TrackedRun
+from tasks.turns import turn
 
 log = logging.getLogger("puzzle")
 
 
 def _worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
-    """Storage hiccups and noisy measurements may pass; what the user or the numbers got wrong will not."""
+    """Storage hiccups and noisy measurements may pass; timeouts and what the user or the numbers got wrong do not."""
     try:
         state.result()
+    except TaskRunTimeoutError:
+        return False
     except (MeasurementError, OSError):
         return True
     except Exception:
@@ -140,9 +145,10 @@ def capture_layer(
     """Run one layer of the parent, or of a child, on its stored inputs and keep what leaves it."""
     use_threads(site.threads_per_task)
     activations = site.activations(tokens, dtype, base)
-    if layer == 0 and not activations.has_entry(0):
-        activations.capture_embedding()
-    activations.capture_layer(layer, keep_middle)
+    with turn(alone=False):
+        if layer == 0 and not activations.has_entry(0):
+            activations.capture_embedding()
+        activations.capture_layer(layer, keep_middle)
 
 
 @uncached(name="capture log-probabilities", task_run_name="capture log-probabilities")
@@ -150,7 +156,8 @@ def capture_layer(
 def capture_log_probabilities(tokens: str, dtype: Dtype, site: Site) -> None:
     """Keep the parent's own predictions for the scores to compare with, where they are small enough."""
     use_threads(site.threads_per_task)
-    site.activations(tokens, dtype).capture_log_probabilities()
+    with turn(alone=False):
+        site.activations(tokens, dtype).capture_log_probabilities()
 
 
 @uncached(name="drop activations", task_run_name="drop activations")
@@ -186,13 +193,17 @@ def score_block(work: ScoreWork, site: Site) -> str:
     return site.produce(work, lambda _: scoring.run(work, activations, weights))
 
 
-@cached(name="cost", task_run_name="cost {work.target.name} batch {work.traffic.batch_size}")
+@cached(name="cost", tags=["measuring"], task_run_name="cost {work.target.name} batch {work.traffic.batch_size}")
 def find_costs(work: CostWork, site: Site) -> str:
     """Prefill and decode times of every distinct variant for one traffic: measured, or from the target's figures."""
     if work.target.costs == "roofline":
         shape = site.open_parent().shape
-        return site.produce(work, lambda _: roofline.roofline(shape, work.variants, work.traffic, work.target))
-    return site.produce(work, lambda _: latency.run(work, site.open_parent(), _log_rounds("measuring costs")))
+        return site.produce(
+            work, lambda _: roofline.roofline(shape, work.variants, work.traffic, work.target), alone=None
+        )
+    return site.produce(
+        work, lambda _: latency.run(work, site.open_parent(), _log_rounds("measuring costs")), alone=True
+    )
 
 
 @uncached(name="check limits", task_run_name="check limits")
@@ -233,7 +244,10 @@ def distil_child(work: GkdWork, run: TrackedRun, site: Site) -> str:
     parent, checkpoints = site.open_parent(), site.checkpoints(work)
     inputs = site.store().fetch(work.child), site.store().fetch(work.tokens)
 
+    bar = Bar("gkd", f"child {work.key.rpartition('/')[2][:8]}")
+
     def report_progress(progress: Progress) -> None:
+        bar.show(progress.step, progress.steps)
         if progress.step % max(1, progress.steps // 20) == 0:
             log.info("GKD: step %d of %d, loss %.4f", progress.step, progress.steps, progress.loss)
             run.metrics([(f"gkd_live/{name}", loss, progress.step) for name, loss in progress.terms.items()])
@@ -251,10 +265,12 @@ def evaluate_model(work: EvaluateWork, label: str, site: Site) -> str:
     return site.produce(work, lambda _: evaluation.run(work, parent, child_dir, store.fetch(work.tokens)))
 
 
-@cached(name="timing", task_run_name="timing")
+@cached(name="timing", tags=["measuring"], task_run_name="timing")
 def time_models(work: TimingWork, site: Site) -> str:
     """Parent and children timed end to end, in turns."""
-    return site.produce(work, lambda _: latency.run_timing(work, site.open_parent(), _log_rounds("timing models")))
+    return site.produce(
+        work, lambda _: latency.run_timing(work, site.open_parent(), _log_rounds("timing models")), alone=True
+    )
 
 
 @cached(name="report", task_run_name="report")

@@ -85,6 +85,11 @@ class TrackedRun(Record):
         result: str | None = self._try(note)
         return result
 
+    def experiment_id(self) -> str | None:
+        """The id that MLflow's addresses have for the experiment of this run."""
+        found: str | None = self._try(lambda client, run: client.get_run(run).info.experiment_id)
+        return found
+
     def end(self, status: str) -> None:
         """Close the run as FINISHED, FAILED or KILLED."""
         self._try(lambda client, run: client.set_terminated(run, status))

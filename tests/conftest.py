@@ -3,10 +3,12 @@
 import functools
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PUZZLE_TURNS"] = str(Path(tempfile.gettempdir()) / f"puzzle-tests-{os.getpid()}")  # wait for no other run
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the command line sets it
 
 import pytest
@@ -38,6 +40,13 @@ MIXED = (
     "attn:kv4+ffn:linear",
     "attn:linear+ffn:i48",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_turns_left() -> Iterator[None]:
+    """Remove the locks of this session's runs (tasks/turns.py)."""
+    yield
+    shutil.rmtree(os.environ["PUZZLE_TURNS"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,10 @@
 
 import pytest
 
+from flows.build_library import build_library
 from flows.running import wait_all
 from puzzle_core.errors import NonFiniteError, PuzzleError
+from tests.workflow import artifacts, of_stage
 
 
 class Ended:
@@ -32,3 +34,11 @@ def test_our_own_mistakes_are_not_made_the_users():
 
 def test_nothing_to_wait_for_is_well():
     wait_all("BLD", [])
+
+
+def test_a_task_that_takes_too_long_is_named_and_the_store_stays_whole(spec_of, prefect_server, tmp_path):
+    spec = spec_of(bld={"epochs": 1_000_000}, runtime={"task_timeout_s": 4})
+    with pytest.raises(PuzzleError, match=r"2 of 10 BLD tasks failed:\n(bld layer 0 \S+: .*task_timeout_s.*\n?){2}"):
+        build_library(spec)
+    assert of_stage(artifacts(tmp_path / "store"), "bld") == set()
+    assert not list((tmp_path / "store" / ".staging").glob("*"))

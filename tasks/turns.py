@@ -1,0 +1,54 @@
+"""Who may use this machine when: measurements alone, everything else side by side.
+
+Two runs on one machine know nothing of each other, so they take turns by locks on two files that all runs of a user
+share. The kernel holds the locks: they are gone with the process that had them, however it died, no server takes part,
+and one costs microseconds. A measurement that waits closes the door, so that what comes later waits behind it.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+log = logging.getLogger("puzzle")
+LOOK_SECONDS = 0.05
+
+
+def place() -> Path:
+    """The directory of the two lock files; `PUZZLE_TURNS` names another, which containers of one machine can share."""
+    return Path(os.environ.get("PUZZLE_TURNS") or Path(tempfile.gettempdir()) / f"puzzle-{os.getuid()}")
+
+
+@contextlib.contextmanager
+def turn(alone: bool) -> Iterator[None]:
+    """Wait until this machine is free, of other measurements or of everything, and keep it so.
+
+    Args:
+        alone: whether nothing else may run meanwhile.
+    """
+    kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+    place().mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (place() / "room").open("ab") as room:
+        with (place() / "door").open("ab") as door:
+            _wait(door, kind, "a measurement of another task")
+            _wait(room, kind, "other tasks on this machine, to measure alone" if alone else "a measurement")
+        yield
+
+
+def _wait(file: IO[bytes], kind: int, what: str) -> None:
+    """Take a lock; asleep in between and not in the kernel, where nothing could cancel the task."""
+    told = False
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not told:
+                log.info("waiting for %s", what)
+                told = True
+            time.sleep(LOOK_SECONDS)

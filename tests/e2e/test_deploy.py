@@ -1,0 +1,307 @@
+"""`make up` as users have it: services on loopback, deployments, a worker; runs are started as the UI starts them."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from mlflow import MlflowClient
+
+from flows.server import PREFECT_HOME, free_port, running_api
+from flows.up import Ports, processes, services
+from puzzle_core.spec import parse_spec
+from tests.workflow import artifacts, check_whole, merged, of_stage, placed, publish_costs
+
+ROOT = Path(__file__).parents[2]
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+FLOWS = {"puzzle", "build-library", "search-architecture", "train-child", "research-targets"}
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+class Up(NamedTuple):
+    """Running services: where they were started, and where they answer."""
+
+    place: Path
+    ports: Ports
+    said: str
+
+    @property
+    def tracking(self):
+        return f"sqlite:///{self.place}/.puzzle/mlflow.db"
+
+    def call(self, method, path, body=None):
+        """One request as the UI makes it: the status, and the answer."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.ports.prefect}/api{path}",
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"content-type": "application/json"},
+        )
+        for left in reversed(range(10)):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return answer.status, json.loads(answer.read() or b"null")
+            except urllib.error.HTTPError as error:
+                said = error.read().decode()
+                if error.code != 503 or not left:  # a server on SQLite answers so when two write at once
+                    return error.code, said
+                time.sleep(0.5)
+        raise AssertionError("unreachable")
+
+    def deployment(self, name):
+        return next(found for found in self.call("POST", "/deployments/filter", {})[1] if found["name"] == name)
+
+    def run(self, name, spec, **parameters):
+        """Start a flow run with the form's values."""
+        path = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
+        status, run = self.call("POST", path, {"parameters": {"spec": spec} | parameters})
+        assert status == 201, run
+        return run["id"]
+
+    def state(self, run):
+        return self.call("GET", f"/flow_runs/{run}")[1]["state"]
+
+    def ended(self, run, seconds=240):
+        deadline = time.monotonic() + seconds
+        while self.state(run)["type"] not in ENDED and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return self.state(run)
+
+    def running(self):
+        """Flow runs that wait for their turn or run."""
+        states = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
+        return self.call("POST", "/flow_runs/filter", {"flow_runs": states})[1]
+
+    def shown(self):
+        """Artifacts in the UI by key, the latest of each."""
+        found = self.call("POST", "/artifacts/latest/filter", {"limit": 200})[1]
+        return {artifact["key"]: artifact for artifact in found}
+
+
+def act(action, place, ports):
+    """`make up` and `make down`, which are one line each."""
+    command = [sys.executable, "-m", "flows.up", action]
+    command += ["--prefect-port", str(ports.prefect), "--mlflow-port", str(ports.mlflow)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory):
+    """The services, on ports of their own, in a place of their own."""
+    place, ports = tmp_path_factory.mktemp("up"), Ports(free_port(), free_port())
+    for name in ("prefect.yaml", "deployments"):
+        (place / name).symlink_to(ROOT / name)
+    done = act("start", place, ports)
+    assert done.returncode == 0, done.stderr
+    yield Up(place, ports, done.stdout)
+    act("stop", place, ports)
+    assert processes(place) == {}
+
+
+@pytest.fixture
+def values(up, content, tmp_path):
+    """A pico spec as the form has it; its store and scratch are of this test, and its costs are there."""
+    found = merged(placed(content, tmp_path), {"runtime": {"mlflow_uri": up.tracking}})
+    publish_costs(parse_spec(found, "test"))
+    return found
+
+
+def listening(pids):
+    """Addresses on which processes accept connections, as the kernel has them."""
+    sockets = set()
+    for pid in pids:
+        for file in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                sockets.add(os.readlink(file))
+            except OSError:
+                continue
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                found.add((table, *fields[1].split(":")))
+    return found
+
+
+def test_one_command_starts_everything_on_loopback_only(up):
+    assert up.said.count("http://127.0.0.1:") == 2
+    for service in services(up.place, up.ports):
+        with urllib.request.urlopen(service.health, timeout=10) as answer:
+            assert answer.status == 200
+    for port in up.ports:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as page:
+            assert b"<html" in page.read().lower()
+    found = listening(processes(up.place))
+    assert {int(port, 16) for _, _, port in found} >= set(up.ports)
+    assert {(table, address) for table, address, _ in found} == {("tcp", "0100007F")}
+
+
+def test_every_flow_is_there_to_be_started(up):
+    found = up.call("POST", "/deployments/filter", {})[1]
+    assert {deployment["name"] for deployment in found} == FLOWS
+    for deployment in found:
+        assert deployment["enforce_parameter_schema"]
+        assert str(ROOT) not in json.dumps(deployment)
+    assert [schedule["active"] for schedule in up.deployment("research-targets")["schedules"]] == [True]
+
+
+def test_a_second_start_is_refused_and_changes_nothing(up):
+    before = processes(up.place).keys()
+    done = act("start", up.place, up.ports)
+    assert done.returncode == 1
+    assert "running already" in done.stderr
+    assert processes(up.place).keys() >= {pid for pid in before if (Path("/proc") / str(pid)).exists()}
+
+
+def test_wrong_input_is_refused_with_a_message(up, values):
+    path = f"/deployments/{up.deployment('puzzle')['id']}/create_flow_run"
+    for change, said in (
+        ({"bld": {"tokens": -5}}, "'spec.bld.tokens'. Failure reason: -5 is less than or equal to the minimum of 0"),
+        ({"bdl": {"tokens": 5}}, "'bdl' was unexpected"),
+    ):
+        status, answer = up.call("POST", path, {"parameters": {"spec": merged(values, change)}})
+        assert status == 409
+        assert said in json.loads(answer)["detail"]
+
+
+def test_a_run_from_the_form_leaves_artifacts_and_reads_like_the_method(up, values, tmp_path):
+    state = up.ended(up.run("puzzle", values))
+    assert state["type"] == "COMPLETED", state["message"]
+    made = artifacts(tmp_path / "store")
+    for stage, number in {"bld": 10, "score": 20, "search": 1, "gkd": 1, "report": 1}.items():
+        assert len(of_stage(made, stage)) == number
+    check_whole(tmp_path / "store", tmp_path / "unused")
+    shown = up.shown()
+    library = json.loads(shown["library-pico"]["data"])
+    assert len(library) == 10
+    assert {row["variant"] for row in library} == {"attn:kv2", "ffn:i24"}
+    assert len(json.loads(shown["scores-pico"]["data"])) == 20
+    assert "solution 1" in shown["architecture-pico-this-machine-chatbot"]["data"]
+    assert "top-1 accuracy" in shown["child-pico"]["data"]
+    assert shown["frontier-pico"]["data"].startswith("data:image/png;base64,")
+    assert {float(shown[key]["data"]) for key in ("progress-bld-pico", "progress-scores-pico")} == {100.0}
+    assert f"http://127.0.0.1:{up.ports.mlflow}/#/experiments/" in shown["mlflow-pico"]["data"]
+
+    again = up.run("puzzle", merged(values, {"name": "again"}))
+    assert up.ended(again)["type"] == "COMPLETED"
+    found = json.loads(up.shown()["found-bld-again"]["data"])
+    assert {row["key"] for row in found} == of_stage(made, "bld")
+    assert all(row["made by"] and row["made at"] for row in found)
+
+
+def test_a_new_target_file_leads_by_itself_to_a_registered_answer(up, values, tmp_path):
+    assert up.ended(up.run("build-library", values))["type"] == "COMPLETED"
+    targets = tmp_path / "targets"
+    targets.mkdir()
+    shutil.copy(ROOT / "deployments/targets/l4.yaml", targets)
+    deployment = up.deployment("research-targets")
+    path = f"/deployments/{deployment['id']}"
+    daily = deployment["schedules"][0]["id"]
+    assert up.call("DELETE", f"{path}/schedules/{daily}")[0] == 204
+    parameters = {"parameters": {"spec": values, "targets": str(targets)}}
+    assert up.call("PATCH", path, parameters)[0] == 204
+    status, often = up.call("POST", f"{path}/schedules", [{"schedule": {"interval": 10}, "active": True}])
+    assert status == 201, often
+    try:
+        assert wait_for(lambda: len(of_stage(artifacts(tmp_path / "store"), "search")) == 1)
+        first = of_stage(artifacts(tmp_path / "store"), "search")
+        shutil.copy(ROOT / "deployments/targets/b200.yaml", targets)  # all that a person does
+        assert wait_for(lambda: len(of_stage(artifacts(tmp_path / "store"), "search")) == 2)
+        (new,) = of_stage(artifacts(tmp_path / "store"), "search") - first
+        client = MlflowClient(up.tracking)
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+
+        def registered():
+            return client.search_logged_models(experiments, filter_string=f"tags.`puzzle.key` = '{new}'")
+
+        assert wait_for(registered, 60)
+        assert json.loads((tmp_path / "store" / new / "record.json").read_text())["work"]["target"] == "b200"
+    finally:
+        assert up.call("DELETE", f"{path}/schedules/{often[0]['id']}")[0] == 204
+        assert wait_for(lambda: not up.running())
+
+
+def test_cancelling_stops_the_work_within_seconds_and_leaves_the_store_whole(up, values, tmp_path):
+    run = start_training(up, merged(values, {"name": "stopped", "bld": {"epochs": 100_000}}))
+    before = artifacts(tmp_path / "store")
+    asked = time.monotonic()
+    up.call("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    assert wait_for(lambda: not of_run(run), 20)
+    assert time.monotonic() - asked < 20
+    assert up.ended(run)["type"] == "CANCELLED"
+    assert artifacts(tmp_path / "store") == before
+    check_whole(tmp_path / "store", tmp_path / "unused")
+    assert not list((tmp_path / "store" / ".staging").glob("*"))
+    client = MlflowClient(up.tracking)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    assert [found.info.run_id for found in client.search_runs(experiments, "attributes.status = 'RUNNING'")] == []
+    assert up.running() == []
+
+    again = up.run("build-library", values)
+    assert up.ended(again)["type"] == "COMPLETED"
+
+
+def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, values, tmp_path):
+    """The last one: it stops the services, kills them, and starts them again."""
+    endless, home = merged(values, {"name": "endless", "bld": {"epochs": 1_000_000}}), up.place / PREFECT_HOME
+    before = up.call("POST", "/flow_runs/count", {})[1]
+    assert running_api(home) == f"http://127.0.0.1:{up.ports.prefect}/api"
+    cancelled = start_training(up, endless)
+    done = act("stop", up.place, up.ports)
+    assert done.stdout.startswith("stopped ")
+    assert processes(up.place) == {}
+    assert running_api(home) is None
+    assert act("start", up.place, up.ports).returncode == 0
+    assert up.state(cancelled)["type"] == "CANCELLED"
+    assert up.call("POST", "/flow_runs/count", {})[1] > before
+
+    crashed = start_training(up, endless)
+    for pid in processes(up.place):  # as a power cut does
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert wait_for(lambda: not processes(up.place), 10)
+    assert "marked as crashed" in act("start", up.place, up.ports).stderr
+    assert up.state(crashed)["type"] == "CRASHED"
+    assert up.running() == []
+    check_whole(tmp_path / "store", tmp_path / "unused")
+
+
+def start_training(up, spec):
+    """A run of the library that is at its first trainings."""
+    run, states = up.run("build-library", spec), Path(spec["runtime"]["scratch"]) / "activations"
+    shutil.rmtree(states, ignore_errors=True)
+    assert wait_for(lambda: list(states.glob("*/middle-001.bin")))
+    time.sleep(3)
+    assert of_run(run)
+    return run
+
+
+def of_run(run):
+    """Processes that execute a flow run."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"PREFECT__FLOW_RUN_ID={run}".encode() in (process / "environ").read_bytes():
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition, seconds=180):
+    """The condition's answer once it holds, or at the end."""
+    deadline = time.monotonic() + seconds
+    while not (answer := condition()) and time.monotonic() < deadline:
+        time.sleep(0.3)
+    return answer
