@@ -12,17 +12,19 @@ Legend: N windows, T tokens, D hidden width, V vocabulary.
 """
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from puzzle_core.distill.losses import kl_of_log_probabilities
 from puzzle_core.errors import NonFiniteError
-from puzzle_core.model.activations import Activations
+from puzzle_core.model.activations import FORWARD_TOKENS, Activations
 from puzzle_core.model.surgery import Halves, State, halves
 from puzzle_core.stages import ScoreRecord, ScoreWork
 
 COMPARED_TOKENS = 512
-"""Tokens whose predictions are compared at a time: few enough that they stay in a processor's cache."""
+"""Tokens that go through the suffix and are compared at a time on a CPU: few enough to stay in its cache."""
 
 
 @torch.no_grad()
@@ -39,36 +41,53 @@ def run(work: ScoreWork, activations: Activations, weights: dict[str, State]) ->
     parent, dtype, device = activations.parent, activations.dtype, activations.device
     trained = {v: weights[str(v)] for v in (work.block.attention, work.block.ffn) if str(v) in weights}
     block = halves(parent, work.layer, work.block, trained, dtype, device)
-    hidden = _through_block(work, activations, block)
-    for layer in range(work.layer + 1, parent.shape.layers):
-        own, context = activations.block(layer), activations.context()
-        hidden = [own(batch, **context) for batch in hidden]
-    return _compare(work, activations, hidden)
+    suffix = [activations.block(layer) for layer in range(work.layer + 1, parent.shape.layers)]
+    context, compared = activations.context(), _Compared()
+    for rows in _few_windows(activations):
+        hidden = _through_block(work, activations, block, rows, context)
+        for own in suffix:
+            hidden = own(hidden, **context)
+        compared.add(activations, rows, hidden)
+    return _record(work, activations, compared)
 
 
-def _through_block(work: ScoreWork, activations: Activations, block: Halves) -> list[torch.Tensor]:
-    context, device = activations.context(), activations.device
+def _few_windows(activations: Activations) -> Iterator[slice]:
+    tokens = COMPARED_TOKENS if activations.device.type == "cpu" else FORWARD_TOKENS
+    few = max(1, tokens // activations.ids_NT.shape[1])
+    return (slice(first, first + few) for first in range(0, len(activations.ids_NT), few))
+
+
+def _through_block(
+    work: ScoreWork, activations: Activations, block: Halves, rows: slice, context: dict[str, Any]
+) -> torch.Tensor:
     if work.block.attention == activations.attention(work.layer):
-        states = activations.middle(work.layer)
-        return [block.ffn.feed(states[rows].to(device)) for rows in activations.batches()]
-    states = activations.entry(work.layer)
-    return [block(states[rows].to(device), **context) for rows in activations.batches()]
+        return block.feed(activations.middle(work.layer)[rows].to(activations.device))
+    return block(activations.entry(work.layer)[rows].to(activations.device), **context)
 
 
-def _compare(work: ScoreWork, activations: Activations, hidden: list[torch.Tensor]) -> ScoreRecord:
+class _Compared:
+    """Sums over the tokens compared so far."""
+
     kl = loss_increase = agreed = 0.0
-    few = max(1, COMPARED_TOKENS // activations.ids_NT.shape[1])
-    for first, batch in enumerate(torch.split(torch.cat(hidden), few)):
-        rows = slice(first * few, first * few + len(batch))
-        parent_BTV = activations.log_probabilities(rows).to(batch.device)
-        child_BTV = activations.log_softmax(batch)
-        following_BT1 = activations.ids_NT[rows, 1:, None].long().to(batch.device)
-        kl += kl_of_log_probabilities(parent_BTV, child_BTV).sum(dtype=torch.float64).item()
+
+    def add(self, activations: Activations, rows: slice, final_BTD: torch.Tensor) -> None:
+        """Compare the predictions that follow from what leaves the last layer with the parent's."""
+        parent_BTV = activations.log_probabilities(rows).to(final_BTD.device)
+        child_BTV = activations.log_softmax(final_BTD)
+        following_BT1 = activations.ids_NT[rows, 1:, None].long().to(final_BTD.device)
+        self.kl += kl_of_log_probabilities(parent_BTV, child_BTV).sum(dtype=torch.float64).item()
         lost = parent_BTV[:, :-1].gather(-1, following_BT1) - child_BTV[:, :-1].gather(-1, following_BT1)
-        loss_increase += lost.sum(dtype=torch.float64).item()
-        agreed += (parent_BTV.argmax(-1) == child_BTV.argmax(-1)).sum().item()
+        self.loss_increase += lost.sum(dtype=torch.float64).item()
+        self.agreed += (parent_BTV.argmax(-1) == child_BTV.argmax(-1)).sum().item()
+
+
+def _record(work: ScoreWork, activations: Activations, compared: _Compared) -> ScoreRecord:
     windows, length = activations.ids_NT.shape
-    values = (kl / (windows * length), loss_increase / (windows * (length - 1)), agreed / (windows * length))
+    values = (
+        compared.kl / (windows * length),
+        compared.loss_increase / (windows * (length - 1)),
+        compared.agreed / (windows * length),
+    )
     if not all(map(math.isfinite, values)):
         raise NonFiniteError(f"the score of layer {work.layer} {work.block} is not finite (KL {values[0]})")
     return ScoreRecord(

@@ -104,7 +104,7 @@ class ScoreWork(Work):
     """
 
     stage: ClassVar[str] = "score"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     parent: str
     layer: int
