@@ -20,7 +20,7 @@ from puzzle_core.search.words import batch_text, flags, infeasible_text
 from puzzle_core.stages import Found, Price, RunnerUp, SearchRecord, Tried
 
 RELATIVE_GAP = 1e-6
-EXPLAINED: dict[str, float] = {"time_limit_s": 2.0, "relative_gap": 1e-4}
+EXPLAINED: dict[str, float] = {"time_limit_s": 0.7, "relative_gap": 1e-4}
 """How exact each solve is that only explains the answer (prices, runner-ups) or stands beside it (maximise)."""
 
 RUNNER_UP_GAP = 1e-3
