@@ -29,22 +29,17 @@ def cancel_runs(api: str, seconds: float) -> None:
 
 
 def bury_runs(api: str) -> int:
-    """Mark open runs, and those within them, as crashed, where it is known that no worker runs.
+    """Mark open runs of deployments, and what was within them, as crashed, where it is known that no worker runs.
 
     Returns:
         How many there were.
     """
     dead: State[Any] = Crashed(message="Its worker and its process were gone when the services started.")
-    buried = 0
     with _client(api) as client:
-        runs = _of_deployments(client)
-        while runs:
-            for run in runs:
-                client.set_flow_run_state(run.id, dead, force=True)
-            buried += len(runs)
-            within = {"parent_flow_run_id": {"any_": [str(run.id) for run in runs]}, "state": OPEN}
-            runs = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(within))
-    return buried
+        found = [run for run in _open(client) if _is_dead(_outermost(client, run), run)]
+        for run in found:
+            client.set_flow_run_state(run.id, dead, force=True)
+    return len(found)
 
 
 @contextmanager
@@ -54,5 +49,32 @@ def _client(api: str) -> Iterator[SyncPrefectClient]:
 
 
 def _of_deployments(client: SyncPrefectClient) -> list[FlowRun]:
-    open_ones = FlowRunFilter.model_validate({"deployment_id": {"is_null_": False}, "state": OPEN})
-    return client.read_flow_runs(flow_run_filter=open_ones)
+    return [run for run in _open(client) if run.deployment_id]
+
+
+def _open(client: SyncPrefectClient) -> list[FlowRun]:
+    """All of them, however many pages the server makes of the answer."""
+    found: list[FlowRun] = []
+    chosen = FlowRunFilter.model_validate({"state": OPEN})
+    while page := client.read_flow_runs(flow_run_filter=chosen, offset=len(found)):
+        found += page
+    return found
+
+
+def _outermost(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
+    """The run that a run is part of, however deep within, or the run itself."""
+    while run.parent_task_run_id:
+        within = client.read_task_run(run.parent_task_run_id).flow_run_id
+        if within is None:
+            break
+        run = client.read_flow_run(within)
+    return run
+
+
+def _is_dead(outermost: FlowRun, run: FlowRun) -> bool:
+    """Whether no process can be at a run: only workers run deployments, and a run ends with the one that it is part of.
+
+    A run that a person's command started may go on while services are started again.
+    """
+    ended = outermost is not run and outermost.state is not None and outermost.state.is_final()
+    return outermost.deployment_id is not None or ended
