@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: `puzzle check`."""
+"""What a run or a re-search would do, without doing it: `puzzle check` and `puzzle targets`."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -15,7 +15,7 @@ from flows.interop_commands import IMPORT_HELP, add_config_options, add_import_c
 from flows.server import PREFECT_HOME
 from flows.store_commands import STORE_HELP, add_store_commands
 from puzzle_core.errors import PuzzleError, SpecError
-from puzzle_core.spec import load_spec
+from puzzle_core.spec import RuntimeSpec, load_spec
 
 log = logging.getLogger("puzzle")
 EXAMPLE_PARENT = Path("deployments/parents/stdlib-2m")
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     command("check", _check, "validate a specification and print the plan: what is cached, what will be computed")
     report = command("report", _report, "print the final table of a run and where its report lies", spec=False)
     report.add_argument("name", metavar="RUN", help="name of a flow run or of a specification, or a report's key")
-    report.add_argument("--store", default=".puzzle/store", help="artifact store (default %(default)s)")
+    report.add_argument("--store", default=RuntimeSpec().store, help="artifact store (default %(default)s)")
     add_export_options(command("export", export, EXPORT_HELP, spec=False))
     ui = command("ui", _ui, "serve the Prefect UI over the runs kept here, until interrupted", spec=False)
     ui.add_argument("--port", type=int, default=4200, help="port on loopback (default %(default)s)")
@@ -196,7 +196,7 @@ def _report(options: Any) -> None:
     from puzzle_core.stages import ReportWork
     from tasks.store import Store
 
-    store = Store(options.store, Path(".puzzle/scratch/store-cache"))
+    store = Store.of(RuntimeSpec(store=options.store))
     readable = f"{ReportWork.stage}/v{ReportWork.version}/"
     manifests = [store.manifest(key) for key in store.keys(ReportWork.stage) if key.startswith(readable)]
     found = [

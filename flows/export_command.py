@@ -93,7 +93,7 @@ def _child(options: Any) -> tuple[Path, Any]:
         raise SpecError(
             f"{options.child!r} is neither a directory here nor a key of a child like gkd/v1/..."
         ) from error
-    store = Store(options.store, Path(RuntimeSpec().scratch) / "store-cache")
+    store = Store.of(RuntimeSpec(store=options.store))
     return store.fetch(key), _provenance(store, key)
 
 

@@ -5,7 +5,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from puzzle_core.errors import DamagedError
@@ -49,7 +48,7 @@ def add_store_commands(store: argparse.ArgumentParser) -> None:
 def _open(options: Any) -> Any:
     from tasks.store import Store
 
-    return Store(options.store, Path(RuntimeSpec().scratch) / "store-cache")
+    return Store.of(RuntimeSpec(store=options.store))
 
 
 def _list(options: Any) -> None:

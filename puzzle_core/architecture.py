@@ -18,6 +18,7 @@ from puzzle_core.errors import SpecError
 from puzzle_core.records import Record
 
 Subblock = Literal["attn", "ffn"]
+Kind = Literal["sized", "linear", "no_op"]
 _ID = re.compile(r"(attn|ffn):(linear|no_op|(?:kv|i)(\d+))")
 
 
@@ -26,7 +27,7 @@ class Variant:
     """One alternative for a subblock; `size` is the number of KV heads or the intermediate width."""
 
     subblock: Subblock
-    kind: Literal["sized", "linear", "no_op"]
+    kind: Kind
     size: int = 0
 
     @classmethod

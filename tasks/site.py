@@ -22,11 +22,10 @@ from puzzle_core.errors import StorageError
 from puzzle_core.model.activations import Activations, ChildActivations
 from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.model.surgery import State, load_weights
-from puzzle_core.quantities import parse_memory
 from puzzle_core.records import Record, Work, write_text_atomic
 from puzzle_core.spec import Dtype, ParentSpec, RunSpec, RuntimeSpec
 from puzzle_core.stages import AssembleWork
-from tasks.store import OnCorruption, Store
+from tasks.store import Store
 from tasks.turns import turn
 
 
@@ -58,9 +57,7 @@ class Site(Record):
 
     def store(self) -> Store:
         """The artifact store."""
-        runtime = self.runtime
-        cache_bytes = parse_memory(runtime.cache_size).value
-        return _open_store(runtime.store, self.scratch / "store-cache", cache_bytes, runtime.on_corruption)
+        return _open_store(self.runtime)
 
     def open_parent(self) -> Parent:
         """The parent, opened once per process."""
@@ -151,5 +148,5 @@ def _open_parent(spec: ParentSpec) -> Parent:
 
 
 @functools.lru_cache(maxsize=4)
-def _open_store(url: str, cache: Path, cache_bytes: float, on_corruption: OnCorruption) -> Store:
-    return Store(url, cache, cache_bytes, on_corruption)
+def _open_store(runtime: RuntimeSpec) -> Store:
+    return Store.of(runtime)

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from puzzle_core.errors import ArtifactError, DamagedError
+from puzzle_core.quantities import parse_memory
 from puzzle_core.records import Record, Work, digest_file
+from puzzle_core.spec import RuntimeSpec
 from tasks.store_bucket import Bucket, Entry
 from tasks.store_cache import Cache
 from tasks.store_manifest import MANIFEST, Manifest, StoredFile, name_of
@@ -32,6 +34,12 @@ OnCorruption = Literal["refuse", "recompute"]
 
 class Store:
     """Artifacts by key."""
+
+    @classmethod
+    def of(cls, runtime: RuntimeSpec) -> "Store":
+        """The store that a run's settings name, or a command's, which go by the defaults but for its place."""
+        cache_bytes = parse_memory(runtime.cache_size).value
+        return cls(runtime.store, Path(runtime.scratch) / "store-cache", cache_bytes, runtime.on_corruption)
 
     def __init__(
         self,

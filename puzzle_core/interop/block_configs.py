@@ -12,7 +12,7 @@ checkpoints and those of NVIDIA's Model-Optimizer have.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.architecture import Architecture, BlockVariant, Kind, ModelShape, Variant
 from puzzle_core.errors import SpecError
 
 WIDTH_GRID = 256
@@ -104,9 +104,7 @@ def attention_of(entry: Any, heads: int, place: str) -> Variant:
         SpecError: as `from_block_configs`.
     """
     place = f"{place}, attention"
-    entry = _mapping(entry, place)
-    _refuse_others(entry, ("no_op", "replace_with_linear", "n_heads_in_group", "num_key_value_heads"), place)
-    kind = _kind(entry, place)
+    entry, kind = _subblock(entry, ("n_heads_in_group", "num_key_value_heads"), place)
     if kind != "sized":
         return Variant("attn", kind)
     kv_heads, group = (_size(entry, key, place, int) for key in ("num_key_value_heads", "n_heads_in_group"))
@@ -128,9 +126,7 @@ def ffn_of(entry: Any, hidden: int, place: str) -> Variant:
         SpecError: as `from_block_configs`.
     """
     place = f"{place}, ffn"
-    entry = _mapping(entry, place)
-    _refuse_others(entry, ("no_op", "replace_with_linear", "ffn_mult", "intermediate_size"), place)
-    kind = _kind(entry, place)
+    entry, kind = _subblock(entry, ("ffn_mult", "intermediate_size"), place)
     if kind != "sized":
         return Variant("ffn", kind)
     width, ffn_mult = _size(entry, "intermediate_size", place, int), _size(entry, "ffn_mult", place, float)
@@ -154,14 +150,17 @@ def _flags(variant: Variant) -> dict[str, bool]:
     return {"no_op": variant.kind == "no_op", "replace_with_linear": variant.kind == "linear"}
 
 
-def _kind(entry: Mapping[str, Any], place: str) -> Any:
-    flags = {"no_op": entry.get("no_op", False), "replace_with_linear": entry.get("replace_with_linear", False)}
+def _subblock(entry: Any, sizes: tuple[str, str], place: str) -> tuple[Mapping[str, Any], Kind]:
+    """One half of a block: what it says, where nothing but `sizes` may be said of its size, and its kind."""
+    entry = _mapping(entry, place)
+    _refuse_others(entry, ("no_op", "replace_with_linear", *sizes), place)
+    flags = {key: entry.get(key, False) for key in ("no_op", "replace_with_linear")}
     for key, value in flags.items():
         if not isinstance(value, bool):
             raise SpecError(f"{place}: {key} is {_brief(value)}; say true or false")
     if all(flags.values()):
         raise SpecError(f"{place}: no_op and replace_with_linear are both true; it can be one of them")
-    return "no_op" if flags["no_op"] else "linear" if flags["replace_with_linear"] else "sized"
+    return entry, "no_op" if flags["no_op"] else "linear" if flags["replace_with_linear"] else "sized"
 
 
 def _size(entry: Mapping[str, Any], key: str, place: str, kind: type) -> float | None:

@@ -39,17 +39,6 @@ class InterruptedStageError(Exception):
     """What stops a stage in the middle."""
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
-def store(request, tmp_path):
-    """A store of every kind; `memory://` takes the same way as buckets do."""
-    root = {
-        "local": lambda: str(tmp_path / "store"),
-        "memory": lambda: f"memory://{uuid.uuid4().hex}",
-        "s3": lambda: request.getfixturevalue("bucket"),
-    }
-    return Store(root[request.param](), tmp_path / "cache")
-
-
 @pytest.fixture
 def local(tmp_path):
     return Store(str(tmp_path / "store"), tmp_path / "cache")

@@ -1,7 +1,6 @@
 """What refers to what, and what goes: never what something kept descends from, nor what is young."""
 
 import time
-import uuid
 from typing import ClassVar
 
 import pytest
@@ -38,17 +37,6 @@ class ChildWork(Work):
     version: ClassVar[int] = 1
 
     library: tuple[tuple[tuple[str, str], ...], ...]
-
-
-@pytest.fixture(params=["local", "memory", "s3"])
-def store(request, tmp_path):
-    """A store of every kind."""
-    roots = {
-        "local": lambda: str(tmp_path / "store"),
-        "memory": lambda: f"memory://{uuid.uuid4().hex}",
-        "s3": lambda: request.getfixturevalue("bucket"),
-    }
-    return Store(roots[request.param](), tmp_path / "cache")
 
 
 def publish(store, work):

@@ -1,6 +1,6 @@
 """Random small problems, and the slow, obvious search that the fast ones are compared with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -70,6 +70,15 @@ def with_free_continuations(problem: Problem) -> Problem:
             for column in (score, *resources.values()):
                 column[layer][option] = 0.0
     return replace(problem, score=tuple(score), resources={name: tuple(column) for name, column in resources.items()})
+
+
+def in_other_units(problem: Problem) -> Iterator[Problem]:
+    """The problem with its scores, and with its costs and limits, from a millionth to a million times as large."""
+    for factor in (1e-6, 1e-3, 1e3, 1e6):
+        yield replace(problem, score=tuple(values * factor for values in problem.score))
+        columns = {name: tuple(x * factor for x in column) for name, column in problem.resources.items()}
+        limits = tuple(replace(limit, capacity=limit.capacity * factor) for limit in problem.limits)
+        yield replace(problem, resources=columns, limits=limits)
 
 
 def all_choices(problem: Problem) -> list[Choice]:
