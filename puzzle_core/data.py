@@ -10,6 +10,7 @@ Legend: N windows, T tokens per window.
 import gzip
 import hashlib
 import json
+import os
 import random
 import sysconfig
 import zlib
@@ -25,6 +26,7 @@ from puzzle_core.stages import TokensRecord, TokensWork
 
 STDLIB = "python-stdlib"
 _STDLIB_SKIPPED = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
+_STDLIB_SPLITS = {f"{STDLIB}:train": False, f"{STDLIB}:held-out": True}
 
 
 class Document(NamedTuple):
@@ -63,6 +65,15 @@ def read_documents(sources: Iterable[str]) -> list[Document]:
     return documents
 
 
+def source_files(sources: Iterable[str]) -> list[Path]:
+    """The files that `read_documents` reads, in its order.
+
+    Raises:
+        DataError: a source is missing.
+    """
+    return [file for source in sources for file in _files_of(source)]
+
+
 def digest_documents(documents: Iterable[Document]) -> str:
     """Hex digest of the texts and their order; names do not count."""
     digest = hashlib.sha256()
@@ -77,14 +88,10 @@ def stdlib_documents(held_out: bool, include_tests: bool = False) -> Iterator[Do
     Test modules are left out unless asked for, since some distributions do not ship them, and so are the code-page
     tables of `encodings`, which are not prose of any kind.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = _STDLIB_SKIPPED - ({"test", "tests", "idle_test"} if include_tests else set())
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if skipped.intersection(relative.parts) or is_held_out(relative.as_posix()) != held_out:
-            continue
+    root = _stdlib()
+    for path in _stdlib_files(held_out, include_tests):
         try:
-            yield Document(relative.as_posix(), path.read_text(encoding="utf-8"))
+            yield Document(path.relative_to(root).as_posix(), path.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             continue  # a few test inputs are written in other encodings on purpose
 
@@ -144,20 +151,37 @@ def _with_start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def _read_source(source: str) -> Iterator[Document]:
-    if source.startswith(STDLIB):
-        splits = {f"{STDLIB}:train": False, f"{STDLIB}:held-out": True}
-        if source not in splits:
-            raise DataError(f"unknown text source {source!r}: say {' or '.join(map(repr, splits))}")
-        yield from stdlib_documents(held_out=splits[source])
+    if source in _STDLIB_SPLITS:
+        yield from stdlib_documents(held_out=_STDLIB_SPLITS[source])
         return
+    for file in _files_of(source):
+        yield from _read_file(file)
+
+
+def _files_of(source: str) -> list[Path]:
+    if source in _STDLIB_SPLITS:
+        return _stdlib_files(held_out=_STDLIB_SPLITS[source])
+    if source.startswith(STDLIB):
+        raise DataError(f"unknown text source {source!r}: say {' or '.join(map(repr, _STDLIB_SPLITS))}")
     path = Path(source)
     if path.is_dir():
-        for child in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
-            yield from _read_file(child)
-    elif path.is_file():
-        yield from _read_file(path)
-    else:
-        raise DataError(f"text source {source!r} does not exist: give a file, a directory or '{STDLIB}:train'")
+        return sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    if path.is_file():
+        return [path]
+    raise DataError(f"text source {source!r} does not exist: give a file, a directory or '{STDLIB}:train'")
+
+
+def _stdlib() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _stdlib_files(held_out: bool, include_tests: bool = False) -> list[Path]:
+    skipped = _STDLIB_SKIPPED - ({"test", "tests", "idle_test"} if include_tests else set())
+    root, found = _stdlib(), list[Path]()
+    for directory, within, names in os.walk(root):
+        within[:] = [name for name in within if name not in skipped]
+        found += [Path(directory, name) for name in names if name.endswith(".py")]
+    return sorted(path for path in found if is_held_out(path.relative_to(root).as_posix()) == held_out)
 
 
 def _read_file(path: Path) -> Iterator[Document]:

@@ -5,6 +5,7 @@ Flows submit what a plan names and the store lacks; `puzzle check` prints the sa
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
@@ -128,7 +129,19 @@ class Plan:
 
     def library_key(self, layer: int, variant: Variant) -> str | None:
         """Where a half's weights lie; none for the parent's own and for no-ops."""
-        return self.bld(layer, variant).key if variant in self.trained(layer) else None
+        return self._library_keys.get((layer, variant))
+
+    @cached_property
+    def _library_keys(self) -> dict[tuple[int, Variant], str]:
+        return {(work.layer, work.variant): work.key for work in self.all_bld()}
+
+    @cached_property
+    def _scores(self) -> list[ScoreWork]:
+        return [self.score(layer, block) for layer in self.layers for block in self.scored(layer)]
+
+    @cached_property
+    def _score_keys(self) -> tuple[str, ...]:
+        return tuple(work.key for work in self._scores)
 
     def scored(self, layer: int, base: Architecture | None = None) -> list[BlockVariant]:
         """The blocks of a layer that need a score: all pairs, or the base's block with one half changed.
@@ -160,6 +173,8 @@ class Plan:
 
     def all_scores(self, base: Architecture | None = None) -> list[ScoreWork]:
         """Every score in the parent, or in a child."""
+        if base is None:
+            return list(self._scores)
         return [self.score(layer, block, base) for layer in self.layers for block in self.scored(layer, base)]
 
     def costs(self) -> dict[tuple[str, int], CostWork]:
@@ -194,7 +209,7 @@ class Plan:
             parent=self.inputs.parent,
             shape=self.inputs.shape,
             variants=self.spec.variants,
-            scores=tuple(work.key for work in self.all_scores(base)),
+            scores=tuple(work.key for work in self.all_scores(base)) if base else self._score_keys,
             composition=self.spec.scoring.composition,
             costs=tuple((*where, work.key) for where, work in self.costs().items()),
             cost_table=self.inputs.cost_table,

@@ -15,7 +15,7 @@ import torch
 from prefect.runtime import flow_run
 
 from puzzle_core.architecture import Variant
-from puzzle_core.data import read_windows
+from puzzle_core.data import digest_documents, read_documents, read_windows, source_files
 from puzzle_core.device import available_cores, default_device
 from puzzle_core.distill.loop import Checkpoints
 from puzzle_core.errors import StorageError
@@ -132,13 +132,27 @@ class Site(Record):
             NonFiniteError: a weight is NaN or infinite.
         """
         parent = self.open_parent()
-        files = [parent.directory / "config.json", *parent.checkpoint.files]
+
+        def look() -> str:
+            parent.check_finite()
+            return parent.digest
+
+        return self._remembered("parents", [parent.directory / "config.json", *parent.checkpoint.files], look)
+
+    def texts_digest(self, sources: tuple[str, ...]) -> str:
+        """Digest of the texts in these sources, in their order; remembered as long as their files do not change.
+
+        Raises:
+            DataError: as `read_documents`.
+        """
+        return self._remembered("texts", source_files(sources), lambda: digest_documents(read_documents(sources)))
+
+    def _remembered(self, kind: str, files: list[Path], look: Callable[[], str]) -> str:
         signature = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         name = hashlib.sha256(json.dumps(signature).encode()).hexdigest()[:16]
-        known = self.scratch / "parents" / f"{name}.digest"
+        known = self.scratch / kind / f"{name}.digest"
         if not known.exists():
-            parent.check_finite()
-            write_text_atomic(known, parent.digest)
+            write_text_atomic(known, look())
         return known.read_text()
 
 

@@ -98,8 +98,8 @@ def open_inputs(site: Site, texts: DataSpec, target: TargetSpec) -> Inputs:
         parent=site.parent_digest(),
         tokenizer=parent.tokenizer_digest,
         shape=parent.shape,
-        train_texts=data.digest_documents(data.read_documents(texts.train_texts)),
-        held_out_texts=data.digest_documents(data.read_documents(texts.held_out_texts)),
+        train_texts=site.texts_digest(texts.train_texts),
+        held_out_texts=site.texts_digest(texts.held_out_texts),
         hardware="",
     )
     return for_target(inputs, target)

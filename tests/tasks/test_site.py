@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from puzzle_core.errors import NonFiniteError, StorageError
+from puzzle_core import data
+from puzzle_core.errors import DataError, NonFiniteError, StorageError
 from puzzle_core.model.parent import Parent
 from puzzle_core.spec import ParentSpec, RuntimeSpec
 from tasks.site import Site
@@ -124,6 +125,26 @@ def test_weights_are_looked_at_once_and_again_when_they_change(site_of, copy_of,
     with pytest.raises(NonFiniteError):  # what was refused is not remembered as seen
         site_of(directory).parent_digest()
     assert len(looks) == 3
+
+
+def test_texts_are_read_once_and_again_when_they_change(site_of, tmp_path, monkeypatch):
+    texts, looks, read = tmp_path / "texts", [], data.read_documents
+    monkeypatch.setattr("tasks.site.read_documents", lambda sources: looks.append(1) or read(sources))
+    texts.mkdir()
+    (texts / "a.txt").write_text("one")
+    first = site_of().texts_digest((str(texts),))
+    assert site_of().texts_digest((str(texts),)) == first == data.digest_documents(read([str(texts)]))
+    assert len(looks) == 1
+    (texts / "b.txt").write_text("two")
+    second = site_of().texts_digest((str(texts),))
+    (texts / "b.txt").write_text("three")
+    assert len({first, second, site_of().texts_digest((str(texts),))}) == len(looks) == 3
+    (texts / "b.txt").write_bytes(b"caf\xe9")
+    for _ in range(2):  # what was refused is not remembered as read
+        with pytest.raises(DataError, match="is not UTF-8"):
+            site_of().texts_digest((str(texts),))
+    with pytest.raises(DataError, match="does not exist"):
+        site_of().texts_digest((str(tmp_path / "nothing"),))
 
 
 def test_an_opened_store_is_shared(site_of):
