@@ -1,7 +1,6 @@
 """The report of one run: a Markdown page with its figures beside it, an HTML page in one file, and what they show."""
 
 import base64
-import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +23,6 @@ from puzzle_core.report.units import (
     times_text,
 )
 from puzzle_core.stages import CostRecord
-
-log = logging.getLogger(__name__)
 
 MARKDOWN, HTML, INPUTS = "report.md", "report.html", "report.json"
 CAPTIONS = {
@@ -87,7 +84,6 @@ def run(inputs: ReportInputs, out_dir: Path) -> ReportRecord:
         )
         write_text_atomic(out_dir / file, page)
     inputs.write(out_dir / INPUTS)
-    log.info("report %s written to %s", record.title, out_dir)
     return record
 
 

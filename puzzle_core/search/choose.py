@@ -23,7 +23,7 @@ RELATIVE_GAP = 1e-6
 EXPLAINED: dict[str, float] = {"time_limit_s": 0.7, "relative_gap": 1e-4}
 """How exact each solve is that only explains the answer (prices, runner-ups) or stands beside it (maximise)."""
 
-RUNNER_UP_GAP = 1e-3
+RUNNER_UP_GAP = 5e-4
 PRICE_STEP = 0.01
 """How far a limit is loosened to see what that buys, as a part of it."""
 

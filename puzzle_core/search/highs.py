@@ -122,6 +122,19 @@ def lower_bound(problem: Problem, costs: Column) -> float:
     return math.inf if relaxed is None else base + relaxed.bound * unit
 
 
+def option_bounds(problem: Problem, costs: Column) -> Column:
+    """For every option a sum of `costs` that no choice with it is below, (J,) per layer, from one relaxation."""
+    base, extra = _above_least(costs)
+    model, unit = build(problem, extra, [np.arange(len(values)) for values in extra])
+    relaxed = _relax(model)
+    bounds = tuple(np.full(len(values), math.inf) for values in extra)
+    if relaxed is not None:
+        reached = base + (relaxed.bound + relaxed.excess[model.column]) * unit
+        for layer, option, bound in zip(model.layer, model.option, reached, strict=True):
+            bounds[layer][option] = min(bounds[layer][option], bound)
+    return bounds
+
+
 def _above_least(costs: Column) -> tuple[float, Column]:
     """The sum of every layer's least cost, and what each option costs above its layer's."""
     least = [float(values.min()) for values in costs]

@@ -6,10 +6,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from puzzle_core.errors import SpecError, TimeLimitError
-from puzzle_core.search.highs import minimise
+from puzzle_core.search.highs import minimise, option_bounds
 from puzzle_core.search.infeasible import explain_infeasible
-from puzzle_core.search.problem import Choice, Problem, Solution, describe
+from puzzle_core.search.model import Floats
+from puzzle_core.search.problem import Choice, Column, Problem, Solution, describe
 
 Avoid = Sequence[tuple[Choice, int]]
 """Earlier choices, each with the number of layers that a new one may share with it at most."""
@@ -75,22 +78,59 @@ def runner_up(
 ) -> list[tuple[str, float] | None]:
     """Per layer: what it would take were its choice forbidden, and by how much the objective would rise.
 
-    None where limits and rules cannot hold without the layer's choice, or nothing was found in time. One solve per
-    layer, side by side on all cores: the solver leaves Python alone while it works.
+    None where limits and rules cannot hold without the layer's choice, or nothing was found in time. What differs in
+    one more layer is near enough where one relaxation for all shows so; otherwise it starts a solve of its own, side by
+    side on all cores: the solver leaves Python alone while it works.
     """
+    bounds, least = option_bounds(problem, problem.score), sum(float(values.min()) for values in problem.score)
 
     def other(layer: int) -> tuple[str, float] | None:
-        nowhere = [-1] * len(solution.choice)
-        nowhere[layer] = solution.choice[layer]
-        avoid = [(tuple(nowhere), 0)]
+        own = solution.choice[layer]
+        near = _nearest_without(problem, solution.choice, layer)
+        if near is not None:
+            score = problem.total_score(near)
+            if score - np.delete(bounds[layer], own).min(initial=math.inf) <= relative_gap * (score - least):
+                return problem.options[layer][near[layer]], score - solution.objective
+        avoid = [(tuple(own if number == layer else -1 for number in range(len(bounds))), 0)]
         try:
-            found = solve_or_none(problem, avoid=avoid, time_limit_s=time_limit_s, relative_gap=relative_gap)
+            found = solve_or_none(
+                problem, avoid=avoid, time_limit_s=time_limit_s, relative_gap=relative_gap, start=near
+            )
         except TimeLimitError:
             return None
         return None if found is None else (found.options[layer], found.objective - solution.objective)
 
     with ThreadPoolExecutor(os.cpu_count()) as side_by_side:
         return list(side_by_side.map(other, range(len(solution.choice))))
+
+
+def _nearest_without(problem: Problem, choice: Choice, layer: int) -> Choice | None:
+    """The best choice with another option in this layer and in one more at most, if one fits.
+
+    Legend: J options of the layer, M options of all other layers.
+    """
+    others = [
+        (number, option) for number, ids in enumerate(problem.options) if number != layer for option in range(len(ids))
+    ]
+
+    def changes(column: Column) -> Floats:
+        """What choosing each of J and each of M adds to the sum, (J, M)."""
+        rises = [values - values[own] for values, own in zip(column, choice, strict=True)]
+        rest = np.concatenate([np.zeros(1), *rises[:layer], *rises[layer + 1 :]])
+        return np.asarray(rises[layer][:, None] + rest)
+
+    score = changes(problem.score)
+    score[choice[layer]] = math.inf
+    for limit in problem.limits:
+        score[changes(problem.resources[limit.resource]) > limit.capacity - problem.total(limit.resource, choice)] = (
+            math.inf
+        )
+    option, other = np.unravel_index(int(score.argmin()), score.shape)
+    near = list(choice)
+    near[layer] = int(option)
+    if other:
+        near[others[other - 1][0]] = others[other - 1][1]
+    return tuple(near) if math.isfinite(score[option, other]) and problem.feasible(near) else None
 
 
 def solve_or_none(
