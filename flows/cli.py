@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import logging
 import os
 import sys
@@ -149,7 +150,7 @@ def _search(options: Any) -> None:
 
 def _run(options: Any) -> None:
     spec, started = load_spec(options.spec, tuple(options.overrides)), time.monotonic()
-    with _prefect():
+    with _prefect("flows.puzzle"):
         from flows.puzzle import puzzle
         from tasks.site import Site
 
@@ -161,9 +162,7 @@ def _run(options: Any) -> None:
 def _flow(name: str) -> Callable[[Any], None]:
     def run(options: Any) -> None:
         spec = load_spec(options.spec, tuple(options.overrides))
-        with _prefect():
-            import importlib
-
+        with _prefect(f"flows.{name}"):
             getattr(importlib.import_module(f"flows.{name}"), name)(spec)
 
     return run
@@ -174,7 +173,7 @@ def _targets(options: Any) -> None:
     from flows.check import describe_targets
 
     if options.search:
-        with _prefect():
+        with _prefect("flows.research_targets"):
             from flows.research_targets import research_targets
 
             research_targets(spec, str(options.targets))
@@ -239,10 +238,10 @@ def _pretrain(options: Any) -> None:
 
 
 @contextlib.contextmanager
-def _prefect() -> Iterator[None]:
+def _prefect(module: str) -> Iterator[None]:
     from flows.server import prefect_api
 
-    with prefect_api(PREFECT_HOME):
+    with prefect_api(PREFECT_HOME, module):
         yield
 
 

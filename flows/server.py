@@ -8,6 +8,7 @@ were measured to lose no task rows (benchmarks/task_overhead.py).
 import contextlib
 import ctypes
 import datetime
+import importlib
 import logging
 import os
 import signal
@@ -41,11 +42,12 @@ SETTINGS = {
 
 
 @contextlib.contextmanager
-def prefect_api(home: Path) -> Iterator[str]:
+def prefect_api(home: Path, module: str | None = None) -> Iterator[str]:
     """The URL of a Prefect API for the time of a command; prefect must not have been imported before.
 
     Args:
         home: where our own server keeps its data.
+        module: what the command will import, so that this is done while our own server starts.
 
     Raises:
         PuzzleError: our own server did not start.
@@ -60,7 +62,7 @@ def prefect_api(home: Path) -> Iterator[str]:
         yield configured
         return
     running = running_api(home)
-    with contextlib.nullcontext(running) if running else own_server(home, free_port()) as url:
+    with contextlib.nullcontext(running) if running else own_server(home, free_port(), module) as url:
         from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
         with temporary_settings({PREFECT_API_URL: url, PREFECT_LOCAL_STORAGE_PATH: home.resolve() / "storage"}):
@@ -72,8 +74,8 @@ def prefect_api(home: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def own_server(home: Path, port: int) -> Iterator[str]:
-    """A Prefect server on loopback that ends with this process.
+def own_server(home: Path, port: int, module: str | None = None) -> Iterator[str]:
+    """A Prefect server on loopback that ends with this process; a module may be imported while it starts.
 
     Raises:
         PuzzleError: it did not answer in time; its log is in `home`.
@@ -91,6 +93,8 @@ def own_server(home: Path, port: int) -> Iterator[str]:
             preexec_fn=_die_with_parent,
         )
     try:
+        if module:
+            importlib.import_module(module)
         _wait_until_healthy(process, address, home)
         yield f"{address}/api"
     finally:
