@@ -146,7 +146,7 @@ def _start(name: str, spec: RunSpec, around: TrackedRun | None) -> TrackedRun:
     try:
         client = _client(uri)
         if not around:
-            bury_runs(uri)
+            _bury_runs(client)
         started = client.create_run(_experiment_id(client, uri, experiment), tags=tags, run_name=name)
     except (MlflowException, OSError) as error:
         log.warning("MLflow at %s cannot be reached, the run goes on without it: %s", uri, error)
@@ -158,22 +158,25 @@ def _start(name: str, spec: RunSpec, around: TrackedRun | None) -> TrackedRun:
     return run
 
 
-def bury_runs(uri: str) -> int:
-    """Close runs as KILLED whose process, one of this machine, has ended without closing them.
+def bury_runs(uri: str) -> None:
+    """Close runs as KILLED whose process, one of this machine, has ended without closing them."""
+    try:
+        _bury_runs(_client(uri))
+    except (MlflowException, OSError) as error:
+        log.warning("MLflow at %s was not asked for runs whose process is gone: %s", uri, error)
 
-    Returns:
-        How many there were.
-    """
-    client = _client(uri)
+
+def _bury_runs(client: MlflowClient) -> None:
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found, page = list[str](), None
-    while page is None or page.token:
-        token = page.token if page else None
+    token = None
+    while True:
         page = client.search_runs(experiments, "attributes.status = 'RUNNING'", page_token=token)
-        found += [run.info.run_id for run in page if is_gone(run.data.tags.get(PROCESS_TAG, ""))]
-    for run in found:
-        client.set_terminated(run, "KILLED")
-    return len(found)
+        for run in page:
+            if is_gone(run.data.tags.get(PROCESS_TAG, "")):
+                client.set_terminated(run.info.run_id, "KILLED")
+        token = page.token
+        if not token:
+            return
 
 
 @functools.lru_cache(maxsize=4)
@@ -204,7 +207,13 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     place = None
     if uri.startswith("sqlite:///"):
         place = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
-    return str(client.create_experiment(name, artifact_location=place))
+    try:
+        return str(client.create_experiment(name, artifact_location=place))
+    except MlflowException:  # another run that started at the same moment may have made it
+        found = client.get_experiment_by_name(name)
+        if not found:
+            raise
+        return str(found.experiment_id)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
