@@ -6,6 +6,7 @@ cut has left of deployments. What a command runs carries the command's process, 
 finds what was killed.
 """
 
+import datetime
 import logging
 import time
 from collections.abc import Iterator
@@ -23,7 +24,10 @@ from tasks.process import is_gone, this_process
 
 log = logging.getLogger("puzzle")
 OPEN = {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}
+ENDED = ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]
 OPEN_TASKS = {"type": {"any_": ["RUNNING", "PENDING", "SCHEDULED"]}}
+NOTING_SECONDS = 60.0
+"""How long after a run its server may still be writing down how the tasks of it ended."""
 PROCESS = "puzzle.process"
 """The label of an outermost run that tells its process."""
 
@@ -59,9 +63,9 @@ def bury_runs(api: str, no_worker: bool = False) -> int:
     with _client(api) as client:
         found = [run for run in _open(client) if _is_dead(_outermost(client, run), run, no_worker)]
         for run in found:
-            for task_run in _open_tasks(client, run):
-                client.set_task_run_state(task_run, dead, force=True)
             client.set_flow_run_state(run.id, dead, force=True)
+        for task_run in _left_tasks(client, [run.id for run in found]):
+            client.set_task_run_state(task_run, dead, force=True)
     if found:
         log.info("%d runs had ended without saying so: they are marked as crashed, run them again", len(found))
     return len(found)
@@ -86,12 +90,19 @@ def _open(client: SyncPrefectClient) -> list[FlowRun]:
     return found
 
 
-def _open_tasks(client: SyncPrefectClient, run: FlowRun) -> list[UUID]:
-    """The task runs of a flow run that have not ended."""
-    within = FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
-    chosen, found = TaskRunFilter.model_validate({"state": OPEN_TASKS}), list[UUID]()
-    while page := client.read_task_runs(flow_run_filter=within, task_run_filter=chosen, offset=len(found)):
-        found += [task_run.id for task_run in page]
+def _left_tasks(client: SyncPrefectClient, buried: list[UUID]) -> set[UUID]:
+    """Open task runs of these flow runs, and of runs that ended long enough ago for the server to have noted the end.
+
+    Of tasks that end before they began, for a clock was set back meanwhile, the server notes no end.
+    """
+    long_ago = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=NOTING_SECONDS)
+    within = [{"state": {"type": {"any_": ENDED}}, "end_time": {"before_": long_ago}}, {"id": {"any_": buried}}]
+    chosen, found = TaskRunFilter.model_validate({"state": OPEN_TASKS}), set[UUID]()
+    for runs in map(FlowRunFilter.model_validate, within):
+        seen = 0
+        while page := client.read_task_runs(flow_run_filter=runs, task_run_filter=chosen, offset=seen):
+            seen += len(page)
+            found |= {task_run.id for task_run in page}
     return found
 
 

@@ -1,5 +1,6 @@
 """Tracking in MLflow: nested runs, what they say, and lineage; and a run goes on where MLflow does not."""
 
+import concurrent.futures
 import logging
 import time
 
@@ -94,6 +95,24 @@ def test_runs_of_a_process_that_is_gone_are_closed_as_the_next_run_begins_and_th
     assert {name: client.get_run(run).info.status for name, run in planted.items()} == expected
     for run in planted.values():
         client.set_terminated(run)
+
+
+def test_runs_that_start_at_once_make_one_database_and_half_a_one_of_a_killed_run_is_made_anew(content, tmp_path):
+    (tmp_path / ".mlflow.db.new").write_bytes(b"half a database")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    spec = parse_spec(content | {"name": "at-once", "runtime": {"mlflow_uri": uri}}, "test")
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        runs = list(threads.map(lambda number: start_and_end(f"run {number}", spec), range(3)))
+    client = MlflowClient(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    assert len(experiments) == 2  # MLflow's own and ours
+    assert {run.info.run_id for run in client.search_runs(experiments)} == set(runs)
+    assert [file.name for file in tmp_path.glob(".mlflow.db.new*")] == []
+
+
+def start_and_end(name, spec):
+    with tracked(name, spec) as run:
+        return run.run_id
 
 
 def test_metrics_keep_their_steps_however_many(tracked_spec, client):
