@@ -96,7 +96,9 @@ def _left_tasks(client: SyncPrefectClient, buried: list[UUID]) -> set[UUID]:
     Of tasks that end before they began, for a clock was set back meanwhile, the server notes no end.
     """
     long_ago = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=NOTING_SECONDS)
-    within = [{"state": {"type": {"any_": ENDED}}, "end_time": {"before_": long_ago}}, {"id": {"any_": buried}}]
+    within: list[Any] = [{"state": {"type": {"any_": ENDED}}, "end_time": {"before_": long_ago}}]
+    if buried:
+        within.append({"id": {"any_": buried}})
     chosen, found = TaskRunFilter.model_validate({"state": OPEN_TASKS}), set[UUID]()
     for runs in map(FlowRunFilter.model_validate, within):
         seen = 0
