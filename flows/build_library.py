@@ -5,6 +5,7 @@ import logging
 from prefect import flow
 from prefect.futures import PrefectFuture
 
+from flows.open_runs import sign
 from flows.running import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
@@ -26,7 +27,7 @@ from tasks.tracking import tracked
 log = logging.getLogger("puzzle")
 
 
-@flow(name="build-library", flow_run_name="library of {spec.name}", persist_result=False)
+@flow(name="build-library", flow_run_name="library of {spec.name}", persist_result=False, on_running=[sign])
 def build_library(spec: RunSpec) -> None:
     """Train every missing variant of every layer (BLD), then score every missing block variant.
 
@@ -39,8 +40,10 @@ def build_library(spec: RunSpec) -> None:
         show_tracked(plan, run)
         ensure_tokens(plan, site, "calibration", "bld", "scoring")
         ensure(measure_importance, plan.importance(), site)
-        side_by_side(train_variants, site)(spec, plan, site)
-        side_by_side(score_variants, site)(spec, plan, site)
+        with site.claim_activations(plan.tokens("bld").key, spec.bld.dtype):
+            side_by_side(train_variants, site)(spec, plan, site)
+        with site.claim_activations(plan.tokens("scoring").key, spec.scoring.dtype):
+            side_by_side(score_variants, site)(spec, plan, site)
         record_library(plan, site, run)
         show_library(plan, site)
 

@@ -222,6 +222,9 @@ def _ui(options: Any) -> None:
     from flows.server import own_server
 
     with own_server(PREFECT_HOME, options.port) as url:
+        from flows.open_runs import bury_runs
+
+        bury_runs(url)
         sys.stdout.write(f"Prefect UI at {url.removesuffix('/api')}; interrupt to stop\n")
         sys.stdout.flush()
         with contextlib.suppress(KeyboardInterrupt):
@@ -241,7 +244,10 @@ def _pretrain(options: Any) -> None:
 def _prefect(module: str) -> Iterator[None]:
     from flows.server import prefect_api
 
-    with prefect_api(PREFECT_HOME, module):
+    with prefect_api(PREFECT_HOME, module) as url:
+        from flows.open_runs import bury_runs
+
+        bury_runs(url)
         yield
 
 

@@ -5,6 +5,7 @@ import logging
 from prefect import flow
 
 from flows.build_library import build_library
+from flows.open_runs import sign
 from flows.refine_search import find_answer, refine_search
 from flows.running import ensure, ensure_tokens, mending, plan_run
 from flows.search_architecture import measure_target, search_architecture
@@ -22,7 +23,7 @@ from tasks.tracking import tracked
 log = logging.getLogger("puzzle")
 
 
-@flow(name="puzzle", flow_run_name="{spec.name}", persist_result=False)
+@flow(name="puzzle", flow_run_name="{spec.name}", persist_result=False, on_running=[sign])
 def puzzle(spec: RunSpec) -> str:
     """Build the library, search, train and evaluate the child, and write the report.
 

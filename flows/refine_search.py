@@ -41,7 +41,8 @@ def refine_search(spec: RunSpec) -> None:
         best = min(candidates, key=_kl)
         for number in range(1, spec.search.iterations + 1):
             around = best.found.architecture
-            side_by_side(score_variants, site)(spec, plan, site, around)
+            with site.claim_activations(plan.tokens("scoring").key, spec.scoring.dtype):
+                side_by_side(score_variants, site)(spec, plan, site, around)
             again = plan.search(around, first.batch_sizes)
             ensure(stages.search_architecture, again, site, target=spec.target)
             found = _measured(number, _answer(site, again.key), plan, site, best.measured_kl)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from prefect import flow
 
+from flows.open_runs import sign
 from flows.running import plan_run
 from flows.search_architecture import search_architecture
 from puzzle_core.errors import PuzzleError
@@ -31,7 +32,7 @@ class Answer(NamedTuple):
     trouble: str
 
 
-@flow(name="research-targets", flow_run_name="targets of {spec.name}", persist_result=False)
+@flow(name="research-targets", flow_run_name="targets of {spec.name}", persist_result=False, on_running=[sign])
 def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
     """Search every target that has no answer, or whose file, library or scenario changed since it was answered.
 

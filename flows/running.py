@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -93,7 +94,7 @@ def wait_all(
     """Wait for all futures, show progress now and then, and raise what failed once the others are finished.
 
     Raises:
-        PuzzleError: one line per failed task; a DamagedError where one was.
+        PuzzleError: one line per kind of failure; a DamagedError where one was.
     """
     waiting = list(futures)
     total, logged = total or len(waiting), time.monotonic()
@@ -112,8 +113,13 @@ def wait_all(
             logged = time.monotonic()
     if failed:
         damaged = any(isinstance(error, DamagedError) for error in failed)
-        said = f"{len(failed)} of {total} {what} tasks failed:\n" + "\n".join(map(str, failed))
+        said = f"{len(failed)} of {total} {what} tasks failed:\n" + "\n".join(_each_once(failed))
         raise (DamagedError if damaged else PuzzleError)(said)
+
+
+def _each_once(errors: Iterable[PuzzleError]) -> list[str]:
+    """What errors say: a store that is away says the same of every task."""
+    return [said if times == 1 else f"{said} ({times} times)" for said, times in Counter(map(str, errors)).items()]
 
 
 def _within(task: Task[Any, str], site: Site, refresh: bool) -> Task[Any, str]:

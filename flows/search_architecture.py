@@ -4,6 +4,7 @@ import logging
 
 from prefect import flow
 
+from flows.open_runs import sign
 from flows.running import ensure, plan_run
 from puzzle_core.errors import CoverageError
 from puzzle_core.plan import Plan
@@ -18,7 +19,12 @@ from tasks.tracking import tracked
 log = logging.getLogger("puzzle")
 
 
-@flow(name="search-architecture", flow_run_name="search {spec.scenario.name} of {spec.name}", persist_result=False)
+@flow(
+    name="search-architecture",
+    flow_run_name="search {spec.scenario.name} of {spec.name}",
+    persist_result=False,
+    on_running=[sign],
+)
 def search_architecture(spec: RunSpec) -> None:
     """Measure what the target costs, if it was not, and solve the mixed-integer program.
 

@@ -8,6 +8,7 @@ were measured to lose no task rows (benchmarks/task_overhead.py).
 import contextlib
 import ctypes
 import datetime
+import fcntl
 import importlib
 import logging
 import os
@@ -83,7 +84,8 @@ def own_server(home: Path, port: int, module: str | None = None) -> Iterator[str
     home = home.resolve()
     address = f"http://127.0.0.1:{port}"
     command, environment = server_command(home, port)
-    with (home / "server.log").open("ab") as output:
+    with (home / "server.log").open("ab") as output, (home / "starting").open("ab") as starting:
+        fcntl.flock(starting, fcntl.LOCK_EX)  # two that make or migrate one database at once would break it
         process = subprocess.Popen(
             command,
             env=os.environ | environment,
@@ -92,18 +94,17 @@ def own_server(home: Path, port: int, module: str | None = None) -> Iterator[str
             stdin=subprocess.DEVNULL,
             preexec_fn=_die_with_parent,
         )
+        try:
+            if module:
+                importlib.import_module(module)
+            _wait_until_healthy(process, address, home)
+        except BaseException:
+            _end(process)
+            raise
     try:
-        if module:
-            importlib.import_module(module)
-        _wait_until_healthy(process, address, home)
         yield f"{address}/api"
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _end(process)
 
 
 def running_api(home: Path) -> str | None:
@@ -139,6 +140,15 @@ def _die_with_parent() -> None:
     os.setsid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], address: str, home: Path) -> None:

@@ -4,6 +4,7 @@ import logging
 
 from prefect import flow
 
+from flows.open_runs import sign
 from flows.refine_search import find_answer
 from flows.running import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
@@ -20,7 +21,7 @@ log = logging.getLogger("puzzle")
 PARENT, ASSEMBLED, TRAINED = "parent", "child after assembly", "child after GKD"
 
 
-@flow(name="train-child", flow_run_name="child of {spec.name}", persist_result=False)
+@flow(name="train-child", flow_run_name="child of {spec.name}", persist_result=False, on_running=[sign])
 def train_child(spec: RunSpec) -> None:
     """Assemble the chosen architecture, distil it (GKD), and evaluate it beside the parent and the baselines.
 

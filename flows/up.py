@@ -25,6 +25,7 @@ START_SECONDS = 240
 STOP_SECONDS = 20
 POOL = "puzzle"
 MARK = "PUZZLE_SERVICES_OF"
+TRACKING = Path(".puzzle/mlflow.db")
 
 
 class Ports(NamedTuple):
@@ -55,7 +56,7 @@ def services(place: Path, ports: Ports) -> list[Service]:
     command, environment = server_command(place / PREFECT_HOME, ports.prefect)
     python = [sys.executable, "-m"]
     tracking = [*python, "mlflow", "server", "--host", "127.0.0.1", "--port", str(ports.mlflow), "--workers", "1"]
-    tracking += ["--backend-store-uri", f"sqlite:///{data / 'mlflow.db'}"]
+    tracking += ["--backend-store-uri", f"sqlite:///{place / TRACKING}"]
     tracking += ["--artifacts-destination", str(data / "mlartifacts")]
     of_worker = {
         "PREFECT_API_URL": f"{prefect}/api",
@@ -79,19 +80,20 @@ def up(place: Path, ports: Ports) -> None:
     Raises:
         PuzzleError: services are running already, a port is taken, or something did not start; names its log.
     """
+    from tasks.tracking import bury_runs as bury_tracked  # slow to import, and `make down` needs none of it
+
     place = place.resolve()
     if processes(place):
         raise PuzzleError(f"services of {place} are running already: `make down` stops them")
     logs = place / ".puzzle" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     started = services(place, ports)
+    bury_tracked(f"sqlite:///{place / TRACKING}")
     try:
         for service in started[:-1]:
             _start(service, place, logs / f"{service.name}.log")
         worker = started[-1]
-        buried = bury_runs(worker.environment["PREFECT_API_URL"])
-        if buried:
-            log.info("%d runs had ended without saying so: they are marked as crashed, run them again", buried)
+        bury_runs(worker.environment["PREFECT_API_URL"], no_worker=True)
         _start(worker, place, logs / "worker.log")
         _run(["prefect", "--no-prompt", "deploy", "--all"], worker.environment, place, logs / "deploy.log")
         (place / PREFECT_HOME / RUNNING).write_text(worker.environment["PREFECT_API_URL"])

@@ -26,7 +26,7 @@ from puzzle_core.records import Record, Work, write_text_atomic
 from puzzle_core.spec import Dtype, ParentSpec, RunSpec, RuntimeSpec
 from puzzle_core.stages import AssembleWork
 from tasks.store import Store
-from tasks.turns import turn
+from tasks.turns import claim, turn
 
 
 class Site(Record):
@@ -77,6 +77,10 @@ class Site(Record):
 
         return ChildActivations(places / f"{name}-{base.digest()[:16]}", parents, base.architecture, weights)
 
+    def claim_activations(self, tokens: str, dtype: Dtype) -> contextlib.AbstractContextManager[None]:
+        """Keep other runs on this machine from these states while they are captured, used and dropped."""
+        return claim(f"states of {tokens} in {dtype} below {self.scratch.resolve()}")
+
     def checkpoints(self, work: Work) -> Checkpoints:
         """Where a training in progress keeps its checkpoint: a directory of its own, for what is half written too."""
         file = self.scratch / "checkpoints" / work.key / "checkpoint.safetensors"
@@ -96,13 +100,18 @@ class Site(Record):
             The artifact's key.
         """
         store = self.store()
-        if not store.has(work.key):
-            with store.staging() as staged:
-                with contextlib.nullcontext() if alone is None else turn(alone):
-                    record = compute(staged)
-                store.publish(work, record, staged, made_by=flow_run.get_name() or "a script")
+        with claim(f"{work.key} for {self._store_place()}"):
+            if not store.has(work.key):
+                with store.staging() as staged:
+                    with contextlib.nullcontext() if alone is None else turn(alone):
+                        record = compute(staged)
+                    store.publish(work, record, staged, made_by=flow_run.get_name() or "a script")
         shutil.rmtree(self.checkpoints(work).file.parent, ignore_errors=True)
         return work.key
+
+    def _store_place(self) -> str:
+        """One name for a store, wherever a run was started."""
+        return str(Path(self.runtime.store).resolve()) if self.store().is_local else self.runtime.store
 
     def check_room(self, scratch_bytes: int, store_bytes: int) -> None:
         """Refuse a run that the disks cannot hold; a remote store is not asked.

@@ -8,6 +8,7 @@ threads and makes stray runs. If tracking fails the run goes on and says so.
 
 import contextlib
 import contextvars
+import fcntl
 import functools
 import logging
 import os
@@ -26,9 +27,11 @@ from prefect.runtime import flow_run
 
 from puzzle_core.records import Record, canonical_json
 from puzzle_core.spec import RunSpec
+from tasks.process import is_gone, this_process
 
 log = logging.getLogger("puzzle")
 KEY_TAG = "puzzle.key"
+PROCESS_TAG = "puzzle.process"
 
 
 class TrackedRun(Record):
@@ -134,6 +137,7 @@ def _start(name: str, spec: RunSpec, around: TrackedRun | None) -> TrackedRun:
         return around
     tags = {
         "mlflow.runName": name,
+        PROCESS_TAG: this_process(),
         "prefect.flow_run_id": str(flow_run.get_id()),
         "prefect.flow_run_url": str(flow_run.get_flow_run_ui_url()),
     }
@@ -141,6 +145,8 @@ def _start(name: str, spec: RunSpec, around: TrackedRun | None) -> TrackedRun:
         tags["mlflow.parentRunId"] = around.run_id
     try:
         client = _client(uri)
+        if not around:
+            _bury_runs(client)
         started = client.create_run(_experiment_id(client, uri, experiment), tags=tags, run_name=name)
     except (MlflowException, OSError) as error:
         log.warning("MLflow at %s cannot be reached, the run goes on without it: %s", uri, error)
@@ -152,11 +158,46 @@ def _start(name: str, spec: RunSpec, around: TrackedRun | None) -> TrackedRun:
     return run
 
 
+def bury_runs(uri: str) -> None:
+    """Close runs as KILLED whose process, one of this machine, has ended without closing them."""
+    try:
+        _bury_runs(_client(uri))
+    except (MlflowException, OSError) as error:
+        log.warning("MLflow at %s was not asked for runs whose process is gone: %s", uri, error)
+
+
+def _bury_runs(client: MlflowClient) -> None:
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    token = None
+    while True:
+        page = client.search_runs(experiments, "attributes.status = 'RUNNING'", page_token=token)
+        for run in page:
+            if is_gone(run.data.tags.get(PROCESS_TAG, "")):
+                client.set_terminated(run.info.run_id, "KILLED")
+        token = page.token
+        if not token:
+            return
+
+
 @functools.lru_cache(maxsize=4)
 def _client(uri: str) -> MlflowClient:
     if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        _make_database(Path(uri.removeprefix("sqlite:///")))
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _make_database(file: Path) -> None:
+    """Have a whole database or none, however many commands start at once, and whenever one of them is killed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        return
+    with file.with_name(f".{file.name}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            fresh = file.with_name(f".{file.name}.new")
+            fresh.unlink(missing_ok=True)
+            MlflowClient(f"sqlite:///{fresh}", f"sqlite:///{fresh}").search_experiments()
+            fresh.rename(file)
 
 
 def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
@@ -166,7 +207,13 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     place = None
     if uri.startswith("sqlite:///"):
         place = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
-    return str(client.create_experiment(name, artifact_location=place))
+    try:
+        return str(client.create_experiment(name, artifact_location=place))
+    except MlflowException:  # another run that started at the same moment may have made it
+        found = client.get_experiment_by_name(name)
+        if not found:
+            raise
+        return str(found.experiment_id)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Who may use this machine when: measurements alone, everything else side by side.
 
-Two runs on one machine know nothing of each other, so they take turns by locks on two files that all runs of a user
-share. The kernel holds the locks: they are gone with the process that had them, however it died, no server takes part,
-and one costs microseconds. A measurement that waits closes the door, so that what comes later waits behind it.
+Two runs on one machine know nothing of each other, so they take turns by locks on files that all runs of a user share:
+two for measurements, and one for every piece of work, so that of two runs of one spec the second waits for the first.
+The kernel holds the locks: they are gone with the process that had them, however it died, no server takes part, and one
+costs microseconds. A measurement that waits closes the door, so that what comes later waits behind it.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import logging
 import os
 import tempfile
@@ -20,7 +22,7 @@ LOOK_SECONDS = 0.05
 
 
 def place() -> Path:
-    """The directory of the two lock files; `PUZZLE_TURNS` names another, which containers of one machine can share."""
+    """The directory of the lock files; `PUZZLE_TURNS` names another, which containers of one machine can share."""
     return Path(os.environ.get("PUZZLE_TURNS") or Path(tempfile.gettempdir()) / f"puzzle-{os.getuid()}")
 
 
@@ -38,6 +40,34 @@ def turn(alone: bool) -> Iterator[None]:
             _wait(door, kind, "a measurement of another task")
             _wait(room, kind, "other tasks on this machine, to measure alone" if alone else "a measurement")
         yield
+
+
+@contextlib.contextmanager
+def claim(work: str) -> Iterator[None]:
+    """Wait until no other run on this machine is at the same work, and keep it from them.
+
+    Args:
+        work: names it, and what it is written to: equal names wait for each other.
+    """
+    file = place() / f"claim-{hashlib.sha256(work.encode()).hexdigest()[:32]}"
+    place().mkdir(mode=0o700, parents=True, exist_ok=True)
+    while True:
+        with file.open("ab") as claimed:
+            _wait(claimed, fcntl.LOCK_EX, f"another run that is at the same work: {work}")
+            if not _is_named(claimed, file):  # who had it before has removed it
+                continue
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
+            return
+
+
+def _is_named(opened: IO[bytes], file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _wait(file: IO[bytes], kind: int, what: str) -> None:

@@ -195,7 +195,7 @@ def write_spec(spec: RunSpec | dict[str, Any], file: Path) -> Path:
 
 def artifacts(store: str | Path) -> dict[str, int]:
     """When each artifact of a local store was written (its record, in ns), by key."""
-    records = Path(store).rglob("record.json")
+    records = Path(store).glob("*/v*/*/record.json")  # and none that is being staged
     return {str(record.parent.relative_to(store)): record.stat().st_mtime_ns for record in records}
 
 

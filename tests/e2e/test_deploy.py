@@ -253,7 +253,10 @@ def test_cancelling_stops_the_work_within_seconds_and_leaves_the_store_whole(up,
     assert up.ended(again)["type"] == "COMPLETED"
 
 
-def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, values, tmp_path):
+@pytest.mark.fault(
+    "a power cut during a worker's run", "SIGKILL to server, worker, MLflow and run at once, then `make up`"
+)
+def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, values, tmp_path, outcome):
     """The last one: it stops the services, kills them, and starts them again."""
     endless, home = merged(values, {"name": "endless", "bld": {"epochs": 1_000_000}}), up.place / PREFECT_HOME
     before = up.call("POST", "/flow_runs/count", {})[1]
@@ -278,6 +281,15 @@ def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, v
     open_since = [datetime.datetime.fromisoformat(run["state"]["timestamp"]) for run in up.running()]
     assert [moment for moment in open_since if moment < restarted] == []  # the schedule may have begun another run
     check_whole(tmp_path / "store", tmp_path / "unused")
+    tags = f"tags.`prefect.flow_run_id` = '{crashed}'"
+    client = MlflowClient(up.tracking)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    assert [run.info.status for run in client.search_runs(experiments, tags)] == ["KILLED"]
+    outcome(
+        run="found dead by the next `make up`; to be started again",
+        store="whole",
+        shown="Crashed and KILLED, with what was within; none open",
+    )
 
 
 def start_training(up, spec):

@@ -1,46 +1,24 @@
 """kill -9 of a real command in the middle of training: nothing half done is left, and the next run goes on."""
 
 import logging
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from flows.refine_search import find_answer
-from flows.train_child import train_child
 from puzzle_core.distill import bld, gkd
 from puzzle_core.model.surgery import WEIGHTS
 from puzzle_core.spec import parse_spec
+from tests.faults import kept_open, kill_when, shown_running, start
 from tests.workflow import TRAINED, Recorded, artifacts, check_whole, merged, of_stage, plan_of, write_spec
 
-ROOT = Path(__file__).parents[2]
 TABLE = ("parent", "child after assembly", "child after GKD", "top-1 accuracy", "report: ")
-
-
-def start(place, *arguments, **environment):
-    """The command in a process of its own, in a directory of its own."""
-    command = [sys.executable, "-m", "flows.cli", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    environment |= {"PREFECT_LOCAL_STORAGE_PATH": str(place / "results")}
-    with (place / "stdout").open("wb") as stdout, (place / "stderr").open("wb") as stderr:
-        return subprocess.Popen(command, cwd=place, env=environment, stdout=stdout, stderr=stderr)
-
-
-def kill_when(process, condition, place):
-    """kill -9, as soon as the condition holds."""
-    while not condition():
-        assert process.poll() is None, f"ended before it could be killed:\n{(place / 'stderr').read_text()}"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
 
 
 def servers(home):
@@ -82,7 +60,8 @@ def check_uninterrupted(spec, key, place):
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
-def test_after_a_kill_during_bld_the_next_run_goes_on_bitwise_and_no_server_is_left(content, tmp_path):
+@pytest.mark.fault("kill -9 during BLD", "SIGKILL to `puzzle run`, on a server of its own, once a checkpoint is there")
+def test_after_a_kill_during_bld_the_next_run_goes_on_bitwise_and_no_server_is_left(content, tmp_path, outcome):
     """On the defaults: a server of the command's own, everything under .puzzle/, and costs that are measured."""
     variants = {"kv_heads": [2], "ffn_ratios": [0.5], "linear": False, "no_op": True}
     values = {name: part for name, part in content.items() if name != "runtime"} | {
@@ -116,17 +95,25 @@ def test_after_a_kill_during_bld_the_next_run_goes_on_bitwise_and_no_server_is_l
     assert not list(store.rglob(".staging/*"))
     places = {"runtime": {"store": str(store), "scratch": str(tmp_path / "another-scratch")}}
     check_uninterrupted(parse_spec(merged(values, places), "test"), resumed[0], tmp_path / "uninterrupted")
+    assert kept_open(tmp_path) == {"flow_run": 0, "task_run": 0, "runs": 0}
+    outcome(
+        run="the next one goes on from the checkpoint and ends right: weights and curve bitwise as without a stop",
+        store=f"{len(before)} of {len(before)} finished artifacts kept and not made again; {len(after)} whole",
+        shown="flow, task and MLflow runs of the dead one: none open",
+    )
 
 
+@pytest.mark.fault("kill -9 during GKD", "SIGKILL to `puzzle train-child` once a checkpoint is there")
 def test_after_a_kill_during_gkd_the_next_run_gives_the_uninterrupted_child_bitwise(
-    finished, prefect_server, tmp_path, caplog
+    finished, prefect_server, tmp_path, caplog, outcome, next_command
 ):
     """On the API that is given, which outlives the command that is killed."""
     store, scratch = tmp_path / "store", tmp_path / "scratch"
     shutil.copytree(finished.content["runtime"]["store"], store)
     changes = {
+        "name": "killed-gkd",
         "gkd": {"epochs": 30},
-        "runtime": {"store": str(store), "scratch": str(scratch), "checkpoint_seconds": 0},
+        "runtime": {"store": str(store), "scratch": str(scratch), "checkpoint_seconds": 0, "mlflow_experiment": "gkd"},
     }
     spec = parse_spec(merged(finished.content, changes), "test")
     file, before, recorded = write_spec(spec, tmp_path / "spec.yaml"), artifacts(store), Recorded()
@@ -138,8 +125,10 @@ def test_after_a_kill_during_gkd_the_next_run_gives_the_uninterrupted_child_bitw
 
     with safe_open(checkpoints(scratch, "gkd")[0], framework="pt") as saved:
         done = saved.metadata()["curve"].count("loss")
+    assert shown_running(spec, 0)
     with caplog.at_level(logging.INFO):
-        train_child(spec)
+        next_command("train-child", file)
+    assert shown_running(spec) == []
     assert 0 < done < 60
     assert f"resuming at step {done + 1} from" in caplog.text
     plan, site = plan_of(spec)
@@ -155,5 +144,10 @@ def test_after_a_kill_during_gkd_the_next_run_gives_the_uninterrupted_child_bitw
         expected, found = load_file(whole / name), load_file(resumed / name)
         assert expected.keys() == found.keys()
         assert [tensor for tensor in expected if not torch.equal(expected[tensor], found[tensor])] == []
-    gkds = [run.state_name for run in recorded.task_runs(at_least=15, ended=False) if run.name == "gkd"]
-    assert sorted(gkds) == ["Completed", "Running"]  # who is killed cannot say so
+    gkds = [run.state_name for run in recorded.task_runs(at_least=15) if run.name == "gkd"]
+    assert sorted(gkds) == ["Completed", "Crashed"]
+    outcome(
+        run="the next one goes on from the checkpoint and ends right: the same child, bitwise, as without a stop",
+        store=f"{len(before)} of {len(before)} finished artifacts kept; no child before it was whole",
+        shown="Crashed and KILLED by the next command; none open",
+    )

@@ -43,7 +43,8 @@ def test_a_run_over_s3_is_whole_and_a_second_one_on_another_machine_computes_not
     assert not [request.path for request in looks if "/bld/" in request.path or "/score/" in request.path]
 
 
-def test_a_damaged_block_is_made_again_within_the_run_where_the_spec_says_so(spec, tmp_path):
+@pytest.mark.fault("an object is corrupted between two runs", "other bytes of the same size put in a block's place")
+def test_a_damaged_block_is_made_again_within_the_run_where_the_spec_says_so(spec, tmp_path, outcome):
     puzzle(spec)
     plan, site = plan_of(spec)
     harmed = plan.all_bld()[0]
@@ -67,3 +68,7 @@ def test_a_damaged_block_is_made_again_within_the_run_where_the_spec_says_so(spe
     assert fresh.damage(harmed.key) == {}
     assert all(fresh.has(key) for key in users)
     assert f"{harmed.key}/{MANIFEST}" in fresh.listing()
+    outcome(
+        run="on_corruption: refuse names it and stops; recompute makes it again and ends right",
+        store=f"the block and the {len(users)} scores that used it; all of it whole",
+    )

@@ -27,6 +27,12 @@ def test_every_failure_is_told_once_all_have_ended():
     assert all(future.asked for future in futures)
 
 
+def test_a_failure_that_many_tasks_share_is_told_once():
+    futures = [Ended(NonFiniteError("the store is away")) for _ in range(3)]
+    with pytest.raises(PuzzleError, match=r"^3 of 3 scores tasks failed:\nthe store is away \(3 times\)$"):
+        wait_all("scores", futures)
+
+
 def test_our_own_mistakes_are_not_made_the_users():
     with pytest.raises(KeyError):
         wait_all("BLD", [Ended(KeyError("ours"))])

@@ -72,7 +72,8 @@ def test_a_large_file_goes_in_parts_and_comes_back_whole(proxy, opened):
     assert not uploads(opened())
 
 
-def test_writers_of_one_key_and_different_bytes_end_with_one_whole_artifact_and_nothing_beside(opened, proxy):
+@pytest.mark.fault("six writers of one key at once on S3", "six threads, six stores, six different contents")
+def test_writers_of_one_key_and_different_bytes_end_with_one_whole_artifact_and_nothing_beside(opened, proxy, outcome):
     stores = [opened() for _ in range(6)]
 
     def write(number):
@@ -85,6 +86,10 @@ def test_writers_of_one_key_and_different_bytes_end_with_one_whole_artifact_and_
     assert (opened().fetch(WORK.key) / "weights.bin").read_text() == winner.made_by * 1000
     files = {f"/{winner.place}/{name}" for name in winner.files}
     assert objects(opened(), WORK.key).keys() == {f"/{MANIFEST}", *files}
+    outcome(
+        run="all end; the first to write its record is the artifact",
+        store="one whole artifact of one writer, nothing beside it",
+    )
 
 
 def test_who_comes_later_changes_nothing(opened):
@@ -95,8 +100,11 @@ def test_who_comes_later_changes_nothing(opened):
     assert opened().manifest(first).made_by == "first"
 
 
-@pytest.mark.parametrize("where", [is_part, is_record])
-def test_a_writer_killed_during_its_upload_leaves_nothing_and_the_next_one_makes_it_whole(opened, proxy, bucket, where):
+@pytest.mark.parametrize("where", [is_part, is_record], ids=["part", "record"])
+@pytest.mark.fault("kill -9 of a writer as it sends a {id}", "SIGKILL while the proxy holds that PUT back")
+def test_a_writer_killed_during_its_upload_leaves_nothing_and_the_next_one_makes_it_whole(
+    opened, proxy, bucket, where, outcome
+):
     script = (
         "import sys; from pathlib import Path; from tasks.store import Store\n"
         "from tests.tasks.test_store_s3 import publish_large; publish_large(Store(sys.argv[1], Path(sys.argv[2])))"
@@ -113,10 +121,14 @@ def test_a_writer_killed_during_its_upload_leaves_nothing_and_the_next_one_makes
     assert opened().keys() == set()
     publish_large(opened())
     assert is_whole(opened())
+    outcome(run="the next writer makes it", store="no artifact after the kill; whole after the next")
 
 
 @pytest.mark.parametrize("harm", ["500", "503 SlowDown", "503 ServiceUnavailable", "reset", "cut"])
-def test_a_server_that_fails_for_a_while_is_waited_for(opened, proxy, harm):
+@pytest.mark.fault(
+    "the store answers {harm} for a while", "proxy before S3: six requests in a row, writing and reading"
+)
+def test_a_server_that_fails_for_a_while_is_waited_for(opened, proxy, harm, outcome):
     writer, reader = opened(), opened()
     assert writer.keys() == reader.keys() == set()
     for act in (lambda: publish(writer), lambda: reader.fetch(WORK.key)):
@@ -124,40 +136,49 @@ def test_a_server_that_fails_for_a_while_is_waited_for(opened, proxy, harm):
         act()
         assert fault.done == 6
     assert is_whole(opened())
+    outcome(run="asked again until it answers", store="whole")
 
 
 @pytest.mark.parametrize("harm", ["reset", "503 SlowDown", "cut"])
-def test_a_part_that_is_lost_is_sent_again(opened, proxy, harm):
+@pytest.mark.fault("a part of a large upload is lost: {harm}", "proxy before S3: two parts of 70 MiB")
+def test_a_part_that_is_lost_is_sent_again(opened, proxy, harm, outcome):
     proxy.inject(harm, times=2, matches=is_part)
     publish_large(opened())
     assert is_whole(opened())
     assert not uploads(opened())
+    outcome(run="the part is sent again", store="whole; no upload left open")
 
 
-def test_an_upload_in_parts_that_fails_for_good_leaves_no_artifact(opened, proxy, impatient):
+@pytest.mark.fault("the connection is lost in every part", "proxy before S3: resets after half of each part")
+def test_an_upload_in_parts_that_fails_for_good_leaves_no_artifact(opened, proxy, impatient, outcome):
     proxy.inject("reset", times=999, matches=is_part)
     with pytest.raises(StorageError, match=r"no good answer for \d+ s .*check AWS_ENDPOINT_URL"):
         publish_large(opened())
     assert not opened().has(WORK.key)
     assert not uploads(opened())
+    outcome(run="says how long it tried and what to check", store="no artifact, no upload left open")
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT"])
-def test_a_server_that_stalls_is_asked_again(opened, proxy, method, monkeypatch):
+@pytest.mark.fault("the store stalls on {method}", "proxy before S3: no answer, then a reset, twice")
+def test_a_server_that_stalls_is_asked_again(opened, proxy, method, monkeypatch, outcome):
     store, fault = opened(), proxy.inject("stall", times=2, matches=lambda request: request.method == method)
     store._bucket.fs.read_timeout = 1
     publish(store)
     assert fault.done == 2
     assert is_whole(opened())
+    outcome(run="asked again", store="whole")
 
 
-def test_a_server_that_does_not_come_back_is_named(opened, proxy, impatient):
+@pytest.mark.fault("the store does not come back", "proxy before S3: 503 for ever")
+def test_a_server_that_does_not_come_back_is_named(opened, proxy, impatient, outcome):
     store = opened()
     proxy.inject("503 ServiceUnavailable", times=999)
     with pytest.raises(StorageError) as caught:
         store.keys()
     for wanted in (store.url, proxy.endpoint, "ServiceUnavailable", "AWS_ENDPOINT_URL"):
         assert wanted in str(caught.value)
+    outcome(run="names store, endpoint and what to check", store="")
 
 
 def test_an_endpoint_that_nobody_answers_at_is_named_soon(opened, monkeypatch):
@@ -179,7 +200,8 @@ CREDENTIALS = {
 
 
 @pytest.mark.parametrize("name", CREDENTIALS)
-def test_wrong_credentials_are_refused_without_repeating_them(s3, opened, name, monkeypatch, caplog):
+@pytest.mark.fault("credentials are wrong: {name}", "the real server refuses them")
+def test_wrong_credentials_are_refused_without_repeating_them(s3, opened, name, monkeypatch, caplog, outcome):
     if s3.kind == "moto":
         pytest.skip("moto lets everybody in")
     variable, value, said = CREDENTIALS[name]
@@ -189,6 +211,7 @@ def test_wrong_credentials_are_refused_without_repeating_them(s3, opened, name, 
             ask(opened())
         assert s3.endpoint in str(caught.value)
         assert s3.secret not in str(caught.value) + caplog.text
+    outcome(run="refused at once, names what to correct, and no secret", store="nothing stored")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +285,8 @@ def harm_object(store, data):
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_object_is_named_and_refused_and_stays(opened, name):
+@pytest.mark.fault("an object is {name}", "other bytes, fewer, or none put in its place")
+def test_a_damaged_object_is_named_and_refused_and_stays(opened, name, outcome):
     publish(opened())
     data, said = DAMAGE[name]
     harm_object(opened(), data)
@@ -270,6 +294,7 @@ def test_a_damaged_object_is_named_and_refused_and_stays(opened, name):
         opened().fetch(WORK.key)
     assert opened().has(WORK.key)
     assert opened().damage(WORK.key) == {"weights.bin": said.removesuffix(" now")}
+    outcome(run="refused when it is read; names object, damage and what to do", store="nothing read; stays as it is")
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -376,12 +401,14 @@ def test_what_another_process_reads_is_not_evicted(opened):
     assert keys[0] not in cached(store)
 
 
-def test_a_full_disk_of_the_cache_is_the_users_error(opened, small_disk):
+@pytest.mark.fault("the cache's disk is full", "a tmpfs of 256 KiB: real ENOSPC")
+def test_a_full_disk_of_the_cache_is_the_users_error(opened, small_disk, outcome):
     key = publish(opened(), text="w" * 1_000_000)
     store = Store(opened().url, small_disk / "cache")
     with pytest.raises(StorageError, match=f"cannot write to {small_disk}.*No space left on device"):
         store.fetch(key)
     assert not list(small_disk.rglob("*weights.bin*"))
+    outcome(run="says which disk, and what to do", store="nothing half-written in the cache")
 
 
 def test_the_store_module_reads_and_writes_no_pickle():

@@ -1,5 +1,6 @@
 """Tracking in MLflow: nested runs, what they say, and lineage; and a run goes on where MLflow does not."""
 
+import concurrent.futures
 import logging
 import time
 
@@ -7,7 +8,8 @@ import pytest
 from mlflow import MlflowClient
 
 from puzzle_core.spec import parse_spec
-from tasks.tracking import KEY_TAG, tracked
+from tasks.process import this_process
+from tasks.tracking import KEY_TAG, PROCESS_TAG, bury_runs, tracked
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,54 @@ def test_a_run_ends_as_its_flow_did(tracked_spec, run_of):
         with pytest.raises(type(error)):
             fail(error)
     assert [run_of(run).info.status for run in runs] == ["FINISHED", "FAILED", "KILLED"]
+
+
+def test_runs_of_a_process_that_is_gone_are_closed_as_the_next_run_begins_and_those_of_others_are_left(
+    tracked_spec, client
+):
+    with tracked("well", tracked_spec) as run:
+        here = client.get_run(run.run_id)
+    host, *rest, started = here.data.tags[PROCESS_TAG].split()
+    assert here.data.tags[PROCESS_TAG] == this_process()
+    processes = {
+        "living": this_process(),
+        "gone": " ".join((host, *rest, "1")),
+        "elsewhere": " ".join(("another-host", *rest, started)),
+        "unknown": "",
+    }
+    planted = {
+        name: client.create_run(here.info.experiment_id, tags={PROCESS_TAG: process}).info.run_id
+        for name, process in processes.items()
+    }
+    within = {"mlflow.parentRunId": planted["gone"], PROCESS_TAG: processes["gone"]}
+    planted["within the gone"] = client.create_run(here.info.experiment_id, tags=within).info.run_id
+    with tracked("next", tracked_spec):
+        statuses = {name: client.get_run(run).info.status for name, run in planted.items()}
+    expected = dict.fromkeys(planted, "RUNNING") | {"gone": "KILLED", "within the gone": "KILLED"}
+    assert statuses == expected
+    client.update_run(planted["gone"], "RUNNING")
+    bury_runs(tracked_spec.runtime.mlflow_uri)
+    assert {name: client.get_run(run).info.status for name, run in planted.items()} == expected
+    for run in planted.values():
+        client.set_terminated(run)
+
+
+def test_runs_that_start_at_once_make_one_database_and_half_a_one_of_a_killed_run_is_made_anew(content, tmp_path):
+    (tmp_path / ".mlflow.db.new").write_bytes(b"half a database")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    spec = parse_spec(content | {"name": "at-once", "runtime": {"mlflow_uri": uri}}, "test")
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        runs = list(threads.map(lambda number: start_and_end(f"run {number}", spec), range(3)))
+    client = MlflowClient(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    assert len(experiments) == 2  # MLflow's own and ours
+    assert {run.info.run_id for run in client.search_runs(experiments)} == set(runs)
+    assert [file.name for file in tmp_path.glob(".mlflow.db.new*")] == []
+
+
+def start_and_end(name, spec):
+    with tracked(name, spec) as run:
+        return run.run_id
 
 
 def test_metrics_keep_their_steps_however_many(tracked_spec, client):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.stages import find_costs
-from tasks.turns import turn
+from tasks.turns import claim, place, turn
 from tests.workflow import artifacts, plan_of
 
 ROOT = Path(__file__).parents[2]
@@ -129,3 +129,58 @@ def test_costs_are_measured_alone_and_looked_up_at_once(spec_of, tmp_path):
     assert other.gets_in()
     assert find_costs.fn(work, site) == work.key
     other.leave.set()
+
+
+CLAIM = """
+import sys
+from tasks.turns import claim
+
+with claim(sys.argv[1]):
+    print("in", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "done"])
+def test_the_same_work_is_left_to_who_is_at_it_and_free_once_that_process_ended(end):
+    start = [sys.executable, "-c", CLAIM, "this work"]
+    with subprocess.Popen(start, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"in\n"
+        with claim("other work"):
+            pass
+        got = threading.Event()
+
+        def wait_for_it():
+            with claim("this work"):
+                got.set()
+
+        waiting = threading.Thread(target=wait_for_it, daemon=True)
+        waiting.start()
+        assert not got.wait(0.3)
+        if end == "killed":
+            holder.kill()
+        else:
+            holder.stdin.write(b"\n")
+            holder.stdin.flush()
+        assert got.wait(10)
+        waiting.join()
+    assert not list(place().glob("claim-*"))
+
+
+def test_many_who_want_the_same_work_are_at_it_one_after_another():
+    inside, most = [], []
+
+    def take():
+        for _ in range(20):
+            with claim("this work"):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.0005)
+                inside.pop()
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(most), max(most)) == (80, 1)
