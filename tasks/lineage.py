@@ -5,19 +5,20 @@ Every step from the parent to the child is a logged model that names what it was
 the artifacts it stands for.
 """
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from puzzle_core.plan import Plan
-from puzzle_core.records import Work
+from puzzle_core.records import Work, digest_file
 from puzzle_core.stages import BldRecord, GkdRecord, RefineRecord, ReportWork, ScoreRecord, SearchRecord
 from tasks.lineage_steps import TABLE, Steps, artifact_table, bld_curve, gkd_curve, record_of, uri_of
 from tasks.site import Site
 from tasks.tracked_models import Model, Version, allowed_name
-from tasks.tracking import Texts, TrackedRun, current_run
+from tasks.tracking import Texts, TrackedRun, current_run, track_use
 
-CARD = "README.md"
+CARD, FILES = "README.md", "files.csv"
 
 
 def record_trained(works: Iterable[Work], site: Site) -> None:
@@ -106,6 +107,36 @@ def record_report(plan: Plan, site: Site, run: TrackedRun, work: ReportWork) -> 
     others = (*([work.refine] if work.refine else []), *(model.evaluation for model in work.models), work.key)
     run.text(artifact_table(site.store(), dict.fromkeys((*keys, *others))), TABLE)
     run.reads(_texts(plan, site, "calibration", "bld", "gkd", "scoring", "evaluation"))
+
+
+def record_export(uri: str, scratch: str, child: str, directory: Path, about: dict[str, Any], said: str) -> bool:
+    """A run of its own whose input is a child and whose output is what was exported from it.
+
+    Args:
+        child: the key of the child.
+        directory: the exported files.
+        about: what is to be known of them.
+        said: the same in a few words.
+
+    Returns:
+        Whether MLflow knows the child, without which nothing is noted.
+    """
+    files = {f.relative_to(directory).as_posix(): f for f in sorted(directory.rglob("*")) if f.is_file()}
+    rows = [f"{name},{file.stat().st_size},{digest_file(file)}" for name, file in files.items()]
+    table = "\n".join(["file,bytes,sha256", *rows, ""])
+
+    def export(name: str) -> Model:
+        return Model(
+            kind="export",
+            name=f"{name}-{about['format'].lower()}",
+            key=f"export/{hashlib.sha256(table.encode()).hexdigest()[:40]}",
+            sources=(child,),
+            headline=said,
+            about={"path": str(directory.resolve())} | about,
+            files=lambda: {FILES: table},
+        )
+
+    return track_use(uri, child, f"export {directory.name}", scratch, export)
 
 
 def _child_keys(plan: Plan, work: ReportWork) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 KEY_TAG, FROM_TAG, HEADLINE_TAG = "puzzle.key", "puzzle.from", "puzzle.headline"
 VERSIONS_TAG = "mlflow.modelVersions"
 """Of a child: its registered version, as MLflow's pages show it; its server sets this, its database alone does not."""
+WHOLE_TAG = "puzzle.whole"
 NOTE_TAG = "mlflow.note.content"
 MOST_LINKS = 50
 Values = list[tuple[str, float, int]]
@@ -68,8 +69,8 @@ def note_model(client: Any, experiment: str, model: Model, made_by: str | None) 
 
 
 def complete_model(client: Any, model: Model, logged: Any, log_curve: Callable[[Values], None]) -> None:
-    """Give a model its curve and files and call it ready, unless it is."""
-    if str(logged.status) == "READY":
+    """Give a model its curve and files and call it ready, unless that was done."""
+    if WHOLE_TAG in logged.tags:
         return
     log_curve(model.curve())
     with tempfile.TemporaryDirectory() as directory:
@@ -77,6 +78,7 @@ def complete_model(client: Any, model: Model, logged: Any, log_curve: Callable[[
             (Path(directory) / name).write_text(text)
         client.log_model_artifacts(logged.model_id, directory)
     client.finalize_logged_model(logged.model_id, "READY")
+    client.set_logged_model_tags(logged.model_id, {WHOLE_TAG: "yes"})
 
 
 def find_model(client: Any, experiment: str, key: str) -> Any:
@@ -124,9 +126,10 @@ def register(client: Any, child: Any, version: Version, run: str) -> None:
         client.create_registered_model(version.name, description=version.family)
     known = _versions(client, version.name, key)
     if not known:
+        about = f"{version.description}\n\nIts card, and what it came from: [{child.name}]({page})"
         client.create_model_version(
             version.name, child.artifact_location, run_id=child.source_run_id or run, model_id=child.model_id,
-            tags={KEY_TAG: key} | version.tags, description=f"{version.description}\n\nMade from what, and with its card: [{child.name}]({page})",
+            tags={KEY_TAG: key} | version.tags, description=about,
         )  # fmt: skip
         known = _versions(client, version.name, key)
     first, *others = known

@@ -14,6 +14,7 @@ import contextvars
 import functools
 import logging
 import os
+import tempfile
 import time
 import uuid
 from collections import defaultdict
@@ -24,10 +25,13 @@ from typing import Any, NamedTuple
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read on import
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the outbox tries again; the default is four minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")  # seconds; the default is 120
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, LoggedModelOutput, Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from prefect.runtime import flow_run
 
@@ -290,6 +294,14 @@ def track_use(uri: str, key: str, name: str, scratch: str, make: Callable[[str],
 def tracking_client(uri: str) -> Any:
     """MLflow's own client, to read with."""
     return _client(uri)
+
+
+def model_text(uri: str, model: Any, name: str) -> str | None:
+    """A text file beside a logged model; none where there is none, or it cannot be reached."""
+    with contextlib.suppress(MlflowException, OSError), tempfile.TemporaryDirectory() as directory:
+        place = get_artifact_repository(model.artifact_location, tracking_uri=uri)
+        return Path(place.download_artifacts(name, directory)).read_text()
+    return None
 
 
 def _start(name: str, uri: str, experiment: str, scratch: str, around: TrackedRun | None) -> TrackedRun:
