@@ -51,7 +51,7 @@ from tasks.tracked_models import (
 
 log = logging.getLogger("puzzle")
 logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # the outbox says what is wrong with the server
-GAP_TAG, TOKEN_TAG = "puzzle.gap", "puzzle.token"
+GAP_TAG, TOKEN_TAG, OUTERMOST_TAG = "puzzle.gap", "puzzle.token", "puzzle.outermost"
 LIVE_SECONDS = 5.0
 MOST_METRICS = 1000
 
@@ -169,7 +169,7 @@ class TrackedRun(Record):
         if self.token == self.outermost:
             self._note(lambda client, ids: link_models(client, ids.experiment))
             self._note(lambda client, ids: _monitors.pop(self.token).finish() if self.token in _monitors else None)
-        self._note(lambda client, ids: client.set_terminated(ids.run, status, ended_ms))
+        self._note(lambda client, ids: self._end(client, ids, status, ended_ms))
         if self.token == self.outermost and not box.settle():
             since_s, waiting = box.down_since_s or time.time(), box.give_up(self.outermost)
             log.warning(
@@ -178,9 +178,14 @@ class TrackedRun(Record):
                 waiting,
                 self.uri,
             )
-            if self.token in _known:
-                left = Left(run_id=_known[self.token].run, status=status, ended_ms=ended_ms, since_s=since_s)
-                left.write(_left_place(self.scratch, self.uri) / f"{self.token}.json")
+            left = Left(experiment=self.experiment, token=self.token, status=status, ended_ms=ended_ms, since_s=since_s)
+            left.write(_left_place(self.scratch, self.uri) / f"{self.token}.json")
+
+    def _end(self, client: MlflowClient, ids: Ids, status: str, ended_ms: int) -> None:
+        client.set_terminated(ids.run, status, ended_ms)
+        for other in _tagged(client, ids.experiment, TOKEN_TAG, self.token):
+            if other.info.run_id != ids.run:  # made by a call to start it whose answer was lost
+                client.delete_run(other.info.run_id)
 
     def _complete(self, client: MlflowClient, ids: Ids) -> Callable[[Values], None]:
         """Logs those points of a curve that this run does not have."""
@@ -223,9 +228,10 @@ class LiveCurve:
 
 
 class Left(Record):
-    """The end of a run that MLflow could not be told of; `since_s` is when it ceased to answer (epoch seconds)."""
+    """The end of an outermost run that MLflow could not be told of, and since when it did not answer (epoch seconds)."""
 
-    run_id: str
+    experiment: str
+    token: str
     status: str
     ended_ms: int
     since_s: float
@@ -312,6 +318,7 @@ def _start(name: str, uri: str, experiment: str, scratch: str, around: TrackedRu
         "prefect.flow_run_id": str(flow_run.get_id()),
         "prefect.flow_run_url": str(flow_run.get_flow_run_ui_url()),
         TOKEN_TAG: token,
+        OUTERMOST_TAG: outermost,
     }
 
     def create() -> None:
@@ -319,8 +326,8 @@ def _start(name: str, uri: str, experiment: str, scratch: str, around: TrackedRu
         own = _experiment_id(client, uri, experiment)
         if around and around.token in _known:
             tags["mlflow.parentRunId"] = _known[around.token].run
-        twice = client.search_runs([own], f"tags.`{TOKEN_TAG}` = '{token}'")  # the answer to the first try was lost
-        run = twice[0] if twice else client.create_run(own, start_time=started_ms, tags=tags, run_name=name)
+        known = _tagged(client, own, TOKEN_TAG, token)  # if the answer to the first call was lost
+        run = known[0] if known else client.create_run(own, start_time=started_ms, tags=tags, run_name=name)
         _known[token] = Ids(run.info.run_id, own)
 
     if not around:
@@ -350,14 +357,17 @@ def _left_place(scratch: str, uri: str) -> Path:
 def _end_left(uri: str, file: Path) -> None:
     """End a run, and those within it, that ended while MLflow did not answer."""
     client, left = _client(uri), Left.read(file)
-    run = client.get_run(left.run_id)
-    within = f"tags.`mlflow.parentRunId` = '{left.run_id}'"
-    for open_run in [run, *client.search_runs([run.info.experiment_id], within)]:
-        if open_run.info.status == "RUNNING":
-            client.set_terminated(open_run.info.run_id, left.status, left.ended_ms)
+    experiment = client.get_experiment_by_name(left.experiment)
     text = f"no answer after {_moment(left.since_s)}: what came later is missing here; see the next run of this spec"
-    client.set_tag(left.run_id, GAP_TAG, text)
+    for run in _tagged(client, experiment.experiment_id, OUTERMOST_TAG, left.token) if experiment else ():
+        if run.info.status == "RUNNING":
+            client.set_tag(run.info.run_id, GAP_TAG, text)
+            client.set_terminated(run.info.run_id, left.status, left.ended_ms)
     file.unlink(missing_ok=True)
+
+
+def _tagged(client: MlflowClient, experiment: str, tag: str, value: str) -> list[Any]:
+    return list(client.search_runs([experiment], f"tags.`{tag}` = '{value}'", order_by=["attributes.start_time"]))
 
 
 def _mark(uri: str, token: str, gap: Gap) -> None:
