@@ -92,9 +92,9 @@ def _lines(step: Any, others: list[Any], gone: list[str]) -> list[str]:
         lines.append(f"{step.path}{'' if Path(step.path).exists() else '  (not on this machine)'}")
     if others:
         lines.append(f"also from {', '.join(map(_title, others))}")
-    if gone:
-        more = f" and {len(gone) - MOST_NAMED} more" if len(gone) > MOST_NAMED else ""
-        lines.append(f"GONE from the store: {', '.join(gone[:MOST_NAMED])}{more}")
+    lines += [f"GONE from the store: {key}" for key in gone[:MOST_NAMED]]
+    if len(gone) > MOST_NAMED:
+        lines.append(f"GONE from the store: {len(gone) - MOST_NAMED} more")
     return lines
 
 

@@ -6,6 +6,7 @@ the artifacts it stands for.
 """
 
 import hashlib
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,27 @@ from typing import Any
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work, digest_file
 from puzzle_core.stages import BldRecord, GkdRecord, RefineRecord, ReportWork, ScoreRecord, SearchRecord
-from tasks.lineage_steps import TABLE, Steps, artifact_table, bld_curve, gkd_curve, record_of, uri_of
+from tasks.lineage_steps import TABLE, Steps, ancestors, artifact_table, bld_curve, gkd_curve, record_of, uri_of
 from tasks.site import Site
 from tasks.tracked_models import Model, Version, allowed_name
 from tasks.tracking import Texts, TrackedRun, current_run, track_use
 
 CARD, FILES = "README.md", "files.csv"
+LIVE_SECONDS = 5.0
+
+
+class LiveCurve:
+    """A training's losses while it goes on, logged every few seconds."""
+
+    def __init__(self, run: TrackedRun, name: str):
+        self._run, self._name, self._waiting, self._sent = run, name, list[tuple[str, float, int]](), time.monotonic()
+
+    def add(self, step: int, losses: dict[str, float], last: bool) -> None:
+        """Keep the losses of a step, and send what was kept if it is time."""
+        self._waiting += [(f"{self._name}/{name}", loss, step) for name, loss in losses.items()]
+        if last or time.monotonic() - self._sent > LIVE_SECONDS:
+            self._run.metrics(self._waiting)
+            self._waiting, self._sent = [], time.monotonic()
 
 
 def record_trained(works: Iterable[Work], site: Site) -> None:
@@ -83,7 +99,7 @@ def record_child(plan: Plan, site: Site, run: TrackedRun, work: ReportWork) -> N
     keys = _child_keys(plan, work)
     run.reads(_texts(plan, site, "gkd", "evaluation"))
     run.text(artifact_table(site.store(), keys), TABLE)
-    run.uses(steps.parent, steps.library, steps.answer)
+    run.uses(*steps.all())
     child = Model(
         kind="child",
         name=f"child-{plan.spec.name}",
@@ -102,10 +118,8 @@ def record_report(plan: Plan, site: Site, run: TrackedRun, work: ReportWork) -> 
     headline = site.store().manifest(work.key).record["headline"]
     run.metrics([(name, value, 0) for name, value in headline.items()])
     run.artifacts(site.store().fetch(work.key), "report")
-    steps = Steps(plan, site)
-    keys = (*steps.library_keys, *steps.score_keys, *steps.cost_keys, work.search, *_child_keys(plan, work))
-    others = (*([work.refine] if work.refine else []), *(model.evaluation for model in work.models), work.key)
-    run.text(artifact_table(site.store(), dict.fromkeys((*keys, *others))), TABLE)
+    timing = [work.timing.key] if work.timing else []
+    run.text(artifact_table(site.store(), ancestors(site.store(), [work.key, *timing])), TABLE)
     run.reads(_texts(plan, site, "calibration", "bld", "gkd", "scoring", "evaluation"))
 
 

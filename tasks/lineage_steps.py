@@ -19,6 +19,7 @@ from puzzle_core.report.units import count_text, number_text, percent_text
 from puzzle_core.stages import BldRecord, Found, GkdRecord, RefineRecord, SearchRecord
 from tasks.site import Site
 from tasks.store import Store
+from tasks.store_garbage import references
 from tasks.tracked_models import Model, Values, allowed_name
 
 R = TypeVar("R", bound=Record)
@@ -38,6 +39,11 @@ class Steps:
         self.library_keys = (*tokens, plan.importance().key, *self.bld)
         self.score_keys = (plan.tokens("scoring").key, *self.scored)
         self.cost_keys = tuple(work.key for work in plan.costs().values())
+
+    def all(self) -> list[Model]:
+        """Every step, each after what it was made from."""
+        found = [self.parent, self.library, self.scores, self.costs, self.architecture]
+        return found if self.answer.key == self.architecture.key else [*found, self.answer]
 
     @property
     def descent(self) -> dict[str, str]:
@@ -150,6 +156,16 @@ def artifact_table(store: Store, keys: Iterable[str]) -> str:
         where = uri_of(store, key)
         rows.writerow([key.split("/")[0], key, where, manifest.size_bytes, digest, manifest.made_by, manifest.made_at])
     return out.getvalue()
+
+
+def ancestors(store: Store, keys: Iterable[str]) -> list[str]:
+    """These artifacts and all in the store that they descend from, by stage."""
+    there, found, waiting = store.keys(), set[str](), set(keys)
+    while waiting:
+        found |= waiting
+        named = {key for manifest in store.manifests(waiting).values() for key in references(manifest)}
+        waiting = (named & there) - found
+    return sorted(found)
 
 
 def uri_of(store: Store, key: str) -> str:

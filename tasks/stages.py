@@ -52,9 +52,10 @@ from puzzle_core.stages import (
 )
 from puzzle_core.variants import importance
 from tasks.artifacts import Bar
+from tasks.lineage import LiveCurve
 from tasks.site import Site
 from tasks.store_cache import reading
-from tasks.tracking import LiveCurve, TrackedRun
+from tasks.tracking import TrackedRun
 from tasks.turns import turn
 
 log = logging.getLogger("puzzle")

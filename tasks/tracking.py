@@ -48,11 +48,10 @@ from tasks.tracked_models import (
     note_model,
     register,
 )
+from tasks.tracking_gaps import GAP_TAG, OUTERMOST_TAG, TOKEN_TAG, Left, end_left, left_place, moment, runs_tagged
 
 log = logging.getLogger("puzzle")
 logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # the outbox says what is wrong with the server
-GAP_TAG, TOKEN_TAG, OUTERMOST_TAG = "puzzle.gap", "puzzle.token", "puzzle.outermost"
-LIVE_SECONDS = 5.0
 MOST_METRICS = 1000
 
 
@@ -179,11 +178,11 @@ class TrackedRun(Record):
                 self.uri,
             )
             left = Left(experiment=self.experiment, token=self.token, status=status, ended_ms=ended_ms, since_s=since_s)
-            left.write(_left_place(self.scratch, self.uri) / f"{self.token}.json")
+            left.write(left_place(self.scratch, self.uri) / f"{self.token}.json")
 
     def _end(self, client: MlflowClient, ids: Ids, status: str, ended_ms: int) -> None:
         client.set_terminated(ids.run, status, ended_ms)
-        for other in _tagged(client, ids.experiment, TOKEN_TAG, self.token):
+        for other in runs_tagged(client, ids.experiment, TOKEN_TAG, self.token):
             if other.info.run_id != ids.run:  # made by a call to start it whose answer was lost
                 client.delete_run(other.info.run_id)
 
@@ -211,30 +210,6 @@ class TrackedRun(Record):
                 act(_client(self.uri), ids)
 
         _outbox(self.uri).put(self.outermost, send)
-
-
-class LiveCurve:
-    """A training's losses while it goes on, logged every few seconds."""
-
-    def __init__(self, run: TrackedRun, name: str):
-        self._run, self._name, self._waiting, self._sent = run, name, list[tuple[str, float, int]](), time.monotonic()
-
-    def add(self, step: int, losses: dict[str, float], last: bool) -> None:
-        """Keep the losses of a step, and send what was kept if it is time."""
-        self._waiting += [(f"{self._name}/{name}", loss, step) for name, loss in losses.items()]
-        if last or time.monotonic() - self._sent > LIVE_SECONDS:
-            self._run.metrics(self._waiting)
-            self._waiting, self._sent = [], time.monotonic()
-
-
-class Left(Record):
-    """The end of an outermost run that MLflow could not be told of, and since when it did not answer (epoch seconds)."""
-
-    experiment: str
-    token: str
-    status: str
-    ended_ms: int
-    since_s: float
 
 
 def _allowed(name: str) -> str:
@@ -326,13 +301,13 @@ def _start(name: str, uri: str, experiment: str, scratch: str, around: TrackedRu
         own = _experiment_id(client, uri, experiment)
         if around and around.token in _known:
             tags["mlflow.parentRunId"] = _known[around.token].run
-        known = _tagged(client, own, TOKEN_TAG, token)  # if the answer to the first call was lost
+        known = runs_tagged(client, own, TOKEN_TAG, token)  # if the answer to the first call was lost
         run = known[0] if known else client.create_run(own, start_time=started_ms, tags=tags, run_name=name)
         _known[token] = Ids(run.info.run_id, own)
 
     if not around:
-        for left in _left_place(scratch, uri).glob("*.json"):
-            box.put(outermost, functools.partial(_end_left, uri, left))
+        for left in left_place(scratch, uri).glob("*.json"):
+            box.put(outermost, functools.partial(end_left, _client(uri), left))
     box.put(outermost, create)
     if not around or box.down_since_s is None:
         box.settle()
@@ -349,39 +324,14 @@ def _watch(uri: str, token: str, run_id: str) -> None:
     _monitors[token].start()
 
 
-def _left_place(scratch: str, uri: str) -> Path:
-    """Where runs leave word of what MLflow could not be told."""
-    return Path(scratch) / "tracking" / uuid.uuid5(uuid.NAMESPACE_URL, uri).hex
-
-
-def _end_left(uri: str, file: Path) -> None:
-    """End a run, and those within it, that ended while MLflow did not answer."""
-    client, left = _client(uri), Left.read(file)
-    experiment = client.get_experiment_by_name(left.experiment)
-    text = f"no answer after {_moment(left.since_s)}: what came later is missing here; see the next run of this spec"
-    for run in _tagged(client, experiment.experiment_id, OUTERMOST_TAG, left.token) if experiment else ():
-        if run.info.status == "RUNNING":
-            client.set_tag(run.info.run_id, GAP_TAG, text)
-            client.set_terminated(run.info.run_id, left.status, left.ended_ms)
-    file.unlink(missing_ok=True)
-
-
-def _tagged(client: MlflowClient, experiment: str, tag: str, value: str) -> list[Any]:
-    return list(client.search_runs([experiment], f"tags.`{tag}` = '{value}'", order_by=["attributes.start_time"]))
-
-
 def _mark(uri: str, token: str, gap: Gap) -> None:
     """Note a gap in a run whose records came late."""
     if token in _known:
-        text = f"no answer from {_moment(gap.since_s)} to {_moment(gap.until_s)}: {gap.records} records came late"
+        text = f"no answer from {moment(gap.since_s)} to {moment(gap.until_s)}: {gap.records} records came late"
         _gaps[token].append(text)
         _client(uri).set_tag(_known[token].run, GAP_TAG, "; ".join(_gaps[token])[-5000:])
     if token in _monitors:  # it ends with the first call that fails
         _watch(uri, token, _known[token].run)
-
-
-def _moment(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
 @functools.lru_cache(maxsize=8)

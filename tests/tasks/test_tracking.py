@@ -1,5 +1,9 @@
 """Tracking in MLflow: nested runs, what they say, and lineage; and a run goes on where MLflow does not."""
 
+import csv
+import hashlib
+import io
+import json
 import logging
 import re
 import time
@@ -9,9 +13,12 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from flows.train_child import train_child
 from puzzle_core.spec import RuntimeSpec, parse_spec
-from tasks.tracked_models import FROM_TAG, KEY_TAG, NOTE_TAG, Model, Version
+from tasks.lineage_steps import TABLE
+from tasks.tracked_models import FROM_TAG, KEY_TAG, NOTE_TAG, Model, Version, registered
 from tasks.tracking import tracked
+from tests.workflow import SCORED, TRAINED, artifacts
 
 
 @pytest.fixture(scope="module")
@@ -206,13 +213,81 @@ def test_from_the_child_one_gets_back_to_architecture_library_and_parent(finishe
         return {found.model_type: found for found in (client.get_logged_model(used.model_id) for used in inputs)}
 
     sources = made_from(child)
-    assert set(sources) == {"parent", "block-library", "architecture"}
+    assert set(sources) == {"parent", "block-library", "scores", "cost-table", "architecture"}
     assert sources["parent"].params["path"] == finished.content["parent"]["path"]
     assert child.params["architecture"] == sources["architecture"].params["key"]
     assert child.params["library"] == sources["block-library"].params["key"]
     library = made_from(sources["architecture"])["block-library"]
     assert library.model_id == sources["block-library"].model_id
     assert made_from(library)["parent"].model_id == sources["parent"].model_id
+
+
+@pytest.fixture
+def runs(finished):
+    """MLflow's runs of the finished flow, by name, and a client."""
+    client = MlflowClient(finished.content["runtime"]["mlflow_uri"])
+    experiment = client.get_experiment_by_name("puzzle").experiment_id
+    oldest_first = {"order_by": ["attributes.start_time"]}
+    whole = client.search_runs([experiment], "attributes.run_name = 'pico'", max_results=1, **oldest_first)[0]
+    within = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{whole.info.run_id}'")
+    return client, {run.info.run_name: run for run in (whole, *within)}
+
+
+def rows(file):
+    return list(csv.DictReader(io.StringIO(Path(file).read_text())))
+
+
+def test_a_run_names_its_texts_and_where_every_artifact_lies(finished, runs):
+    client, found = runs
+    contexts = {
+        name: sorted(tag.value for used in run.inputs.dataset_inputs for tag in used.tags)
+        for name, run in found.items()
+    }
+    assert contexts["pico"] == ["bld", "calibration", "evaluation", "gkd", "scoring"]
+    assert contexts["library"] == ["bld", "calibration", "scoring"]
+    assert contexts["child"] == ["evaluation", "gkd"]
+    store = Path(finished.content["runtime"]["store"])
+    table = rows(client.download_artifacts(found["pico"].info.run_id, TABLE))
+    assert {row["key"] for row in table} == artifacts(store).keys()
+    for row in table:
+        record = Path(row["uri"]) / "record.json"
+        assert record.parent == store.resolve() / row["key"]
+        assert hashlib.sha256(record.read_bytes()).hexdigest() == row["sha256_of_record"]
+
+
+def test_curves_are_whole_and_kl_is_by_layer(finished, runs):
+    client, found = runs
+    store, child = Path(finished.content["runtime"]["store"]), found["child"].info.run_id
+    (made,) = found["child"].outputs.model_outputs
+    record = json.loads((store / client.get_logged_model(made.model_id).params["key"] / "record.json").read_text())
+    curve = sorted(client.get_metric_history(child, "gkd/loss"), key=lambda metric: metric.step)
+    assert [metric.value for metric in curve] == [terms["loss"] for terms in record["record"]["curve"]]
+    library = found["library"].info.run_id
+    names = [name for name in found["library"].data.metrics if name.startswith("bld/")]
+    assert len(names) == TRAINED
+    assert [metric.step for metric in client.get_metric_history(library, names[0])] == [1, 2, 3, 4]
+    by_layer = [name for name in found["library"].data.metrics if name.startswith("kl/")]
+    assert sum(len(client.get_metric_history(library, name)) for name in by_layer) == SCORED
+
+
+def test_the_child_is_registered_with_a_card_and_a_second_run_makes_no_second_version(finished, runs, again):
+    client, found = runs
+    (made,) = found["child"].outputs.model_outputs
+    child = client.get_logged_model(made.model_id)
+    ((name, number),) = registered(child)
+    version = client.get_model_version(name, number)
+    assert version.run_id == found["child"].info.run_id
+    assert float(version.tags["puzzle.parameters_ratio"]) < 0.9
+    assert version.description.startswith("The child after GKD has ")
+    place = Path(child.artifact_location.removeprefix("file://"))
+    card = (place / "README.md").read_text()
+    assert child.params["architecture"] in card
+    assert "| perplexity |" in card
+    assert {row["stage"] for row in rows(place / TABLE)} == {"tokens", "gkd", "evaluation", "timing"}
+    before = len(client.search_model_versions(f"name = '{name}'"))
+    train_child(again())
+    assert len(client.search_model_versions(f"name = '{name}'")) == before
+    assert str(client.get_model_version_by_alias(name, "this-machine-chatbot").version) >= number
 
 
 def test_a_run_goes_on_where_mlflow_cannot_be_reached_and_says_so(content, caplog, tmp_path):
