@@ -70,15 +70,16 @@ def _note(options: Any, child: str, record: Any, said: str) -> None:
     if database != options.mlflow and not Path(database).is_file():
         return
     from tasks.lineage import record_export
+    from tasks.outbox import without_credentials
 
     about = record.model_dump(include={"format", "dtype", "parameters", "bytes"})
     try:
         known = record_export(options.mlflow, RuntimeSpec().scratch, child, options.out, about, said)
     except Exception as error:
-        log.warning("the export is not noted in MLflow at %s, which does not answer: %s", options.mlflow, error)
+        log.warning("the export is not noted in MLflow, which does not answer: %s", without_credentials(str(error)))
         return
     if not known:
-        log.info("the export is not noted: MLflow at %s does not know %s", options.mlflow, child)
+        log.info("the export is not noted: MLflow does not know %s", child)
 
 
 def _write_hf(directory: Path, provenance: Any, staged: Path, name: str, options: Any) -> Any:

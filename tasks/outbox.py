@@ -6,6 +6,7 @@ A record that a server which answers does not take is dropped, and said.
 
 import functools
 import logging
+import re
 import threading
 import time
 from collections import Counter, deque
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 log = logging.getLogger("puzzle")
 RETRY_SECONDS = 15.0
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 15.0
 MOMENT_SECONDS = 1.0
 MOST_WAITING = 20_000
 
@@ -45,12 +46,12 @@ class Outbox:
             ask: a cheap request; raises where the server does not answer.
             mark: notes a gap in a run.
         """
-        self.where, self._ask, self._mark = where, ask, mark
+        self.where, self._ask, self._mark = without_credentials(where), ask, mark
         self._waiting = deque[Waiting]()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._down_since_s: float | None = None
-        self._hurry, self._sent, self._overflow = False, 0, 0
+        self._hurry, self._stuck, self._sent, self._overflow = False, False, 0, 0
 
     def put(self, run: str, send: Callable[[], Any]) -> None:
         """Have a record of a run sent; comes back at once."""
@@ -78,6 +79,7 @@ class Outbox:
                 moved = functools.partial(lambda before: self._sent != before or not self._hurry, sent)
                 if not self._changed.wait_for(moved, PATIENCE_SECONDS):
                     log.warning("MLflow at %s gives no answer, the run does not wait for it", self.where)
+                    self._stuck = True
                     break
             self._hurry = False
             return not self._waiting
@@ -93,6 +95,11 @@ class Outbox:
             dropped = len(self._waiting) - len(left)
             self._waiting = deque(left)
             return dropped
+
+    @property
+    def answers(self) -> bool:
+        """Whether the server gave an answer when it was asked last, so that waiting for it is worth while."""
+        return self._down_since_s is None and not self._stuck
 
     @property
     def down_since_s(self) -> float | None:
@@ -112,7 +119,8 @@ class Outbox:
                 self._pause(trouble)
             else:
                 if trouble:
-                    log.warning("MLflow at %s did not take a record, the run goes on without: %s", self.where, trouble)
+                    said = without_credentials(str(trouble))
+                    log.warning("MLflow at %s did not take a record, the run goes on without: %s", self.where, said)
                 self._done(first)
 
     def _pause(self, trouble: Exception) -> None:
@@ -120,7 +128,8 @@ class Outbox:
         with self._changed:
             if self._down_since_s is None:
                 self._down_since_s = time.time()
-                log.warning("MLflow at %s cannot be reached, the run goes on without it: %s", self.where, trouble)
+                said = without_credentials(str(trouble))
+                log.warning("MLflow at %s cannot be reached, the run goes on without it: %s", self.where, said)
             self._hurry = False
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._hurry, RETRY_SECONDS)
@@ -130,7 +139,7 @@ class Outbox:
             late = Counter(waiting.run for waiting in self._waiting)
             if self._waiting and self._waiting[0] is first:  # it was not given up meanwhile
                 self._waiting.popleft()
-            self._sent += 1
+            self._sent, self._stuck = self._sent + 1, False
             if self._down_since_s is not None:
                 log.warning("MLflow at %s answers again: %d records are sent now", self.where, sum(late.values()))
                 if self._overflow:
@@ -140,6 +149,11 @@ class Outbox:
                     self._waiting.append(Waiting(run, functools.partial(self._mark, run, gap)))
                 self._down_since_s, self._overflow = None, 0
             self._changed.notify_all()
+
+
+def without_credentials(text: str) -> str:
+    """A text whose addresses name no user and no password."""
+    return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
 def _try(act: Callable[[], Any]) -> Exception | None:

@@ -175,7 +175,7 @@ class TrackedRun(Record):
                 "%d records of this run are not in MLflow at %s: run it again once that answers, which computes "
                 "nothing and notes what is in the store",
                 waiting,
-                self.uri,
+                box.where,
             )
             left = Left(experiment=self.experiment, token=self.token, status=status, ended_ms=ended_ms, since_s=since_s)
             left.write(left_place(self.scratch, self.uri) / f"{self.token}.json")
@@ -309,7 +309,7 @@ def _start(name: str, uri: str, experiment: str, scratch: str, around: TrackedRu
         for left in left_place(scratch, uri).glob("*.json"):
             box.put(outermost, functools.partial(end_left, _client(uri), left))
     box.put(outermost, create)
-    if not around or box.down_since_s is None:
+    if not around or box.answers:
         box.settle()
     run_id = _known[token].run if token in _known else None
     return TrackedRun(uri=uri, experiment=experiment, run_id=run_id, token=token, outermost=outermost, scratch=scratch)

@@ -104,5 +104,5 @@ def test_exports_are_noted_once_and_never_fail_on_tracking(command, child, finis
     caplog.clear()
     code, _, _ = command(*options, "--out", "untracked", mlflow="http://127.0.0.1:9")
     assert code == 0
-    assert "the export is not noted in MLflow at http://127.0.0.1:9" in caplog.text
+    assert "the export is not noted in MLflow, which does not answer" in caplog.text
     assert (tmp_path / "untracked" / "otter-f32.gguf").exists()

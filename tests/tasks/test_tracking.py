@@ -291,7 +291,7 @@ def test_the_child_is_registered_with_a_card_and_a_second_run_makes_no_second_ve
 
 
 def test_a_run_goes_on_where_mlflow_cannot_be_reached_and_says_so(content, caplog, tmp_path):
-    runtime = {"mlflow_uri": "http://127.0.0.1:9", "scratch": str(tmp_path)}
+    runtime = {"mlflow_uri": "http://someone:planted@127.0.0.1:9", "scratch": str(tmp_path)}
     spec = parse_spec(content | {"runtime": runtime}, "test")
     started = time.monotonic()
     with (
@@ -303,8 +303,9 @@ def test_a_run_goes_on_where_mlflow_cannot_be_reached_and_says_so(content, caplo
         run.metrics([("loss", 1.0, 0)])
         inner.uses(Model("parent", "parent", "parent/none"))
     cannot, lost = [record.getMessage() for record in caplog.records if record.name == "puzzle"]
-    assert cannot.startswith("MLflow at http://127.0.0.1:9 cannot be reached, the run goes on without it")
-    assert re.match(r"\d+ records of this run are not in MLflow at http://127.0.0.1:9: run it again", lost)
+    assert cannot.startswith("MLflow at http://***@127.0.0.1:9 cannot be reached, the run goes on without it")
+    assert re.match(r"\d+ records of this run are not in MLflow at http://\*\*\*@127.0.0.1:9: run it again", lost)
+    assert "planted" not in caplog.text
     assert time.monotonic() - started < 5
     assert len(list(tmp_path.rglob("*.json"))) == 1  # a word to the next run
 
