@@ -12,7 +12,7 @@ from puzzle_core.plan import Plan
 from puzzle_core.spec import RunSpec
 from puzzle_core.stages import BldWork, ScoreWork
 from tasks.artifacts import Bar, show_found, show_library, show_tracked
-from tasks.lineage import record_library
+from tasks.lineage import record_library, record_trained
 from tasks.site import Site
 from tasks.stages import (
     capture_layer,
@@ -74,7 +74,9 @@ def train_variants(spec: RunSpec, plan: Plan, site: Site) -> None:
         running[layer] = [submit(train_variant, work, site) for work in missing[layer]]
         if layer:
             done = _finish(layer - 1, running, done, len(works), bar, plan, site)
+            record_trained(missing[layer - 1], site)
     _finish(needed[-1], running, done, len(works), bar, plan, site)
+    record_trained(missing[needed[-1]], site)
     drop_activations(tokens, dtype, None, site)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from flows.export_command import EXPORT_HELP, add_export_options, export
 from flows.interop_commands import IMPORT_HELP, add_config_options, add_import_commands, export_config, export_library
+from flows.lineage_command import LINEAGE_HELP, add_lineage_options, lineage
 from flows.server import PREFECT_HOME
 from flows.store_commands import STORE_HELP, add_store_commands
 from puzzle_core.errors import PuzzleError, SpecError
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("name", metavar="RUN", help="name of a flow run or of a specification, or a report's key")
     report.add_argument("--store", default=RuntimeSpec().store, help="artifact store (default %(default)s)")
     add_export_options(command("export", export, EXPORT_HELP, spec=False))
+    add_lineage_options(command("lineage", lineage, LINEAGE_HELP, spec=False))
     ui = command("ui", _ui, "serve the Prefect UI over the runs kept here, until interrupted", spec=False)
     ui.add_argument("--port", type=int, default=4200, help="port on loopback (default %(default)s)")
     add_store_commands(commands.add_parser("store", help=STORE_HELP, description=STORE_HELP))

@@ -39,6 +39,12 @@ def add_export_options(export: argparse.ArgumentParser) -> None:
         "as they are (any), which vLLM and transformers read (default %(default)s)",
     )
     export.add_argument("--store", default=RuntimeSpec().store, help="artifact store (default %(default)s)")
+    export.add_argument(
+        "--mlflow",
+        default=RuntimeSpec().mlflow_uri,
+        metavar="URI",
+        help="tracking URI where the export of a key is noted, if the child is known there (default %(default)s)",
+    )
 
 
 def export(options: Any) -> None:
@@ -53,7 +59,27 @@ def export(options: Any) -> None:
     for remark in record.remarks:
         log.info("%s", remark)
     size = f"{record.parameters:,} parameters, {record.bytes / 2**20:,.1f} MiB"
+    if provenance:
+        _note(options, provenance.key, record, f"{record.format} in {record.dtype}, {size}")
     sys.stdout.write(f"{record.format} in {record.dtype}, {size}: {options.out}\n")
+
+
+def _note(options: Any, child: str, record: Any, said: str) -> None:
+    """Note the export in MLflow, where there is one that knows the child; what goes wrong with that is only said."""
+    database = options.mlflow.removeprefix("sqlite:///")
+    if database != options.mlflow and not Path(database).is_file():
+        return
+    from tasks.lineage import record_export
+    from tasks.outbox import without_credentials
+
+    about = record.model_dump(include={"format", "dtype", "parameters", "bytes"})
+    try:
+        known = record_export(options.mlflow, RuntimeSpec().scratch, child, options.out, about, said)
+    except Exception as error:
+        log.warning("the export is not noted in MLflow, which does not answer: %s", without_credentials(str(error)))
+        return
+    if not known:
+        log.info("the export is not noted: MLflow does not know %s", child)
 
 
 def _write_hf(directory: Path, provenance: Any, staged: Path, name: str, options: Any) -> Any:

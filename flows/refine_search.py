@@ -53,7 +53,7 @@ def refine_search(spec: RunSpec) -> None:
             best = min(found, key=_kl)
         record = RefineRecord(chosen=candidates.index(best), candidates=tuple(candidates))
         ensure(stages.keep_refined, work, site, record=record)
-        record_refined(run, record)
+        record_refined(plan, site, run, record)
 
 
 def find_answer(plan: Plan, site: Site) -> SearchRecord:

@@ -9,8 +9,8 @@ from flows.refine_search import find_answer
 from flows.running import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
-from puzzle_core.spec import RunSpec
-from puzzle_core.stages import SearchRecord
+from puzzle_core.spec import RunSpec, RuntimeSpec
+from puzzle_core.stages import ReportedModel, ReportWork, SearchRecord
 from tasks import stages
 from tasks.artifacts import show_tracked
 from tasks.lineage import record_child
@@ -37,11 +37,11 @@ def train_child(spec: RunSpec) -> None:
         architectures = children(found)
         for label, architecture in architectures.items():
             ensure(stages.assemble_child, plan.assemble(architecture), site, label=label)
-        distilled = ensure(stages.distil_child, plan.gkd(found.chosen.architecture), site, run=run)
+        ensure(stages.distil_child, plan.gkd(found.chosen.architecture), site, run=run)
         if timing := plan.timing(timed(plan, found), found.chosen.prediction.batch_size):
             ensure(stages.time_models, timing, site)
         side_by_side(evaluate_models, site)(spec, plan, site)
-        record_child(plan, site, run, distilled, found.chosen)
+        record_child(plan, site, run, report_work(plan, site))
 
 
 @flow(
@@ -68,3 +68,36 @@ def evaluated(plan: Plan, found: SearchRecord) -> dict[str, str | None]:
     """Artifact keys of all evaluated models by label; none for the parent."""
     assembled = {label: plan.assemble(architecture).key for label, architecture in children(found).items()}
     return {PARENT: None, TRAINED: plan.gkd(found.chosen.architecture).key, **assembled}
+
+
+def report_work(plan: Plan, site: Site) -> ReportWork:
+    """The report of a plan whose other work is done."""
+    found = find_answer(plan, site)
+    own = Architecture.of_parent(plan.inputs.shape)
+    architectures = {PARENT: own, ASSEMBLED: found.chosen.architecture, TRAINED: found.chosen.architecture}
+    architectures |= children(found)
+    kinds = {PARENT: "parent", ASSEMBLED: "child", TRAINED: "child"}
+    keys = evaluated(plan, found)
+    batch_size = found.chosen.prediction.batch_size
+    refine = plan.refine()
+    costs = plan.costs().get((plan.spec.scenario.name, batch_size))
+    return ReportWork(
+        spec=plan.spec.model_copy(update={"runtime": RuntimeSpec()}),
+        shape=plan.inputs.shape,
+        search=plan.search().key,
+        bld=tuple(work.key for work in plan.all_bld()),
+        scores=tuple(work.key for work in plan.all_scores()),
+        costs=costs.key if costs else None,
+        refine=refine.key if refine else None,
+        gkd=plan.gkd(found.chosen.architecture).key,
+        timing=plan.timing(timed(plan, found), batch_size),
+        models=tuple(
+            ReportedModel(
+                name=label,
+                kind=kinds.get(label, "baseline"),
+                architecture=architecture,
+                evaluation=plan.evaluate(keys[label]).key,
+            )
+            for label, architecture in architectures.items()
+        ),
+    )

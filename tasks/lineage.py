@@ -1,100 +1,208 @@
-"""What each flow notes in MLflow: figures of its stage, and the models that it used and made.
+"""What each flow notes in MLflow: figures of its stage, the texts it read, and the models that it used and made.
 
 Noted from manifests, never from inside a cached task: a run that finds its work in the store has the same lineage.
-Parent, library, architecture and child are logged models; each names the artifacts it lies in.
+Every step from the parent to the child is a logged model that names what it was made from; beside it lies a table of
+the artifacts it stands for.
 """
 
 import hashlib
-from typing import TypeVar
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from puzzle_core.plan import Plan
-from puzzle_core.records import Record
-from puzzle_core.stages import BldRecord, EvaluationRecord, Found, GkdRecord, RefineRecord, ScoreRecord, SearchRecord
+from puzzle_core.records import Work, digest_file
+from puzzle_core.stages import BldRecord, GkdRecord, RefineRecord, ReportWork, ScoreRecord, SearchRecord
+from tasks.lineage_steps import TABLE, Steps, ancestors, artifact_table, bld_curve, gkd_curve, record_of, uri_of
 from tasks.site import Site
-from tasks.tracking import TrackedRun
+from tasks.tracked_models import Model, Version, allowed_name
+from tasks.tracking import Texts, TrackedRun, current_run, track_use
 
-R = TypeVar("R", bound=Record)
+CARD, FILES = "README.md", "files.csv"
+LIVE_SECONDS = 5.0
+
+
+class LiveCurve:
+    """A training's losses while it goes on, logged every few seconds."""
+
+    def __init__(self, run: TrackedRun, name: str):
+        self._run, self._name, self._waiting, self._sent = run, name, list[tuple[str, float, int]](), time.monotonic()
+
+    def add(self, step: int, losses: dict[str, float], last: bool) -> None:
+        """Keep the losses of a step, and send what was kept if it is time."""
+        self._waiting += [(f"{self._name}/{name}", loss, step) for name, loss in losses.items()]
+        if last or time.monotonic() - self._sent > LIVE_SECONDS:
+            self._run.metrics(self._waiting)
+            self._waiting, self._sent = [], time.monotonic()
+
+
+def record_trained(works: Iterable[Work], site: Site) -> None:
+    """Loss curves of variants that were trained just now, in the run around."""
+    run = current_run()
+    if run:
+        run.metrics([point for work in works for point in bld_curve(record_of(BldRecord, work.key, site))])
 
 
 def record_library(plan: Plan, site: Site, run: TrackedRun) -> None:
-    """Final BLD loss per variant and KL per block variant, by layer; the library, made from the parent."""
-    metrics = []
-    site.store().manifests(work.key for work in (*plan.all_bld(), *plan.all_scores()))  # many at a time
-    for bld in plan.all_bld():
-        trained = _record(BldRecord, bld.key, site)
+    """Final BLD loss per variant and KL per block variant, by layer; library and scores, made from the parent."""
+    steps, metrics = Steps(plan, site), []
+    site.store().manifests((*steps.bld, *steps.scored))  # many at a time
+    for key in steps.bld:
+        trained = record_of(BldRecord, key, site)
         metrics.append((f"bld_loss/{trained.variant}", trained.final_loss, trained.layer))
-    for score in plan.all_scores():
-        scored = _record(ScoreRecord, score.key, site)
+    for key in steps.scored:
+        scored = record_of(ScoreRecord, key, site)
         metrics.append((f"kl/{scored.block}", scored.kl_nats_per_token, scored.layer))
     run.metrics(metrics)
-    run.uses(_parent(plan, run))
-    _library(plan, run)
+    run.reads(_texts(plan, site, "calibration", "bld", "scoring"))
+    run.text(artifact_table(site.store(), (*steps.library_keys, *steps.score_keys)), TABLE)
+    run.uses(steps.parent)
+    run.makes(steps.library)
+    run.makes(steps.scores)
 
 
 def record_architecture(plan: Plan, site: Site, run: TrackedRun, key: str) -> None:
-    """The search's answer; the architecture, made from the library."""
-    chosen = _record(SearchRecord, key, site).chosen
+    """The search's answer; the architecture, made from the scores and the costs."""
+    steps, chosen = Steps(plan, site), record_of(SearchRecord, key, site).chosen
     run.metrics([("score", chosen.score, 0), ("gap", chosen.gap, 0), ("batch_size", chosen.prediction.batch_size, 0)])
     run.metrics([(f"limit/{limit.name}", limit.used / limit.allowed, 0) for limit in chosen.limits])
-    run.uses(_library(plan, run))
-    _architecture(plan, run, chosen)
+    run.text(artifact_table(site.store(), (*steps.cost_keys, key)), TABLE)
+    run.uses(steps.parent, steps.library, steps.scores)
+    run.makes(steps.costs)
+    run.makes(steps.architecture)
 
 
-def record_refined(run: TrackedRun, record: RefineRecord) -> None:
-    """Predicted and measured KL of every candidate, in the order they were found."""
+def record_refined(plan: Plan, site: Site, run: TrackedRun, record: RefineRecord) -> None:
+    """Predicted and measured KL of every candidate, in the order they were found; the best, made from the search."""
     for step, candidate in enumerate(record.candidates):
         run.metrics([("kl_predicted", candidate.found.score, step), ("kl_measured", candidate.measured_kl, step)])
+    steps = Steps(plan, site)
+    run.uses(steps.library, steps.architecture)
+    run.makes(steps.answer)
 
 
-def record_child(plan: Plan, site: Site, run: TrackedRun, child: str, chosen: Found) -> None:
-    """The child's quality; the child, made from the parent, the library and the architecture."""
-    curve = _record(GkdRecord, child, site).curve
-    run.metrics([(f"gkd/{name}", value, step) for step, terms in enumerate(curve, 1) for name, value in terms.items()])
-    quality = _record(EvaluationRecord, plan.evaluate(child).key, site)
-    own = _record(EvaluationRecord, plan.evaluate(None).key, site)
-    metrics = [
-        ("kl_nats_per_token", quality.kl_nats_per_token, 0),
-        ("perplexity", quality.perplexity, 0),
-        ("top1_accuracy", quality.top1_accuracy, 0),
-    ]
-    if own.top1_accuracy:
-        metrics.append(("top1_kept", quality.top1_accuracy / own.top1_accuracy, 0))
-    run.metrics(metrics)
-    run.uses(_parent(plan, run), _library(plan, run), _architecture(plan, run, chosen))
-    run.makes("child", f"child-{plan.spec.name}", child, {"store": site.runtime.store} | _lineage(plan))
+def record_child(plan: Plan, site: Site, run: TrackedRun, work: ReportWork) -> None:
+    """The child's quality; the child, made from the parent, the library and the architecture, as a registered version.
+
+    Args:
+        work: the report of the run, which names everything that is said of the child.
+    """
+    from puzzle_core.report import collect, facts, report
+
+    steps = Steps(plan, site)
+    inputs = collect.collect(work, lambda key: site.store().manifest(key).record)
+    numbers, said = facts.headline(inputs), report.headline_sentence(inputs)
+    quality = inputs.child.evaluation
+    run.metrics([("perplexity", quality.perplexity, 0), ("top1_accuracy", quality.top1_accuracy, 0)])
+    run.metrics([(name, value, 0) for name, value in numbers.items()])
+    keys = _child_keys(plan, work)
+    run.reads(_texts(plan, site, "gkd", "evaluation"))
+    run.text(artifact_table(site.store(), keys), TABLE)
+    run.uses(*steps.all())
+    child = Model(
+        kind="child",
+        name=f"child-{plan.spec.name}",
+        key=work.gkd,
+        sources=(steps.answer.key, steps.library.key, steps.parent.key),
+        headline=said,
+        about={"uri": uri_of(site.store(), work.gkd), "store": site.runtime.store} | steps.descent,
+        files=lambda: {TABLE: artifact_table(site.store(), keys), CARD: _card(steps, work, inputs, said)},
+        curve=lambda: gkd_curve(record_of(GkdRecord, work.gkd, site)),
+    )
+    run.makes(child, _version(plan, child, numbers))
 
 
-def record_report(plan: Plan, site: Site, run: TrackedRun, key: str) -> None:
-    """The report and its figures, and its headline as metrics."""
-    headline = site.store().manifest(key).record["headline"]
+def record_report(plan: Plan, site: Site, run: TrackedRun, work: ReportWork) -> None:
+    """The report and its figures, its headline as metrics, and where every artifact of the run lies."""
+    headline = site.store().manifest(work.key).record["headline"]
     run.metrics([(name, value, 0) for name, value in headline.items()])
-    run.artifacts(site.store().fetch(key), "report")
+    run.artifacts(site.store().fetch(work.key), "report")
+    timing = [work.timing.key] if work.timing else []
+    run.text(artifact_table(site.store(), ancestors(site.store(), [work.key, *timing])), TABLE)
+    run.reads(_texts(plan, site, "calibration", "bld", "gkd", "scoring", "evaluation"))
 
 
-def _parent(plan: Plan, run: TrackedRun) -> str | None:
-    about = {"path": plan.spec.parent.path} | plan.inputs.shape.model_dump()
-    return run.makes("parent", "parent", f"parent/{plan.inputs.parent}", about)
+def record_export(uri: str, scratch: str, child: str, directory: Path, about: dict[str, Any], said: str) -> bool:
+    """A run of its own whose input is a child and whose output is what was exported from it.
+
+    Args:
+        child: the key of the child.
+        directory: the exported files.
+        about: what is to be known of them.
+        said: the same in a few words.
+
+    Returns:
+        Whether MLflow knows the child, without which nothing is noted.
+    """
+    files = {f.relative_to(directory).as_posix(): f for f in sorted(directory.rglob("*")) if f.is_file()}
+    rows = [f"{name},{file.stat().st_size},{digest_file(file)}" for name, file in files.items()]
+    table = "\n".join(["file,bytes,sha256", *rows, ""])
+
+    def export(name: str) -> Model:
+        return Model(
+            kind="export",
+            name=f"{name}-{about['format'].lower()}",
+            key=f"export/{hashlib.sha256(table.encode()).hexdigest()[:40]}",
+            sources=(child,),
+            headline=said,
+            about={"path": str(directory.resolve())} | about,
+            files=lambda: {FILES: table},
+        )
+
+    return track_use(uri, child, f"export {directory.name}", scratch, export)
 
 
-def _library(plan: Plan, run: TrackedRun) -> str | None:
-    about = {"parent": plan.inputs.parent, "variants": len(plan.all_bld()), "scores": len(plan.all_scores())}
-    return run.makes("block-library", "block-library", _library_key(plan), about)
+def _child_keys(plan: Plan, work: ReportWork) -> tuple[str, ...]:
+    """Artifacts that only this child is made of and known by."""
+    known_by = [plan.evaluate(key).key for key in (None, work.gkd)]
+    timing = [work.timing.key] if work.timing else []
+    return (plan.tokens("gkd").key, work.gkd, plan.tokens("evaluation").key, *known_by, *timing)
 
 
-def _architecture(plan: Plan, run: TrackedRun, chosen: Found) -> str | None:
-    about = {"library": _library_key(plan), "score": chosen.score}
-    about |= {f"layer.{layer}": str(block) for layer, block in enumerate(chosen.architecture.layers)}
-    return run.makes("architecture", f"architecture-{plan.spec.name}", plan.search().key, about)
+def _card(steps: Steps, work: ReportWork, inputs: Any, said: str) -> str:
+    from puzzle_core.model.export.card import Provenance, child_card
+
+    manifest = steps._store.manifest(work.gkd)
+    provenance = Provenance(
+        key=work.gkd,
+        made_by=manifest.made_by,
+        made_at=manifest.made_at,
+        parent=manifest.work["parent"],
+        distilled_tokens=manifest.record["tokens"],
+        evaluation=inputs.child.evaluation,
+        parent_evaluation=inputs.parent.evaluation,
+    )
+    return child_card(f"child-{work.spec.name}", said, inputs.child.architecture, provenance, steps.descent)
 
 
-def _lineage(plan: Plan) -> dict[str, str]:
-    return {"parent": plan.inputs.parent, "library": _library_key(plan), "architecture": plan.search().key}
+def _version(plan: Plan, child: Model, numbers: dict[str, float]) -> Version:
+    spec, family = plan.spec, allowed_name(Path(plan.spec.parent.path).name)
+    said = [child.headline, f"Answer for {spec.scenario.name} on {spec.target.name}, from specification {spec.name}."]
+    said += [f"- {what}: `{key}`" for what, key in ({"artifact": child.key} | child.about).items()]
+    tags = {"puzzle.parent": plan.inputs.parent, "puzzle.spec": spec.digest(), "puzzle.spec_name": spec.name}
+    return Version(
+        name=f"puzzle-{family}",
+        family=f"Children of {spec.parent.path}. Aliases name a target and a scenario: the newest child for these.",
+        alias=allowed_name(f"{spec.target.name}-{spec.scenario.name}"),
+        description="\n".join(said),
+        tags=tags | {f"puzzle.{name}": f"{value:.6g}" for name, value in numbers.items()},
+    )
 
 
-def _library_key(plan: Plan) -> str:
-    keys = [work.key for work in (*plan.all_bld(), *plan.all_scores())]
-    return f"library/{hashlib.sha256(' '.join(keys).encode()).hexdigest()[:40]}"
-
-
-def _record(kind: type[R], key: str, site: Site) -> R:
-    return kind.model_validate(site.store().manifest(key).record)
+def _texts(plan: Plan, site: Site, *splits: str) -> list[Texts]:
+    found = []
+    for split in splits:
+        work, data = plan.tokens(split), plan.spec.data
+        sources = data.train_texts if work.texts == plan.inputs.train_texts else data.held_out_texts
+        record = site.store().manifest(work.key).record
+        found.append(
+            Texts(
+                name=f"{', '.join(Path(source).name for source in sources)} ({split})",
+                split=split,
+                digest=work.digest(),
+                source={"texts": sources, "digest": work.texts, "uri": uri_of(site.store(), work.key)},
+                profile={"windows": record["windows"], "tokens": record["tokens"]},
+            )
+        )
+    return found

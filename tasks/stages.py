@@ -52,6 +52,7 @@ from puzzle_core.stages import (
 )
 from puzzle_core.variants import importance
 from tasks.artifacts import Bar
+from tasks.lineage import LiveCurve
 from tasks.site import Site
 from tasks.store_cache import reading
 from tasks.tracking import TrackedRun
@@ -244,13 +245,14 @@ def distil_child(work: GkdWork, run: TrackedRun, site: Site) -> str:
     parent, checkpoints = site.open_parent(), site.checkpoints(work)
     inputs = site.store().fetch(work.child), site.store().fetch(work.tokens)
 
-    bar = Bar("gkd", f"child {work.key.rpartition('/')[2][:8]}")
+    bar, curve = Bar("gkd", f"child {work.key.rpartition('/')[2][:8]}"), LiveCurve(run, "gkd")
 
     def report_progress(progress: Progress) -> None:
         bar.show(progress.step, progress.steps)
+        terms = progress.terms if len(progress.terms) > 1 else {}
+        curve.add(progress.step, {"loss": progress.loss} | terms, last=progress.step == progress.steps)
         if progress.step % max(1, progress.steps // 20) == 0:
             log.info("GKD: step %d of %d, loss %.4f", progress.step, progress.steps, progress.loss)
-            run.metrics([(f"gkd_live/{name}", loss, progress.step) for name, loss in progress.terms.items()])
 
     return site.produce(work, lambda out: gkd.run(work, parent, *inputs, out, checkpoints, report_progress, threads))
 

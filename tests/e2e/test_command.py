@@ -20,6 +20,7 @@ HELP = {
     "train-child": ["SPEC.yaml", "--set"],
     "check": ["SPEC.yaml", "--set", "plan"],
     "report": ["RUN", "--store"],
+    "lineage": ["CHILD", "--mlflow", "--store"],
     "ui": ["--port"],
     "pretrain-example": ["--out", "--steps", "--processes"],
 }

@@ -1,15 +1,26 @@
 """Tracking in MLflow: nested runs, what they say, and lineage; and a run goes on where MLflow does not."""
 
 import concurrent.futures
+import csv
+import hashlib
+import io
+import json
 import logging
+import re
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 
-from puzzle_core.spec import parse_spec
+from flows.train_child import train_child
+from puzzle_core.spec import RuntimeSpec, parse_spec
+from tasks.lineage_steps import TABLE
 from tasks.process import this_process
-from tasks.tracking import KEY_TAG, PROCESS_TAG, bury_runs, tracked
+from tasks.tracked_models import FROM_TAG, KEY_TAG, NOTE_TAG, Model, Version, registered
+from tasks.tracking import PROCESS_TAG, bury_runs, tracked
+from tests.workflow import SCORED, TRAINED, artifacts
 
 
 @pytest.fixture(scope="module")
@@ -132,27 +143,114 @@ def test_artifacts_are_uploaded(tracked_spec, client, tmp_path):
 
 
 def test_a_model_is_logged_once_per_key_and_is_an_output_of_every_run_that_made_it(tracked_spec, client):
-    ids, outputs = [], []
+    child, outputs, made = Model("child", "child-tracked", "gkd/v1/once", about={"size": 3}), [], []
     for _ in range(2):
         with tracked("making", tracked_spec) as run:
-            ids.append(run.makes("child", "child-tracked", "gkd/v1/once", {"size": 3}))
+            run.makes(child)
+        made.append(run.run_id)
         outputs += [model.model_id for model in client.get_run(run.run_id).outputs.model_outputs]
-    assert ids[0] == ids[1] is not None
-    assert outputs == ids
+    assert outputs[0] == outputs[1]
     with tracked("making another", tracked_spec) as run:
-        assert run.makes("child", "child-tracked", "gkd/v1/other", {}) != ids[0]
-    model = client.get_logged_model(ids[0])
+        run.makes(Model("child", "child-tracked", "gkd/v1/other"))
+    (other,) = client.get_run(run.run_id).outputs.model_outputs
+    assert other.model_id != outputs[0]
+    model = client.get_logged_model(outputs[0])
     assert model.tags[KEY_TAG] == model.params["key"] == "gkd/v1/once"
-    assert (model.params["size"], model.model_type) == ("3", "child")
+    assert (model.params["size"], model.model_type, model.source_run_id) == ("3", "child", made[0])
+    assert str(model.status) == "READY"
 
 
-def test_models_that_are_used_are_inputs(tracked_spec, client):
-    with tracked("making", tracked_spec) as maker:
-        made = maker.makes("parent", "parent", "parent/used", {})
+def test_models_that_are_used_are_inputs_and_made_by_no_run(tracked_spec, client):
     with tracked("using", tracked_spec) as user:
-        user.uses(made, None)
-    assert [model.model_id for model in client.get_run(user.run_id).inputs.model_inputs] == [made]
+        user.uses(Model("parent", "parent", "parent/used"))
+    (used,) = client.get_run(user.run_id).inputs.model_inputs
     assert client.get_run(user.run_id).outputs.model_outputs == []
+    assert client.get_logged_model(used.model_id).source_run_id is None
+
+
+def test_models_link_to_what_they_were_made_from_and_to_what_was_made_from_them(tracked_spec, client):
+    steps = [("parent", ()), ("library", ("parent/x",)), ("scores", ("library/x", "parent/x"))]
+    with tracked("linking", tracked_spec) as run:
+        for kind, sources in steps:
+            run.makes(Model(kind, kind, f"{kind}/x", sources, headline=f"about {kind}"))
+    made = [client.get_logged_model(model.model_id) for model in client.get_run(run.run_id).outputs.model_outputs]
+    models = {model.name: model for model in made}
+    assert models["scores"].tags[FROM_TAG] == "library/x parent/x"
+    place = f"(#/experiments/{models['library'].experiment_id}/models/{{}})"
+    before, after = models["library"].tags[NOTE_TAG].split("Led to:")
+    assert before.startswith("about library")
+    assert place.format(models["parent"].model_id) in before
+    assert place.format(models["scores"].model_id) in after
+    with tracked("another source", tracked_spec) as again:
+        again.makes(Model("scores", "scores", "scores/x", ("library/y",)))
+    assert client.get_logged_model(models["scores"].model_id).tags[FROM_TAG] == "library/x parent/x library/y"
+
+
+def test_files_and_curve_are_given_once_and_again_if_that_failed(tracked_spec, client):
+    asked, steps = [], []
+
+    def files():
+        asked.append(1)
+        if len(asked) <= 2:  # the outbox tries twice
+            raise OSError("no store")
+        return {"artifacts.csv": "stage,key"}
+
+    def curve():
+        return [("gkd/loss", 1.0 / step, step) for step in (1, 2, 3)]
+
+    model = Model("child", "child-late", "gkd/v1/late", files=files, curve=curve)
+    for status in ("PENDING", "READY", "READY"):
+        with tracked("trying", tracked_spec) as run:
+            run.metrics([("gkd/loss", 1.0, 1)])  # known from live
+            run.makes(model)
+        (made,) = client.get_run(run.run_id).outputs.model_outputs
+        assert str(client.get_logged_model(made.model_id).status) == status
+        steps.append(sorted(metric.step for metric in client.get_metric_history(run.run_id, "gkd/loss")))
+    assert steps == [[1, 2, 3], [1, 2, 3], [1]]
+    assert len(asked) == 3
+    assert [file.path for file in client.list_logged_model_artifacts(made.model_id)] == ["artifacts.csv"]
+
+
+def test_a_child_is_one_version_and_an_alias_names_the_newest_answer(tracked_spec, client):
+    def make(key, alias):
+        with tracked("registering", tracked_spec) as run:
+            run.makes(
+                Model("child", "child", key),
+                Version("puzzle-family", "children", alias, f"of {key}", {"puzzle.x": "1"}),
+            )
+
+    def named(alias):
+        version = client.get_model_version_by_alias("puzzle-family", alias)
+        return version.tags[KEY_TAG], str(version.version)
+
+    make("gkd/v1/a", "h100-chat")
+    assert named("h100-chat") == ("gkd/v1/a", "1")
+    make("gkd/v1/b", "h100-chat")
+    make("gkd/v1/a", "l4-chat")
+    assert (named("h100-chat"), named("l4-chat")) == (("gkd/v1/b", "2"), ("gkd/v1/a", "1"))
+    make("gkd/v1/a", "h100-chat")  # a second run of an older answer
+    assert named("h100-chat") == ("gkd/v1/b", "2")
+    versions = client.search_model_versions("name = 'puzzle-family'")
+    about = sorted((str(v.version), v.description.split("\n")[0], v.tags["puzzle.x"]) for v in versions)
+    assert about == [("1", "of gkd/v1/a", "1"), ("2", "of gkd/v1/b", "1")]
+    version = client.get_model_version("puzzle-family", "2")
+    made = client.get_run(version.run_id).outputs.model_outputs[0].model_id
+    assert f"/models/{made})" in version.description
+    assert "#/models/puzzle-family/versions/2" in client.get_logged_model(made).tags[NOTE_TAG]
+
+
+def test_the_outermost_run_has_the_spec_as_a_file_and_what_the_machine_did(tracked_spec, client, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    with tracked("outer", tracked_spec) as outer, tracked("inner", tracked_spec) as inner:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and not client.get_run(outer.run_id).data.metrics:
+            time.sleep(0.2)
+    assert client.get_run(outer.run_id).data.metrics["system/system_memory_usage_percentage"] > 0
+    assert client.get_run(inner.run_id).data.metrics == {}
+    file = client.download_artifacts(outer.run_id, "spec.yaml")
+    values = yaml.safe_load(Path(file).read_text())
+    assert parse_spec(values, "test") == tracked_spec.model_copy(update={"runtime": RuntimeSpec()})
+    assert client.list_artifacts(inner.run_id) == []
 
 
 def test_from_the_child_one_gets_back_to_architecture_library_and_parent(finished):
@@ -165,7 +263,7 @@ def test_from_the_child_one_gets_back_to_architecture_library_and_parent(finishe
         return {found.model_type: found for found in (client.get_logged_model(used.model_id) for used in inputs)}
 
     sources = made_from(child)
-    assert set(sources) == {"parent", "block-library", "architecture"}
+    assert set(sources) == {"parent", "block-library", "scores", "cost-table", "architecture"}
     assert sources["parent"].params["path"] == finished.content["parent"]["path"]
     assert child.params["architecture"] == sources["architecture"].params["key"]
     assert child.params["library"] == sources["block-library"].params["key"]
@@ -174,10 +272,77 @@ def test_from_the_child_one_gets_back_to_architecture_library_and_parent(finishe
     assert made_from(library)["parent"].model_id == sources["parent"].model_id
 
 
-def test_a_run_goes_on_where_mlflow_cannot_be_reached_and_says_so(content, caplog, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    spec = parse_spec(content | {"runtime": {"mlflow_uri": "http://127.0.0.1:9"}}, "test")
+@pytest.fixture
+def runs(finished):
+    """MLflow's runs of the finished flow, by name, and a client."""
+    client = MlflowClient(finished.content["runtime"]["mlflow_uri"])
+    experiment = client.get_experiment_by_name("puzzle").experiment_id
+    oldest_first = {"order_by": ["attributes.start_time"]}
+    whole = client.search_runs([experiment], "attributes.run_name = 'pico'", max_results=1, **oldest_first)[0]
+    within = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{whole.info.run_id}'")
+    return client, {run.info.run_name: run for run in (whole, *within)}
+
+
+def rows(file):
+    return list(csv.DictReader(io.StringIO(Path(file).read_text())))
+
+
+def test_a_run_names_its_texts_and_where_every_artifact_lies(finished, runs):
+    client, found = runs
+    contexts = {
+        name: sorted(tag.value for used in run.inputs.dataset_inputs for tag in used.tags)
+        for name, run in found.items()
+    }
+    assert contexts["pico"] == ["bld", "calibration", "evaluation", "gkd", "scoring"]
+    assert contexts["library"] == ["bld", "calibration", "scoring"]
+    assert contexts["child"] == ["evaluation", "gkd"]
+    store = Path(finished.content["runtime"]["store"])
+    table = rows(client.download_artifacts(found["pico"].info.run_id, TABLE))
+    assert {row["key"] for row in table} == artifacts(store).keys()
+    for row in table:
+        record = Path(row["uri"]) / "record.json"
+        assert record.parent == store.resolve() / row["key"]
+        assert hashlib.sha256(record.read_bytes()).hexdigest() == row["sha256_of_record"]
+
+
+def test_curves_are_whole_and_kl_is_by_layer(finished, runs):
+    client, found = runs
+    store, child = Path(finished.content["runtime"]["store"]), found["child"].info.run_id
+    (made,) = found["child"].outputs.model_outputs
+    record = json.loads((store / client.get_logged_model(made.model_id).params["key"] / "record.json").read_text())
+    curve = sorted(client.get_metric_history(child, "gkd/loss"), key=lambda metric: metric.step)
+    assert [metric.value for metric in curve] == [terms["loss"] for terms in record["record"]["curve"]]
+    library = found["library"].info.run_id
+    names = [name for name in found["library"].data.metrics if name.startswith("bld/")]
+    assert len(names) == TRAINED
+    assert [metric.step for metric in client.get_metric_history(library, names[0])] == [1, 2, 3, 4]
+    by_layer = [name for name in found["library"].data.metrics if name.startswith("kl/")]
+    assert sum(len(client.get_metric_history(library, name)) for name in by_layer) == SCORED
+
+
+def test_the_child_is_registered_with_a_card_and_a_second_run_makes_no_second_version(finished, runs, again):
+    client, found = runs
+    (made,) = found["child"].outputs.model_outputs
+    child = client.get_logged_model(made.model_id)
+    ((name, number),) = registered(child)
+    version = client.get_model_version(name, number)
+    assert version.run_id == found["child"].info.run_id
+    assert float(version.tags["puzzle.parameters_ratio"]) < 0.9
+    assert version.description.startswith("The child after GKD has ")
+    place = Path(child.artifact_location.removeprefix("file://"))
+    card = (place / "README.md").read_text()
+    assert child.params["architecture"] in card
+    assert "| perplexity |" in card
+    assert {row["stage"] for row in rows(place / TABLE)} == {"tokens", "gkd", "evaluation", "timing"}
+    before = len(client.search_model_versions(f"name = '{name}'"))
+    train_child(again())
+    assert len(client.search_model_versions(f"name = '{name}'")) == before
+    assert str(client.get_model_version_by_alias(name, "this-machine-chatbot").version) >= number
+
+
+def test_a_run_goes_on_where_mlflow_cannot_be_reached_and_says_so(content, caplog, tmp_path):
+    runtime = {"mlflow_uri": "http://someone:planted@127.0.0.1:9", "scratch": str(tmp_path)}
+    spec = parse_spec(content | {"runtime": runtime}, "test")
     started = time.monotonic()
     with (
         caplog.at_level(logging.WARNING, "puzzle"),
@@ -186,16 +351,20 @@ def test_a_run_goes_on_where_mlflow_cannot_be_reached_and_says_so(content, caplo
     ):
         run.params({"a": 1})
         run.metrics([("loss", 1.0, 0)])
-        inner.uses("m-1")
-        assert inner.makes("child", "child", "key", {}) is None
-    assert "MLflow at http://127.0.0.1:9 cannot be reached, the run goes on without it" in caplog.text
-    assert len(caplog.records) == 1
+        inner.uses(Model("parent", "parent", "parent/none"))
+    cannot, lost = [record.getMessage() for record in caplog.records if record.name == "puzzle"]
+    assert cannot.startswith("MLflow at http://***@127.0.0.1:9 cannot be reached, the run goes on without it")
+    assert re.match(r"\d+ records of this run are not in MLflow at http://\*\*\*@127.0.0.1:9: run it again", lost)
+    assert "planted" not in caplog.text
     assert time.monotonic() - started < 5
+    assert len(list(tmp_path.rglob("*.json"))) == 1  # a word to the next run
 
 
-def test_a_record_that_mlflow_does_not_take_is_said_and_stops_nothing(tracked_spec, caplog):
+def test_a_record_that_mlflow_does_not_take_is_said_and_stops_nothing(tracked_spec, caplog, client):
     with caplog.at_level(logging.WARNING, "puzzle"), tracked("refused", tracked_spec) as run:
         run.params({"twice": 1})
         run.params({"twice": 2})
         run.params({"after": 3})
     assert "did not take a record" in caplog.text
+    assert client.get_run(run.run_id).data.params["after"] == "3"
+    assert client.get_run(run.run_id).info.status == "FINISHED"

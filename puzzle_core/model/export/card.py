@@ -66,6 +66,31 @@ def model_card(name: str, source: Source, written: ExportRecord, provenance: Pro
     return "\n".join(sections) + "\n"
 
 
+def child_card(
+    name: str, headline: str, architecture: Architecture, provenance: Provenance, descent: dict[str, str]
+) -> str:
+    """README.md of a child as tracking shows it: what it is and came from, before it is exported.
+
+    Args:
+        descent: the keys of what it was made from, by what they are.
+    """
+    sections = [
+        f"# {name}\n",
+        f"{headline}\n",
+        f"Weights: artifact `{provenance.key}` of the store; `puzzle export {provenance.key}` writes them for engines.",
+        "\n## Layers\n",
+        *_layer_table(architecture),
+        "\n## Engines\n",
+        *_engine_lines(architecture),
+        "\n## Quality\n",
+        *_quality(provenance),
+        "\n## Provenance\n",
+        *_provenance(provenance),
+        *(f"- {what}: `{key}`" for what, key in descent.items()),
+    ]
+    return "\n".join(sections) + "\n"
+
+
 def _layer_table(architecture: Architecture) -> list[str]:
     """Consecutive equal layers as one row."""
     rows, layer = ["| layers | attention | FFN |", "|---|---|---|"], 0
