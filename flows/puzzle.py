@@ -22,7 +22,7 @@ from tasks.tracking import tracked
 log = logging.getLogger("puzzle")
 
 
-@flow(name="puzzle", flow_run_name="{spec.name}", persist_result=False)
+@flow(name="puzzle", flow_run_name="{spec.name}", persist_result=False, result_serializer="json")
 def puzzle(spec: RunSpec) -> str:
     """Build the library, search, train and evaluate the child, and write the report.
 

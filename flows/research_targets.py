@@ -31,7 +31,7 @@ class Answer(NamedTuple):
     trouble: str
 
 
-@flow(name="research-targets", flow_run_name="targets of {spec.name}", persist_result=False)
+@flow(name="research-targets", flow_run_name="targets of {spec.name}", persist_result=False, result_serializer="json")
 def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
     """Search every target that has no answer, or whose file, library or scenario changed since it was answered.
 

@@ -18,7 +18,12 @@ from tasks.tracking import tracked
 log = logging.getLogger("puzzle")
 
 
-@flow(name="search-architecture", flow_run_name="search {spec.scenario.name} of {spec.name}", persist_result=False)
+@flow(
+    name="search-architecture",
+    flow_run_name="search {spec.scenario.name} of {spec.name}",
+    persist_result=False,
+    result_serializer="json",
+)
 def search_architecture(spec: RunSpec) -> None:
     """Measure what the target costs, if it was not, and solve the mixed-integer program.
 

@@ -20,7 +20,7 @@ log = logging.getLogger("puzzle")
 PARENT, ASSEMBLED, TRAINED = "parent", "child after assembly", "child after GKD"
 
 
-@flow(name="train-child", flow_run_name="child of {spec.name}", persist_result=False)
+@flow(name="train-child", flow_run_name="child of {spec.name}", persist_result=False, result_serializer="json")
 def train_child(spec: RunSpec) -> None:
     """Assemble the chosen architecture, distil it (GKD), and evaluate it beside the parent and the baselines.
 
@@ -44,7 +44,11 @@ def train_child(spec: RunSpec) -> None:
 
 
 @flow(
-    name="evaluate-models", flow_run_name="evaluation of {spec.name}", persist_result=False, validate_parameters=False
+    name="evaluate-models",
+    flow_run_name="evaluation of {spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    validate_parameters=False,
 )
 def evaluate_models(spec: RunSpec, plan: Plan, site: Site) -> None:
     """Quality of the parent, the child before and after GKD, and the baselines, on the same held-out tokens."""

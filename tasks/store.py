@@ -21,7 +21,7 @@ from puzzle_core.errors import ArtifactError, DamagedError
 from puzzle_core.records import Record, Work, digest_file
 from tasks.store_bucket import Bucket, Entry
 from tasks.store_cache import Cache
-from tasks.store_manifest import MANIFEST, Manifest, StoredFile, name_of
+from tasks.store_manifest import KEY, MANIFEST, Manifest, StoredFile, check_key, name_of
 from tasks.store_staging import clear_abandoned, directory_in_use, move_into_place, writing_to
 
 DOWNLOADS = 2
@@ -68,7 +68,8 @@ class Store:
 
     def keys(self, stage: str = "") -> set[str]:
         """All keys of a stage, or of the store, from one listing."""
-        return {path.removesuffix(f"/{MANIFEST}") for path in self.listing(stage) if path.endswith(f"/{MANIFEST}")}
+        records = (path.removesuffix(f"/{MANIFEST}") for path in self.listing(stage) if path.endswith(f"/{MANIFEST}"))
+        return {key for key in records if KEY.fullmatch(key)}
 
     def listing(self, prefix: str = "") -> dict[str, Entry]:
         """Every file below a prefix, those of artifacts that are not whole too, by path."""
@@ -91,8 +92,9 @@ class Store:
 
         Raises:
             ArtifactError: one is not in the store, or not readable.
+            SpecError: one is no key of an artifact, but for instance a path that leaves the store.
         """
-        wanted = list(dict.fromkeys(keys))
+        wanted = [check_key(key) for key in dict.fromkeys(keys)]
         if self._bucket is None:
             return {key: self._parse(key, _read(self._root / key / MANIFEST)) for key in wanted}
         unknown = [key for key in wanted if key not in self._manifests]
@@ -169,7 +171,12 @@ class Store:
             self._cache.adopt(work.key, staged, manifest.place)
 
     def delete(self, key: str) -> None:
-        """Remove an artifact, its manifest first; what refers to it is not asked."""
+        """Remove an artifact, its manifest first; what refers to it is not asked.
+
+        Raises:
+            SpecError: this is no key of an artifact.
+        """
+        check_key(key)
         if self._bucket is None:
             (self._root / key / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(self._root / key, ignore_errors=True)
