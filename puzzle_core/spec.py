@@ -37,7 +37,7 @@ TaskName = Annotated[str, Field(pattern=r"^[\w.+-]+$")]
 Throughput = Annotated[str, BeforeValidator(parse_throughput.check), Field(json_schema_extra=parse_throughput.form)]
 
 _CREDENTIALS = re.compile(r"://[^/]*@")
-_NO_CREDENTIALS = {"pattern": r"^(?![^:/]+://[^/]*@)"}
+_NO_CREDENTIALS: dict[str, Any] = {"pattern": r"^(?![^:/]+://[^/]*@)"}
 """What a form refuses before it sends anything: a parameter that was sent is kept by Prefect."""
 
 

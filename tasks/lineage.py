@@ -19,7 +19,7 @@ R = TypeVar("R", bound=Record)
 def record_library(plan: Plan, site: Site, run: TrackedRun) -> None:
     """Final BLD loss per variant and KL per block variant, by layer; the library, made from the parent."""
     metrics = []
-    site.store().manifests(work.key for work in (*plan.all_bld(), *plan.all_scores()))  # many at a time
+    site.store().pack(work.key for work in (*plan.all_bld(), *plan.all_scores()))  # read here, and for later runs
     for bld in plan.all_bld():
         trained = _record(BldRecord, bld.key, site)
         metrics.append((f"bld_loss/{trained.variant}", trained.final_loss, trained.layer))

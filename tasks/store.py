@@ -22,6 +22,7 @@ from puzzle_core.records import Record, Work, digest_file
 from tasks.store_bucket import Bucket, Entry
 from tasks.store_cache import Cache
 from tasks.store_manifest import KEY, MANIFEST, Manifest, StoredFile, check_key, name_of
+from tasks.store_packs import Seen, packed_together, read_pack, write_pack
 from tasks.store_staging import clear_abandoned, directory_in_use, move_into_place, writing_to
 
 DOWNLOADS = 2
@@ -56,8 +57,9 @@ class Store:
         self._root = Path(url)
         self._bucket = None if self.is_local else Bucket(url)
         self._cache = Cache(cache, cache_bytes)
-        self._tags: dict[str, str] = {}  # of records in the bucket, as last listed
-        self._manifests: dict[str, Manifest] = {}  # of a bucket's artifacts, which do not change
+        self._tags: dict[str, str] = {}  # of the bucket's records by key, as last listed
+        self._seen: dict[str, Seen] = {}  # records of the bucket's artifacts, which do not change
+        self._manifests: dict[str, Manifest] = {}  # the same, parsed
         self._fetching: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def has(self, key: str) -> bool:
@@ -76,7 +78,8 @@ class Store:
         if self._bucket is None:
             return dict(_walk(self._root, prefix))
         found = self._bucket.listing(prefix)
-        self._tags |= {path: entry.tag for path, entry in found.items() if path.endswith(f"/{MANIFEST}")}
+        ending = f"/{MANIFEST}"
+        self._tags |= {path.removesuffix(ending): entry.tag for path, entry in found.items() if path.endswith(ending)}
         return found
 
     def manifest(self, key: str) -> Manifest:
@@ -98,15 +101,29 @@ class Store:
         if self._bucket is None:
             return {key: self._parse(key, _read(self._root / key / MANIFEST)) for key in wanted}
         unknown = [key for key in wanted if key not in self._manifests]
-        copies = {key: text for key in unknown if (text := _read(self._copy_of_record(key)))}
-        asked = [key for key in unknown if key not in copies]
-        answers = self._bucket.read_all([f"{key}/{MANIFEST}" for key in asked])
+        for together in packed_together(wanted) if unknown else ():
+            self._seen |= read_pack(self._bucket, together, self._tags)
+        tags = {key: self._tags.get(key, "") for key in unknown if key not in self._seen}
+        answers = self._bucket.read_all([f"{key}/{MANIFEST}" for key in tags])
+        self._seen |= {key: Seen(tag, answers[p]) for key, tag in tags.items() if (p := f"{key}/{MANIFEST}") in answers}
         for key in unknown:
-            text = copies.get(key) or answers.get(f"{key}/{MANIFEST}")
-            self._manifests[key] = self._parse(key, text)
-        for key in asked:
-            self._keep_record(key, answers[f"{key}/{MANIFEST}"])
+            self._manifests[key] = self._parse(key, self._seen[key].text if key in self._seen else None)
         return {key: self._manifests[key] for key in wanted}
+
+    def pack(self, keys: Iterable[str]) -> None:
+        """Have the manifests of many artifacts come in one piece whenever just these are asked for together.
+
+        Raises:
+            ArtifactError: one is not in the store, or not readable.
+        """
+        groups = packed_together(dict.fromkeys(keys))
+        if self._bucket is None or not groups:
+            return
+        for together in groups:
+            if any(key not in self._tags for key in together):
+                self.listing(together[0].partition("/")[0])
+            self.manifests(together)
+            write_pack(self._bucket, together, self._tags, self._seen)
 
     def fetch(self, key: str) -> Path:
         """A local directory with the artifact's files, checked against their digests once per process.
@@ -303,30 +320,16 @@ class Store:
             raise ArtifactError(f"the manifest of {key} in {self.url} is that of {manifest.key}: delete that artifact")
         return manifest
 
-    def _copy_of_record(self, key: str) -> Path | None:
-        """Where the cache keeps the record that was last listed."""
-        tag = self._tags.get(f"{key}/{MANIFEST}", "")
-        return self._cache.directory / key / f"record-{tag}.json" if tag.isalnum() else None
-
-    def _keep_record(self, key: str, text: bytes) -> None:
-        copy = self._copy_of_record(key)
-        if not copy:
-            return
-        evicted = contextlib.suppress(FileNotFoundError)
-        with evicted, writing_to(copy), self._cache.room_for(copy, len(text)) as partial:
-            partial.write_bytes(text)
-            partial.replace(copy)
-
     def _forget(self, key: str) -> None:
-        self._manifests.pop(key, None)
-        self._tags.pop(f"{key}/{MANIFEST}", None)
+        for known in (self._manifests, self._seen, self._tags):
+            known.pop(key, None)
         self._checked -= {label for label in self._checked if label.startswith(f"{key}/")}
         self._cache.drop(key)
 
 
-def _read(file: Path | None) -> bytes | None:
+def _read(file: Path) -> bytes | None:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return file.read_bytes() if file else None
+        return file.read_bytes()
     return None
 
 
