@@ -5,6 +5,7 @@ Flows submit what a plan names and the store lacks; `puzzle check` prints the sa
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
@@ -128,7 +129,8 @@ class Plan:
 
     def library_key(self, layer: int, variant: Variant) -> str | None:
         """Where a half's weights lie; none for the parent's own and for no-ops."""
-        return self.bld(layer, variant).key if variant in self.trained(layer) else None
+        work = self._library.get((layer, variant))
+        return work.key if work else None
 
     def scored(self, layer: int, base: Architecture | None = None) -> list[BlockVariant]:
         """The blocks of a layer that need a score: all pairs, or the base's block with one half changed.
@@ -156,10 +158,23 @@ class Plan:
 
     def all_bld(self) -> list[BldWork]:
         """Every variant training."""
-        return [self.bld(layer, variant) for layer in self.layers for variant in self.trained(layer)]
+        return list(self._library.values())
 
     def all_scores(self, base: Architecture | None = None) -> list[ScoreWork]:
         """Every score in the parent, or in a child."""
+        return [*self._scores] if base is None else self._scores_in(base)
+
+    @cached_property
+    def _library(self) -> dict[tuple[int, Variant], BldWork]:
+        """Every variant training, in order: made once, since a thousand keys take a second."""
+        places = [(layer, variant) for layer in self.layers for variant in self.trained(layer)]
+        return {(layer, variant): self.bld(layer, variant) for layer, variant in places}
+
+    @cached_property
+    def _scores(self) -> list[ScoreWork]:
+        return self._scores_in(None)
+
+    def _scores_in(self, base: Architecture | None) -> list[ScoreWork]:
         return [self.score(layer, block, base) for layer in self.layers for block in self.scored(layer, base)]
 
     def costs(self) -> dict[tuple[str, int], CostWork]:

@@ -122,6 +122,9 @@ class Store:
         for together in groups:
             if any(key not in self._tags for key in together):
                 self.listing(together[0].partition("/")[0])
+            for key in together:  # read before it was listed: nobody can say whether as it is listed
+                if key in self._seen and self._seen[key].tag != self._tags.get(key):
+                    del self._seen[key], self._manifests[key]
             self.manifests(together)
             write_pack(self._bucket, together, self._tags, self._seen)
 

@@ -342,7 +342,9 @@ def test_a_pack_is_of_what_is_listed_and_of_nothing_else(opened):
     store = opened()
     works = [PlainWork(number=number) for number in range(LEAST_RECORDS + 1)]
     keys = [publish(store, work) for work in works]
+    store.fetch(keys[0])  # reads its record before any listing has it
     store.pack(keys)
+    assert len([path for path in store.listing() if path.startswith(PACKS)]) == 1
     fewer, reader = keys[1:], opened()
     reader.keys("plain")
     assert reader.manifests(fewer).keys() == set(fewer)
