@@ -5,7 +5,7 @@ SPEC ?= deployments/specs/quickstart.yaml
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
-.PHONY: puzzle up down test lint lock s3 engines clean
+.PHONY: puzzle up down test lint lock audit s3 engines clean
 
 puzzle: $(VENV)/.installed
 	$(VENV)/bin/puzzle run $(SPEC)
@@ -33,6 +33,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # After a change of pyproject.toml: write the versions that are installed now.
 lock:
 	$(VENV)/bin/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools | sed 's/+cpu$$//' > constraints.txt
+
+# Known vulnerabilities of the locked versions, by pip-audit in an environment of its own; fails where it gets no data.
+audit:
+	test -x $(VENV)/audit/bin/python || $(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 # An S3 server on loopback to try a store in a bucket with; prints the environment to set (docs/operations.md).
 s3: $(VENV)/.installed

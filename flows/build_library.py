@@ -27,7 +27,13 @@ from tasks.tracking import tracked
 log = logging.getLogger("puzzle")
 
 
-@flow(name="build-library", flow_run_name="library of {spec.name}", persist_result=False, on_running=[sign])
+@flow(
+    name="build-library",
+    flow_run_name="library of {spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    on_running=[sign],
+)
 def build_library(spec: RunSpec) -> None:
     """Train every missing variant of every layer (BLD), then score every missing block variant.
 
@@ -48,7 +54,13 @@ def build_library(spec: RunSpec) -> None:
         show_library(plan, site)
 
 
-@flow(name="train-variants", flow_run_name="BLD of {spec.name}", persist_result=False, validate_parameters=False)
+@flow(
+    name="train-variants",
+    flow_run_name="BLD of {spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    validate_parameters=False,
+)
 def train_variants(spec: RunSpec, plan: Plan, site: Site) -> None:
     """Blockwise local distillation of what the store lacks, layer by layer.
 
@@ -80,7 +92,13 @@ def train_variants(spec: RunSpec, plan: Plan, site: Site) -> None:
     drop_activations(tokens, dtype, None, site)
 
 
-@flow(name="score-variants", flow_run_name="scores of {spec.name}", persist_result=False, validate_parameters=False)
+@flow(
+    name="score-variants",
+    flow_run_name="scores of {spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    validate_parameters=False,
+)
 def score_variants(spec: RunSpec, plan: Plan, site: Site, child: Architecture | None = None) -> None:
     """Replace-1-block scores of what the store lacks, in the parent or in a child.
 

@@ -52,6 +52,8 @@ def export(options: Any) -> None:
     if options.format == "hf" and options.dtype == "q8_0":
         raise SpecError("--dtype q8_0 is of --format gguf: engines quantise a Hugging Face directory themselves")
     name = options.name or options.out.resolve().name
+    if Path(name).name != name or "\\" in name:
+        raise SpecError(f"--name {name!r} is a path: say what the model is called, and where it goes with --out")
     directory, provenance = _child(options)
     with _new_directory(options.out) as staged:
         written = _write_hf if options.format == "hf" else _write_gguf

@@ -23,7 +23,7 @@ from tasks.tracking import tracked
 log = logging.getLogger("puzzle")
 
 
-@flow(name="refine-search", flow_run_name="shortlist of {spec.name}", persist_result=False)
+@flow(name="refine-search", flow_run_name="shortlist of {spec.name}", persist_result=False, result_serializer="json")
 def refine_search(spec: RunSpec) -> None:
     """Assemble and measure the shortlist, and iterate the search, as far as the spec asks for it.
 
@@ -95,7 +95,7 @@ def _measured(number: int, search: SearchRecord, plan: Plan, site: Site, base_kl
     return candidates
 
 
-@flow(name="measure-candidates", persist_result=False, validate_parameters=False)
+@flow(name="measure-candidates", persist_result=False, result_serializer="json", validate_parameters=False)
 def measure_candidates(architectures: list[Architecture], plan: Plan, site: Site) -> None:
     """Assemble architectures, and measure their KL to the parent side by side."""
     futures = []

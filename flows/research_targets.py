@@ -32,7 +32,13 @@ class Answer(NamedTuple):
     trouble: str
 
 
-@flow(name="research-targets", flow_run_name="targets of {spec.name}", persist_result=False, on_running=[sign])
+@flow(
+    name="research-targets",
+    flow_run_name="targets of {spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    on_running=[sign],
+)
 def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
     """Search every target that has no answer, or whose file, library or scenario changed since it was answered.
 

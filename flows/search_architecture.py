@@ -24,6 +24,7 @@ log = logging.getLogger("puzzle")
     flow_run_name="search {spec.scenario.name} of {spec.name}",
     persist_result=False,
     on_running=[sign],
+    result_serializer="json",
 )
 def search_architecture(spec: RunSpec) -> None:
     """Measure what the target costs, if it was not, and solve the mixed-integer program.

@@ -21,7 +21,13 @@ log = logging.getLogger("puzzle")
 PARENT, ASSEMBLED, TRAINED = "parent", "child after assembly", "child after GKD"
 
 
-@flow(name="train-child", flow_run_name="child of {spec.name}", persist_result=False, on_running=[sign])
+@flow(
+    name="train-child",
+    flow_run_name="child of {spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    on_running=[sign],
+)
 def train_child(spec: RunSpec) -> None:
     """Assemble the chosen architecture, distil it (GKD), and evaluate it beside the parent and the baselines.
 
@@ -45,7 +51,11 @@ def train_child(spec: RunSpec) -> None:
 
 
 @flow(
-    name="evaluate-models", flow_run_name="evaluation of {spec.name}", persist_result=False, validate_parameters=False
+    name="evaluate-models",
+    flow_run_name="evaluation of {spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    validate_parameters=False,
 )
 def evaluate_models(spec: RunSpec, plan: Plan, site: Site) -> None:
     """Quality of the parent, the child before and after GKD, and the baselines, on the same held-out tokens."""

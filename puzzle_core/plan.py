@@ -129,19 +129,8 @@ class Plan:
 
     def library_key(self, layer: int, variant: Variant) -> str | None:
         """Where a half's weights lie; none for the parent's own and for no-ops."""
-        return self._library_keys.get((layer, variant))
-
-    @cached_property
-    def _library_keys(self) -> dict[tuple[int, Variant], str]:
-        return {(work.layer, work.variant): work.key for work in self.all_bld()}
-
-    @cached_property
-    def _scores(self) -> list[ScoreWork]:
-        return [self.score(layer, block) for layer in self.layers for block in self.scored(layer)]
-
-    @cached_property
-    def _score_keys(self) -> tuple[str, ...]:
-        return tuple(work.key for work in self._scores)
+        work = self._library.get((layer, variant))
+        return work.key if work else None
 
     def scored(self, layer: int, base: Architecture | None = None) -> list[BlockVariant]:
         """The blocks of a layer that need a score: all pairs, or the base's block with one half changed.
@@ -169,12 +158,23 @@ class Plan:
 
     def all_bld(self) -> list[BldWork]:
         """Every variant training."""
-        return [self.bld(layer, variant) for layer in self.layers for variant in self.trained(layer)]
+        return list(self._library.values())
 
     def all_scores(self, base: Architecture | None = None) -> list[ScoreWork]:
         """Every score in the parent, or in a child."""
-        if base is None:
-            return list(self._scores)
+        return [*self._scores] if base is None else self._scores_in(base)
+
+    @cached_property
+    def _library(self) -> dict[tuple[int, Variant], BldWork]:
+        """Every variant training, in order: made once, since a thousand keys take a second."""
+        places = [(layer, variant) for layer in self.layers for variant in self.trained(layer)]
+        return {(layer, variant): self.bld(layer, variant) for layer, variant in places}
+
+    @cached_property
+    def _scores(self) -> list[ScoreWork]:
+        return self._scores_in(None)
+
+    def _scores_in(self, base: Architecture | None) -> list[ScoreWork]:
         return [self.score(layer, block, base) for layer in self.layers for block in self.scored(layer, base)]
 
     def costs(self) -> dict[tuple[str, int], CostWork]:
@@ -209,7 +209,7 @@ class Plan:
             parent=self.inputs.parent,
             shape=self.inputs.shape,
             variants=self.spec.variants,
-            scores=tuple(work.key for work in self.all_scores(base)) if base else self._score_keys,
+            scores=tuple(work.key for work in self.all_scores(base)),
             composition=self.spec.scoring.composition,
             costs=tuple((*where, work.key) for where, work in self.costs().items()),
             cost_table=self.inputs.cost_table,

@@ -4,10 +4,12 @@ A record refuses unknown keys, cannot be changed after it was made, and has a di
 machine for equal content. Its JSON is written atomically: a reader sees the whole file or none.
 """
 
+import functools
 import hashlib
 import json
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -91,7 +93,13 @@ class Work(Record):
     stage: ClassVar[str]
     version: ClassVar[int]
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """The artifact's key, `stage/vN/digest`."""
         return f"{self.stage}/v{self.version}/{self.digest()}"
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with changes, which has a key of its own."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("key", None)
+        return copied

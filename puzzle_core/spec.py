@@ -4,7 +4,8 @@ Each stage's own part enters the key of its artifacts; `runtime` (where things l
 so equal work has an equal key on every machine.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +33,12 @@ Bytes = Annotated[str, BeforeValidator(parse_bytes.check), Field(json_schema_ext
 Parameters = Annotated[str, BeforeValidator(parse_parameters.check), Field(json_schema_extra=parse_parameters.form)]
 Seconds = Annotated[str, BeforeValidator(parse_seconds.check), Field(json_schema_extra=parse_seconds.form)]
 ShareOfParent = Annotated[str, BeforeValidator(parse_share.check), Field(json_schema_extra=parse_share.form)]
+TaskName = Annotated[str, Field(pattern=r"^[\w.+-]+$")]
 Throughput = Annotated[str, BeforeValidator(parse_throughput.check), Field(json_schema_extra=parse_throughput.form)]
+
+_CREDENTIALS = re.compile(r"://[^/]*@")
+_NO_CREDENTIALS: dict[str, Any] = {"pattern": r"^(?![^:/]+://[^/]*@)"}
+"""What a form refuses before it sends anything: a parameter that was sent is kept by Prefect."""
 
 
 class ParentSpec(Record):
@@ -332,14 +338,18 @@ class EvaluationSpec(Record):
     """Parent against child on held-out text."""
 
     tokens: Positive = Field(65_536, description="Held-out tokens")
-    lm_eval_tasks: tuple[str, ...] = Field((), description="Tasks of lm-evaluation-harness, where it is installed")
+    lm_eval_tasks: tuple[TaskName, ...] = Field((), description="Tasks of lm-evaluation-harness, where it is installed")
     timing_rounds: int = Field(7, ge=3, description="Interleaved end-to-end timings of parent and child")
 
 
 class RuntimeSpec(Record):
     """Where things lie and how many hands there are; enters no key."""
 
-    store: str = Field(".puzzle/store", description="Artifact store: a directory or s3://bucket/prefix")
+    store: str = Field(
+        ".puzzle/store",
+        description="Artifact store: a directory or s3://bucket/prefix",
+        json_schema_extra={"pattern": r"^(?![^:/]+://.*[@?])"},
+    )
     on_corruption: Literal["refuse", "recompute"] = Field(
         "refuse", description="What to do about an artifact whose files are not what was stored: stop, or make it again"
     )
@@ -347,7 +357,9 @@ class RuntimeSpec(Record):
     cache_size: Annotated[str, BeforeValidator(parse_memory.check), Field(json_schema_extra=parse_memory.form)] = Field(
         "20GiB", description="What local copies of a bucket's artifacts may take under scratch, for instance 20GiB"
     )
-    mlflow_uri: str = Field("sqlite:///.puzzle/mlflow.db", description="MLflow tracking URI")
+    mlflow_uri: str = Field(
+        "sqlite:///.puzzle/mlflow.db", description="MLflow tracking URI", json_schema_extra=_NO_CREDENTIALS
+    )
     mlflow_experiment: str = Field("puzzle", description="Name of the MLflow experiment")
     workers: Positive | None = Field(None, description="Tasks side by side; default one per core or GPU")
     task_timeout_s: float | None = Field(
@@ -360,6 +372,11 @@ class RuntimeSpec(Record):
         """Refuse them without repeating them: a spec is logged, recorded and shown."""
         if "://" in self.store and ("@" in self.store or "?" in self.store):
             raise ValueError("store holds credentials or options: say s3://bucket/prefix and set AWS_PROFILE")
+        if _CREDENTIALS.search(self.mlflow_uri):
+            raise ValueError(
+                "mlflow_uri holds credentials: say http://host:port and set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            )
         return self
 
 
@@ -396,6 +413,14 @@ class RunSpec(Record):
     @model_validator(mode="after")
     def _askable(self) -> "RunSpec":
         _ = self.request
+        return self
+
+    @model_validator(mode="after")
+    def _no_credentials(self) -> "RunSpec":
+        """Refuse them wherever they are, without repeating them."""
+        for key, text in _texts(self.model_dump(mode="json")):
+            if _CREDENTIALS.search(text):
+                raise ValueError(f"{key} is an address with credentials: a specification is recorded and shown")
         return self
 
     @model_validator(mode="after")
@@ -437,6 +462,15 @@ def parse_spec(content: dict[str, Any], origin: str) -> RunSpec:
         SpecError: every wrong key and value, one per line.
     """
     return parse_record(RunSpec, content, origin, "spec")
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in plain values, by its key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(inner, f"{key}.{name}".lstrip("."))
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:

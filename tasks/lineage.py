@@ -47,7 +47,7 @@ def record_trained(works: Iterable[Work], site: Site) -> None:
 def record_library(plan: Plan, site: Site, run: TrackedRun) -> None:
     """Final BLD loss per variant and KL per block variant, by layer; library and scores, made from the parent."""
     steps, metrics = Steps(plan, site), []
-    site.store().manifests((*steps.bld, *steps.scored))  # many at a time
+    site.store().pack((*steps.bld, *steps.scored))  # read here, and for later runs
     for key in steps.bld:
         trained = record_of(BldRecord, key, site)
         metrics.append((f"bld_loss/{trained.variant}", trained.final_loss, trained.layer))

@@ -23,7 +23,8 @@ from puzzle_core.records import Record, Work, digest_file
 from puzzle_core.spec import RuntimeSpec
 from tasks.store_bucket import Bucket, Entry
 from tasks.store_cache import Cache
-from tasks.store_manifest import MANIFEST, Manifest, StoredFile, name_of
+from tasks.store_manifest import KEY, MANIFEST, Manifest, StoredFile, check_key, name_of
+from tasks.store_packs import Seen, packed_together, read_pack, write_pack
 from tasks.store_staging import clear_abandoned, directory_in_use, move_into_place, writing_to
 
 DOWNLOADS = 2
@@ -64,8 +65,9 @@ class Store:
         self._root = Path(url)
         self._bucket = None if self.is_local else Bucket(url)
         self._cache = Cache(cache, cache_bytes)
-        self._tags: dict[str, str] = {}  # of records in the bucket, as last listed
-        self._manifests: dict[str, Manifest] = {}  # of a bucket's artifacts, which do not change
+        self._tags: dict[str, str] = {}  # of the bucket's records by key, as last listed
+        self._seen: dict[str, Seen] = {}  # records of the bucket's artifacts, which do not change
+        self._manifests: dict[str, Manifest] = {}  # the same, parsed
         self._fetching: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def has(self, key: str) -> bool:
@@ -76,14 +78,16 @@ class Store:
 
     def keys(self, stage: str = "") -> set[str]:
         """All keys of a stage, or of the store, from one listing."""
-        return {path.removesuffix(f"/{MANIFEST}") for path in self.listing(stage) if path.endswith(f"/{MANIFEST}")}
+        records = (path.removesuffix(f"/{MANIFEST}") for path in self.listing(stage) if path.endswith(f"/{MANIFEST}"))
+        return {key for key in records if KEY.fullmatch(key)}
 
     def listing(self, prefix: str = "") -> dict[str, Entry]:
         """Every file below a prefix, those of artifacts that are not whole too, by path."""
         if self._bucket is None:
             return dict(_walk(self._root, prefix))
         found = self._bucket.listing(prefix)
-        self._tags |= {path: entry.tag for path, entry in found.items() if path.endswith(f"/{MANIFEST}")}
+        ending = f"/{MANIFEST}"
+        self._tags |= {path.removesuffix(ending): entry.tag for path, entry in found.items() if path.endswith(ending)}
         return found
 
     def manifest(self, key: str) -> Manifest:
@@ -99,20 +103,38 @@ class Store:
 
         Raises:
             ArtifactError: one is not in the store, or not readable.
+            SpecError: one is no key of an artifact, but for instance a path that leaves the store.
         """
-        wanted = list(dict.fromkeys(keys))
+        wanted = [check_key(key) for key in dict.fromkeys(keys)]
         if self._bucket is None:
             return {key: self._parse(key, _read(self._root / key / MANIFEST)) for key in wanted}
         unknown = [key for key in wanted if key not in self._manifests]
-        copies = {key: text for key in unknown if (text := _read(self._copy_of_record(key)))}
-        asked = [key for key in unknown if key not in copies]
-        answers = self._bucket.read_all([f"{key}/{MANIFEST}" for key in asked])
+        for together in packed_together(wanted) if unknown else ():
+            self._seen |= read_pack(self._bucket, together, self._tags)
+        tags = {key: self._tags.get(key, "") for key in unknown if key not in self._seen}
+        answers = self._bucket.read_all([f"{key}/{MANIFEST}" for key in tags])
+        self._seen |= {key: Seen(tag, answers[p]) for key, tag in tags.items() if (p := f"{key}/{MANIFEST}") in answers}
         for key in unknown:
-            text = copies.get(key) or answers.get(f"{key}/{MANIFEST}")
-            self._manifests[key] = self._parse(key, text)
-        for key in asked:
-            self._keep_record(key, answers[f"{key}/{MANIFEST}"])
+            self._manifests[key] = self._parse(key, self._seen[key].text if key in self._seen else None)
         return {key: self._manifests[key] for key in wanted}
+
+    def pack(self, keys: Iterable[str]) -> None:
+        """Have the manifests of many artifacts come in one piece whenever just these are asked for together.
+
+        Raises:
+            ArtifactError: one is not in the store, or not readable.
+        """
+        groups = packed_together(dict.fromkeys(keys))
+        if self._bucket is None or not groups:
+            return
+        for together in groups:
+            if any(key not in self._tags for key in together):
+                self.listing(together[0].partition("/")[0])
+            for key in together:  # read before it was listed: nobody can say whether as it is listed
+                if key in self._seen and self._seen[key].tag != self._tags.get(key):
+                    del self._seen[key], self._manifests[key]
+            self.manifests(together)
+            write_pack(self._bucket, together, self._tags, self._seen)
 
     def fetch(self, key: str) -> Path:
         """A local directory with the artifact's files, checked against their digests once per process.
@@ -177,7 +199,12 @@ class Store:
             self._cache.adopt(work.key, staged, manifest.place)
 
     def delete(self, key: str) -> None:
-        """Remove an artifact, its manifest first; what refers to it is not asked."""
+        """Remove an artifact, its manifest first; what refers to it is not asked.
+
+        Raises:
+            SpecError: this is no key of an artifact.
+        """
+        check_key(key)
         if self._bucket is None:
             (self._root / key / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(self._root / key, ignore_errors=True)
@@ -304,30 +331,16 @@ class Store:
             raise ArtifactError(f"the manifest of {key} in {self.url} is that of {manifest.key}: delete that artifact")
         return manifest
 
-    def _copy_of_record(self, key: str) -> Path | None:
-        """Where the cache keeps the record that was last listed."""
-        tag = self._tags.get(f"{key}/{MANIFEST}", "")
-        return self._cache.directory / key / f"record-{tag}.json" if tag.isalnum() else None
-
-    def _keep_record(self, key: str, text: bytes) -> None:
-        copy = self._copy_of_record(key)
-        if not copy:
-            return
-        evicted = contextlib.suppress(FileNotFoundError)
-        with evicted, writing_to(copy), self._cache.room_for(copy, len(text)) as partial:
-            partial.write_bytes(text)
-            partial.replace(copy)
-
     def _forget(self, key: str) -> None:
-        self._manifests.pop(key, None)
-        self._tags.pop(f"{key}/{MANIFEST}", None)
+        for known in (self._manifests, self._seen, self._tags):
+            known.pop(key, None)
         self._checked -= {label for label in self._checked if label.startswith(f"{key}/")}
         self._cache.drop(key)
 
 
-def _read(file: Path | None) -> bytes | None:
+def _read(file: Path) -> bytes | None:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return file.read_bytes() if file else None
+        return file.read_bytes()
     return None
 
 

@@ -25,6 +25,8 @@ NONSENSE = {
     "unit of another kind": ({"scenario": {"limits": {"latency": "5GB"}}}, "spec.scenario.limits.latency.*'5GB'"),
     "no unit": ({"scenario": {"limits": {"memory": "80"}}}, "spec.scenario.limits.memory.*'80'"),
     "wrong type": ({"gkd": {"tokens": "many"}}, "'many' is not of type 'integer'"),
+    "credentials in the store": ({"runtime": {"store": "s3://me:hidden@bucket"}}, "spec.runtime.store"),
+    "credentials of MLflow": ({"runtime": {"mlflow_uri": "http://me:hidden@host"}}, "spec.runtime.mlflow_uri"),
     "name of a run": ({"name": "two words"}, "spec.name.*'two words'"),
 }
 

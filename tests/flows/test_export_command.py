@@ -91,6 +91,8 @@ def test_gguf_keeps_the_type_or_takes_the_one_asked_for(options, kind, command, 
         ),
         (("--format", "hf", "--out", "mine", "--dtype", "q8_0"), "--dtype q8_0 is of --format gguf"),
         (("--format", "gguf", "--out", "there"), "--out there exists"),
+        (("--format", "gguf", "--out", "mine", "--name", "../../mine"), "--name '../../mine' is a path"),
+        (("--format", "gguf", "--out", "mine", "--name", "/tmp/mine"), "--name '/tmp/mine' is a path"),
     ],
 )
 def test_what_cannot_be_leaves_nothing_behind(arguments, message, command, assemble, tmp_path):

@@ -88,11 +88,29 @@ def test_a_share_of_block_time_has_no_absolute_value():
             "last_layer (2) comes before first_layer (3)",
         ),
         ({"data": {"train_texts": []}}, "data.train_texts: "),
+        ({"evaluation": {"lm_eval_tasks": ["../task.yaml"]}}, "evaluation.lm_eval_tasks.0: "),
         ({"target": {"dtype": "float16"}}, "target.dtype: "),
     ],
 )
 def test_values_that_make_no_sense_together_are_refused(parts, message):
     assert message in complaint(**parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"runtime": {"store": "s3://me:hidden@bucket/prefix"}}, "runtime: store holds credentials or options: say s3"),
+        ({"runtime": {"store": "s3://bucket?secret=hidden"}}, "set AWS_PROFILE"),
+        ({"runtime": {"mlflow_uri": "http://me:hidden@host:5000"}}, "set MLFLOW_TRACKING_USERNAME"),
+        ({"runtime": {"mlflow_uri": "postgresql://me:hidden@host/mlflow"}}, "runtime: mlflow_uri holds credentials"),
+        ({"parent": {"path": "https://me:hidden@host/model"}}, "parent.path is an address with credentials"),
+        ({"data": {"train_texts": ["a", "ftp://me:hidden@host/texts"]}}, "data.train_texts.1 is an address with"),
+    ],
+)
+def test_an_address_with_credentials_is_refused_and_not_repeated(parts, message):
+    text = complaint(**parts)
+    assert message in text
+    assert "hidden" not in text
 
 
 def test_specs_cannot_be_changed():

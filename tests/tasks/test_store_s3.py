@@ -17,6 +17,7 @@ from puzzle_core.spec import RuntimeSpec
 from tasks import store as store_module
 from tasks.store import MANIFEST, Store
 from tasks.store_cache import reading
+from tasks.store_packs import LEAST_RECORDS, PACKS
 from tests.s3_server import BUCKET
 from tests.tasks.test_store import TEXT, PlainRecord, PlainWork, publish
 
@@ -342,19 +343,66 @@ def test_what_was_published_here_is_not_fetched_and_one_artifact_is_fetched_alon
     assert proxy.received_bytes - before < 110_000
 
 
-def test_a_thousand_records_take_a_few_listings_and_are_read_once_per_machine(opened, proxy, tmp_path):
+def test_records_take_a_listing_and_a_read_each_and_a_pack_takes_one(opened, proxy):
     store = opened()
-    keys = {publish(store, PlainWork(number=number)) for number in range(30)}
+    keys = {publish(store, PlainWork(number=number)) for number in range(LEAST_RECORDS)}
     reader = opened()
     proxy.requests.clear()
     assert reader.keys("plain") == keys
     assert len(proxy.requests) == 1
-    assert reader.manifests(keys).keys() == keys
-    assert len(proxy.requests) == 1 + 30
-    again = Store(reader.url, reader._cache.directory)
+    found = reader.manifests(keys)
+    assert found.keys() == keys
+    assert len(proxy.requests) == 1 + 1 + LEAST_RECORDS  # the pack was asked for, and is not there
+    reader.pack(keys)
+    proxy.requests.clear()
+    again = opened()
     again.keys("plain")
-    assert again.manifests(keys) == reader.manifests(keys)
-    assert len(proxy.requests) == 2 + 30
+    assert again.manifests(keys) == found
+    assert len(proxy.requests) == 2
+    again.pack(keys)
+    assert proxy.count("PUT") == 0
+
+
+def test_a_pack_is_of_what_is_listed_and_of_nothing_else(opened):
+    store = opened()
+    works = [PlainWork(number=number) for number in range(LEAST_RECORDS + 1)]
+    keys = [publish(store, work) for work in works]
+    store.fetch(keys[0])  # reads its record before any listing has it
+    store.pack(keys)
+    assert len([path for path in store.listing() if path.startswith(PACKS)]) == 1
+    fewer, reader = keys[1:], opened()
+    reader.keys("plain")
+    assert reader.manifests(fewer).keys() == set(fewer)
+    with store.staging() as staged:
+        (staged / "weights.bin").write_text("made anew")
+        store.delete(keys[0])
+        store.publish(works[0], PlainRecord(found="something else"), staged, "another")
+    reader = opened()
+    reader.keys("plain")
+    assert reader.manifests(keys)[keys[0]].record == {"found": "something else"}
+    store.delete(keys[0])
+    reader = opened()
+    reader.keys("plain")
+    with pytest.raises(ArtifactError, match="is not in the store"):
+        reader.manifests(keys)
+
+
+@pytest.mark.parametrize("harm", ["altered", "cut", "refused"])
+def test_a_pack_that_is_no_help_is_left_alone(harm, opened, proxy):
+    store = opened()
+    keys = [publish(store, PlainWork(number=number)) for number in range(LEAST_RECORDS)]
+    if harm == "refused":
+        proxy.inject("403 AccessDenied", times=9, matches=lambda asked: is_put(asked) and PACKS in asked.path)
+    store.pack(keys)
+    packs = [path for path in store.listing() if path.startswith(PACKS)]
+    assert len(packs) == (harm != "refused")
+    for path in packs:
+        text = store._bucket.read_all([path])[path]
+        place = f"{store.url.removeprefix('s3://')}/{path}"
+        store._bucket.fs.pipe_file(place, text.replace(b"all well", b"all hell") if harm == "altered" else text[:999])
+    reader = opened()
+    reader.keys("plain")
+    assert {manifest.record["found"] for manifest in reader.manifests(keys).values()} == {"all well"}
 
 
 def cached(store):

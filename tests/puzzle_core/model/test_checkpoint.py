@@ -40,3 +40,15 @@ def test_a_file_that_vanishes_after_opening_is_named(tmp_path):
     (tmp_path / SINGLE).unlink()
     with pytest.raises(ParentError, match=r"cannot read 'a' from .*model\.safetensors"):
         checkpoint.tensor("a")
+
+
+@pytest.mark.parametrize("named", ["../beside.safetensors", "{outside}"])
+def test_an_index_cannot_name_shards_outside_its_directory(named, tmp_path):
+    outside = tmp_path / "beside.safetensors"
+    save_file(TENSORS, outside)
+    inside = tmp_path / "checkpoint"
+    inside.mkdir()
+    weight_map = dict.fromkeys(TENSORS, named.format(outside=outside))
+    (inside / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(ParentError, match=r"lacks 1 of its 1 shards, the first being beside\.safetensors"):
+        Checkpoint(inside)

@@ -1,0 +1,193 @@
+"""A walk through the UIs as a person takes it, in a headless browser, with a picture of every stop.
+
+    python -m benchmarks.ui_walk --images docs/images [--place DIR] [--set KEY=VALUE]
+
+Starts the services (as `make up` does) on ports of their own, opens the form of the deployment `puzzle` in Prefect's UI
+and submits it as it is, with the quickstart's parameters; waits for the run; looks at its tasks, its artifacts and the
+schedule of new targets, and then at the child in MLflow. `--set` fills other values into the form. A place that has a
+store already gives a run of which more is cached.
+
+Needs Debian's chromium (`apt-get install chromium`) and `pip install '.[ui]'`.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import yaml
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+from flows.server import free_port
+from flows.up import Ports, down, up
+from puzzle_core.errors import PuzzleError
+from puzzle_core.report.tables import Table, format_text
+
+REPOSITORY = Path(__file__).parents[1]
+BROWSER = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+SETTLE_MS = 4000
+"""For a page to draw what it has fetched."""
+
+
+class Walk:
+    """A browser window, the services it looks at, and where its pictures go."""
+
+    def __init__(self, page: Page, ports: Ports, images: Path):
+        self.page, self.images = page, images
+        self.prefect, self.mlflow = (f"http://127.0.0.1:{port}" for port in ports)
+        self.stops: list[tuple[str, str, str]] = []
+
+    def ask(self, path: str, body: dict[str, Any] | None = None, server: str = "") -> Any:
+        """One call of an API, for what a person reads off the page: names and states."""
+        data = None if body is None else json.dumps(body).encode()
+        address = f"{server or self.prefect + '/api'}{path}"
+        request = urllib.request.Request(address, data, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())
+
+    def look(self, name: str, address: str, wanted: str) -> None:
+        """Open a page, wait for words on it, and take a picture."""
+        self.page.goto(address)
+        self.picture(name, wanted)
+
+    def picture(self, name: str, wanted: str) -> None:
+        """A picture of the window, once these words are on the page."""
+        self.page.get_by_text(wanted).first.wait_for(state="attached")
+        self.page.wait_for_timeout(SETTLE_MS)
+        file = self.images / f"{name}.png"
+        self.page.screenshot(path=file)
+        Image.open(file).convert("RGB").quantize(128).save(file, optimize=True)
+        self.stops.append((name, wanted, f"{file.stat().st_size / 1024:.0f} KiB"))
+
+    def start_run(self, changes: list[str]) -> str:
+        """Submit the form of the deployment `puzzle`; the id of the flow run."""
+        deployment = self.ask("/deployments/name/puzzle/puzzle")
+        address = f"{self.prefect}/deployments/deployment/{deployment['id']}/run"
+        if changes:
+            values = deployment["parameters"]
+            for change in changes:
+                apply(values["spec"], change)
+            address += f"?parameters={quote(quote(json.dumps(values)))}"
+            self.page.goto(address)
+        else:
+            self.page.goto(address.removesuffix("/run"))
+            self.page.get_by_role("button", name="Run", exact=True).click()
+            self.page.get_by_text("Custom run").click()
+        self.picture("form", "Name of the one class that the checkpoint's own code may define")
+        self.page.get_by_role("button", name="Submit").click()
+        self.page.get_by_text("puzzle").first.wait_for()
+        self.page.wait_for_timeout(SETTLE_MS)
+        asked = {"deployments": {"id": {"any_": [deployment["id"]]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
+        return str(self.ask("/flow_runs/filter", asked)[0]["id"])
+
+    def wait(self, run: str, longest_s: float) -> None:
+        """Wait until the run has ended.
+
+        Raises:
+            PuzzleError: it did not end well, or not in time.
+        """
+        deadline, state = time.monotonic() + longest_s, {"type": "", "message": ""}
+        while state["type"] not in ENDED and time.monotonic() < deadline:
+            time.sleep(2)
+            state = self.ask(f"/flow_runs/{run}")["state"]
+        if state["type"] != "COMPLETED":
+            raise PuzzleError(f"the run is {state['type'] or 'not known'}: {state['message']}")
+
+    def look_at_prefect(self, run: str) -> None:
+        """The run with its tasks, what it shows of its results, and the schedule."""
+        self.look("run", f"{self.prefect}/runs/flow-run/{run}", "Completed")
+        artifacts = {found["key"] for found in self.ask("/artifacts/latest/filter", {"limit": 200})}
+        for kind, wanted in (("architecture", "solution 1"), ("child", "top-1 accuracy")):
+            key = next(key for key in sorted(artifacts) if key.startswith(f"{kind}-"))
+            self.look(kind, f"{self.prefect}/artifacts/key/{key}", wanted)
+        schedule = self.ask("/deployments/name/research-targets/research-targets")
+        self.look("schedule", f"{self.prefect}/deployments/deployment/{schedule['id']}", "Schedules")
+
+    def look_at_mlflow(self) -> None:
+        """The child, by its page among the models of the experiment."""
+        api = f"{self.mlflow}/api/2.0/mlflow"
+        experiment = self.ask("/experiments/get-by-name?experiment_name=puzzle", server=api)["experiment"]
+        where = experiment["experiment_id"]
+        asked = {"experiment_ids": [where], "filter": "name LIKE 'child-%'"}
+        child = self.ask("/logged-models/search", asked, server=api)["models"][0]["info"]
+        self.look("mlflow-child", f"{self.mlflow}/#/experiments/{where}/models/{child['model_id']}", child["name"])
+        source = f"{self.mlflow}/#/experiments/{where}/runs/{child['source_run_id']}"
+        self.look("mlflow-run", source, "kl_nats_per_token")
+
+
+def apply(spec: dict[str, Any], change: str) -> None:
+    """Set one value of the form, given as key.path=value."""
+    path, _, value = change.partition("=")
+    *parents, last = path.split(".")
+    for part in parents:
+        spec = spec.setdefault(part, {})
+    spec[last] = yaml.safe_load(value)
+
+
+@contextlib.contextmanager
+def services(place: Path) -> Iterator[Ports]:
+    """What `make up` starts, in a place of its own."""
+    ports = Ports(free_port(), free_port())
+    for name in ("prefect.yaml", "deployments"):
+        if not (place / name).exists():
+            (place / name).symlink_to(REPOSITORY / name)
+    up(place, ports)
+    try:
+        yield ports
+    finally:
+        down(place)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="where the pictures go")
+    parser.add_argument("--place", type=Path, metavar="DIR", help="where the services keep their data; default: gone")
+    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--wait", type=float, default=3600, metavar="SECONDS", help="for the run (default %(default)s)")
+    options = parser.parse_args()
+    options.images.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary, sync_playwright() as playwright:
+        place = options.place or Path(temporary) / "place"
+        place.mkdir(parents=True, exist_ok=True)
+        with services(place) as ports:
+            browser = playwright.chromium.launch_persistent_context(
+                Path(temporary) / "profile",
+                executable_path=shutil.which("chromium"),
+                args=list(BROWSER),
+                viewport={"width": 1280, "height": 860},
+            )
+            browser.set_default_timeout(60_000)
+            walk = Walk(browser.new_page(), ports, options.images)
+            started = time.monotonic()
+            run = walk.start_run(options.changes)
+            walk.wait(run, options.wait)
+            ended = time.monotonic()
+            walk.look_at_prefect(run)
+            walk.look_at_mlflow()
+            browser.close()
+    note = f"The run, from the form to its end: {ended - started:.0f} s."
+    table = Table(title="Stops", columns=("picture", "seen", "size"), rows=tuple(walk.stops), note=note)
+    sys.stdout.write(f"{format_text(table)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
