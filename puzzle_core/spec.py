@@ -350,6 +350,14 @@ class RuntimeSpec(Record):
     mlflow_uri: str = Field("sqlite:///.puzzle/mlflow.db", description="MLflow tracking URI")
     mlflow_experiment: str = Field("puzzle", description="Name of the MLflow experiment")
     workers: Positive | None = Field(None, description="Tasks side by side; default one per core or GPU")
+    task_runner: Literal["threads", "dask"] = Field(
+        "threads", description="What runs BLD, scores and evaluations: threads of the run, or processes under Dask"
+    )
+    dask_address: str | None = Field(
+        None,
+        pattern=r"^(tcp|tls)://[^@/]+:[0-9]+$",
+        description="Scheduler of a running Dask cluster, for instance tcp://10.0.0.5:8786; none starts processes here",
+    )
     task_timeout_s: float | None = Field(
         None, gt=0, description="A task that takes longer is stuck, and fails; the next run goes on from its checkpoint"
     )
@@ -360,6 +368,12 @@ class RuntimeSpec(Record):
         """Refuse them without repeating them: a spec is logged, recorded and shown."""
         if "://" in self.store and ("@" in self.store or "?" in self.store):
             raise ValueError("store holds credentials or options: say s3://bucket/prefix and set AWS_PROFILE")
+        return self
+
+    @model_validator(mode="after")
+    def _address_of_a_choice(self) -> "RuntimeSpec":
+        if self.dask_address and self.task_runner != "dask":
+            raise ValueError("dask_address is set, but task_runner is 'threads': set task_runner to 'dask'")
         return self
 
 

@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from prefect import task
@@ -87,6 +87,18 @@ cached = functools.partial(
     **_RETRIES,
 )
 uncached = functools.partial(task, persist_result=False, **_RETRIES)
+P, T = ParamSpec("P"), TypeVar("T")
+
+
+def at_work(act: Callable[P, T]) -> Callable[P, T]:
+    """The body of a task that keeps what it reads in the cache until it ends; to be sent to other processes too."""
+
+    @functools.wraps(act)
+    def work(*args: P.args, **kwargs: P.kwargs) -> T:
+        with reading():
+            return act(*args, **kwargs)
+
+    return work
 
 
 @uncached(name="open inputs", task_run_name="open inputs")
@@ -129,7 +141,7 @@ def pack_tokens(work: TokensWork, sources: tuple[str, ...], site: Site) -> str:
 
 
 @cached(name="importance", task_run_name="importance")
-@reading()
+@at_work
 def measure_importance(work: ImportanceWork, site: Site) -> str:
     """Channel contributions of every FFN."""
     return site.produce(
@@ -138,7 +150,7 @@ def measure_importance(work: ImportanceWork, site: Site) -> str:
 
 
 @uncached(task_run_name="capture layer {layer} ({tokens})")
-@reading()
+@at_work
 def capture_layer(
     tokens: str, dtype: Dtype, layer: int, keep_middle: bool, site: Site, base: AssembleWork | None = None
 ) -> None:
@@ -152,7 +164,7 @@ def capture_layer(
 
 
 @uncached(name="capture log-probabilities", task_run_name="capture log-probabilities")
-@reading()
+@at_work
 def capture_log_probabilities(tokens: str, dtype: Dtype, site: Site) -> None:
     """Keep the parent's own predictions for the scores to compare with, where they are small enough."""
     use_threads(site.threads_per_task)
@@ -173,7 +185,7 @@ def drop_activations(
 
 
 @cached(name="bld", task_run_name="bld layer {work.layer} {work.variant}")
-@reading()
+@at_work
 def train_variant(work: BldWork, site: Site) -> str:
     """Blockwise local distillation of one variant of one layer."""
     use_threads(site.threads_per_task)
@@ -183,7 +195,7 @@ def train_variant(work: BldWork, site: Site) -> str:
 
 
 @cached(name="score", task_run_name="score layer {work.layer} {work.block}")
-@reading()
+@at_work
 def score_block(work: ScoreWork, site: Site) -> str:
     """Replace-1-block score of one block variant in one layer."""
     use_threads(site.threads_per_task)
@@ -229,7 +241,7 @@ def keep_refined(work: RefineWork, record: RefineRecord, site: Site) -> str:
 
 
 @cached(name="assemble", task_run_name="assemble {label}")
-@reading()
+@at_work
 def assemble_child(work: AssembleWork, label: str, site: Site) -> str:
     """Put library blocks into a child's checkpoint."""
     directories = [{variant: site.store().fetch(key) for variant, key in layer} for layer in work.library]
@@ -237,7 +249,7 @@ def assemble_child(work: AssembleWork, label: str, site: Site) -> str:
 
 
 @cached(name="gkd", task_run_name="gkd")
-@reading()
+@at_work
 def distil_child(work: GkdWork, run: TrackedRun, site: Site) -> str:
     """Global knowledge distillation of the child, on all cores: nothing else runs meanwhile."""
     threads = 1 if torch.cuda.is_available() else available_cores()
@@ -256,7 +268,7 @@ def distil_child(work: GkdWork, run: TrackedRun, site: Site) -> str:
 
 
 @cached(name="evaluate", task_run_name="evaluate {label}")
-@reading()
+@at_work
 def evaluate_model(work: EvaluateWork, label: str, site: Site) -> str:
     """Quality of one model on held-out tokens."""
     use_threads(site.threads_per_task)
