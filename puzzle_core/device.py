@@ -1,21 +1,28 @@
 """Which device runs, and how many threads it may use."""
 
-import itertools
+import contextlib
+import contextvars
 import os
-import threading
+from collections.abc import Iterator
 
 import torch
 
-_numbers, _thread = itertools.count(), threading.local()
+_given: contextvars.ContextVar[torch.device | None] = contextvars.ContextVar("device", default=None)
 
 
 def default_device() -> torch.device:
-    """The CPU, or the calling thread's own GPU: threads take GPUs in turns and keep them."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if not hasattr(_thread, "gpu"):
-        _thread.gpu = next(_numbers) % torch.cuda.device_count()
-    return torch.device("cuda", _thread.gpu)
+    """The device that was given to the task at hand; otherwise the first GPU, or the CPU where there is none."""
+    return _given.get() or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Give the thread at hand a device."""
+    token = _given.set(device)
+    try:
+        yield
+    finally:
+        _given.reset(token)
 
 
 def available_cores() -> int:

@@ -358,6 +358,17 @@ class RuntimeSpec(Record):
         pattern=r"^(tcp|tls)://[^@/]+:[0-9]+$",
         description="Scheduler of a running Dask cluster, for instance tcp://10.0.0.5:8786; none starts processes here",
     )
+    gkd_processes: Positive = Field(
+        1,
+        description="Processes that share GKD on a machine, one per GPU: several shard parent and child over them "
+        "(FSDP2), for parents that one device cannot hold",
+    )
+    gkd_machines: Positive = Field(1, description="Machines that share GKD; the run's log says what the others run")
+    gkd_rendezvous: str | None = Field(
+        None,
+        pattern=r"^[^@/:]+:[0-9]+$",
+        description="Where they meet: this machine's name and a free port, for instance node-0:29500",
+    )
     task_timeout_s: float | None = Field(
         None, gt=0, description="A task that takes longer is stuck, and fails; the next run goes on from its checkpoint"
     )
@@ -374,6 +385,12 @@ class RuntimeSpec(Record):
     def _address_of_a_choice(self) -> "RuntimeSpec":
         if self.dask_address and self.task_runner != "dask":
             raise ValueError("dask_address is set, but task_runner is 'threads': set task_runner to 'dask'")
+        return self
+
+    @model_validator(mode="after")
+    def _machines_meet(self) -> "RuntimeSpec":
+        if self.gkd_machines > 1 and not self.gkd_rendezvous:
+            raise ValueError("gkd_machines is above 1: set gkd_rendezvous to this machine's name and a free port")
         return self
 
 

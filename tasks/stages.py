@@ -21,8 +21,9 @@ from puzzle_core import data, evaluation, scoring
 from puzzle_core.cost import latency, roofline
 from puzzle_core.device import available_cores, use_threads
 from puzzle_core.distill import bld, gkd
+from puzzle_core.distill.launch import GkdRequest, launch
 from puzzle_core.distill.loop import Progress
-from puzzle_core.errors import MeasurementError
+from puzzle_core.errors import LostProcessError, MeasurementError
 from puzzle_core.model import child
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.plan import Inputs
@@ -39,6 +40,7 @@ from puzzle_core.stages import (
     CostRecord,
     CostWork,
     EvaluateWork,
+    GkdRecord,
     GkdWork,
     ImportanceWork,
     RefineRecord,
@@ -61,12 +63,12 @@ log = logging.getLogger("puzzle")
 
 
 def _worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
-    """Storage hiccups and noisy measurements may pass; timeouts and what the user or the numbers got wrong do not."""
+    """Storage hiccups, lost processes and noisy measurements may pass; timeouts, bad input and bad numbers do not."""
     try:
         state.result()
     except TaskRunTimeoutError:
         return False
-    except (MeasurementError, OSError):
+    except (MeasurementError, LostProcessError, OSError):
         return True
     except Exception:
         return False
@@ -252,10 +254,8 @@ def assemble_child(work: AssembleWork, label: str, site: Site) -> str:
 @at_work
 def distil_child(work: GkdWork, run: TrackedRun, site: Site) -> str:
     """Global knowledge distillation of the child, on all cores: nothing else runs meanwhile."""
-    threads = 1 if torch.cuda.is_available() else available_cores()
     parent, checkpoints = site.open_parent(), site.checkpoints(work)
     inputs = site.store().fetch(work.child), site.store().fetch(work.tokens)
-
     bar = Bar("gkd", f"child {work.key.rpartition('/')[2][:8]}")
 
     def report_progress(progress: Progress) -> None:
@@ -264,7 +264,23 @@ def distil_child(work: GkdWork, run: TrackedRun, site: Site) -> str:
             log.info("GKD: step %d of %d, loss %.4f", progress.step, progress.steps, progress.loss)
             run.metrics([(f"gkd_live/{name}", loss, progress.step) for name, loss in progress.terms.items()])
 
-    return site.produce(work, lambda out: gkd.run(work, parent, *inputs, out, checkpoints, report_progress, threads))
+    def distil(out: Path) -> GkdRecord:
+        if how := site.launch:
+            request = GkdRequest(
+                work=work,
+                parent=site.parent,
+                child_dir=str(inputs[0].resolve()),
+                tokens_dir=str(inputs[1].resolve()),
+                out_dir=str(out.resolve()),
+                checkpoint=str(checkpoints.file.resolve()),
+                checkpoint_seconds=checkpoints.least_seconds,
+            )
+            file = checkpoints.file.resolve().with_name(f"gkd-{work.digest()[:16]}.json")
+            return launch(request, how, file, report_progress)
+        threads = 1 if torch.cuda.is_available() else available_cores()
+        return gkd.run(work, parent, *inputs, out, checkpoints, report_progress, threads)
+
+    return site.produce(work, distil)
 
 
 @cached(name="evaluate", task_run_name="evaluate {label}")
