@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-import torch
 from prefect import task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.task_engine import TaskRunTimeoutError
@@ -19,7 +18,7 @@ from prefect.tasks import exponential_backoff
 
 from puzzle_core import data, evaluation, scoring
 from puzzle_core.cost import latency, roofline
-from puzzle_core.device import available_cores, use_threads
+from puzzle_core.device import available_cores, on_first, use_threads, visible_gpus
 from puzzle_core.distill import bld, gkd
 from puzzle_core.distill.launch import GkdRequest, launch
 from puzzle_core.distill.loop import Progress
@@ -57,7 +56,7 @@ from tasks.artifacts import Bar
 from tasks.site import Site
 from tasks.store_cache import reading
 from tasks.tracking import TrackedRun
-from tasks.turns import turn
+from tasks.turns import gpus, turn
 
 log = logging.getLogger("puzzle")
 
@@ -103,6 +102,17 @@ def at_work(act: Callable[P, T]) -> Callable[P, T]:
     return work
 
 
+def on_gpu(act: Callable[P, T]) -> Callable[P, T]:
+    """As `at_work`, on a GPU that no other task of this machine has meanwhile, where there is one."""
+
+    @functools.wraps(act)
+    def work(*args: P.args, **kwargs: P.kwargs) -> T:
+        with reading(), gpus() as numbers, on_first(numbers):
+            return act(*args, **kwargs)
+
+    return work
+
+
 @uncached(name="open inputs", task_run_name="open inputs")
 def open_inputs(site: Site, texts: DataSpec, target: TargetSpec) -> Inputs:
     """Open the parent and the texts, and say what they and the machine are; every kind of bad input ends here."""
@@ -143,7 +153,7 @@ def pack_tokens(work: TokensWork, sources: tuple[str, ...], site: Site) -> str:
 
 
 @cached(name="importance", task_run_name="importance")
-@at_work
+@on_gpu
 def measure_importance(work: ImportanceWork, site: Site) -> str:
     """Channel contributions of every FFN."""
     return site.produce(
@@ -152,7 +162,7 @@ def measure_importance(work: ImportanceWork, site: Site) -> str:
 
 
 @uncached(task_run_name="capture layer {layer} ({tokens})")
-@at_work
+@on_gpu
 def capture_layer(
     tokens: str, dtype: Dtype, layer: int, keep_middle: bool, site: Site, base: AssembleWork | None = None
 ) -> None:
@@ -166,7 +176,7 @@ def capture_layer(
 
 
 @uncached(name="capture log-probabilities", task_run_name="capture log-probabilities")
-@at_work
+@on_gpu
 def capture_log_probabilities(tokens: str, dtype: Dtype, site: Site) -> None:
     """Keep the parent's own predictions for the scores to compare with, where they are small enough."""
     use_threads(site.threads_per_task)
@@ -187,7 +197,7 @@ def drop_activations(
 
 
 @cached(name="bld", task_run_name="bld layer {work.layer} {work.variant}")
-@at_work
+@on_gpu
 def train_variant(work: BldWork, site: Site) -> str:
     """Blockwise local distillation of one variant of one layer."""
     use_threads(site.threads_per_task)
@@ -197,7 +207,7 @@ def train_variant(work: BldWork, site: Site) -> str:
 
 
 @cached(name="score", task_run_name="score layer {work.layer} {work.block}")
-@at_work
+@on_gpu
 def score_block(work: ScoreWork, site: Site) -> str:
     """Replace-1-block score of one block variant in one layer."""
     use_threads(site.threads_per_task)
@@ -276,15 +286,17 @@ def distil_child(work: GkdWork, run: TrackedRun, site: Site) -> str:
                 checkpoint_seconds=checkpoints.least_seconds,
             )
             file = checkpoints.file.resolve().with_name(f"gkd-{work.digest()[:16]}.json")
-            return launch(request, how, file, report_progress)
-        threads = 1 if torch.cuda.is_available() else available_cores()
-        return gkd.run(work, parent, *inputs, out, checkpoints, report_progress, threads)
+            return launch(request, how, file, report_progress, visible_gpus(numbers))
+        threads = 1 if numbers else available_cores()
+        with on_first(numbers):
+            return gkd.run(work, parent, *inputs, out, checkpoints, report_progress, threads)
 
-    return site.produce(work, distil)
+    with gpus(site.runtime.gkd_processes) as numbers:
+        return site.produce(work, distil)
 
 
 @cached(name="evaluate", task_run_name="evaluate {label}")
-@at_work
+@on_gpu
 def evaluate_model(work: EvaluateWork, label: str, site: Site) -> str:
     """Quality of one model on held-out tokens."""
     use_threads(site.threads_per_task)
