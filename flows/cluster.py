@@ -5,6 +5,7 @@ shared disk for the one, and a bucket or a shared disk for the other (docs/scale
 named before any work. Dask sends Python objects as pickles between its processes: its ports are for trusted networks.
 """
 
+import logging
 import urllib.request
 import uuid
 from functools import partial
@@ -20,6 +21,7 @@ from puzzle_core.errors import PuzzleError
 from tasks.site import Site
 
 CONNECT_SECONDS = 20
+logging.getLogger("distributed").setLevel(logging.WARNING)  # of every connection it would say something
 
 
 class ClusterWorkers(DaskTaskRunner):  # type: ignore[misc]

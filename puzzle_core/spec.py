@@ -355,7 +355,7 @@ class RuntimeSpec(Record):
     )
     dask_address: str | None = Field(
         None,
-        pattern=r"^(tcp|tls)://[^@/]+:[0-9]+$",
+        pattern=r"^(tcp|tls)://.+:[0-9]+$",
         description="Scheduler of a running Dask cluster, for instance tcp://10.0.0.5:8786; none starts processes here",
     )
     gkd_processes: Positive = Field(
@@ -379,6 +379,8 @@ class RuntimeSpec(Record):
         """Refuse them without repeating them: a spec is logged, recorded and shown."""
         if "://" in self.store and ("@" in self.store or "?" in self.store):
             raise ValueError("store holds credentials or options: say s3://bucket/prefix and set AWS_PROFILE")
+        if "@" in (self.dask_address or ""):
+            raise ValueError("dask_address holds credentials: say tcp://host:port, or set Dask's TLS up for tls://")
         return self
 
     @model_validator(mode="after")

@@ -143,6 +143,13 @@ def test_a_cluster_that_is_not_there_is_refused_before_any_work(spec_of, prefect
     assert artifacts(spec.runtime.store) == {}
 
 
+def test_a_cluster_without_workers_is_refused(spec_of):
+    with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as empty:
+        spec = spec_of(runtime={"task_runner": "dask", "dask_address": empty.scheduler_address})
+        with pytest.raises(PuzzleError, match=r"has no workers: start some with `dask worker tcp://127.0.0.1"):
+            cluster.check_workers(Site.of(spec), empty.scheduler_address)
+
+
 def test_without_dask_the_run_says_what_to_install(spec_of, prefect_server, monkeypatch):
     monkeypatch.setitem(sys.modules, "prefect_dask", None)
     spec = spec_of(runtime={"task_runner": "dask"}, parent={"path": "/nowhere"})
