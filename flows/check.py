@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flows.research_targets import find_answers
+from flows.runners import check_installed
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work
 from puzzle_core.report.tables import Table, format_text
@@ -54,9 +55,10 @@ def describe_plan(spec: RunSpec) -> str:
     """The plan as text: for every stage what is in the store and what is missing, and the disk and tokens it takes.
 
     Raises:
-        PuzzleError: whatever is wrong with the spec, the parent or the texts.
+        PuzzleError: whatever is wrong with the spec, the parent or the texts, or its task runner is not installed.
     """
     site = Site.of(spec)
+    check_installed(site)
     plan = Plan(spec, open_inputs.fn(site, spec.data, spec.target))
     shape, volume, store = plan.inputs.shape, plan.volume(), site.store()
     stages: dict[str, Sequence[Work]] = {

@@ -20,7 +20,13 @@ from tasks.tracking import tracked
 log = logging.getLogger("puzzle")
 
 
-@flow(name="puzzle", flow_run_name="{spec.name}", persist_result=False, result_serializer="json", on_running=[sign])
+@flow(
+    name="puzzle",
+    flow_run_name="{spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    on_running=[sign],
+)
 def puzzle(spec: RunSpec) -> str:
     """Build the library, search, train and evaluate the child, and write the report.
 

@@ -10,7 +10,7 @@ from prefect import Flow, Task
 from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
 
-from flows.workers import Workers
+from flows.runners import check_cluster, check_installed, task_runner
 from puzzle_core.errors import DamagedError, PuzzleError
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work
@@ -27,22 +27,25 @@ T = TypeVar("T")
 
 
 def plan_run(spec: RunSpec, site: Site) -> Plan:
-    """Open the inputs, plan the work, and see that the disks have room for it; bad input is refused here.
+    """Open the inputs, plan the work, and see that disks and workers can do it; bad input is refused here.
 
     Raises:
         PuzzleError: what is wrong, and what to do.
     """
+    check_installed(site)
     plan = Plan(spec, open_inputs(site, spec.data, spec.target))
     site.drop_finished_checkpoints()
     store = site.store()
     volume = plan.volume(store.keys(BldWork.stage) | store.keys(ScoreWork.stage))
     site.check_room(volume.scratch_bytes, volume.store_bytes)
+    if volume.scratch_bytes:
+        check_cluster(site)
     return plan
 
 
 def side_by_side(flow: Flow[Any, Any], site: Site) -> Flow[Any, Any]:
-    """The flow with as many task slots as the site has cores or GPUs."""
-    return flow.with_options(task_runner=Workers(max_workers=site.workers))  # type: ignore[arg-type]
+    """The flow with as many task slots as the site has cores or GPUs, or as its cluster has."""
+    return flow.with_options(task_runner=task_runner(site))
 
 
 def ensure(task: Task[Any, str], work: Work, site: Site, **arguments: Any) -> str:

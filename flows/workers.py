@@ -25,8 +25,13 @@ class Workers(ThreadPoolTaskRunner):  # type: ignore[type-arg]
         executor: Any = self._executor
         for thread in executor._threads if executor else ():
             if _is_busy(thread):
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Stopped))
+                stop_thread(thread.ident)
         super().cancel_all()
+
+
+def stop_thread(identity: int | None) -> None:
+    """Raise `Stopped` in a thread of this process."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(identity or 0), ctypes.py_object(Stopped))
 
 
 def _is_busy(thread: threading.Thread) -> bool:

@@ -1,21 +1,49 @@
 """Which device runs, and how many threads it may use."""
 
-import itertools
+import contextlib
+import contextvars
 import os
-import threading
+from collections.abc import Iterator
 
 import torch
 
-_numbers, _thread = itertools.count(), threading.local()
+_given: contextvars.ContextVar[torch.device | None] = contextvars.ContextVar("device", default=None)
 
 
 def default_device() -> torch.device:
-    """The CPU, or the calling thread's own GPU: threads take GPUs in turns and keep them."""
+    """The device that was given to the task at hand; otherwise the first GPU, or the CPU where there is none."""
+    return _given.get() or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def gpu_names() -> list[str]:
+    """This process's GPUs, by names that all processes of a machine share; their places are torch's numbers."""
     if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if not hasattr(_thread, "gpu"):
-        _thread.gpu = next(_numbers) % torch.cuda.device_count()
-    return torch.device("cuda", _thread.gpu)
+        return []
+    return [str(torch.cuda.get_device_properties(number).uuid) for number in range(torch.cuda.device_count())]
+
+
+def visible_gpus(numbers: list[int]) -> dict[str, str]:
+    """What the environment of another process has to say for it to see only these of this process's GPUs."""
+    if not numbers:
+        return {}
+    here = os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = here.split(",") if here else [str(number) for number in range(max(numbers) + 1)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(named[number].strip() for number in numbers)}
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Give the thread at hand a device."""
+    token = _given.set(device)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def on_first(gpus: list[int]) -> contextlib.AbstractContextManager[None]:
+    """Give the thread at hand the first of these GPUs, if there is one."""
+    return on_device(torch.device("cuda", gpus[0])) if gpus else contextlib.nullcontext()
 
 
 def available_cores() -> int:

@@ -31,6 +31,10 @@ class MeasurementError(PuzzleError):
     """A measurement drowned in noise; measuring again may help."""
 
 
+class LostProcessError(PuzzleError):
+    """A process of a training that several share ended without a word; going on from the checkpoint may help."""
+
+
 class CoverageError(PuzzleError):
     """A score or a cost that the search needs is missing."""
 

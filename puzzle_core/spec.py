@@ -362,6 +362,25 @@ class RuntimeSpec(Record):
     )
     mlflow_experiment: str = Field("puzzle", description="Name of the MLflow experiment")
     workers: Positive | None = Field(None, description="Tasks side by side; default one per core or GPU")
+    task_runner: Literal["threads", "dask"] = Field(
+        "threads", description="What runs BLD, scores and evaluations: threads of the run, or processes under Dask"
+    )
+    dask_address: str | None = Field(
+        None,
+        pattern=r"^(tcp|tls)://.+:[0-9]+$",
+        description="Scheduler of a running Dask cluster, for instance tcp://10.0.0.5:8786; none starts processes here",
+    )
+    gkd_processes: Positive = Field(
+        1,
+        description="Processes that share GKD on a machine, one per GPU: several shard parent and child over them "
+        "(FSDP2), for parents that one device cannot hold",
+    )
+    gkd_machines: Positive = Field(1, description="Machines that share GKD; the run's log says what the others run")
+    gkd_rendezvous: str | None = Field(
+        None,
+        pattern=r"^[^@/:]+:[0-9]+$",
+        description="Where they meet: this machine's name and a free port, for instance node-0:29500",
+    )
     task_timeout_s: float | None = Field(
         None, gt=0, description="A task that takes longer is stuck, and fails; the next run goes on from its checkpoint"
     )
@@ -377,6 +396,20 @@ class RuntimeSpec(Record):
                 "mlflow_uri holds credentials: say http://host:port and set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             )
+        if "@" in (self.dask_address or ""):
+            raise ValueError("dask_address holds credentials: say tcp://host:port, or set Dask's TLS up for tls://")
+        return self
+
+    @model_validator(mode="after")
+    def _address_of_a_choice(self) -> "RuntimeSpec":
+        if self.dask_address and self.task_runner != "dask":
+            raise ValueError("dask_address is set, but task_runner is 'threads': set task_runner to 'dask'")
+        return self
+
+    @model_validator(mode="after")
+    def _machines_meet(self) -> "RuntimeSpec":
+        if self.gkd_machines > 1 and not self.gkd_rendezvous:
+            raise ValueError("gkd_machines is above 1: set gkd_rendezvous to this machine's name and a free port")
         return self
 
 

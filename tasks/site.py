@@ -17,6 +17,7 @@ from prefect.runtime import flow_run
 from puzzle_core.architecture import Variant
 from puzzle_core.data import digest_documents, read_documents, read_windows, source_files
 from puzzle_core.device import available_cores, default_device
+from puzzle_core.distill.launch import Launch
 from puzzle_core.distill.loop import Checkpoints
 from puzzle_core.errors import StorageError
 from puzzle_core.model.activations import Activations, ChildActivations
@@ -54,6 +55,14 @@ class Site(Record):
     def threads_per_task(self) -> int:
         """CPU threads of one task, so that all workers together take the cores once."""
         return max(1, available_cores() // self.workers)
+
+    @property
+    def launch(self) -> Launch | None:
+        """How several processes share GKD; none where one does it."""
+        runtime = self.runtime
+        if runtime.gkd_processes * runtime.gkd_machines == 1:
+            return None
+        return Launch(processes=runtime.gkd_processes, machines=runtime.gkd_machines, rendezvous=runtime.gkd_rendezvous)
 
     def store(self) -> Store:
         """The artifact store."""

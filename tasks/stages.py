@@ -9,9 +9,8 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-import torch
 from prefect import task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.task_engine import TaskRunTimeoutError
@@ -19,10 +18,11 @@ from prefect.tasks import exponential_backoff
 
 from puzzle_core import data, evaluation, scoring
 from puzzle_core.cost import latency, roofline
-from puzzle_core.device import available_cores, use_threads
+from puzzle_core.device import available_cores, on_first, use_threads, visible_gpus
 from puzzle_core.distill import bld, gkd
+from puzzle_core.distill.launch import GkdRequest, launch
 from puzzle_core.distill.loop import Progress
-from puzzle_core.errors import MeasurementError
+from puzzle_core.errors import LostProcessError, MeasurementError
 from puzzle_core.model import child
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.plan import Inputs
@@ -39,6 +39,7 @@ from puzzle_core.stages import (
     CostRecord,
     CostWork,
     EvaluateWork,
+    GkdRecord,
     GkdWork,
     ImportanceWork,
     RefineRecord,
@@ -56,18 +57,18 @@ from tasks.lineage import LiveCurve
 from tasks.site import Site
 from tasks.store_cache import reading
 from tasks.tracking import TrackedRun
-from tasks.turns import turn
+from tasks.turns import gpus, turn
 
 log = logging.getLogger("puzzle")
 
 
 def _worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
-    """Storage hiccups and noisy measurements may pass; timeouts and what the user or the numbers got wrong do not."""
+    """Storage hiccups, lost processes and noisy measurements may pass; timeouts, bad input and bad numbers do not."""
     try:
         state.result()
     except TaskRunTimeoutError:
         return False
-    except (MeasurementError, OSError):
+    except (MeasurementError, LostProcessError, OSError):
         return True
     except Exception:
         return False
@@ -88,6 +89,29 @@ cached = functools.partial(
     **_RETRIES,
 )
 uncached = functools.partial(task, persist_result=False, **_RETRIES)
+P, T = ParamSpec("P"), TypeVar("T")
+
+
+def at_work(act: Callable[P, T]) -> Callable[P, T]:
+    """The body of a task that keeps what it reads in the cache until it ends; to be sent to other processes too."""
+
+    @functools.wraps(act)
+    def work(*args: P.args, **kwargs: P.kwargs) -> T:
+        with reading():
+            return act(*args, **kwargs)
+
+    return work
+
+
+def on_gpu(act: Callable[P, T]) -> Callable[P, T]:
+    """As `at_work`, on a GPU that no other task of this machine has meanwhile, where there is one."""
+
+    @functools.wraps(act)
+    def work(*args: P.args, **kwargs: P.kwargs) -> T:
+        with reading(), gpus() as numbers, on_first(numbers):
+            return act(*args, **kwargs)
+
+    return work
 
 
 @uncached(name="open inputs", task_run_name="open inputs")
@@ -130,7 +154,7 @@ def pack_tokens(work: TokensWork, sources: tuple[str, ...], site: Site) -> str:
 
 
 @cached(name="importance", task_run_name="importance")
-@reading()
+@on_gpu
 def measure_importance(work: ImportanceWork, site: Site) -> str:
     """Channel contributions of every FFN."""
     return site.produce(
@@ -139,7 +163,7 @@ def measure_importance(work: ImportanceWork, site: Site) -> str:
 
 
 @uncached(task_run_name="capture layer {layer} ({tokens})")
-@reading()
+@on_gpu
 def capture_layer(
     tokens: str, dtype: Dtype, layer: int, keep_middle: bool, site: Site, base: AssembleWork | None = None
 ) -> None:
@@ -153,7 +177,7 @@ def capture_layer(
 
 
 @uncached(name="capture log-probabilities", task_run_name="capture log-probabilities")
-@reading()
+@on_gpu
 def capture_log_probabilities(tokens: str, dtype: Dtype, site: Site) -> None:
     """Keep the parent's own predictions for the scores to compare with, where they are small enough."""
     use_threads(site.threads_per_task)
@@ -174,7 +198,7 @@ def drop_activations(
 
 
 @cached(name="bld", task_run_name="bld layer {work.layer} {work.variant}")
-@reading()
+@on_gpu
 def train_variant(work: BldWork, site: Site) -> str:
     """Blockwise local distillation of one variant of one layer."""
     use_threads(site.threads_per_task)
@@ -184,7 +208,7 @@ def train_variant(work: BldWork, site: Site) -> str:
 
 
 @cached(name="score", task_run_name="score layer {work.layer} {work.block}")
-@reading()
+@on_gpu
 def score_block(work: ScoreWork, site: Site) -> str:
     """Replace-1-block score of one block variant in one layer."""
     use_threads(site.threads_per_task)
@@ -230,7 +254,7 @@ def keep_refined(work: RefineWork, record: RefineRecord, site: Site) -> str:
 
 
 @cached(name="assemble", task_run_name="assemble {label}")
-@reading()
+@at_work
 def assemble_child(work: AssembleWork, label: str, site: Site) -> str:
     """Put library blocks into a child's checkpoint."""
     directories = [{variant: site.store().fetch(key) for variant, key in layer} for layer in work.library]
@@ -238,13 +262,11 @@ def assemble_child(work: AssembleWork, label: str, site: Site) -> str:
 
 
 @cached(name="gkd", task_run_name="gkd")
-@reading()
+@at_work
 def distil_child(work: GkdWork, run: TrackedRun, site: Site) -> str:
     """Global knowledge distillation of the child, on all cores: nothing else runs meanwhile."""
-    threads = 1 if torch.cuda.is_available() else available_cores()
     parent, checkpoints = site.open_parent(), site.checkpoints(work)
     inputs = site.store().fetch(work.child), site.store().fetch(work.tokens)
-
     bar, curve = Bar("gkd", f"child {work.key.rpartition('/')[2][:8]}"), LiveCurve(run, "gkd")
 
     def report_progress(progress: Progress) -> None:
@@ -254,11 +276,29 @@ def distil_child(work: GkdWork, run: TrackedRun, site: Site) -> str:
         if progress.step % max(1, progress.steps // 20) == 0:
             log.info("GKD: step %d of %d, loss %.4f", progress.step, progress.steps, progress.loss)
 
-    return site.produce(work, lambda out: gkd.run(work, parent, *inputs, out, checkpoints, report_progress, threads))
+    def distil(out: Path) -> GkdRecord:
+        if how := site.launch:
+            request = GkdRequest(
+                work=work,
+                parent=site.parent,
+                child_dir=str(inputs[0].resolve()),
+                tokens_dir=str(inputs[1].resolve()),
+                out_dir=str(out.resolve()),
+                checkpoint=str(checkpoints.file.resolve()),
+                checkpoint_seconds=checkpoints.least_seconds,
+            )
+            file = checkpoints.file.resolve().with_name(f"gkd-{work.digest()[:16]}.json")
+            return launch(request, how, file, report_progress, visible_gpus(numbers))
+        threads = 1 if numbers else available_cores()
+        with on_first(numbers):
+            return gkd.run(work, parent, *inputs, out, checkpoints, report_progress, threads)
+
+    with gpus(site.runtime.gkd_processes) as numbers:
+        return site.produce(work, distil)
 
 
 @cached(name="evaluate", task_run_name="evaluate {label}")
-@reading()
+@on_gpu
 def evaluate_model(work: EvaluateWork, label: str, site: Site) -> str:
     """Quality of one model on held-out tokens."""
     use_threads(site.threads_per_task)

@@ -1,9 +1,10 @@
-"""Who may use this machine when: measurements alone, everything else side by side.
+"""Who may use this machine when: measurements alone, everything else side by side, with a GPU for each task.
 
 Two runs on one machine know nothing of each other, so they take turns by locks on files that all runs of a user share:
-two for measurements, and one for every piece of work, so that of two runs of one spec the second waits for the first.
-The kernel holds the locks: they are gone with the process that had them, however it died, no server takes part, and one
-costs microseconds. A measurement that waits closes the door, so that what comes later waits behind it.
+two for measurements, one for each GPU, and one for every piece of work, so that of two runs of one spec the second
+waits for the first. The kernel holds the locks: they are gone with the process that had them, however it died, no
+server takes part, and one costs microseconds. A measurement that waits closes the door, so that what comes later waits
+behind it; GPUs are waited for in a queue, before the work and the turn.
 """
 
 import contextlib
@@ -12,13 +13,18 @@ import hashlib
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from puzzle_core.device import gpu_names
+from puzzle_core.errors import SpecError
+
 log = logging.getLogger("puzzle")
 LOOK_SECONDS = 0.05
+_last = threading.local()
 
 
 def place() -> Path:
@@ -68,6 +74,49 @@ def _is_named(opened: IO[bytes], file: Path) -> bool:
         return os.path.samestat(os.fstat(opened.fileno()), file.stat())
     except FileNotFoundError:
         return False
+
+
+@contextlib.contextmanager
+def gpus(count: int = 1) -> Iterator[list[int]]:
+    """So many GPUs that no other task has, as torch numbers them; none where the machine has none.
+
+    Raises:
+        SpecError: there are fewer.
+    """
+    names = gpu_names()
+    if names and count > len(names):
+        raise SpecError(f"{count} GPUs are asked for, but this machine has {len(names)}: lower runtime.gkd_processes")
+    place().mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        numbers = _take(names, count, held) if names else []
+        yield numbers
+
+
+def _take(names: list[str], count: int, held: contextlib.ExitStack) -> list[int]:
+    """Wait in the queue until so many are free, those of the thread's last task first: its weights are there."""
+    last, taken = getattr(_last, "taken", []), list[int]()
+    order = sorted(range(len(names)), key=lambda number: number not in last)
+    with (place() / "queue").open("ab") as queue:
+        _wait(queue, fcntl.LOCK_EX, "other tasks in the queue for a GPU")
+        while len(taken) < count:
+            for number in order:
+                if len(taken) < count and number not in taken and _is_free(names[number], held):
+                    taken.append(number)
+            time.sleep(LOOK_SECONDS if len(taken) < count else 0)
+    _last.taken = taken
+    return taken
+
+
+def _is_free(name: str, held: contextlib.ExitStack) -> bool:
+    """Take a GPU if nobody has it."""
+    file = (place() / f"gpu-{name}").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return False
+    held.enter_context(file)
+    return True
 
 
 def _wait(file: IO[bytes], kind: int, what: str) -> None:

@@ -7,9 +7,11 @@ Hidden states are what leaves each layer. Child weights are float32 while traini
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,12 +19,16 @@ from puzzle_core.data import batch_rows, read_windows
 from puzzle_core.device import default_device
 from puzzle_core.distill.loop import Checkpoints, MicroBatch, Progress, micro_batches, train
 from puzzle_core.distill.losses import cosine_distance, kl_per_token, next_token_loss
-from puzzle_core.model.checkpoint import write_checkpoint
+from puzzle_core.model.checkpoint import Checkpoint, write_checkpoint
 from puzzle_core.model.child import load_child, load_parent, write_description
 from puzzle_core.model.parent import Parent, torch_dtype
+from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.spec import GkdSpec
 from puzzle_core.stages import GkdRecord, GkdWork
+
+if TYPE_CHECKING:
+    from puzzle_core.distill.together import Together
 
 
 def run(
@@ -34,42 +40,56 @@ def run(
     checkpoints: Checkpoints | None = None,
     report: Callable[[Progress], None] | None = None,
     threads: int = 1,
+    together: "Together | None" = None,
 ) -> GkdRecord:
     """Distil the child in `child_dir` and write the result as a checkpoint to `out_dir`.
 
     On a CPU, `threads` micro-batches run side by side, one thread each: small models gain more from that than from
-    threads inside their operations.
+    threads inside their operations. Where processes do this `together`, each calls it, and one of them writes.
 
     Raises:
         NonFiniteError: the loss became NaN or infinite.
     """
     spec, device = work.spec, default_device()
     frozen_dtype = torch_dtype(spec.dtype) if device.type == "cuda" else torch.float32
-    teacher = load_parent(parent, frozen_dtype, device)
-    child = load_child(child_dir, torch.float32, device)
+    if together:
+        teacher = together.load(parent.puzzle_config(), parent.checkpoint, frozen_dtype).requires_grad_(False)
+        child = together.load(PuzzleConfig.from_pretrained(child_dir), Checkpoint(child_dir), torch.float32)
+    else:
+        teacher = load_parent(parent, frozen_dtype, device)
+        child = load_child(child_dir, torch.float32, device)
     parameters = dict(child.named_parameters())
     windows_NT = read_windows(tokens_dir)
     windows, length = windows_NT.shape
-    batch, micro = spec.batch_tokens // length, (spec.micro_batch_tokens or spec.batch_tokens) // length
+    batch = spec.batch_tokens // length
+    micro = (spec.micro_batch_tokens or spec.batch_tokens) // length
+    if together:
+        micro = min(micro, -(-batch // together.mesh.size()))
     steps = max(1, windows * spec.epochs // batch)
 
-    def micro_batch(rows: slice | list[int]) -> dict[str, torch.Tensor]:
+    def micro_batch(rows: slice | list[int], counts: int) -> dict[str, torch.Tensor]:
         ids_BT = windows_NT[rows].long().to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
             terms = loss_terms(teacher, child, ids_BT, spec)
-        return {name: term * (len(ids_BT) / batch) for name, term in terms.items()}
+        return {name: term * (counts * len(ids_BT) / batch) for name, term in terms.items()}
 
     def losses(step: int) -> list[MicroBatch]:
-        return [partial(micro_batch, rows) for rows in micro_batches(batch_rows(step, batch, windows), micro)]
+        parts = list(micro_batches(batch_rows(step, batch, windows), micro))
+        mine = together.share(parts) if together else [(rows, 1) for rows in parts]
+        return [partial(micro_batch, rows, counts) for rows, counts in mine]
 
     started = time.monotonic()
-    curve = train("GKD", parameters, losses, steps, spec.optimizer, checkpoints, report, threads)
+    curve = train("GKD", parameters, losses, steps, spec.optimizer, checkpoints, report, threads, together)
     state = child.state_dict()
     if parent.shape.tied_embeddings:
         state.pop("lm_head.weight")
     dtype = torch_dtype(work.dtype)
-    write_checkpoint(out_dir, ((name, tensor.to(dtype)) for name, tensor in state.items()))
-    write_description(parent, work.architecture, work.dtype, out_dir)
+    tensors = ((name, (together.whole(tensor) if together else tensor).to(dtype)) for name, tensor in state.items())
+    if together and not together.leads:
+        deque(tensors, maxlen=0)  # gathering takes all processes
+    else:
+        write_checkpoint(out_dir, tensors)
+        write_description(parent, work.architecture, work.dtype, out_dir)
     return GkdRecord(
         architecture=work.architecture,
         curve=tuple(curve),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,9 @@ from safetensors.torch import save_file
 
 from puzzle_core.errors import NonFiniteError, StorageError
 from puzzle_core.spec import OptimizerSpec
+
+if TYPE_CHECKING:  # loading FSDP2 takes a second, which only those who use it should wait
+    from puzzle_core.distill.together import Together
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     report: Callable[[Progress], None] | None = None,
     threads: int = 1,
+    together: "Together | None" = None,
 ) -> list[dict[str, float]]:
     """Train `parameters` in place.
 
@@ -71,6 +75,7 @@ def train(
         report: called after every step.
         threads: how many micro-batches run side by side, one thread each; gradients are added in their order, so
             the result is bitwise the same for any number.
+        together: the processes that share this training, if any; all of them call this, each with its micro-batches.
 
     Returns:
         The loss terms of every step, `loss` being their sum.
@@ -80,13 +85,16 @@ def train(
         StorageError: the checkpoint to resume from cannot be read, or a new one cannot be written.
     """
     optimizer = _adamw(parameters, spec)
-    curve = _resume(checkpoints, parameters, optimizer)
+    curve = _resume(checkpoints, parameters, optimizer, together)
     saved = time.monotonic()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for step in range(len(curve), steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, spec)
-            terms = _accumulate(parameters, losses_of_step(step), threads, pool.map if threads > 1 else map)
+            if together:
+                terms = _accumulate_together(losses_of_step(step), together)
+            else:
+                terms = _accumulate(parameters, losses_of_step(step), threads, pool.map if threads > 1 else map)
             total = sum(terms.values())
             if not math.isfinite(total):
                 raise NonFiniteError(
@@ -99,9 +107,11 @@ def train(
             curve.append({"loss": total, **terms} if len(terms) > 1 else {"loss": total})
             if report:
                 report(Progress(step + 1, steps, total, terms))
-            if checkpoints and step + 1 < steps and time.monotonic() - saved >= checkpoints.least_seconds:
-                _save(checkpoints.file, parameters, optimizer, curve)
-                saved = time.monotonic()
+            if checkpoints and step + 1 < steps:
+                due = time.monotonic() - saved >= checkpoints.least_seconds
+                if together.agreed(due) if together else due:
+                    _save(checkpoints.file, parameters, optimizer, curve, together)
+                    saved = time.monotonic()
     return curve
 
 
@@ -127,6 +137,17 @@ def _accumulate(
     return terms
 
 
+def _accumulate_together(micro_batches: list[MicroBatch], together: "Together") -> dict[str, float]:
+    """As above, over the micro-batches of all processes; FSDP2 sums the gradients as it goes through the blocks."""
+    terms = dict[str, torch.Tensor]()
+    for micro_batch in micro_batches:
+        losses = micro_batch()
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        for name, loss in losses.items():
+            terms[name] = terms.get(name, 0.0) + loss.detach()
+    return together.sum(terms)
+
+
 def _adamw(parameters: Parameters, spec: OptimizerSpec) -> torch.optim.AdamW:
     matrices = [p for p in parameters.values() if p.dim() > 1]
     vectors = [p for p in parameters.values() if p.dim() <= 1]
@@ -134,12 +155,23 @@ def _adamw(parameters: Parameters, spec: OptimizerSpec) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=spec.betas, fused=True)
 
 
-def _save(file: Path, parameters: Parameters, optimizer: torch.optim.AdamW, curve: list[dict[str, float]]) -> None:
+def _save(
+    file: Path,
+    parameters: Parameters,
+    optimizer: torch.optim.AdamW,
+    curve: list[dict[str, float]],
+    together: "Together | None",
+) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
         if parameter in optimizer.state:  # else no loss term has ever reached it, and it is as it was
-            tensors[f"{name}/weight"] = parameter.detach()
-            tensors |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
+            parts = {"weight": parameter.detach()} | optimizer.state[parameter]
+            for key, part in parts.items():
+                found = together.whole(part) if together else part
+                if not together or together.leads:
+                    tensors[f"{name}/{key}"] = found.cpu()
+    if together and not together.leads:
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -152,19 +184,23 @@ def _save(file: Path, parameters: Parameters, optimizer: torch.optim.AdamW, curv
     temporary.replace(file)
 
 
-def _resume(checkpoints: Checkpoints | None, parameters: Parameters, optimizer: Any) -> list[dict[str, float]]:
+def _resume(
+    checkpoints: Checkpoints | None, parameters: Parameters, optimizer: Any, together: "Together | None"
+) -> list[dict[str, float]]:
     if not checkpoints or not checkpoints.file.exists():
         return []
     try:
         with safe_open(checkpoints.file, framework="pt") as file, torch.no_grad():
-            saved = set(file.keys())
-            for name, parameter in parameters.items():
-                if f"{name}/weight" in saved:
-                    parameter.copy_(file.get_tensor(f"{name}/weight"))
-                    optimizer.state[parameter] = {
-                        key: file.get_tensor(f"{name}/{key}").to(parameter.device)
-                        for key in ("step", "exp_avg", "exp_avg_sq")
-                    }
+            for saved in file.keys():  # noqa: SIM118
+                name, _, key = saved.rpartition("/")
+                parameter, found = parameters[name], file.get_tensor(saved)
+                found = found.to(parameter.device)
+                if together and found.dim():
+                    found = together.part_of(found, parameter)
+                if key == "weight":
+                    parameter.copy_(found)
+                else:
+                    optimizer.state[parameter][key] = found
             curve: list[dict[str, float]] = json.loads(file.metadata()["curve"])
     except (SafetensorError, OSError) as error:
         raise StorageError(

@@ -213,14 +213,30 @@ def build_model(config: PuzzleConfig, checkpoint: Checkpoint | None, names: Iter
         model = PuzzleForCausalLM(config)
     if checkpoint:
         found = model.load_state_dict({name: checkpoint.tensor(name) for name in names}, strict=False)
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        wrong = sorted(({*found.missing_keys} - tied) | {*found.unexpected_keys})
-        if wrong:
-            raise ArtifactError(
-                f"the model in {checkpoint.directory} does not match its own config in {len(wrong)} tensors, the first "
-                f"being {wrong[0]!r}: make it again"
-            )
+        check_loaded(found, config, checkpoint)
     return model
+
+
+def empty_model(config: PuzzleConfig) -> PuzzleForCausalLM:
+    """A causal LM in evaluation mode whose weights take no memory yet."""
+    config._attn_implementation = "sdpa"
+    with _BUILDING, torch.device("meta"):
+        return PuzzleForCausalLM(config).eval()
+
+
+def check_loaded(found: Any, config: PuzzleConfig, checkpoint: Checkpoint) -> None:
+    """See that loading left no tensor over and none out.
+
+    Raises:
+        ArtifactError: names the first.
+    """
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    wrong = sorted(({*found.missing_keys} - tied) | {*found.unexpected_keys})
+    if wrong:
+        raise ArtifactError(
+            f"the model in {checkpoint.directory} does not match its own config in {len(wrong)} tensors, the first "
+            f"being {wrong[0]!r}: make it again"
+        )
 
 
 def served_as(module: Module, dtype: torch.dtype, device: torch.device) -> Module:

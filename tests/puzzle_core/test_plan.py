@@ -41,7 +41,7 @@ def keys(plan):
 
 CHANGES = {
     "nothing": ({}, set()),
-    "where it runs": ({"runtime": {"workers": 7, "store": "elsewhere"}}, set()),
+    "where it runs": ({"runtime": {"workers": 7, "store": "elsewhere", "task_runner": "dask"}}, set()),
     "name": ({"name": "other"}, set()),
     "limit": ({"scenario": SPEC["scenario"] | {"limits": {"memory": "70%"}}}, {"search"}),
     "traffic": ({"scenario": SPEC["scenario"] | {"prompt_tokens": 9}}, {"costs", "search", "timing"}),

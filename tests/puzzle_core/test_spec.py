@@ -90,6 +90,9 @@ def test_a_share_of_block_time_has_no_absolute_value():
         ({"data": {"train_texts": []}}, "data.train_texts: "),
         ({"evaluation": {"lm_eval_tasks": ["../task.yaml"]}}, "evaluation.lm_eval_tasks.0: "),
         ({"target": {"dtype": "float16"}}, "target.dtype: "),
+        ({"runtime": {"dask_address": "tcp://10.0.0.5:8786"}}, "set task_runner to 'dask'"),
+        ({"runtime": {"task_runner": "dask", "dask_address": "10.0.0.5"}}, "runtime.dask_address: "),
+        ({"runtime": {"gkd_machines": 2}}, "set gkd_rendezvous to this machine's name and a free port"),
     ],
 )
 def test_values_that_make_no_sense_together_are_refused(parts, message):
@@ -135,6 +138,12 @@ def test_overrides_win_and_are_read_as_yaml(spec_file):
     assert spec.bld.optimizer.learning_rate == 0.5
     assert spec.variants.kv_heads == (2, 1)
     assert spec.parent.path == "elsewhere/model"
+
+
+def test_credentials_in_the_address_of_a_cluster_are_refused_and_not_repeated():
+    text = complaint(runtime={"task_runner": "dask", "dask_address": "tcp://me:hunter2@10.0.0.5:8786"})
+    assert "dask_address holds credentials" in text
+    assert "hunter2" not in text
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,22 @@
-"""Turns on one machine: side by side, alone, never starved, and free again after kill -9."""
+"""Turns on one machine: side by side, alone, never starved, a GPU for each task, and free again after kill -9."""
 
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tasks.stages import find_costs
-from tasks.turns import claim, place, turn
+from puzzle_core.architecture import Architecture
+from puzzle_core.device import default_device, visible_gpus
+from puzzle_core.errors import SpecError
+from tasks import stages, turns
+from tasks.stages import find_costs, on_gpu
+from tasks.store import Store
+from tasks.turns import claim, gpus, place, turn
 from tests.workflow import artifacts, plan_of
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +26,15 @@ from tasks.turns import turn
 
 with turn(sys.argv[1] == "alone"):
     print("in", flush=True)
+    time.sleep(600)
+"""
+HOLD_GPUS = """
+import sys, time
+from tasks import turns
+
+turns.gpu_names = lambda: ["a", "b", "c"]
+with turns.gpus(int(sys.argv[1])) as numbers:
+    print(*numbers, flush=True)
     time.sleep(600)
 """
 
@@ -35,10 +50,10 @@ def hold():
     """Hold a turn in a process of its own."""
     started = []
 
-    def begin(how):
-        process = subprocess.Popen([sys.executable, "-c", HOLD, how], cwd=ROOT, stdout=subprocess.PIPE)
+    def begin(how, script=HOLD, says=b"in\n"):
+        process = subprocess.Popen([sys.executable, "-c", script, how], cwd=ROOT, stdout=subprocess.PIPE)
         started.append(process)
-        assert process.stdout.readline() == b"in\n"
+        assert process.stdout.readline() == says
         return process
 
     yield begin
@@ -63,6 +78,107 @@ class Task(threading.Thread):
 
     def gets_in(self, within=5.0):
         return self.inside.wait(within)
+
+
+@pytest.fixture
+def three_gpus(monkeypatch):
+    """A machine with three GPUs, as far as turns are concerned."""
+    monkeypatch.setattr(turns, "gpu_names", lambda: ["a", "b", "c"])
+
+
+class GpuTask(Task):
+    """A task that takes GPUs, until it is let go."""
+
+    def __init__(self, count):
+        self.count, self.numbers = count, None
+        super().__init__(False)
+
+    def run(self):
+        with gpus(self.count) as self.numbers:
+            self.inside.set()
+            self.leave.wait(30)
+
+
+def test_every_task_has_a_gpu_of_its_own(three_gpus):
+    tasks = [GpuTask(1) for _ in range(3)]
+    assert all(task.gets_in() for task in tasks)
+    assert sorted(task.numbers for task in tasks) == [[0], [1], [2]]
+    fourth = GpuTask(1)
+    assert not fourth.gets_in(0.4)
+    tasks[1].leave.set()
+    assert fourth.gets_in()
+    assert fourth.numbers == tasks[1].numbers
+    for task in (*tasks, fourth):
+        task.leave.set()
+
+
+def test_gpus_are_shared_with_other_processes_and_free_after_a_kill(three_gpus, hold):
+    other = hold("2", HOLD_GPUS, b"0 1\n")
+    task, waiting = GpuTask(1), None
+    assert task.gets_in()
+    assert task.numbers == [2]
+    waiting = GpuTask(2)
+    assert not waiting.gets_in(0.4)
+    later = GpuTask(1)
+    task.leave.set()
+    assert not later.gets_in(0.4)  # it waits behind the one that wants two
+    other.send_signal(signal.SIGKILL)
+    assert waiting.gets_in()
+    assert later.gets_in()
+    assert sorted(waiting.numbers + later.numbers) == [0, 1, 2]
+    waiting.leave.set()
+    later.leave.set()
+
+
+def test_a_task_computes_on_its_gpu_and_comes_back_to_it(three_gpus):
+    barrier = threading.Barrier(3, timeout=10)
+
+    @on_gpu
+    def where():
+        barrier.wait()
+        device = default_device()
+        barrier.wait()
+        return device.type, device.index
+
+    def twice():
+        return where(), where()
+
+    with ThreadPoolExecutor(3) as pool:
+        seen = [future.result() for future in [pool.submit(twice) for _ in range(3)]]
+    assert sorted(first for first, _ in seen) == [("cuda", 0), ("cuda", 1), ("cuda", 2)]
+    assert sorted(second for _, second in seen) == [("cuda", 0), ("cuda", 1), ("cuda", 2)]
+
+
+def test_every_task_that_computes_is_on_a_gpu(three_gpus, spec_of, monkeypatch):
+    plan, site = plan_of(spec_of())
+    child = Architecture.of_parent(plan.inputs.shape)
+    monkeypatch.setattr(Store, "fetch", lambda store, key: Path(key))  # nothing has been made that could be fetched
+    with turns.gpus(3):
+        for task, arguments in (
+            (stages.measure_importance, (plan.importance(), site)),
+            (stages.capture_layer, (plan.tokens("bld").key, "float32", 0, True, site)),
+            (stages.capture_log_probabilities, (plan.tokens("scoring").key, "float32", site)),
+            (stages.train_variant, (plan.all_bld()[0], site)),
+            (stages.score_block, (plan.all_scores()[0], site)),
+            (stages.evaluate_model, (plan.evaluate(None), "parent", site)),
+            (stages.distil_child, (plan.gkd(child), None, site)),
+        ):
+            monkeypatch.setattr(turns, "_wait", lambda *_: pytest.fail("waits"))
+            with pytest.raises(pytest.fail.Exception, match="waits"):
+                task.fn(*arguments)
+
+
+def test_more_gpus_than_there_are_is_refused(three_gpus):
+    with pytest.raises(SpecError, match=r"4 GPUs are asked for, but this machine has 3: lower runtime"), gpus(4):
+        pass
+
+
+def test_other_processes_see_the_same_gpus(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus([]) == {}
+    assert visible_gpus([2, 0]) == {"CUDA_VISIBLE_DEVICES": "2,0"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-7f")
+    assert visible_gpus([1]) == {"CUDA_VISIBLE_DEVICES": "GPU-7f"}
 
 
 def test_others_run_side_by_side_and_a_measurement_alone(hold):

@@ -1,0 +1,137 @@
+"""What a run takes by formula (puzzle_core/forecast.py): beside what a finished run took, and for a parent of any size.
+
+    python -m benchmarks.scale SPEC [--set runtime.store=...]    # a spec whose run is in its store: forecast and found
+    python -m benchmarks.scale --shape llama-70b                 # deployments/kubernetes/prefect.yaml, by formula alone
+
+A rate (`--tflops`, of one GPU, effective) turns operations into GPU-hours; it is an assumption, not a measurement.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
+from puzzle_core.forecast import forecast
+from puzzle_core.plan import Inputs, Plan
+from puzzle_core.report.tables import Table, format_text
+from puzzle_core.spec import load_spec, parse_spec
+from puzzle_core.stages import BldRecord, ChildRecord, GkdRecord, ScoreRecord, SearchRecord
+
+KUBERNETES = Path("deployments/kubernetes/prefect.yaml")
+LLAMA_70B = ModelShape(
+    family="llama",
+    layers=80,
+    hidden=8192,
+    heads=64,
+    kv_heads=8,
+    head_dim=128,
+    ffn_width=28672,
+    vocabulary=128256,
+    tied_embeddings=False,
+    qkv_bias=False,
+    attention_out_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    max_positions=8192,
+)
+
+
+class Found(NamedTuple):
+    """What a finished run took: the numbers under the names of `Forecast`, the child, and seconds of BLD and GKD."""
+
+    counts: dict[str, int]
+    architecture: Architecture
+    bld_seconds: float
+    gkd_seconds: float
+
+
+def found_of(plan: Plan, store: Any) -> Found:
+    """What lies in the store of a finished run."""
+    bld = store.manifests(work.key for work in plan.all_bld()).values()
+    trained = [BldRecord.model_validate(manifest.record) for manifest in bld]
+    scores = store.manifests(work.key for work in plan.all_scores()).values()
+    chosen = SearchRecord.model_validate(store.manifest(plan.search().key).record).chosen.architecture
+    child = ChildRecord.model_validate(store.manifest(plan.assemble(chosen).key).record)
+    gkd = GkdRecord.model_validate(store.manifest(plan.gkd(chosen).key).record)
+    weights = [store.fetch(manifest.key) / "weights.safetensors" for manifest in bld]
+    counts = {
+        "bld_tasks": len(trained),
+        "score_tasks": len(scores),
+        "bld_tokens": sum(record.tokens for record in trained),
+        "score_tokens": sum(ScoreRecord.model_validate(manifest.record).tokens for manifest in scores),
+        "gkd_tokens": gkd.tokens,
+        "library_bytes": sum(map(_tensor_bytes, weights)),
+        "child_bytes": child.parameter_bytes,
+    }
+    return Found(counts, chosen, sum(record.seconds for record in trained), gkd.seconds)
+
+
+def _tensor_bytes(file: Path) -> int:
+    """Bytes of a safetensors file without its header."""
+    with file.open("rb") as opened:
+        return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
+
+
+def compare(spec_file: Path, overrides: tuple[str, ...]) -> str:
+    """Forecast and found, of a finished run."""
+    from tasks.site import Site
+    from tasks.stages import open_inputs
+
+    spec = load_spec(spec_file, overrides)
+    site = Site.of(spec)
+    plan = Plan(spec, open_inputs.fn(site, spec.data, spec.target))
+    found = found_of(plan, site.store())
+    told = forecast(plan, found.architecture)
+    rows = [(name, f"{told._asdict()[name]:,}", f"{count:,}") for name, count in found.counts.items()]
+    rows.append(("BLD, GFLOP/s of a task", "", f"{told.bld_flops / found.bld_seconds / 1e9:.1f}"))
+    rows.append(("GKD, GFLOP/s", "", f"{told.gkd_flops / found.gkd_seconds / 1e9:.1f}"))
+    title = f"{spec.name}: what was forecast, and what the run took"
+    return format_text(Table(title=title, columns=("", "forecast", "found"), rows=tuple(rows), text_columns=1))
+
+
+def by_formula(shape: ModelShape, tflops: float, processes: int) -> str:
+    """What the parent of the Kubernetes deployments takes; its child has half the FFN widths and 2 KV heads."""
+    spec = parse_spec(yaml.safe_load(KUBERNETES.read_text())["definitions"]["spec"], str(KUBERNETES))
+    inputs = {name: name for name in ("parent", "tokenizer", "train_texts", "held_out_texts", "hardware")}
+    plan = Plan(spec, Inputs(shape=shape, **inputs))
+    half = BlockVariant.parse(f"attn:kv2+ffn:i{shape.ffn_width // 2}")
+    told = forecast(plan, Architecture(layers=(half,) * shape.layers), processes)
+    rows = [(name, _words(name, value, tflops)) for name, value in told._asdict().items()]
+    title = f"{spec.name} at an effective {tflops:g} TFLOP/s per GPU, GKD in {processes} processes"
+    return format_text(Table(title=title, columns=("", "by formula"), rows=tuple(rows), text_columns=1))
+
+
+def _words(name: str, value: float, tflops: float) -> str:
+    if name.endswith("_bytes"):
+        return f"{value / 2**30:,.1f} GiB"
+    if name.endswith("_flops"):
+        return f"{value:.3g} FLOP = {value / tflops / 1e12 / 3600:,.0f} GPU-hours"
+    return f"{value:,}"
+
+
+def main() -> None:
+    """Print one of the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spec", type=Path, nargs="?")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--shape", choices=["llama-70b"])
+    parser.add_argument("--tflops", type=float, default=400, help="of one GPU (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=32, help="that share GKD (default %(default)s)")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    if bool(options.spec) == bool(options.shape):
+        parser.error("give a spec or --shape")
+    text = (
+        compare(options.spec, tuple(options.overrides))
+        if options.spec
+        else by_formula(LLAMA_70B, options.tflops, options.processes)
+    )
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

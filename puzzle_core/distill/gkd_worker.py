@@ -1,0 +1,69 @@
+"""One of several processes that distil a child together; started by torchrun, on one machine or on many.
+
+    torchrun --nproc-per-node 8 -m puzzle_core.distill.gkd_worker REQUEST.json
+
+Reads a request, trains, and writes the child where the request says; the record goes beside the request. What happens
+is told in lines of JSON on the standard output, for whoever started the processes (launch.py).
+"""
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from puzzle_core.device import available_cores, use_threads
+from puzzle_core.distill import gkd
+from puzzle_core.distill.launch import TOLD, GkdRequest, record_of
+from puzzle_core.distill.loop import Checkpoints, Progress
+from puzzle_core.distill.together import joined
+from puzzle_core.errors import PuzzleError
+from puzzle_core.model.parent import Parent
+
+
+def main(arguments: list[str]) -> int:
+    """Take part in the training of one request; 0 when it is done, 1 for an error that speaks to the user."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    use_threads(available_cores() // int(os.environ["LOCAL_WORLD_SIZE"]))
+    file = Path(arguments[0])
+    request = GkdRequest.read(file)
+    try:
+        _distil(request, record_of(file))
+    except PuzzleError as error:
+        tell(error=type(error).__name__, message=str(error))
+        return 1
+    return 0
+
+
+def _distil(request: GkdRequest, record_file: Path) -> None:
+    def report(progress: Progress) -> None:
+        tell(progress=progress._asdict())
+
+    with joined() as together:
+        record = gkd.run(
+            request.work,
+            Parent(request.parent),
+            Path(request.child_dir),
+            Path(request.tokens_dir),
+            Path(request.out_dir),
+            Checkpoints(Path(request.checkpoint), request.checkpoint_seconds),
+            report if together.leads else None,
+            together=together,
+        )
+        if together.leads:
+            record.write(record_file)
+
+
+def tell(**what: Any) -> None:
+    """One line, in one piece."""
+    sys.stdout.write(f"{TOLD}{json.dumps(what)}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # ends with torchrun, however that ends
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""Processes that share GKD, started and followed: a lost one is told, none is left behind, errors keep their words."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from puzzle_core import errors
+from puzzle_core.distill import gkd_worker
+from puzzle_core.distill.launch import GkdRequest, Launch, launch
+from puzzle_core.errors import LostProcessError, NonFiniteError
+from puzzle_core.spec import ParentSpec
+from tests.conftest import MIXED
+from tests.puzzle_core.distill.two_processes import work_of
+
+
+@pytest.fixture
+def request_of(checkpoint_of, assemble, tokens_dir, tmp_path):
+    """A request, with changes of the GKD spec."""
+    (tmp_path / "out").mkdir()
+    return lambda **spec: GkdRequest(
+        work=work_of(spec),
+        parent=ParentSpec(path=str(checkpoint_of("llama"))),
+        child_dir=str(assemble("llama", MIXED)),
+        tokens_dir=str(tokens_dir),
+        out_dir=str(tmp_path / "out"),
+        checkpoint=str(tmp_path / "checkpoint.safetensors"),
+        checkpoint_seconds=0,
+    )
+
+
+def processes(file):
+    """Ids of the processes that work on a request, torchrun's own last."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (place / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(file).encode() in words:
+            found.append((b"torch.distributed.run" in words, int(place.name)))
+    return [number for _, number in sorted(found)]
+
+
+class Cancelled(BaseException):
+    """What a cancelled run raises, wherever it is."""
+
+
+@pytest.mark.parametrize(("fault", "count"), [("a process is killed", 2), ("the run is cancelled", 1)])
+def test_no_process_is_left_behind(fault, count, request_of, tmp_path):
+    steps, file = [], tmp_path / "request.json"
+
+    def report(progress):
+        steps.append(progress.step)
+        if progress.step == 3:
+            *workers, _torchrun = processes(file)
+            assert len(workers) == count
+            if fault == "the run is cancelled":
+                raise Cancelled
+            os.kill(workers[-1], signal.SIGKILL)
+
+    with pytest.raises(Cancelled if "cancelled" in fault else LostProcessError) as told:
+        launch(request_of(epochs=1_000_000), Launch(processes=count), file, report)
+    if fault == "a process is killed":
+        assert "run again to go on from the last checkpoint" in str(told.value)
+        assert "SIGKILL" in str(told.value) or "-9" in str(told.value)
+    deadline = time.monotonic() + 5
+    while processes(file) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes(file) == []
+    assert steps[:3] == [1, 2, 3]
+    assert (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_an_error_keeps_its_words_from_process_to_run(request_of, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "request.json"
+    request_of(optimizer={"learning_rate": 1e30, "gradient_clip": 1e30}).write(file)
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (alone | {"MASTER_PORT": 0}).items():
+        monkeypatch.setenv(name, str(value))
+    assert gkd_worker.main([str(file)]) == 1
+    told = [json.loads(line.removeprefix("puzzle-gkd ")) for line in capsys.readouterr().out.splitlines()]
+    assert told[0]["progress"]["step"] == 1
+    assert getattr(errors, told[-1]["error"]) is NonFiniteError
+    assert "GKD diverged" in told[-1]["message"]

@@ -1,0 +1,85 @@
+"""What each of two processes does for test_together.py: every case of cases.json, one after the other, by gloo.
+
+Started by torchrun. A case that is told to stop is interrupted in all processes after that step; `fault` is planted.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from puzzle_core.architecture import Architecture
+from puzzle_core.distill import gkd
+from puzzle_core.distill.loop import Checkpoints
+from puzzle_core.distill.together import Together, joined
+from puzzle_core.model.checkpoint import Checkpoint
+from puzzle_core.model.parent import Parent
+from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
+from puzzle_core.spec import GkdSpec, ParentSpec
+from puzzle_core.stages import GkdWork
+from tests.conftest import MIXED
+
+
+def work_of(spec):
+    return GkdWork(
+        parent="p",
+        child="c",
+        architecture=Architecture.parse(MIXED),
+        tokens="t",
+        dtype="float32",
+        spec=GkdSpec(**({"batch_tokens": 48, "epochs": 3, "optimizer": {"learning_rate": 0.005}} | spec)),
+    )
+
+
+def same_rows_for_all(together, parts):
+    return [(parts[0], 1)]
+
+
+def do(case, together):
+    stop = case.get("stop")
+
+    def interrupt(progress):
+        if progress.step == stop:
+            raise KeyboardInterrupt
+
+    out = Path(case["out"])
+    if together.leads:
+        out.mkdir()
+    try:
+        record = gkd.run(
+            work_of(case["spec"]),
+            Parent(ParentSpec(path=case["parent"])),
+            Path(case["child"]),
+            Path(case["tokens"]),
+            out,
+            Checkpoints(Path(case["checkpoint"]), 0) if "checkpoint" in case else None,
+            interrupt,
+            together=together,
+        )
+    except KeyboardInterrupt:
+        return
+    if together.leads:
+        record.write(out / "record.json")
+
+
+def held(case, together):
+    """Entries of the child that this process holds, and all of them."""
+    directory = Path(case["child"])
+    child = together.load(PuzzleConfig.from_pretrained(directory), Checkpoint(directory), torch.float32)
+    parameters = list(child.parameters())
+    return sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
+
+
+def main(place):
+    torch.set_num_threads(1)
+    share, cases = Together.share, json.loads((place / "cases.json").read_text())
+    with joined() as together:
+        for case in cases:
+            Together.share = same_rows_for_all if case.get("fault") else share
+            do(case, together)
+        (place / f"held-{together.mesh.get_rank()}.json").write_text(json.dumps(held(cases[0], together)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
