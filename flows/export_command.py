@@ -57,8 +57,8 @@ def export(options: Any) -> None:
 
 
 def _write_hf(directory: Path, provenance: Any, staged: Path, name: str, options: Any) -> Any:
+    from puzzle_core.engines import obstacles
     from puzzle_core.model.export.card import model_card
-    from puzzle_core.model.export.engines import obstacles
     from puzzle_core.model.export.hf import export_hf
     from puzzle_core.model.export.source import Source
 
