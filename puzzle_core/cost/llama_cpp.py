@@ -17,7 +17,6 @@ gets the narrowest, of zeros (`no_ffn`). A linear FFN takes a layer of its own, 
 
 import contextlib
 import functools
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -154,10 +153,10 @@ def time_models(
 
 
 def _times(model: LlamaModel, traffic: Traffic) -> tuple[float, float]:
-    """Prefill and decode; at every length, the median step stands for those around it."""
+    """Prefill and decode; at every length, the fastest step stands for those around it: others were disturbed."""
     prefill, lengths, total = model.prefill_ms(traffic.prompt_tokens), _lengths(traffic), 0.0
     for length in lengths:
-        step = statistics.median(model.steps_ms(length, STEPS_PER_POINT))
+        step = min(model.steps_ms(length, STEPS_PER_POINT))
         total += step * (traffic.generated_tokens - 1) / len(lengths)
     return prefill, total
 
