@@ -46,8 +46,9 @@ def export(options: Any) -> None:
     if options.format == "hf" and options.dtype == "q8_0":
         raise SpecError("--dtype q8_0 is of --format gguf: engines quantise a Hugging Face directory themselves")
     name = options.name or options.out.resolve().name
-    directory, provenance = _child(options)
-    with _new_directory(options.out) as staged:
+    directory, store, key = open_child(options.child, options.store)
+    provenance = _provenance(store, key) if store else None
+    with new_directory(options.out) as staged:
         written = _write_hf if options.format == "hf" else _write_gguf
         record = written(directory, provenance, staged, name, options)
     for remark in record.remarks:
@@ -80,21 +81,23 @@ def _write_gguf(directory: Path, _: Any, staged: Path, name: str, options: Any) 
     return export_gguf(source, staged / f"{name}-{kind}.gguf", kind, name=name)
 
 
-def _child(options: Any) -> tuple[Path, Any]:
-    """The child's directory, and what the store knows of it."""
-    if Path(options.child).is_dir():
-        return Path(options.child), None
+def open_child(child: str, location: str) -> tuple[Path, Any, str]:
+    """The child's directory, and its store and key where it is one of a store.
+
+    Raises:
+        SpecError: it is neither a directory nor a key.
+    """
+    if Path(child).is_dir():
+        return Path(child), None, ""
     from tasks.store import Store
     from tasks.store_manifest import check_key
 
     try:
-        key = check_key(options.child)
+        key = check_key(child)
     except SpecError as error:
-        raise SpecError(
-            f"{options.child!r} is neither a directory here nor a key of a child like gkd/v1/..."
-        ) from error
-    store = Store(options.store, Path(RuntimeSpec().scratch) / "store-cache")
-    return store.fetch(key), _provenance(store, key)
+        raise SpecError(f"{child!r} is neither a directory here nor a key of a child like gkd/v1/...") from error
+    store = Store(location, Path(RuntimeSpec().scratch) / "store-cache")
+    return store.fetch(key), store, key
 
 
 def _provenance(store: Any, key: str) -> Any:
@@ -118,7 +121,7 @@ def _provenance(store: Any, key: str) -> Any:
 
 
 @contextlib.contextmanager
-def _new_directory(out: Path) -> Iterator[Path]:
+def new_directory(out: Path) -> Iterator[Path]:
     """A directory beside `out` that becomes it when all went well, so that it is whole or not there."""
     if out.exists():
         raise SpecError(f"--out {out} exists: name a new directory, or remove it")

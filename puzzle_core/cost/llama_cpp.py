@@ -67,14 +67,14 @@ def run(work: CostWork, parent: Parent, report: Callable[[int, int], None] | Non
     sources = {
         name: RandomSource(parent.directory, stack) for name, stack in cost_architectures(work, parent.shape).items()
     }
-    with opened(sources, work.traffic, work.target) as models:
+    with exported(sources, work.target) as files, opened(files, work.traffic, work.target) as models:
         return cost_record(work, parent.shape, time_models(models, work.traffic, work.target, report))
 
 
 def run_timing(work: TimingWork, parent: Parent, report: Callable[[int, int], None] | None = None) -> TimingRecord:
     """Time whole models end to end, interleaved; their weights are random, for times do not depend on them."""
     sources = {name: RandomSource(parent.directory, architecture) for name, architecture in work.architectures}
-    with opened(sources, work.traffic, work.target) as models:
+    with exported(sources, work.target) as files, opened(files, work.traffic, work.target) as models:
         times = time_models(models, work.traffic, work.target, report)
     return TimingRecord(models={name: timing_of(rounds) for name, rounds in times.items()}, hardware=work.hardware)
 
@@ -127,16 +127,25 @@ def cost_record(work: CostWork, shape: ModelShape, times: Mapping[str, Rounds]) 
 
 
 @contextlib.contextmanager
-def opened(sources: Mapping[str, Source], traffic: Traffic, target: TargetSpec) -> Iterator[dict[str, LlamaModel]]:
-    """Models written as GGUF files into a temporary directory, and opened with room for this traffic."""
-    length = max(traffic.prompt_tokens + traffic.generated_tokens, *(n + STEPS_PER_POINT for n in _lengths(traffic)), 0)
+def exported(sources: Mapping[str, Source], target: TargetSpec) -> Iterator[dict[str, Path]]:
+    """Models written as GGUF files into a temporary directory."""
     engine_version()
-    with tempfile.TemporaryDirectory(prefix="puzzle-gguf-") as place, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="puzzle-gguf-") as place:
+        files = {name: Path(place) / f"{number}.gguf" for number, name in enumerate(sources)}
+        for name, source in sources.items():
+            export_gguf(source, files[name], gguf_type(target))
+        yield files
+
+
+@contextlib.contextmanager
+def opened(files: Mapping[str, Path], traffic: Traffic, target: TargetSpec) -> Iterator[dict[str, LlamaModel]]:
+    """The files in llama.cpp, with room for this traffic."""
+    ends = [length + STEPS_PER_POINT for length in _lengths(traffic)]
+    longest = max([traffic.prompt_tokens + traffic.generated_tokens, *ends])
+    with contextlib.ExitStack() as stack:
         models = {}
-        for number, (name, source) in enumerate(sources.items()):
-            file = Path(place) / f"{number}.gguf"
-            export_gguf(source, file, gguf_type(target))
-            models[name] = LlamaModel(file, traffic.batch_size, length, target.threads)
+        for name, file in files.items():
+            models[name] = LlamaModel(file, traffic.batch_size, longest, target.threads)
             stack.callback(models[name].close)
         yield models
 

@@ -71,6 +71,11 @@ class LlamaModel:
         self._api.llama_free(self._context)
         self._api.llama_model_free(self._model)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return int(self._api.llama_model_size(self._model))
+
     def prefill_ms(self, tokens: int) -> float:
         """Milliseconds for prompts of this many tokens, one per sequence, up to the logits of each one's last."""
         self._api.llama_memory_clear(self._memory, False)
