@@ -111,8 +111,8 @@ def compare(name: str, parent: Parent, options: argparse.Namespace) -> str:
         "\n".join(
             [
                 f"\n{name}: {parameters[0]:,} parameters, child {parameters[1]:,}; {options.type}, "
-                f"batch {options.batch}, {options.prompt} prompt and {options.generate} generated tokens; {hardware_name(target)}, "
-                f"{costs.engine}, {time.monotonic() - started:.0f} s",
+                f"batch {options.batch}, {options.prompt} prompt and {options.generate} generated tokens; "
+                f"{hardware_name(target)}, {costs.engine}, {time.monotonic() - started:.0f} s",
                 f"child's blocks: {', '.join(blocks)}",
                 f"spread of costs: {spread(costs.variants.values())}",
                 *lines(found.parent, child, measured),

@@ -106,8 +106,8 @@ def run(
     longest = max(sweep.contexts) + sweep.generated_tokens
     if longest > child.shape.max_positions:
         raise SpecError(
-            f"{max(sweep.contexts)} prompt and {sweep.generated_tokens} generated tokens are asked for, and the context "
-            f"of the model holds {child.shape.max_positions}"
+            f"{max(sweep.contexts)} prompt and {sweep.generated_tokens} generated tokens are asked for, and "
+            f"the context of the model holds {child.shape.max_positions}"
         )
     if sweep.generated_tokens < 2:
         raise SpecError(f"{sweep.generated_tokens} generated tokens leave nothing to decode: ask for 2 or more")
