@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flows.bench_command import BENCH_HELP, add_bench_options, bench
 from flows.export_command import EXPORT_HELP, add_export_options, export
 from flows.interop_commands import IMPORT_HELP, add_config_options, add_import_commands, export_config, export_library
 from flows.lineage_command import LINEAGE_HELP, add_lineage_options, lineage
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--store", default=RuntimeSpec().store, help="artifact store (default %(default)s)")
     add_export_options(command("export", export, EXPORT_HELP, spec=False))
     add_lineage_options(command("lineage", lineage, LINEAGE_HELP, spec=False))
+    add_bench_options(command("bench", bench, BENCH_HELP, spec=False))
     ui = command("ui", _ui, "serve the Prefect UI over the runs kept here, until interrupted", spec=False)
     ui.add_argument("--port", type=int, default=4200, help="port on loopback (default %(default)s)")
     add_store_commands(commands.add_parser("store", help=STORE_HELP, description=STORE_HELP))

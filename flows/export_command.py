@@ -54,8 +54,9 @@ def export(options: Any) -> None:
     name = options.name or options.out.resolve().name
     if Path(name).name != name or "\\" in name:
         raise SpecError(f"--name {name!r} is a path: say what the model is called, and where it goes with --out")
-    directory, provenance = _child(options)
-    with _new_directory(options.out) as staged:
+    directory, store, key = open_child(options.child, options.store)
+    provenance = _provenance(store, key) if store else None
+    with new_directory(options.out) as staged:
         written = _write_hf if options.format == "hf" else _write_gguf
         record = written(directory, provenance, staged, name, options)
     for remark in record.remarks:
@@ -85,8 +86,8 @@ def _note(options: Any, child: str, record: Any, said: str) -> None:
 
 
 def _write_hf(directory: Path, provenance: Any, staged: Path, name: str, options: Any) -> Any:
+    from puzzle_core.engines import obstacles
     from puzzle_core.model.export.card import model_card
-    from puzzle_core.model.export.engines import obstacles
     from puzzle_core.model.export.hf import export_hf
     from puzzle_core.model.export.source import Source
 
@@ -108,21 +109,23 @@ def _write_gguf(directory: Path, _: Any, staged: Path, name: str, options: Any) 
     return export_gguf(source, staged / f"{name}-{kind}.gguf", kind, name=name)
 
 
-def _child(options: Any) -> tuple[Path, Any]:
-    """The child's directory, and what the store knows of it."""
-    if Path(options.child).is_dir():
-        return Path(options.child), None
+def open_child(child: str, location: str) -> tuple[Path, Any, str]:
+    """The child's directory, and its store and key where it is one of a store.
+
+    Raises:
+        SpecError: it is neither a directory nor a key.
+    """
+    if Path(child).is_dir():
+        return Path(child), None, ""
     from tasks.store import Store
     from tasks.store_manifest import check_key
 
     try:
-        key = check_key(options.child)
+        key = check_key(child)
     except SpecError as error:
-        raise SpecError(
-            f"{options.child!r} is neither a directory here nor a key of a child like gkd/v1/..."
-        ) from error
-    store = Store.of(RuntimeSpec(store=options.store))
-    return store.fetch(key), _provenance(store, key)
+        raise SpecError(f"{child!r} is neither a directory here nor a key of a child like gkd/v1/...") from error
+    store = Store.of(RuntimeSpec(store=location))
+    return store.fetch(key), store, key
 
 
 def _provenance(store: Any, key: str) -> Any:
@@ -146,7 +149,7 @@ def _provenance(store: Any, key: str) -> Any:
 
 
 @contextlib.contextmanager
-def _new_directory(out: Path) -> Iterator[Path]:
+def new_directory(out: Path) -> Iterator[Path]:
     """A directory beside `out` that becomes it when all went well, so that it is whole or not there."""
     if out.exists():
         raise SpecError(f"--out {out} exists: name a new directory, or remove it")

@@ -12,7 +12,7 @@ from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Var
 from puzzle_core.cost.analytic import DTYPE_BYTES, architecture_parameters, variant_size
 from puzzle_core.errors import SpecError
 from puzzle_core.records import Record
-from puzzle_core.spec import RunSpec, ScenarioSpec
+from puzzle_core.spec import RunSpec, ScenarioSpec, VariantsSpec
 from puzzle_core.stages import (
     AssembleWork,
     BldWork,
@@ -78,11 +78,21 @@ class Plan:
                     f"variants.layers names layers {exception.first_layer} to {exception.last_layer}, but the parent "
                     f"has layers 0 to {shape.layers - 1}"
                 )
+        if shape.qk_norm and (refusing := [engine for engine in spec.engines if engine != "transformers"]):
+            raise SpecError(
+                f"engines asks for {', '.join(refusing)}, but the parent's family {shape.family} normalises queries "
+                "and keys, which no exported format has a place for (docs/engines.md): leave engines out"
+            )
         asked = {"data.sequence_length": spec.data.sequence_length}
         asked |= {f"scenario {s.name}": s.prompt_tokens + s.generated_tokens for s in spec.scenarios}
         for what, tokens in asked.items():
             if tokens > shape.max_positions:
                 raise SpecError(f"{what} is {tokens}, but the parent's context holds {shape.max_positions} tokens")
+
+    @cached_property
+    def variants(self) -> VariantsSpec:
+        """The search space, as far as the engines of the spec run it."""
+        return self.spec.served_variants(self.inputs.shape)
 
     @property
     def layers(self) -> range:
@@ -112,7 +122,7 @@ class Plan:
 
     def trained(self, layer: int) -> list[Variant]:
         """The variants of a layer that need training: neither the parent's own nor no-ops."""
-        attentions, ffns = self.spec.variants.of_layer(layer, self.inputs.shape)
+        attentions, ffns = self.variants.of_layer(layer, self.inputs.shape)
         return [variant for variant in attentions[1:] + ffns[1:] if variant.kind != "no_op"]
 
     def bld(self, layer: int, variant: Variant) -> BldWork:
@@ -138,7 +148,7 @@ class Plan:
         The base is the parent, or a child; the child itself is scored too, by its own block in layer 0.
         """
         own = base.layers[layer] if base else self.inputs.shape.parent_block
-        blocks = self.spec.variants.blocks_of_layer(layer, self.inputs.shape)
+        blocks = self.variants.blocks_of_layer(layer, self.inputs.shape)
         if self.spec.scoring.composition == "subblocks":
             blocks = [block for block in blocks if own.attention == block.attention or own.ffn == block.ffn]
         return [block for block in blocks if block != own or (base and layer == 0)]
@@ -184,7 +194,7 @@ class Plan:
         distinct = {
             variant
             for layer in self.layers
-            for found in self.spec.variants.of_layer(layer, self.inputs.shape)
+            for found in self.variants.of_layer(layer, self.inputs.shape)
             for variant in found
             if variant.kind != "no_op"
         }
@@ -208,7 +218,7 @@ class Plan:
         return SearchWork(
             parent=self.inputs.parent,
             shape=self.inputs.shape,
-            variants=self.spec.variants,
+            variants=self.variants,
             scores=tuple(work.key for work in self.all_scores(base)),
             composition=self.spec.scoring.composition,
             costs=tuple((*where, work.key) for where, work in self.costs().items()),

@@ -4,6 +4,7 @@ Each stage's own part enters the key of its artifacts; `runtime` (where things l
 so equal work has an equal key on every machine.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,9 @@ import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from puzzle_core.architecture import BlockVariant, ModelShape, Variant
+from puzzle_core.engines import Engine, restrictions
 from puzzle_core.errors import SpecError
+from puzzle_core.interop.block_configs import WIDTH_GRID
 from puzzle_core.quantities import (
     parse_bytes,
     parse_column,
@@ -108,8 +111,7 @@ class VariantsSpec(Record):
                 if {"ffn_ratios", "ffn_widths"} & changes.keys():
                     rules |= {"ffn_ratios": (), "ffn_widths": ()}
                 rules |= changes
-        widths = {round(r * shape.ffn_width / self.ffn_multiple_of) * self.ffn_multiple_of for r in rules["ffn_ratios"]}
-        widths = {max(w, self.ffn_multiple_of) for w in widths} | set(rules["ffn_widths"])
+        widths = self._widths(rules["ffn_ratios"], rules["ffn_widths"], shape)
         sizes = {"attn": set(rules["kv_heads"]), "ffn": widths}
         parent = {"attn": shape.parent_block.attention, "ffn": shape.parent_block.ffn}
         found: dict[str, list[Variant]] = {}
@@ -123,6 +125,30 @@ class VariantsSpec(Record):
         """All pairs of one layer, the parent's own first."""
         attentions, ffns = self.of_layer(layer, shape)
         return [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
+
+    def within(self, form: "FormSpec", shape: ModelShape) -> "VariantsSpec":
+        """The same space less what the form allows nowhere: linear layers, and FFN widths of no allowed multiple."""
+        changes: dict[str, Any] = {} if form.linear else {"linear": False}
+        exceptions = [e.model_copy(update={"linear": e.linear and form.linear}) for e in self.layers]
+        if form.ffn_multiple_of > 1:
+
+            def fitting(ratios: tuple[float, ...], widths: tuple[int, ...]) -> dict[str, Any]:
+                found = self._widths(ratios, widths, shape)
+                return {"ffn_ratios": (), "ffn_widths": tuple(sorted(w for w in found if not w % form.ffn_multiple_of))}
+
+            changes |= fitting(self.ffn_ratios, self.ffn_widths)
+            exceptions = [
+                e
+                if e.ffn_ratios is None and e.ffn_widths is None
+                else e.model_copy(update=fitting(e.ffn_ratios or (), e.ffn_widths or ()))
+                for e in exceptions
+            ]
+        return self.model_copy(update=changes | {"layers": tuple(exceptions)}) if changes else self
+
+    def _widths(self, ratios: tuple[float, ...], widths: tuple[int, ...], shape: ModelShape) -> set[int]:
+        """FFN widths in channels, of ratios and of widths as they are."""
+        multiple = self.ffn_multiple_of
+        return {max(round(r * shape.ffn_width / multiple) * multiple, multiple) for r in ratios} | set(widths)
 
 
 class ImportanceSpec(Record):
@@ -246,9 +272,24 @@ class FormSpec(Record):
     max_ffn_widths: Positive | None = Field(None, description="At most so many different FFN widths")
     uniform_kv_heads: bool = Field(False, description="One number of KV heads in all attentions that remain")
     ffn_multiple_of: Positive = Field(1, description="FFN widths must be a multiple of this")
+    attention_first: bool = Field(False, description="Layer 0 keeps an attention, of any number of KV heads")
     tensor_parallel: Positive = Field(
         1,
         description="Devices that share every layer: FFN widths are a multiple of it, KV heads too, or divide it",
+    )
+
+
+def served_form(form: FormSpec, engines: tuple[Engine, ...]) -> FormSpec:
+    """The form, narrowed to what every one of these engines runs (puzzle_core/engines.py)."""
+    asked = restrictions(engines)
+    grid = WIDTH_GRID if "width_grid" in asked else 1
+    return form.model_copy(
+        update={
+            "linear": form.linear and "no_linear" not in asked,
+            "ffn_multiple_of": math.lcm(form.ffn_multiple_of, grid),
+            "uniform_kv_heads": form.uniform_kv_heads or "one_kv_heads" in asked,
+            "attention_first": form.attention_first or "attention_first" in asked,
+        }
     )
 
 
@@ -288,7 +329,15 @@ class SearchRequest(Record):
     more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
     mix: MixSpec | None = None
     form: FormSpec = FormSpec()
+    engines: tuple[Engine, ...] = Field(
+        (), description="Serving engines that must all run the child: what one of them cannot is left out"
+    )
     search: SearchSpec = SearchSpec()
+
+    @property
+    def served_form(self) -> FormSpec:
+        """The rules of form and of all engines."""
+        return served_form(self.form, self.engines)
 
     @property
     def scenarios(self) -> tuple[ScenarioSpec, ...]:
@@ -428,6 +477,9 @@ class RunSpec(Record):
     more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
     mix: MixSpec | None = Field(None, description="Limits on the weighted mix of all scenarios")
     form: FormSpec = FormSpec()
+    engines: tuple[Engine, ...] = Field(
+        (), description="Serving engines that must all run the child: what one of them cannot is left out"
+    )
     search: SearchSpec = SearchSpec()
     gkd: GkdSpec = GkdSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
@@ -442,6 +494,10 @@ class RunSpec(Record):
     def scenarios(self) -> tuple[ScenarioSpec, ...]:
         """All scenarios, the main one first."""
         return self.request.scenarios
+
+    def served_variants(self, shape: ModelShape) -> VariantsSpec:
+        """The search space less the variants that one of `engines` never runs: nobody trains or scores these."""
+        return self.variants.within(served_form(FormSpec(), self.engines), shape)
 
     @model_validator(mode="after")
     def _askable(self) -> "RunSpec":

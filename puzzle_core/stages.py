@@ -164,7 +164,8 @@ class CostRecord(Record):
     """Times: of every variant per layer, of what lies outside the blocks, and of the whole parent.
 
     `weight_bytes` and `kv_bytes` are bytes per weight and per entry of the KV cache, in the precision that the times
-    hold for. `torch_version`, `threads` and `rounds` are of a measurement.
+    hold for. `torch_version`, `threads` and `rounds` are of a measurement. An `engine` other than torch is named with
+    its version; `no_ffn` is what it spends on a layer that attends and has no FFN.
     """
 
     source: Literal["measured", "roofline", "imported"]
@@ -177,6 +178,8 @@ class CostRecord(Record):
     torch_version: str | None = None
     threads: int | None = None
     rounds: int | None = None
+    engine: str | None = None
+    no_ffn: Timing | None = None
 
 
 class ChildRecord(Record):

@@ -15,6 +15,7 @@ from puzzle_core.yaml_file import parse_record, read_keys, resolve_path
 
 Dtype = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Memory = Annotated[str, BeforeValidator(parse_memory.check), Field(json_schema_extra=parse_memory.form)]
@@ -107,6 +108,12 @@ class TargetSpec(Record):
     costs: Literal["measured", "roofline", "imported"] = Field(
         "measured", description="Measured here, computed from the figures of `hardware`, or read from `table`"
     )
+    engine: Literal["torch", "llama.cpp", "vllm"] = Field(
+        "torch", description="What serves: costs are measured in torch or llama.cpp; vLLM's are imported"
+    )
+    gguf_type: GgufType | None = Field(
+        None, description="For engine llama.cpp: type of the weights in the file; as `dtype` if not said"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="What to measure on; auto takes a GPU that is here"
     )
@@ -126,6 +133,21 @@ class TargetSpec(Record):
                 raise ValueError(f"costs are {kind}, but {key} is missing: give it, or say another kind of costs")
             if self.costs != kind and given:
                 raise ValueError(f"{key} is given, but costs are {self.costs}: say `costs: {kind}`, or leave {key} out")
+        return self
+
+    @model_validator(mode="after")
+    def _what_the_engine_can(self) -> Self:
+        if self.engine == "vllm" and self.costs == "measured":
+            raise ValueError(
+                "engine is vllm, which is not measured here: measure with vLLM's own benchmark and say "
+                "`costs: imported` with the `table` (docs/targets.md)"
+            )
+        if self.engine == "llama.cpp" and self.device == "cuda":
+            raise ValueError("engine is llama.cpp, which is measured on the CPU: leave device out, or say engine torch")
+        if self.gguf_type and self.engine != "llama.cpp":
+            raise ValueError(
+                f"gguf_type is given, but engine is {self.engine}: say `engine: llama.cpp`, or leave it out"
+            )
         return self
 
 

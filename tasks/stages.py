@@ -17,7 +17,8 @@ from prefect.task_engine import TaskRunTimeoutError
 from prefect.tasks import exponential_backoff
 
 from puzzle_core import data, evaluation, scoring
-from puzzle_core.cost import latency, roofline
+from puzzle_core.cost import latency, llama_cpp, roofline
+from puzzle_core.cost.llama_engine import engine_version
 from puzzle_core.device import available_cores, on_first, use_threads, visible_gpus
 from puzzle_core.distill import bld, gkd
 from puzzle_core.distill.launch import GkdRequest, launch
@@ -134,8 +135,10 @@ def for_target(inputs: Inputs, target: TargetSpec) -> Inputs:
     """The same inputs for this target.
 
     Raises:
-        PuzzleError: a device that is not here, or a cost table that cannot be read.
+        PuzzleError: a device or an engine that is not here, or a cost table that cannot be read.
     """
+    if (target.engine, target.costs) == ("llama.cpp", "measured"):
+        engine_version()
     if target.table:
         read_costs(Path(target.table))
     return inputs.model_copy(
@@ -226,9 +229,8 @@ def find_costs(work: CostWork, site: Site) -> str:
         return site.produce(
             work, lambda _: roofline.roofline(shape, work.variants, work.traffic, work.target), alone=None
         )
-    return site.produce(
-        work, lambda _: latency.run(work, site.open_parent(), _log_rounds("measuring costs")), alone=True
-    )
+    measure = llama_cpp.run if work.target.engine == "llama.cpp" else latency.run
+    return site.produce(work, lambda _: measure(work, site.open_parent(), _log_rounds("measuring costs")), alone=True)
 
 
 @uncached(name="check limits", task_run_name="check limits")
@@ -310,9 +312,8 @@ def evaluate_model(work: EvaluateWork, label: str, site: Site) -> str:
 @cached(name="timing", tags=["measuring"], task_run_name="timing")
 def time_models(work: TimingWork, site: Site) -> str:
     """Parent and children timed end to end, in turns."""
-    return site.produce(
-        work, lambda _: latency.run_timing(work, site.open_parent(), _log_rounds("timing models")), alone=True
-    )
+    measure = llama_cpp.run_timing if work.target.engine == "llama.cpp" else latency.run_timing
+    return site.produce(work, lambda _: measure(work, site.open_parent(), _log_rounds("timing models")), alone=True)
 
 
 @cached(name="report", task_run_name="report")

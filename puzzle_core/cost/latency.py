@@ -7,6 +7,7 @@ as `outside`, and the weights of a variant do not stay in the processor's cache 
 Models take turns in every round, so a drift of the machine's speed meets all of them.
 """
 
+import functools
 import platform
 import statistics
 import time
@@ -53,6 +54,8 @@ def hardware_name(target: TargetSpec) -> str:
 
 def target_device(target: TargetSpec) -> torch.device:
     """The torch device of a target."""
+    if target.engine == "llama.cpp":
+        return torch.device("cpu")
     present = torch.cuda.is_available()
     if target.device == "cuda" and not present:
         raise SpecError("target.device is 'cuda', but torch sees no GPU here: say 'cpu', or run on the GPU machine")
@@ -124,15 +127,26 @@ def time_models(
 ) -> dict[str, Rounds]:
     """Prefill and decode milliseconds of several models in every round, one warm-up round left out."""
     use_threads(target.threads)
-    times: dict[str, Rounds] = {name: {"prefill": [], "decode": []} for name in models}
-    for number in range(target.rounds + 1):
-        for name, model in models.items():
-            prefill, decode = _prefill_ms(model, traffic), _decode_ms(model, traffic)
+    timers = {
+        name: functools.partial(lambda model: (_prefill_ms(model, traffic), _decode_ms(model, traffic)), model)
+        for name, model in models.items()
+    }
+    return take_turns(timers, target.rounds, report)
+
+
+def take_turns(
+    timers: Mapping[str, Callable[[], tuple[float, float]]], rounds: int, report: Callable[[int, int], None] | None
+) -> dict[str, Rounds]:
+    """Prefill and decode milliseconds of every timer in every round, one warm-up round left out."""
+    times: dict[str, Rounds] = {name: {"prefill": [], "decode": []} for name in timers}
+    for number in range(rounds + 1):
+        for name, timer in timers.items():
+            prefill, decode = timer()
             if number:
                 times[name]["prefill"].append(prefill)
                 times[name]["decode"].append(decode)
         if report:
-            report(number, target.rounds)
+            report(number, rounds)
     return times
 
 
@@ -187,6 +201,15 @@ def _now(device: torch.device) -> float:
 
 def _difference(name: str, stack: Rounds, outside: Rounds, copies: int) -> Timing:
     rounds = {phase: [(a - b) / copies for a, b in zip(stack[phase], outside[phase], strict=True)] for phase in stack}
+    return positive_timing(name, rounds)
+
+
+def positive_timing(name: str, rounds: Rounds) -> Timing:
+    """The timing of what can only be a difference of measurements.
+
+    Raises:
+        MeasurementError: it came out at no time at all.
+    """
     timing = timing_of(rounds)
     if timing.prefill_ms <= 0 or timing.decode_ms < 0:
         raise MeasurementError(

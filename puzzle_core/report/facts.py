@@ -119,7 +119,7 @@ def scores(inputs: ReportInputs) -> dict[tuple[int, BlockVariant], float]:
     """The score of every layer and block variant, as the search saw it."""
     spec, shape = inputs.spec, inputs.shape
     objective = inputs.search.objective
-    table = score_table(inputs.scores, spec.scoring.composition, objective, spec.variants, shape)
+    table = score_table(inputs.scores, spec.scoring.composition, objective, spec.served_variants(shape), shape)
     return {
         (layer, option.block): score
         for layer, scores in enumerate(table.layers)

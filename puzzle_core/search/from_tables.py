@@ -19,8 +19,8 @@ def read_request(paths: list[Path]) -> SearchRequest:
     """What is asked, from scenario files.
 
     A file holds one scenario (`name`, `prompt_tokens`, `limits`, ...), or the keys of a run specification that say what
-    is asked: `scenario`, `more_scenarios`, `mix`, `form`, `search`; its other keys are not looked at. The first file's
-    scenario is the main one, and where two files have another key, the first file's counts.
+    is asked: `scenario`, `more_scenarios`, `mix`, `form`, `engines`, `search`; its other keys are not looked at. The
+    first file's scenario is the main one, and where two files have another key, the first file's counts.
 
     Raises:
         SpecError: names the file, the key, and the nearest known one.
@@ -67,7 +67,7 @@ def _read_one(path: Path) -> dict[str, Any]:
     more = content.get("more_scenarios") or []
     if not isinstance(more, list):
         raise SpecError(f"{path}: more_scenarios must be a list of scenarios")
-    kept = {name: content[name] for name in ("mix", "form", "search") if name in content}
+    kept = {name: content[name] for name in ("mix", "form", "engines", "search") if name in content}
     return kept | {"scenarios": [content["scenario"], *more]}
 
 

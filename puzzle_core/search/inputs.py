@@ -9,6 +9,7 @@ from puzzle_core.search.tables import OUTSIDE, CostRow, CostTable, Option, Score
 from puzzle_core.spec import VariantsSpec
 from puzzle_core.stages import CostRecord, ScoreRecord, Timing
 
+NOTHING = "attn:no_op+ffn:no_op"
 OBJECTIVES: dict[str, Callable[[ScoreRecord], float]] = {
     "kl": lambda score: score.kl_nats_per_token,
     "lm_loss": lambda score: score.lm_loss_increase_nats_per_token,
@@ -95,6 +96,8 @@ def cost_table(variants: VariantsSpec, shape: ModelShape, costs: Mapping[tuple[s
         for variant in sorted(distinct):
             times = _times(_timing(record, variant, scenario, batch_size))
             rows.append(CostRow(str(variant), times, batch_size=batch_size, scenario=scenario))
+        if record.no_ffn:
+            rows.append(CostRow(NOTHING, _times(None), batch_size=batch_size, scenario=scenario))
     return CostTable(tuple(rows))
 
 
@@ -111,9 +114,9 @@ def _times(timing: Timing | None) -> dict[str, float]:
 
 
 def _timing(record: CostRecord, variant: Variant, scenario: str, batch_size: int) -> Timing | None:
-    """None for a no-op, which takes no time."""
+    """None for a no-op, which takes no time, unless the engine spends some."""
     if variant.kind == "no_op":
-        return None
+        return record.no_ffn if variant.subblock == "ffn" else None
     if str(variant) not in record.variants:
         raise CoverageError(f"no cost of {variant} in scenario {scenario} at batch size {batch_size}")
     return record.variants[str(variant)]

@@ -123,6 +123,7 @@ class Instance:
     """A request over tables. Nothing of the tables changes; columns are computed once per scenario and batch size.
 
     Attributes:
+        form: the rules of form, those of the engines that must run the child among them.
         layers: the options of every layer that the form allows, the parent's own first.
 
     Raises (on construction):
@@ -133,12 +134,14 @@ class Instance:
     request: SearchRequest
     scores: ScoreTable
     costs: CostTable
+    form: FormSpec = field(init=False)
     layers: tuple[tuple[Option, ...], ...] = field(init=False)
     _costs: dict[tuple[str, str, int, Hashable], float] = field(default_factory=dict, init=False, repr=False)
     _columns: dict[tuple[str, tuple[int, ...]], Column] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_form(self.request.form, self.scores)
+        self.form = self.request.served_form
+        _check_form(self.request, self.form, self.scores)
         own = Option(self.scores.parent)
         self.layers = tuple(
             (own, *(option for option in scores if option != own and self._allowed(layer, option)))
@@ -353,7 +356,7 @@ class Instance:
         return covering
 
     def _rules(self, covering: list[list[tuple[int, Option]]]) -> list[Rule]:
-        form, rules = self.request.form, list[Rule]()
+        form, rules = self.form, list[Rule]()
         if form.max_ffn_widths:
             rules.append(self._distinct("different FFN widths", "ffn", form.max_ffn_widths, covering))
         if form.uniform_kv_heads:
@@ -382,12 +385,14 @@ class Instance:
         return Distinct(name, groups, at_most)
 
     def _allowed(self, layer: int, option: Option) -> bool:
-        form, own, count = self.request.form, self.scores.parent, len(self.scores.layers)
+        form, own, count = self.form, self.scores.parent, len(self.scores.layers)
         covered = range(layer, layer + option.span)
         for kept, half in ((form.keep.attention, "attention"), (form.keep.ffn, "ffn")):
             changed = getattr(option.block, half) != getattr(own, half)
             if any(index % count in covered for index in kept) and (changed or option.span > 1):
                 return False
+        if form.attention_first and layer == 0 and option.block.attention.kind != "sized":
+            return False
         return all(_fits(form, variant) for variant in (option.block.attention, option.block.ffn))
 
 
@@ -401,7 +406,7 @@ def _fits(form: FormSpec, variant: Variant) -> bool:
     return variant.size % devices == 0 or devices % variant.size == 0
 
 
-def _check_form(form: FormSpec, scores: ScoreTable) -> None:
+def _check_form(request: SearchRequest, form: FormSpec, scores: ScoreTable) -> None:
     count = len(scores.layers)
     for half, layers in (("attention", form.keep.attention), ("ffn", form.keep.ffn)):
         for layer in layers:
@@ -409,7 +414,8 @@ def _check_form(form: FormSpec, scores: ScoreTable) -> None:
                 raise SpecError(f"form.keep.{half} names layer {layer}, and there are {count} layers")
     for variant in (scores.parent.attention, scores.parent.ffn):
         if not _fits(form, variant):
+            of_engines = f", for engines {', '.join(request.engines)}" if request.engines else ""
             raise SpecError(
-                f"form rules out the parent's own {variant}: see ffn_multiple_of ({form.ffn_multiple_of}) and "
-                f"tensor_parallel ({form.tensor_parallel})"
+                f"form rules out the parent's own {variant}: see ffn_multiple_of ({form.ffn_multiple_of}{of_engines}) "
+                f"and tensor_parallel ({form.tensor_parallel})"
             )

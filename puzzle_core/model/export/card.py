@@ -4,7 +4,7 @@ from itertools import groupby
 
 from puzzle_core.architecture import Architecture
 from puzzle_core.cost.analytic import kv_entries_per_token
-from puzzle_core.model.export.engines import obstacles
+from puzzle_core.engines import obstacles
 from puzzle_core.model.export.source import ExportRecord, Source
 from puzzle_core.records import Record
 from puzzle_core.stages import EvaluationRecord

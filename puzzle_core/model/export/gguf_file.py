@@ -9,7 +9,7 @@ Legend: H heads, d head width, D hidden width.
 """
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -23,8 +23,8 @@ from puzzle_core.model.export.gguf_tokenizer import GgufVocabulary, gguf_vocabul
 from puzzle_core.model.export.lowering import ZERO_WIDTH, Half, LoweredLayer, biased, lower
 from puzzle_core.model.export.source import ExportRecord, Source, WrittenTensor, refuse, shared_reasons
 from puzzle_core.model.remote.modeling_puzzle import family_class
+from puzzle_core.target import GgufType
 
-GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 KINDS: dict[GgufType, tuple[Kind, LlamaFileType]] = {
     "f32": (Kind.F32, LlamaFileType.ALL_F32),
     "f16": (Kind.F16, LlamaFileType.MOSTLY_F16),
@@ -187,7 +187,7 @@ def _attention_tensors(source: Source, half: Half) -> list[WrittenTensor]:
     for part, written in _PROJECTIONS.items():
         for end in ("weight", "bias"):
             name = f"{prefix}.self_attn.{part}.{end}"
-            if name in source.checkpoint.headers:
+            if name in source.names:
                 tensor = source.tensor(name)._replace(name=f"{written}.{end}")
                 found.append(_interleaved(tensor, source.shape.head_dim) if part in ("q_proj", "k_proj") else tensor)
     return found
@@ -201,7 +201,7 @@ def _ffn_tensors(source: Source, layer: LoweredLayer) -> list[WrittenTensor]:
     for part, written in _FFN.items():
         for end in ("weight", "bias"):
             name = f"{prefix}.mlp.{part}.{end}"
-            if name in source.checkpoint.headers:
+            if name in source.names:
                 found.append(source.tensor(name)._replace(name=f"{written}.{end}"))
     return found
 

@@ -1,7 +1,7 @@
 """What an export reads: the checkpoint of a child, or of a parent, which is the child that is all parent."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from puzzle_core.architecture import Architecture
 from puzzle_core.errors import ArtifactError, ExportError
 from puzzle_core.interop.block_configs import from_block_configs
 from puzzle_core.model.checkpoint import Checkpoint
-from puzzle_core.model.parent import Parent
+from puzzle_core.model.parent import Parent, block_config
 from puzzle_core.model.parent_config import TOKENIZER_FILES, first_line, shape_of
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
@@ -52,6 +52,10 @@ class Source:
         """
         self.directory = directory.resolve()
         self.config: PreTrainedConfig
+        self._open(directory)
+        self.names: Collection[str] = self.checkpoint.headers.keys()
+
+    def _open(self, directory: Path) -> None:
         if _model_type(directory) != PuzzleConfig.model_type:
             parent = Parent(ParentSpec(path=str(self.directory)))
             self.config, self.shape, self.checkpoint = parent.config, parent.shape, parent.checkpoint
@@ -94,7 +98,7 @@ class Source:
 
     def tensors(self) -> Iterator[WrittenTensor]:
         """All tensors by their names in the checkpoint, a head that is tied left out."""
-        for name in self.checkpoint.headers:
+        for name in self.names:
             if name != "lm_head.weight" or not self.shape.tied_embeddings:
                 yield self.tensor(name)
 
@@ -107,6 +111,33 @@ class Source:
         rotary = getattr(self.config, "no_rope_layers", None) or [1] * self.shape.layers
         kept = enumerate(block.attention.kind == "sized" for block in self.architecture.layers)
         return [layer for layer, attends in kept if attends and not rotary[layer]]
+
+
+class RandomSource(Source):
+    """A checkpoint's config and tokenizer with another architecture and random weights, made as they are written.
+
+    It is for measuring speed, which depends on shapes alone.
+    """
+
+    def __init__(self, like: Path, architecture: Architecture | None = None):
+        """Open the checkpoint; the architecture is all parent if not said.
+
+        Raises:
+            ArtifactError, ParentError: as `Source`.
+        """
+        super().__init__(like)
+        self.architecture = architecture or Architecture.of_parent(self.shape)
+        blocks = [block_config(block) for block in self.architecture.layers]
+        with torch.device("meta"):
+            tensors = PuzzleForCausalLM(PuzzleConfig.from_parent(self.config, blocks)).state_dict()
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.names = self._shapes.keys()
+
+    def tensor(self, name: str) -> WrittenTensor:
+        """One tensor, other values at every call: norms and biases near 1, matrices so that states keep their size."""
+        shape = self._shapes[name]
+        scale, middle = (shape[-1] ** -0.5, 0.0) if len(shape) > 1 else (0.1, 1.0)
+        return WrittenTensor(name, shape, lambda: torch.randn(shape) * scale + middle)
 
 
 def refuse(source: Source, form: str, reasons: list[str]) -> None:

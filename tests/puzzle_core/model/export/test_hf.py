@@ -4,19 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.engines import CASES, MARKS
 from puzzle_core.architecture import Architecture
 from puzzle_core.errors import ArtifactError, ExportError, NonFiniteError, ParentError
 from puzzle_core.interop.block_configs import from_block_configs
 from puzzle_core.model.child import load_child
-from puzzle_core.model.export.engines import obstacles
 from puzzle_core.model.export.hf import export_hf
 from puzzle_core.model.export.source import Source
 from tests.conftest import CPU
@@ -205,28 +202,3 @@ def test_a_damaged_child_is_refused_by_name(damage, kind, message, assemble):
     damage(directory)
     with pytest.raises(kind, match=message):
         Source(directory)
-
-
-def test_obstacles_are_those_that_engines_have():
-    free = {"transformers": [], "vLLM": [], "SGLang": [], "TensorRT-LLM": []}
-    assert obstacles(Architecture.parse((OWN,) * 8)) == free
-    found = obstacles(Architecture.parse(MIXED))
-    assert [len(found[engine]) for engine in free] == [0, 2, 2, 0]
-    assert "layer 4 ffn:linear, layer 5 attn:linear" in found["vLLM"][0]
-    assert "(layer 0) has no attention" in found["vLLM"][1]
-    assert "(here 1, 2, 4)" in found["SGLang"][1]
-    both_empty_first = ("attn:no_op+ffn:no_op",) + (OWN,) * 7
-    assert obstacles(Architecture.parse(both_empty_first)) == free
-    assert len(obstacles(Architecture.parse(ODD_WIDTHS))["SGLang"]) == 2
-
-
-def test_obstacles_are_what_stopped_vllm_when_it_ran():
-    """The table in docs/engines.md is what `python -m benchmarks.engines --vllm` found."""
-    lines = (Path(__file__).parents[4] / "docs" / "engines.md").read_text().split(MARKS[0])[1].split(MARKS[1])[0]
-    head, _, *rows = [line.strip("| ").split(" | ") for line in lines.strip().splitlines()]
-    column = next((n for n, name in enumerate(head) if name.startswith("vLLM")), None)
-    if column is None:
-        pytest.skip("the table was made without vLLM")
-    assert {row[0]: row[column].startswith("ok") for row in rows} == {
-        name: not obstacles(Architecture.parse(blocks))["vLLM"] for name, blocks in CASES.items()
-    }

@@ -1,0 +1,170 @@
+"""The table of what engines cannot run: what export says, what a search leaves out, and what engines really do."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.engines import CASES, MARKS, PARENTS, reference, run_vllm, write_child, write_parent
+from puzzle_core.architecture import Architecture, BlockVariant, Variant
+from puzzle_core.engines import RULES, obstacles, restrictions
+from puzzle_core.errors import InfeasibleError, SpecError
+from puzzle_core.model.export.hf import export_hf
+from puzzle_core.model.export.source import Source
+from puzzle_core.plan import Inputs, Plan
+from puzzle_core.search import choose
+from puzzle_core.search.instance import Instance
+from puzzle_core.search.tables import CostRow, CostTable, Option, ScoreTable
+from puzzle_core.spec import SearchRequest, VariantsSpec, parse_spec
+from tests.puzzle_core.model.export.conftest import MIXED, ODD_WIDTHS, OWN
+
+READERS = {"vllm": "vLLM", "sglang": "SGLang", "tensorrt-llm": "TensorRT-LLM"}
+ATTENTIONS = [Variant.parse(f"attn:{name}") for name in ("kv4", "kv2", "kv1", "linear", "no_op")]
+FFNS = [Variant.parse(f"ffn:{name}") for name in ("i512", "i256", "i100", "linear", "no_op")]
+PARENT = BlockVariant(attention=ATTENTIONS[0], ffn=FFNS[0])
+BREAKS = {
+    "no_linear": (OWN, "attn:kv4+ffn:linear", "attn:linear+ffn:i512", OWN),
+    "width_grid": (OWN, "attn:kv4+ffn:i100"),
+    "attention_first": ("attn:no_op+ffn:no_op", "attn:no_op+ffn:i512", OWN),
+    "one_kv_heads": (OWN, "attn:kv2+ffn:i512"),
+}
+
+
+def test_obstacles_are_those_that_engines_have():
+    free = {"transformers": [], "vLLM": [], "SGLang": [], "TensorRT-LLM": []}
+    assert obstacles(Architecture.parse((OWN,) * 8)) == free
+    found = obstacles(Architecture.parse(MIXED))
+    assert [len(found[engine]) for engine in free] == [0, 2, 2, 0]
+    assert "layer 4 ffn:linear, layer 5 attn:linear" in found["vLLM"][0]
+    assert "(layer 0) has no attention" in found["vLLM"][1]
+    assert "(here 1, 2, 4)" in found["SGLang"][1]
+    both_empty_first = ("attn:no_op+ffn:no_op",) + (OWN,) * 7
+    assert obstacles(Architecture.parse(both_empty_first)) == free
+    assert len(obstacles(Architecture.parse(ODD_WIDTHS))["SGLang"]) == 2
+
+
+@pytest.mark.parametrize("engine", READERS)
+def test_each_rule_alone_stops_the_engines_that_have_it(engine):
+    stopped = {name for name, blocks in BREAKS.items() if obstacles(Architecture.parse(blocks))[READERS[engine]]}
+    assert stopped == restrictions([engine])
+    assert all(rule.source for rule in RULES[engine])
+
+
+def test_obstacles_are_what_stopped_vllm_when_it_ran():
+    """The table in docs/engines.md is what `python -m benchmarks.engines --vllm` found."""
+    lines = (Path(__file__).parents[2] / "docs" / "engines.md").read_text().split(MARKS[0])[1].split(MARKS[1])[0]
+    head, _, *rows = [line.strip("| ").split(" | ") for line in lines.strip().splitlines()]
+    column = next((n for n, name in enumerate(head) if name.startswith("vLLM")), None)
+    if column is None:
+        pytest.skip("the table was made without vLLM")
+    assert {row[0]: row[column].startswith("ok") for row in rows} == {
+        name: not obstacles(Architecture.parse(blocks))["vLLM"] for name, blocks in CASES.items()
+    }
+
+
+@pytest.mark.skipif("VLLM" not in os.environ, reason="VLLM does not name the interpreter of an environment with vLLM")
+def test_vllm_itself_fails_where_its_rules_are_broken_and_nowhere_else(tmp_path):
+    torch.set_num_threads(1)
+    parent = write_parent(tmp_path / "parent", *PARENTS.get("", ("llama", {})))
+    own = "attn:kv4+ffn:i768"
+    cases = {name: (*blocks, *(own,) * 6)[:6] for name, blocks in BREAKS.items()}
+    cases = {name: tuple(block.replace("i512", "i768") for block in blocks) for name, blocks in cases.items()}
+    directories, references = [], {}
+    for name, blocks in cases.items():
+        source = Source(write_child(parent, Architecture.parse(blocks), tmp_path / name))
+        directories.append(tmp_path / f"{name}-hf")
+        directories[-1].mkdir()
+        export_hf(source, directories[-1], widths="any")
+        references[name] = reference(source)
+    _, answers = run_vllm(Path(os.environ["VLLM"]), directories, references)
+    assert {name for name, answer in answers.items() if not answer.startswith("ok")} == restrictions(["vllm"])
+
+
+def instance(seed: int, **asked) -> Instance:
+    """Four layers of random scores, under which what engines cannot run often is best; at most half of the time."""
+    chance = random.Random(seed)
+    blocks = [BlockVariant(attention=a, ffn=f) for a in ATTENTIONS for f in FFNS]
+    layers = [{Option(b): 0.0 if b == PARENT else chance.random() for b in blocks} for _ in range(4)]
+    ms = {"linear": 1.0, "no_op": 0.0}
+    rows = [CostRow(str(v), {"decode_ms": ms.get(v.kind, 2 + v.size / 100)}) for v in (*ATTENTIONS, *FFNS)]
+    scenario = {"limits": {"block_decode_time": "50%"}}
+    request = SearchRequest.model_validate({"scenario": scenario} | asked)
+    return Instance(request, ScoreTable(PARENT, tuple(layers)), CostTable(tuple(rows)))
+
+
+@pytest.mark.parametrize("engines", [["vllm"], ["sglang"], ["tensorrt-llm"], ["vllm", "sglang", "llama.cpp"]])
+def test_every_answer_of_a_search_runs_on_its_engines(engines):
+    plain = broken = 0
+    for seed in range(12):
+        search = {"solutions": 3, "frontier_points": 3, "explain": False}
+        record = choose.run(instance(seed, engines=engines, search=search))
+        answers = (*record.solutions, *record.baselines, *record.frontier)
+        for found in answers:
+            said = obstacles(found.architecture)
+            assert not [said[READERS[engine]] for engine in engines if engine in READERS and said[READERS[engine]]]
+        said = obstacles(choose.run(instance(seed, search=search)).chosen.architecture)
+        plain, broken = plain + 1, broken + any(said[READERS[e]] for e in engines if e in READERS)
+    assert broken > plain / 2, "engines must have ruled out what would have been best"
+
+
+@pytest.mark.parametrize("engines", [["llama.cpp"], ["transformers", "llama.cpp"], []])
+def test_engines_that_run_everything_take_nothing_from_the_search(engines):
+    assert instance(0, engines=engines).layers == instance(0).layers
+
+
+def test_a_parent_that_an_engine_cannot_run_is_refused_by_name():
+    found = instance(0)
+    scores = ScoreTable(BlockVariant(attention=ATTENTIONS[0], ffn=FFNS[2]), found.scores.layers)
+    with pytest.raises(SpecError, match=r"rules out the parent's own ffn:i100.*\(256, for engines sglang\)"):
+        Instance(found.request.model_copy(update={"engines": ("sglang",)}), scores, found.costs)
+
+
+def test_limits_that_only_the_forbidden_could_meet_are_infeasible_and_say_what_can_be_had():
+    with pytest.raises(InfeasibleError, match=r"block_decode_time was 3%.*can be had.*"):
+        choose.run(instance(0, engines=["vllm"], scenario={"limits": {"block_decode_time": "3%"}}))
+    choose.run(instance(0, scenario={"limits": {"block_decode_time": "3%"}}))
+
+
+SPEC = {
+    "parent": {"path": "p"},
+    "data": {"sequence_length": 16},
+    "variants": {
+        "kv_heads": [1],
+        "ffn_ratios": [0.75, 0.5],
+        "layers": [{"first_layer": 1, "last_layer": 1, "linear": True, "ffn_widths": [256, 300]}],
+    },
+    "scenario": {"prompt_tokens": 8, "generated_tokens": 8, "limits": {"memory": "60%"}},
+}
+
+
+@pytest.fixture
+def plan(parent):
+    """The plan of SPEC for the plain parent with an FFN of 512 channels, for these engines."""
+    inputs = {name: name for name in ("parent", "tokenizer", "train_texts", "held_out_texts", "hardware")}
+    shape = parent.shape.model_copy(update={"ffn_width": 512})
+    return lambda *engines: Plan(parse_spec(SPEC | {"engines": engines}, "spec"), Inputs(shape=shape, **inputs))
+
+
+def test_what_an_engine_never_runs_is_neither_trained_nor_scored_and_other_keys_stay(plan):
+    everything, served = plan(), plan("sglang", "llama.cpp")
+    trained = {(work.layer, str(work.variant)) for work in served.all_bld()}
+    assert {variant for layer, variant in trained if layer == 0} == {"attn:kv1", "ffn:i256"}
+    assert {variant for layer, variant in trained if layer == 1} == {"attn:kv1", "ffn:i256"}
+    assert {"ffn:i384", "ffn:linear", "attn:linear"} < {str(work.variant) for work in everything.all_bld()}
+    for works in ("all_bld", "all_scores"):
+        assert {w.key for w in getattr(served, works)()} < {w.key for w in getattr(everything, works)()}
+    assert len(plan("vllm").all_bld()) == len([w for w in everything.all_bld() if w.variant.kind != "linear"])
+
+
+def test_a_space_without_limits_is_left_as_it_is(plan):
+    assert plan("llama.cpp").variants == VariantsSpec.model_validate(SPEC["variants"])
+
+
+def test_a_family_that_no_format_carries_is_refused_before_any_work(plan):
+    found = plan("transformers")
+    inputs = found.inputs.model_copy(update={"shape": found.inputs.shape.model_copy(update={"qk_norm": True})})
+    Plan(found.spec, inputs)
+    with pytest.raises(SpecError, match=r"engines asks for vllm.*normalises queries"):
+        Plan(found.spec.model_copy(update={"engines": ("transformers", "vllm")}), inputs)
