@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -83,6 +85,15 @@ def test_metrics_keep_their_steps_however_many(tracked_spec, client):
     history = client.get_metric_history(run.run_id, "bld_loss/ffn-i24")
     assert sorted((metric.step, metric.value) for metric in history) == [(n, n / 10) for n in range(1001)]
     assert [metric.step for metric in client.get_metric_history(run.run_id, "kl/attn-kv2 ffn-no_op")] == [3]
+
+
+def test_a_task_in_another_process_writes_to_the_same_run(tracked_spec, client):
+    with tracked("metrics", tracked_spec) as run:
+        code = "import sys; from tasks.tracking import TrackedRun, _outbox; "
+        code += "run = TrackedRun.model_validate_json(sys.argv[1]); run.metrics([('gkd/loss', 0.5, 7)]); "
+        code += "sys.exit(not _outbox(run.uri).settle())"
+        subprocess.run([sys.executable, "-c", code, run.model_dump_json()], check=True, cwd=Path(__file__).parents[2])
+    assert [metric.step for metric in client.get_metric_history(run.run_id, "gkd/loss")] == [7]
 
 
 def test_artifacts_are_uploaded(tracked_spec, client, tmp_path):
@@ -183,6 +194,11 @@ def test_a_child_is_one_version_and_an_alias_names_the_newest_answer(tracked_spe
     versions = client.search_model_versions("name = 'puzzle-family'")
     about = sorted((str(v.version), v.description.split("\n")[0], v.tags["puzzle.x"]) for v in versions)
     assert about == [("1", "of gkd/v1/a", "1"), ("2", "of gkd/v1/b", "1")]
+    client.create_model_version(
+        "puzzle-family", versions[0].source, run_id=versions[0].run_id, tags={KEY_TAG: "gkd/v1/a"}
+    )
+    make("gkd/v1/a", "l4-chat")  # as when two runs at once have registered it
+    assert len(client.search_model_versions("name = 'puzzle-family'")) == 2
     version = client.get_model_version("puzzle-family", "2")
     made = client.get_run(version.run_id).outputs.model_outputs[0].model_id
     assert f"/models/{made})" in version.description
@@ -314,7 +330,7 @@ def test_a_record_that_mlflow_does_not_take_is_said_and_stops_nothing(tracked_sp
     with caplog.at_level(logging.WARNING, "puzzle"), tracked("refused", tracked_spec) as run:
         run.params({"twice": 1})
         run.params({"twice": 2})
-        run.params({"after": 3})
+        run.params({"after": 3} | {f"many.{number}": number for number in range(150)})
     assert "did not take a record" in caplog.text
     assert client.get_run(run.run_id).data.params["after"] == "3"
     assert client.get_run(run.run_id).info.status == "FINISHED"
