@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from puzzle_core.spec import RuntimeSpec, parse_spec
 from tasks.lineage_steps import TABLE
 from tasks.tracked_models import FROM_TAG, KEY_TAG, NOTE_TAG, Model, Version, registered
 from tasks.tracking import tracked
-from tests.workflow import SCORED, TRAINED, artifacts
+from tests.workflow import SCORED, TRAINED, artifacts, of_stage
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +305,15 @@ def test_the_child_is_registered_with_a_card_and_a_second_run_makes_no_second_ve
     train_child(again())
     assert len(client.search_model_versions(f"name = '{name}'")) == before
     assert str(client.get_model_version_by_alias(name, "this-machine-chatbot").version) >= number
+
+
+def test_a_run_goes_on_where_only_its_lineage_lacks_an_artifact(again, caplog):
+    spec = again()
+    gone = min(of_stage(artifacts(spec.runtime.store), "score"))
+    shutil.rmtree(Path(spec.runtime.store) / gone)
+    with caplog.at_level(logging.WARNING, "puzzle"):
+        train_child(spec)
+    assert f"MLflow is not told all of this run: {gone} is not in the store" in caplog.text
 
 
 def test_a_run_goes_on_where_mlflow_cannot_be_reached_and_says_so(content, caplog, tmp_path):
