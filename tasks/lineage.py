@@ -5,12 +5,15 @@ Every step from the parent to the child is a logged model that names what it was
 the artifacts it stands for.
 """
 
+import functools
 import hashlib
+import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
+from puzzle_core.errors import ArtifactError, DamagedError
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work, digest_file
 from puzzle_core.stages import BldRecord, GkdRecord, RefineRecord, ReportWork, ScoreRecord, SearchRecord
@@ -19,8 +22,25 @@ from tasks.site import Site
 from tasks.tracked_models import Model, Version, allowed_name
 from tasks.tracking import Texts, TrackedRun, current_run, track_use
 
+log = logging.getLogger("puzzle")
+P = ParamSpec("P")
 CARD, FILES = "README.md", "files.csv"
 LIVE_SECONDS = 5.0
+
+
+def _as_far_as_there(note: Callable[P, None]) -> Callable[P, None]:
+    """Where artifacts that only lineage asks for are gone from the store, the run is whole without: say so."""
+
+    @functools.wraps(note)
+    def try_to_note(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            note(*args, **kwargs)
+        except ArtifactError as error:
+            if isinstance(error, DamagedError):
+                raise
+            log.warning("MLflow is not told all of this run: %s", error)
+
+    return try_to_note
 
 
 class LiveCurve:
@@ -44,6 +64,7 @@ def record_trained(works: Iterable[Work], site: Site) -> None:
         run.metrics([point for work in works for point in bld_curve(record_of(BldRecord, work.key, site))])
 
 
+@_as_far_as_there
 def record_library(plan: Plan, site: Site, run: TrackedRun) -> None:
     """Final BLD loss per variant and KL per block variant, by layer; library and scores, made from the parent."""
     steps, metrics = Steps(plan, site), []
@@ -62,6 +83,7 @@ def record_library(plan: Plan, site: Site, run: TrackedRun) -> None:
     run.makes(steps.scores)
 
 
+@_as_far_as_there
 def record_architecture(plan: Plan, site: Site, run: TrackedRun, key: str) -> None:
     """The search's answer; the architecture, made from the scores and the costs."""
     steps, chosen = Steps(plan, site), record_of(SearchRecord, key, site).chosen
@@ -73,6 +95,7 @@ def record_architecture(plan: Plan, site: Site, run: TrackedRun, key: str) -> No
     run.makes(steps.architecture)
 
 
+@_as_far_as_there
 def record_refined(plan: Plan, site: Site, run: TrackedRun, record: RefineRecord) -> None:
     """Predicted and measured KL of every candidate, in the order they were found; the best, made from the search."""
     for step, candidate in enumerate(record.candidates):
@@ -82,6 +105,7 @@ def record_refined(plan: Plan, site: Site, run: TrackedRun, record: RefineRecord
     run.makes(steps.answer)
 
 
+@_as_far_as_there
 def record_child(plan: Plan, site: Site, run: TrackedRun, work: ReportWork) -> None:
     """The child's quality; the child, made from the parent, the library and the architecture, as a registered version.
 
@@ -113,6 +137,7 @@ def record_child(plan: Plan, site: Site, run: TrackedRun, work: ReportWork) -> N
     run.makes(child, _version(plan, child, numbers))
 
 
+@_as_far_as_there
 def record_report(plan: Plan, site: Site, run: TrackedRun, work: ReportWork) -> None:
     """The report and its figures, its headline as metrics, and where every artifact of the run lies."""
     headline = site.store().manifest(work.key).record["headline"]

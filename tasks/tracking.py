@@ -54,7 +54,7 @@ from tasks.tracking_gaps import GAP_TAG, OUTERMOST_TAG, TOKEN_TAG, Left, end_lef
 
 log = logging.getLogger("puzzle")
 logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # the outbox says what is wrong with the server
-MOST_METRICS = 1000
+MOST_METRICS, MOST_PARAMS = 1000, 100  # at a time, as MLflow takes them
 PROCESS_TAG = "puzzle.process"
 
 
@@ -105,7 +105,9 @@ class TrackedRun(Record):
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters; those that do not fit are cut."""
         params = [Param(name, str(value)[:6000]) for name, value in values.items()]
-        self._note(lambda client, ids: client.log_batch(ids.run, params=params))
+        for start in range(0, len(params), MOST_PARAMS):
+            part = params[start : start + MOST_PARAMS]
+            self._note(lambda client, ids, part=part: client.log_batch(ids.run, params=part))
 
     def artifacts(self, directory: Path, place: str) -> None:
         """Upload a directory of small files."""
@@ -181,7 +183,10 @@ class TrackedRun(Record):
                 box.where,
             )
             left = Left(experiment=self.experiment, token=self.token, status=status, ended_ms=ended_ms, since_s=since_s)
-            left.write(left_place(self.scratch, self.uri) / f"{self.token}.json")
+            try:
+                left.write(left_place(self.scratch, self.uri) / f"{self.token}.json")
+            except OSError as error:
+                log.warning("and no word of it could be left for the next run: %s", error)
 
     def _end(self, client: MlflowClient, ids: Ids, status: str, ended_ms: int) -> None:
         client.set_terminated(ids.run, status, ended_ms)

@@ -38,8 +38,8 @@ def end_left(client: Any, file: Path) -> None:
     experiment = client.get_experiment_by_name(left.experiment)
     text = f"no answer after {moment(left.since_s)}: what came later is missing here; see the next run of this spec"
     for run in runs_tagged(client, experiment.experiment_id, OUTERMOST_TAG, left.token) if experiment else ():
+        client.set_tag(run.info.run_id, GAP_TAG, text)
         if run.info.status == "RUNNING":
-            client.set_tag(run.info.run_id, GAP_TAG, text)
             client.set_terminated(run.info.run_id, left.status, left.ended_ms)
     file.unlink(missing_ok=True)
 

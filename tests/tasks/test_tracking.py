@@ -7,6 +7,9 @@ import io
 import json
 import logging
 import re
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from tasks.lineage_steps import TABLE
 from tasks.process import this_process
 from tasks.tracked_models import FROM_TAG, KEY_TAG, NOTE_TAG, Model, Version, registered
 from tasks.tracking import PROCESS_TAG, bury_runs, tracked
-from tests.workflow import SCORED, TRAINED, artifacts
+from tests.workflow import SCORED, TRAINED, artifacts, of_stage
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +138,15 @@ def test_metrics_keep_their_steps_however_many(tracked_spec, client):
     assert [metric.step for metric in client.get_metric_history(run.run_id, "kl/attn-kv2 ffn-no_op")] == [3]
 
 
+def test_a_task_in_another_process_writes_to_the_same_run(tracked_spec, client):
+    with tracked("metrics", tracked_spec) as run:
+        code = "import sys; from tasks.tracking import TrackedRun, _outbox; "
+        code += "run = TrackedRun.model_validate_json(sys.argv[1]); run.metrics([('gkd/loss', 0.5, 7)]); "
+        code += "sys.exit(not _outbox(run.uri).settle())"
+        subprocess.run([sys.executable, "-c", code, run.model_dump_json()], check=True, cwd=Path(__file__).parents[2])
+    assert [metric.step for metric in client.get_metric_history(run.run_id, "gkd/loss")] == [7]
+
+
 def test_artifacts_are_uploaded(tracked_spec, client, tmp_path):
     (tmp_path / "report.md").write_text("all well")
     with tracked("artifacts", tracked_spec) as run:
@@ -233,6 +245,11 @@ def test_a_child_is_one_version_and_an_alias_names_the_newest_answer(tracked_spe
     versions = client.search_model_versions("name = 'puzzle-family'")
     about = sorted((str(v.version), v.description.split("\n")[0], v.tags["puzzle.x"]) for v in versions)
     assert about == [("1", "of gkd/v1/a", "1"), ("2", "of gkd/v1/b", "1")]
+    client.create_model_version(
+        "puzzle-family", versions[0].source, run_id=versions[0].run_id, tags={KEY_TAG: "gkd/v1/a"}
+    )
+    make("gkd/v1/a", "l4-chat")  # as when two runs at once have registered it
+    assert len(client.search_model_versions("name = 'puzzle-family'")) == 2
     version = client.get_model_version("puzzle-family", "2")
     made = client.get_run(version.run_id).outputs.model_outputs[0].model_id
     assert f"/models/{made})" in version.description
@@ -340,6 +357,15 @@ def test_the_child_is_registered_with_a_card_and_a_second_run_makes_no_second_ve
     assert str(client.get_model_version_by_alias(name, "this-machine-chatbot").version) >= number
 
 
+def test_a_run_goes_on_where_only_its_lineage_lacks_an_artifact(again, caplog):
+    spec = again()
+    gone = min(of_stage(artifacts(spec.runtime.store), "score"))
+    shutil.rmtree(Path(spec.runtime.store) / gone)
+    with caplog.at_level(logging.WARNING, "puzzle"):
+        train_child(spec)
+    assert f"MLflow is not told all of this run: {gone} is not in the store" in caplog.text
+
+
 def test_a_run_goes_on_where_mlflow_cannot_be_reached_and_says_so(content, caplog, tmp_path):
     runtime = {"mlflow_uri": "http://someone:planted@127.0.0.1:9", "scratch": str(tmp_path)}
     spec = parse_spec(content | {"runtime": runtime}, "test")
@@ -364,7 +390,7 @@ def test_a_record_that_mlflow_does_not_take_is_said_and_stops_nothing(tracked_sp
     with caplog.at_level(logging.WARNING, "puzzle"), tracked("refused", tracked_spec) as run:
         run.params({"twice": 1})
         run.params({"twice": 2})
-        run.params({"after": 3})
+        run.params({"after": 3} | {f"many.{number}": number for number in range(150)})
     assert "did not take a record" in caplog.text
     assert client.get_run(run.run_id).data.params["after"] == "3"
     assert client.get_run(run.run_id).info.status == "FINISHED"
