@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from prefect import Flow, Task
 from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
+from prefect.results import get_result_store
 
 from flows.workers import Workers
 from puzzle_core.errors import DamagedError, PuzzleError
@@ -17,7 +18,7 @@ from puzzle_core.spec import RunSpec
 from puzzle_core.stages import BldWork, ScoreWork
 from tasks.artifacts import Bar
 from tasks.site import Site
-from tasks.stages import open_inputs, pack_tokens
+from tasks.stages import cache_key, open_inputs, pack_tokens
 
 log = logging.getLogger("puzzle")
 PROGRESS_SECONDS = 5.0
@@ -46,7 +47,10 @@ def side_by_side(flow: Flow[Any, Any], site: Site) -> Flow[Any, Any]:
 
 def ensure(task: Task[Any, str], work: Work, site: Site, **arguments: Any) -> str:
     """Run one task now unless its artifact is there already; Prefect then shows it as cached."""
-    fresh = _within(task, site, refresh=not site.store().has(work.key))
+    there = site.store().has(work.key)
+    if there:
+        _remember(task, work)
+    fresh = _within(task, site, refresh=not there)
     try:
         return fresh(work=work, site=site, **arguments)
     except TimeoutError as error:
@@ -114,6 +118,13 @@ def wait_all(
         damaged = any(isinstance(error, DamagedError) for error in failed)
         said = f"{len(failed)} of {total} {what} tasks failed:\n" + "\n".join(map(str, failed))
         raise (DamagedError if damaged else PuzzleError)(said)
+
+
+def _remember(task: Task[Any, str], work: Work) -> None:
+    """Let Prefect know of an artifact that the store has and this Prefect never saw made."""
+    results, key = get_result_store().update_for_task(task, _sync=True), cache_key(work)
+    if not results.exists(key):
+        results.write(work.key, key=key)
 
 
 def _within(task: Task[Any, str], site: Site, refresh: bool) -> Task[Any, str]:
