@@ -114,23 +114,29 @@ class Walk:
     def look_at_prefect(self, run: str) -> None:
         """The run with its tasks, what it shows of its results, and the schedule."""
         self.look("run", f"{self.prefect}/runs/flow-run/{run}", "Completed")
-        artifacts = {found["key"] for found in self.ask("/artifacts/latest/filter", {"limit": 200})}
+        artifacts = self.ask("/artifacts/latest/filter", {"limit": 200})
+        spec = self.ask(f"/flow_runs/{run}")["parameters"]["spec"]
+        keys = {"architecture": f"architecture-{spec['name']}-this-machine-", "child": f"child-{spec['name']}"}
         for kind, wanted in (("architecture", "solution 1"), ("child", "top-1 accuracy")):
-            key = next(key for key in sorted(artifacts) if key.startswith(f"{kind}-"))
-            self.look(kind, f"{self.prefect}/artifacts/key/{key}", wanted)
+            found = next(artifact["latest_id"] for artifact in artifacts if artifact["key"].startswith(keys[kind]))
+            self.look(kind, f"{self.prefect}/artifacts/artifact/{found}", wanted)
         schedule = self.ask("/deployments/name/research-targets/research-targets")
         self.look("schedule", f"{self.prefect}/deployments/deployment/{schedule['id']}", "Schedules")
 
     def look_at_mlflow(self) -> None:
-        """The child, by its page among the models of the experiment."""
+        """The child, by its page among the models of the experiment, and the curves of its distillation."""
         api = f"{self.mlflow}/api/2.0/mlflow"
         experiment = self.ask("/experiments/get-by-name?experiment_name=puzzle", server=api)["experiment"]
-        where = experiment["experiment_id"]
-        asked = {"experiment_ids": [where], "filter": "name LIKE 'child-%'"}
+        where = f"{self.mlflow}/#/experiments/{experiment['experiment_id']}"
+        asked = {"experiment_ids": [experiment["experiment_id"]], "filter": "name LIKE 'child-%'"}
         child = self.ask("/logged-models/search", asked, server=api)["models"][0]["info"]
-        self.look("mlflow-child", f"{self.mlflow}/#/experiments/{where}/models/{child['model_id']}", child["name"])
-        source = f"{self.mlflow}/#/experiments/{where}/runs/{child['source_run_id']}"
-        self.look("mlflow-run", source, "kl_nats_per_token")
+        run = f"{where}/runs/{child['source_run_id']}"
+        self.page.goto(run)  # MLflow opens with its assistant, and with what it has for agents
+        self.page.get_by_role("button", name="Close").click()
+        self.page.get_by_role("button", name="Model training").click()
+        self.page.wait_for_timeout(SETTLE_MS)
+        self.look("mlflow-child", f"{where}/models/{child['model_id']}", child["name"])
+        self.look("mlflow-gkd", f"{run}/model-metrics", "kl_nats_per_token")
 
 
 def apply(spec: dict[str, Any], change: str) -> None:

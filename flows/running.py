@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from prefect import Flow, Task
 from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
+from prefect.results import get_result_store
 
 from flows.runners import check_cluster, check_installed, task_runner
 from puzzle_core.errors import DamagedError, PuzzleError
@@ -18,7 +19,7 @@ from puzzle_core.spec import RunSpec
 from puzzle_core.stages import BldWork, ScoreWork
 from tasks.artifacts import Bar
 from tasks.site import Site
-from tasks.stages import open_inputs, pack_tokens
+from tasks.stages import cache_key, open_inputs, pack_tokens
 
 log = logging.getLogger("puzzle")
 PROGRESS_SECONDS = 5.0
@@ -50,7 +51,10 @@ def side_by_side(flow: Flow[Any, Any], site: Site) -> Flow[Any, Any]:
 
 def ensure(task: Task[Any, str], work: Work, site: Site, **arguments: Any) -> str:
     """Run one task now unless its artifact is there already; Prefect then shows it as cached."""
-    fresh = _within(task, site, refresh=not site.store().has(work.key))
+    there = site.store().has(work.key)
+    if there:
+        _remember(task, work)
+    fresh = _within(task, site, refresh=not there)
     try:
         return fresh(work=work, site=site, **arguments)
     except TimeoutError as error:
@@ -123,6 +127,13 @@ def wait_all(
 def _each_once(errors: Iterable[PuzzleError]) -> list[str]:
     """What errors say: a store that is away says the same of every task."""
     return [said if times == 1 else f"{said} ({times} times)" for said, times in Counter(map(str, errors)).items()]
+
+
+def _remember(task: Task[Any, str], work: Work) -> None:
+    """Let Prefect know of an artifact that the store has and this Prefect never saw made."""
+    results, key = get_result_store().update_for_task(task, _sync=True), cache_key(work)
+    if not results.exists(key):
+        results.write(work.key, key=key)
 
 
 def _within(task: Task[Any, str], site: Site, refresh: bool) -> Task[Any, str]:

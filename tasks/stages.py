@@ -27,7 +27,7 @@ from puzzle_core.errors import LostProcessError, MeasurementError
 from puzzle_core.model import child
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.plan import Inputs
-from puzzle_core.records import digest_file
+from puzzle_core.records import Work, digest_file
 from puzzle_core.search import choose
 from puzzle_core.search.files import read_costs
 from puzzle_core.search.inputs import cost_table, score_table, unscored_table
@@ -82,9 +82,16 @@ _RETRIES: dict[str, Any] = {
     "retry_jitter_factor": 0.5,
     "retry_condition_fn": _worth_retrying,
 }
+
+
+def cache_key(work: Work) -> str:
+    """The key by which Prefect remembers the task of this work."""
+    return work.key.replace("/", "-")
+
+
 cached = functools.partial(
     task,
-    cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _context, parameters: parameters["work"].key.replace("/", "-")),
+    cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _context, parameters: cache_key(parameters["work"])),
     persist_result=True,
     result_serializer="json",
     **_RETRIES,

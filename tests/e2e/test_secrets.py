@@ -73,6 +73,7 @@ def test_the_search_sees_a_secret_in_every_form():
     assert not holders([secret], {"file": b"planted, but another secret of ours"})
 
 
+@pytest.mark.slow
 def test_no_secret_is_in_what_runs_leave_and_nothing_is_a_pickle(
     spec_of, prefect_server, s3, bucket, tmp_path, tmp_path_factory, monkeypatch, caplog
 ):

@@ -68,15 +68,16 @@ def test_where_prefect_remembers_and_the_store_does_not_work_is_done_again(finis
     assert len(of_stage(artifacts(spec.runtime.store), "bld")) == TRAINED
 
 
-def test_where_the_store_has_it_and_prefect_remembers_nothing_it_is_not_done_again(again, tmp_path):
+def test_where_the_store_has_it_and_prefect_remembers_nothing_it_is_shown_as_cached(again, tmp_path):
     from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
     spec = again()
-    before = artifacts(spec.runtime.store)
+    before, recorded = artifacts(spec.runtime.store), Recorded()
     with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "forgotten"}):
         build_library(spec)
         train_child(spec)
     assert changed(before, artifacts(spec.runtime.store)) == set()
+    assert set(recorded.computed(at_least=10)) == {"open inputs"}
 
 
 def test_a_new_scenario_searches_and_trains_a_new_child_and_leaves_the_library(again):

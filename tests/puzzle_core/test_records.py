@@ -56,7 +56,18 @@ def test_key_has_stage_and_version(monkeypatch):
     cake = Cake(flour_grams=1)
     assert cake.key == f"cake/v3/{cake.digest()}"
     monkeypatch.setattr(Cake, "version", 4)
-    assert cake.key == f"cake/v4/{cake.digest()}"
+    again = Cake(flour_grams=1)
+    assert again.key == f"cake/v4/{cake.digest()}"
+
+
+def test_a_key_is_made_once_and_is_no_part_of_the_record():
+    cake = Cake(flour_grams=1)
+    before, other = cake.digest(), cake.model_copy(update={"flour_grams": 2.0})
+    assert other.key != cake.key
+    changed = cake.model_copy(update={"flour_grams": 2.0})
+    assert changed.key == other.key == f"cake/v3/{changed.digest()}"
+    assert (cake.digest(), cake) == (before, Cake(flour_grams=1))
+    assert "key" not in cake.model_dump()
 
 
 def test_what_is_written_is_read_back(tmp_path):
