@@ -26,7 +26,9 @@ from puzzle_core.model.parent import Parent
 
 def main(arguments: list[str]) -> int:
     """Take part in the training of one request; 0 when it is done, 1 for an error that speaks to the user."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    ours = logging.getLogger("puzzle_core")
+    ours.setLevel(logging.WARNING if int(os.environ["RANK"]) else logging.INFO)
+    ours.addHandler(_Telling())
     use_threads(available_cores() // int(os.environ["LOCAL_WORLD_SIZE"]))
     file = Path(arguments[0])
     request = GkdRequest.read(file)
@@ -55,6 +57,13 @@ def _distil(request: GkdRequest, record_file: Path) -> None:
         )
         if together.leads:
             record.write(record_file)
+
+
+class _Telling(logging.Handler):
+    """Tells what is logged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(log=self.format(record))
 
 
 def tell(**what: Any) -> None:

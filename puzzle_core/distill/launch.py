@@ -141,5 +141,7 @@ def _follow(line: str, report: Callable[[Progress], None] | None) -> None:
     if "error" in told:
         kind = getattr(errors, told["error"], PuzzleError)
         raise kind(told["message"])
-    if report:
+    if "log" in told:
+        log.info("GKD: %s", told["log"])
+    elif report:
         report(Progress(**told["progress"]))

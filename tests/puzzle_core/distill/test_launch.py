@@ -1,6 +1,7 @@
 """Processes that share GKD, started and followed: a lost one is told, none is left behind, errors keep their words."""
 
 import json
+import logging
 import os
 import signal
 import time
@@ -49,30 +50,38 @@ class Cancelled(BaseException):
     """What a cancelled run raises, wherever it is."""
 
 
-@pytest.mark.parametrize(("fault", "count"), [("a process is killed", 2), ("the run is cancelled", 1)])
-def test_no_process_is_left_behind(fault, count, request_of, tmp_path):
-    steps, file = [], tmp_path / "request.json"
-
-    def report(progress):
-        steps.append(progress.step)
-        if progress.step == 3:
-            *workers, _torchrun = processes(file)
-            assert len(workers) == count
-            if fault == "the run is cancelled":
-                raise Cancelled
-            os.kill(workers[-1], signal.SIGKILL)
-
-    with pytest.raises(Cancelled if "cancelled" in fault else LostProcessError) as told:
-        launch(request_of(epochs=1_000_000), Launch(processes=count), file, report)
-    if fault == "a process is killed":
-        assert "run again to go on from the last checkpoint" in str(told.value)
-        assert "SIGKILL" in str(told.value) or "-9" in str(told.value)
+def none_left(file):
     deadline = time.monotonic() + 5
     while processes(file) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert processes(file) == []
+    return processes(file) == []
+
+
+def test_a_lost_process_ends_all_and_a_cancelled_run_too_and_the_checkpoint_stays(request_of, tmp_path, caplog):
+    request, file = request_of(epochs=1_000_000), tmp_path / "request.json"
+    steps = []
+
+    def kill_one(progress):
+        steps.append(progress.step)
+        if progress.step == 3:
+            *workers, _torchrun = processes(file)
+            assert len(workers) == 2
+            os.kill(workers[-1], signal.SIGKILL)
+
+    def cancel(progress):
+        steps.append(progress.step)
+        assert len(processes(file)) == 2
+        raise Cancelled
+
+    with pytest.raises(LostProcessError, match=r"(?s)SIGKILL.*run again to go on from the last checkpoint"):
+        launch(request, Launch(processes=2), file, kill_one)
     assert steps[:3] == [1, 2, 3]
-    assert (tmp_path / "checkpoint.safetensors").exists()
+    assert none_left(file)
+    with caplog.at_level(logging.INFO, "puzzle"), pytest.raises(Cancelled):
+        launch(request, Launch(processes=1), file, cancel)
+    assert none_left(file)
+    assert steps[-1] > 3
+    assert f"GKD: resuming at step {steps[-1]} from {request.checkpoint}" in caplog.messages
 
 
 def test_an_error_keeps_its_words_from_process_to_run(request_of, tmp_path, monkeypatch, capsys):
