@@ -42,6 +42,7 @@ def bench(options: Any) -> None:
         raise SpecError(f"--rounds is {options.rounds}: medians and spreads take 3 or more")
     directory, _, _ = open_child(options.child, options.store)
     from puzzle_core import bench as core
+    from puzzle_core.bench_record import as_csv
     from puzzle_core.report.bench import bench_figure, bench_text
     from tasks.turns import turn
 
@@ -54,7 +55,7 @@ def bench(options: Any) -> None:
         target = TargetSpec.model_validate(settings)
         record = core.run(directory, options.engine, target, sweep, options.python, lambda place: log.info("%s", place))
     options.out.mkdir(parents=True)
-    (options.out / "bench.csv").write_text(core.as_csv(record))
+    (options.out / "bench.csv").write_text(as_csv(record))
     (options.out / "bench.png").write_bytes(bench_figure(record))
     record.write(options.out / "bench.json")
     sys.stdout.write(f"{bench_text(record)}\n\nfigures: {options.out}\n")

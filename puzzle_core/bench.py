@@ -5,8 +5,6 @@ else. Times are taken as costs are (cost/latency.py, cost/llama_cpp.py), or by v
 """
 
 import contextlib
-import csv
-import io
 import itertools
 import json
 import subprocess
@@ -17,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from puzzle_core.architecture import Architecture
+from puzzle_core.bench_record import CHILD, PARENT, BenchPoint, BenchRecord
 from puzzle_core.cost import latency, llama_cpp
 from puzzle_core.cost.analytic import DTYPE_BYTES, kv_entries_per_token
 from puzzle_core.cost.llama_engine import engine_version
@@ -26,53 +24,15 @@ from puzzle_core.model.export.hf import export_hf
 from puzzle_core.model.export.source import RandomSource, Source
 from puzzle_core.model.parent import block_config, build_model, served_as, torch_dtype
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
-from puzzle_core.records import Record
 from puzzle_core.spec import TargetSpec
 from puzzle_core.stages import Timing, Traffic
 
-PARENT, CHILD = "parent", "child"
 VLLM_SCRIPT = Path(__file__).with_name("bench_vllm.py")
 
 Engine = Literal["torch", "llama.cpp", "vllm"]
 Measured = tuple[dict[str, Timing], dict[str, float]]
 """Times, and bytes of weights and cache, by model."""
 Measure = Callable[[Traffic], Measured]
-
-
-class BenchPoint(Record):
-    """One model at one batch size and context; `decode_ms` is for all tokens after the first."""
-
-    model: str
-    batch_size: int
-    prompt_tokens: int
-    generated_tokens: int
-    timing: Timing
-    memory_bytes: float
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens of the whole batch."""
-        return self.batch_size * self.prompt_tokens / self.timing.prefill_ms * 1e3
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Generated tokens of the whole batch."""
-        return self.batch_size * self.user_tokens_per_s
-
-    @property
-    def user_tokens_per_s(self) -> float:
-        """Generated tokens of one sequence."""
-        return (self.generated_tokens - 1) / self.timing.decode_ms * 1e3
-
-
-class BenchRecord(Record):
-    """Every point of a comparison; points of parent and child alternate. `target` says how it was measured."""
-
-    engine: str
-    hardware: str
-    target: TargetSpec
-    architecture: Architecture
-    points: tuple[BenchPoint, ...]
 
 
 class Sweep(NamedTuple):
@@ -127,22 +87,6 @@ def run(
         architecture=child.architecture,
         points=tuple(points),
     )
-
-
-def as_csv(record: BenchRecord) -> str:
-    """One line per point, with its rates."""
-    rates = ("prefill_tokens_per_s", "decode_tokens_per_s", "user_tokens_per_s")
-    rows = [
-        point.model_dump(exclude={"timing"})
-        | point.timing.model_dump()
-        | {rate: getattr(point, rate) for rate in rates}
-        for point in record.points
-    ]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 @contextlib.contextmanager

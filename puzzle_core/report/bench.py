@@ -1,6 +1,6 @@
 """A comparison of parent and child in an engine: as a table, and as the trade of speed per user against all of it."""
 
-from puzzle_core.bench import CHILD, PARENT, BenchPoint, BenchRecord
+from puzzle_core.bench_record import CHILD, PARENT, BenchPoint, BenchRecord
 from puzzle_core.report.plotting import BLUE, ORANGE, label_axes, log_ticks, new_figure, png_bytes
 from puzzle_core.report.tables import Table, format_text
 from puzzle_core.report.units import bytes_text, ms_text, percent_text, rate_text

@@ -134,7 +134,8 @@ def making_table(inputs: ReportInputs) -> tables.Table:
 def _costs_text(costs: CostRecord | None) -> str:
     if costs is None or costs.source != "measured":
         return costs.source if costs else "imported"
-    return f"measured: torch {costs.torch_version}, {costs.rounds} rounds, CPU threads: {costs.threads}"
+    engine = costs.engine or f"torch {costs.torch_version}"
+    return f"measured: {engine}, {costs.rounds} rounds, CPU threads: {costs.threads}"
 
 
 def spec_yaml(inputs: ReportInputs) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from flows.cli import main
 from puzzle_core.architecture import Architecture
-from puzzle_core.bench import BenchRecord
+from puzzle_core.bench_record import BenchRecord
 from puzzle_core.cost.analytic import architecture_parameters, kv_entries_per_token
 from tests.conftest import MIXED
 from tests.puzzle_core.model.export.conftest import STDLIB

@@ -3,7 +3,10 @@
 import pytest
 
 from puzzle_core import data
-from puzzle_core.errors import DataError, MeasurementError, NonFiniteError
+from puzzle_core.architecture import Architecture
+from puzzle_core.cost import llama_engine
+from puzzle_core.errors import DataError, MeasurementError, NonFiniteError, SpecError
+from puzzle_core.spec import TargetSpec
 from tasks import stages
 from tests.workflow import plan_of
 
@@ -51,3 +54,23 @@ def test_retries_come_to_an_end(pack):
     state, left = pack(*[OSError("connection lost")] * 10)
     assert state.is_failed()
     assert len(left) == 10 - 1 - stages.pack_tokens.retries
+
+
+def test_a_target_in_llama_cpp_is_timed_there(spec_of, monkeypatch):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make engines")
+    spec = spec_of()
+    plan, site = plan_of(spec.model_copy(update={"target": TargetSpec(engine="llama.cpp", rounds=3)}))
+    monkeypatch.setattr(stages.latency, "run_timing", None)
+    work = plan.timing({"parent": Architecture.of_parent(plan.inputs.shape)}, 2)
+    key = stages.time_models.fn(work, site)
+    assert site.store().manifest(key).record["models"]["parent"]["decode_ms"] > 0
+
+
+def test_an_engine_that_is_not_installed_is_refused_before_any_work(spec_of, monkeypatch):
+    def missing(_):
+        raise llama_engine.importlib.metadata.PackageNotFoundError
+
+    plan, _ = plan_of(spec_of())
+    monkeypatch.setattr(llama_engine.importlib.metadata, "version", missing)
+    with pytest.raises(SpecError, match="llama-cpp-python is not installed: `make engines` builds it"):
+        stages.for_target(plan.inputs, TargetSpec(engine="llama.cpp"))
