@@ -195,7 +195,7 @@ def write_spec(spec: RunSpec | dict[str, Any], file: Path) -> Path:
 
 def artifacts(store: str | Path) -> dict[str, int]:
     """When each artifact of a local store was written (its record, in ns), by key."""
-    records = Path(store).glob("*/v*/*/record.json")  # and none that is being staged
+    records = Path(store).glob("[!.]*/v*/*/record.json")  # and none that is being staged
     return {str(record.parent.relative_to(store)): record.stat().st_mtime_ns for record in records}
 
 
@@ -217,7 +217,7 @@ def check_whole(store: str | Path, scratch: Path) -> None:
     opened = Store(str(store), scratch)
     for key in artifacts(store):
         opened.fetch(key)
-    for directory in Path(store).glob("*/v*/*"):
+    for directory in Path(store).glob("[!.]*/v*/*"):
         assert (directory / "record.json").exists(), directory
 
 
