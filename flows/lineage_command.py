@@ -36,7 +36,7 @@ def lineage(options: Any) -> None:
     from tasks.lineage_tree import lineage_of, missing
 
     steps = lineage_of(options.mlflow, options.child)
-    gone, unreachable = missing(steps, options.store, Path(RuntimeSpec().scratch) / "store-cache")
+    gone, unreachable = missing(steps, options.store)
     _print_tree(steps, gone)
     for url, said in unreachable.items():
         sys.stdout.write(f"the store {url} was not looked at: {said}\n")

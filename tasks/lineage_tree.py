@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puzzle_core.errors import SpecError, StorageError
+from puzzle_core.spec import RuntimeSpec
 from tasks.lineage_steps import TABLE
 from tasks.store import Store
 from tasks.tracked_models import FROM_TAG, HEADLINE_TAG, KEY_TAG, all_models, registered
@@ -68,7 +69,7 @@ def lineage_of(uri: str, asked: str) -> list[Step]:
     return [_step(client, uri, family[name]) for name in _ordered(wanted, family)]
 
 
-def missing(steps: Iterable[Step], store: str | None, cache: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+def missing(steps: Iterable[Step], store: str | None) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Keys of artifacts that are gone, by step, and the stores that could not be looked at, with the reason.
 
     Args:
@@ -79,7 +80,7 @@ def missing(steps: Iterable[Step], store: str | None, cache: Path) -> tuple[dict
         for artifact in step.artifacts:
             url = store or artifact.store
             if url not in there:
-                there[url], said = _keys(url, cache)
+                there[url], said = _keys(url)
                 unreachable |= {url: said} if said else {}
             if url not in unreachable and artifact.key not in there[url]:
                 gone.setdefault(step.key, []).append(artifact.key)
@@ -150,11 +151,11 @@ def _ordered(wanted: set[str], family: dict[str, Any]) -> list[str]:
     return done
 
 
-def _keys(url: str, cache: Path) -> tuple[set[str], str]:
+def _keys(url: str) -> tuple[set[str], str]:
     """All keys of a store, or why they are not known."""
     if "://" not in url and not Path(url).is_dir():
         return set(), "there is no such directory here"
     try:
-        return Store(url, cache).keys(), ""
+        return Store.of(RuntimeSpec(store=url)).keys(), ""
     except StorageError as error:
         return set(), str(error)
