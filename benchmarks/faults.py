@@ -1,7 +1,7 @@
 """The table of faults: every one is injected for real, and what the run, the store, Prefect and MLflow made of it.
 
     python -m benchmarks.faults                                 all of them: some minutes
-    python -m benchmarks.faults --only "kill -9"                those whose name holds these words
+    python -m benchmarks.faults --only "kill -9|disk"           those whose name has a match
     python -m benchmarks.faults --write docs/faults.md          puts the table between its marks
 
 The faults are the tests marked `fault`, run here one after another; what a row says, its test has checked. It needs
@@ -9,6 +9,7 @@ what the tests need: an S3 server (Ceph's gateway for real refusals), root for a
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Rows:
             if mark := item.get_closest_marker("fault"):
                 values = item.callspec.params | {"id": item.callspec.id} if hasattr(item, "callspec") else {}
                 what, how = (text.format(**values) for text in mark.args)
-                if self.only in what:
+                if re.search(self.only, what):
                     self.named[item.nodeid] = (what, how)
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in self.named])
         items[:] = [item for item in items if item.nodeid in self.named]
@@ -68,7 +69,7 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="WORDS", help="only faults whose name holds these words")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only faults whose name has a match")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between its marks in this file")
     options = parser.parse_args()
     plugin = Rows(options.only)

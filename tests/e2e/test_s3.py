@@ -70,5 +70,5 @@ def test_a_damaged_block_is_made_again_within_the_run_where_the_spec_says_so(spe
     assert f"{harmed.key}/{MANIFEST}" in fresh.listing()
     outcome(
         run="on_corruption: refuse names it and stops; recompute makes it again and ends right",
-        store=f"the block and the {len(users)} scores that used it; all of it whole",
+        store=f"the block whole again, and the scores that use it ({len(users)}) made",
     )

@@ -179,7 +179,7 @@ def test_a_server_that_does_not_come_back_is_named(opened, proxy, impatient, out
         store.keys()
     for wanted in (store.url, proxy.endpoint, "ServiceUnavailable", "AWS_ENDPOINT_URL"):
         assert wanted in str(caught.value)
-    outcome(run="names store, endpoint and what to check", store="")
+    outcome(run="names store, endpoint and what to check")
 
 
 def test_an_endpoint_that_nobody_answers_at_is_named_soon(opened, monkeypatch):
@@ -212,7 +212,7 @@ def test_wrong_credentials_are_refused_without_repeating_them(s3, opened, name, 
             ask(opened())
         assert s3.endpoint in str(caught.value)
         assert s3.secret not in str(caught.value) + caplog.text
-    outcome(run="refused at once, names what to correct, and no secret", store="nothing stored")
+    outcome(run="refused at once, names what to correct, and no secret")
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,9 @@ def test_a_damaged_object_is_named_and_refused_and_stays(opened, name, outcome):
         opened().fetch(WORK.key)
     assert opened().has(WORK.key)
     assert opened().damage(WORK.key) == {"weights.bin": said.removesuffix(" now")}
-    outcome(run="refused when it is read; names object, damage and what to do", store="nothing read; stays as it is")
+    outcome(
+        run="refused when it is read; names object, damage and what to do", store="refused whole; stays where it is"
+    )
 
 
 @pytest.mark.parametrize("name", DAMAGE)
