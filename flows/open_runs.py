@@ -28,6 +28,8 @@ ENDED = ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]
 OPEN_TASKS = {"type": {"any_": ["RUNNING", "PENDING", "SCHEDULED"]}}
 NOTING_SECONDS = 60.0
 """How long after a run its server may still be writing down how the tasks of it ended."""
+LATE_SECONDS = 2.0
+"""How long after a process was killed its server may still be writing down which tasks had begun."""
 PROCESS = "puzzle.process"
 """The label of an outermost run that tells its process."""
 
@@ -64,6 +66,8 @@ def bury_runs(api: str, no_worker: bool = False) -> int:
         found = [run for run in _open(client) if _is_dead(_outermost(client, run), run, no_worker)]
         for run in found:
             client.set_flow_run_state(run.id, dead, force=True)
+        if found:
+            time.sleep(LATE_SECONDS)
         for task_run in _left_tasks(client, [run.id for run in found]):
             client.set_task_run_state(task_run, dead, force=True)
     if found:

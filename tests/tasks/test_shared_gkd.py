@@ -12,7 +12,7 @@ import pytest
 from flows.server import free_port
 from puzzle_core.stages import GkdRecord
 from tasks.stages import distil_child
-from tasks.tracking import TrackedRun
+from tasks.tracking import tracked
 from tests.workflow import artifacts, changed, of_stage, plan_of
 
 ROOT = Path(__file__).parents[2]
@@ -29,11 +29,12 @@ def test_two_machines_make_the_artifact_that_one_process_makes(finished, again, 
     before = artifacts(spec.runtime.store)
     work = plan.gkd(alone.architecture)
     assert work.key == key
-    untracked, failed = TrackedRun(uri="", experiment="", run_id=None), []
+    failed = []
 
     def distil():
         try:
-            distil_child.fn(work, untracked, site)
+            with tracked("shared", spec) as run:
+                distil_child.fn(work, run, site)
         except BaseException as error:
             failed.append(error)
 
