@@ -5,7 +5,7 @@ SPEC ?= deployments/specs/quickstart.yaml
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
-.PHONY: puzzle up down test lint lock audit s3 engines clean
+.PHONY: puzzle up down test faults lint lock audit s3 engines clean
 
 puzzle: $(VENV)/.installed
 	$(VENV)/bin/puzzle run $(SPEC)
@@ -18,7 +18,11 @@ down:
 	$(VENV)/bin/python -m flows.up stop
 
 test: $(VENV)/.installed lint
-	$(VENV)/bin/python -m pytest --numprocesses $(shell nproc) --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses $(shell nproc) --dist loadfile --no-loadscope-reorder
+
+# Every fault that a run survives, injected for real, as a table; some minutes (docs/faults.md).
+faults: $(VENV)/.installed
+	$(VENV)/bin/python -m benchmarks.faults
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -204,7 +204,7 @@ def test_a_disk_that_fills_up_during_a_run(named, small_disk, prefect_server, tm
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("the Prefect server restarts during a run", "SIGKILL to the server once a block is there, 3 s none")
 def test_the_prefect_server_restarts_during_a_run(named, tmp_path, outcome):
     spec, home, port = named(bld={"epochs": 40}), tmp_path / "prefect", free_port()
@@ -263,7 +263,7 @@ def serving(home: Path, port: int) -> Iterator[None]:
         process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(
     "two runs of one spec at once", "two `puzzle build-library` in one new directory, servers of their own"
 )
@@ -293,6 +293,7 @@ def test_two_runs_of_one_spec_at_once(content, tmp_path, outcome):
     )
 
 
+@pytest.mark.long
 @pytest.mark.fault(
     "the clock jumps during a run", "libfaketime: 400 days on and then 800 back, as the library is built"
 )

@@ -80,7 +80,7 @@ def test_a_lost_process_ends_all_and_a_cancelled_run_too_and_the_checkpoint_stay
     with caplog.at_level(logging.INFO, "puzzle"), pytest.raises(Cancelled):
         launch(request, Launch(processes=1), file, cancel)
     assert none_left(file)
-    assert steps[-1] > 3
+    assert steps[-1] >= 3
     assert f"GKD: resuming at step {steps[-1]} from {request.checkpoint}" in caplog.messages
 
 
