@@ -120,6 +120,7 @@ def is_upload(stage, least=0):
 HARMS = {"500": "bld", "503 SlowDown": "bld", "reset": "score", "cut": "score", "stall": "importance"}
 
 
+@pytest.mark.long
 @pytest.mark.fault("the store fails during a run", "proxy before S3: 500, 503, resets, cut answers, a stall, 17 in all")
 def test_a_store_that_fails_for_a_while_during_a_run(named, bucket, proxy, prefect_server, outcome):
     spec = named(runtime={"store": bucket})

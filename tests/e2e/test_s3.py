@@ -43,6 +43,7 @@ def test_a_run_over_s3_is_whole_and_a_second_one_on_another_machine_computes_not
     assert not [request.path for request in looks if "/bld/" in request.path or "/score/" in request.path]
 
 
+@pytest.mark.long
 @pytest.mark.fault("an object is corrupted between two runs", "other bytes of the same size put in a block's place")
 def test_a_damaged_block_is_made_again_within_the_run_where_the_spec_says_so(spec, tmp_path, outcome):
     puzzle(spec)

@@ -71,6 +71,7 @@ def test_a_cluster_of_processes_makes_the_same_bits(finished, again, address, pr
     assert not list(Path(spec.runtime.scratch).glob("activations/*/*"))
 
 
+@pytest.mark.long
 def test_a_cluster_of_our_own_lasts_as_long_as_the_flow(finished, again, prefect_server, tmp_path):
     spec, recorded = again(runtime={"task_runner": "dask", "workers": 1}), Recorded()
     plan, site = plan_of(spec)
