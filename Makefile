@@ -17,8 +17,9 @@ up: $(VENV)/.installed
 down:
 	$(VENV)/bin/python -m flows.up stop
 
+# One process more than cores, for many tests wait for servers; tests marked `long` are left out (`make faults`, -m long).
 test: $(VENV)/.installed lint
-	$(VENV)/bin/python -m pytest --numprocesses $(shell nproc) --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest --numprocesses $$(( $(shell nproc) + 1 )) --dist loadfile --no-loadscope-reorder
 
 # Every fault that a run survives, injected for real, as a table; some minutes (docs/faults.md).
 faults: $(VENV)/.installed

