@@ -83,8 +83,11 @@ def test_no_secret_is_in_what_runs_leave_and_nothing_is_a_pickle(
     done = run_with_secrets(write_spec(spec, tmp_path / "spec.yaml"), prefect_server, tmp_path)
     assert done.returncode == 0, done.stderr.decode()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "plantedwrongsecret")
-    elsewhere = spec_of(runtime={"store": bucket, "mlflow_uri": tracking, "scratch": str(tmp_path / "elsewhere")})
-    with caplog.at_level("DEBUG"), pytest.raises(StorageError, match="the secret key does not fit"):
+    failing, said = (
+        (bucket, "the secret key does not fit") if s3.kind == "ceph" else ("s3://no-such-bucket/a", "bucket")
+    )
+    elsewhere = spec_of(runtime={"store": failing, "mlflow_uri": tracking, "scratch": str(tmp_path / "elsewhere")})
+    with caplog.at_level("DEBUG"), pytest.raises(StorageError, match=said):  # moto takes any secret
         puzzle(elsewhere)
 
     server = next(tmp_path_factory.getbasetemp().glob("prefect*"))

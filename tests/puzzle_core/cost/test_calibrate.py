@@ -79,6 +79,7 @@ def test_without_times_there_is_nothing_to_fit():
         calibrate(HARDWARE, SHAPE, [(no_decoding, record)])
 
 
+@pytest.mark.long
 def test_a_calibrated_roofline_is_nearer_to_this_machine_than_a_data_sheet(parent):
     """Measured here; the bound is loose, for other work on the machine may stretch any of these times."""
     target = TargetSpec(device="cpu", rounds=3)
