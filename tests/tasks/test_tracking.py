@@ -382,7 +382,7 @@ def test_a_run_goes_on_where_mlflow_cannot_be_reached_and_says_so(content, caplo
     said = "MLflow at http://127.0.0.1:11 cannot be reached, the run goes on without it"
     assert all(line.startswith(said) for line in cannot)  # a busy machine may not have found out before the end
     assert re.match(r"\d+ records of this run are not in MLflow at http://127.0.0.1:11: run it again", lost)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert len(list(tmp_path.rglob("*.json"))) == 1  # a word to the next run
 
 
