@@ -169,7 +169,8 @@ def ancestors(store: Store, keys: Iterable[str]) -> list[str]:
 
 
 def uri_of(store: Store, key: str) -> str:
-    return f"{Path(store.url).resolve() if store.is_local else store.url.rstrip('/')}/{key}"
+    """Where an artifact lies, for whoever reads it elsewhere."""
+    return f"{store.place}/{key}"
 
 
 def bld_curve(trained: BldRecord) -> Values:

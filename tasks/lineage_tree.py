@@ -15,7 +15,7 @@ from puzzle_core.errors import SpecError, StorageError
 from puzzle_core.spec import RuntimeSpec
 from tasks.lineage_steps import TABLE
 from tasks.store import Store
-from tasks.tracked_models import FROM_TAG, HEADLINE_TAG, KEY_TAG, all_models, registered
+from tasks.tracked_models import HEADLINE_TAG, KEY_TAG, all_models, registered, sources_of
 from tasks.tracking import model_text, tracking_client
 
 
@@ -63,8 +63,8 @@ def lineage_of(uri: str, asked: str) -> list[Step]:
         raise SpecError(f"MLflow at {uri} knows no child {asked!r}; it knows {', '.join(names) or 'none'}")
     family = {model.tags[KEY_TAG]: model for model in reversed(models) if model.experiment_id == child.experiment_id}
     key = child.tags[KEY_TAG]
-    wanted = _reach([key], {name: _sources(model) for name, model in family.items()})
-    led_to = {name: [other for other in family if name in _sources(family[other])] for name in family}
+    wanted = _reach([key], {name: sources_of(model) for name, model in family.items()})
+    led_to = {name: [other for other in family if name in sources_of(family[other])] for name in family}
     wanted |= _reach([key], led_to)
     return [_step(client, uri, family[name]) for name in _ordered(wanted, family)]
 
@@ -118,16 +118,11 @@ def _step(client: Any, uri: str, model: Any) -> Step:
         key=model.tags[KEY_TAG],
         headline=model.tags.get(HEADLINE_TAG, ""),
         noted_at=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(model.creation_timestamp / 1000)),
-        sources=tuple(_sources(model)),
+        sources=tuple(sources_of(model)),
         artifacts=tuple(artifacts),
         registered=tuple(versions),
         path=model.params.get("path"),
     )
-
-
-def _sources(model: Any) -> list[str]:
-    found: list[str] = model.tags.get(FROM_TAG, "").split()
-    return found
 
 
 def _reach(keys: Iterable[str], edges: dict[str, list[str]]) -> set[str]:
@@ -145,7 +140,7 @@ def _ordered(wanted: set[str], family: dict[str, Any]) -> list[str]:
     done: list[str] = []
     left = sorted(wanted, key=lambda key: family[key].creation_timestamp)
     while left:
-        ready = next((k for k in left if all(s in done or s not in wanted for s in _sources(family[k]))), left[0])
+        ready = next((k for k in left if all(s in done or s not in wanted for s in sources_of(family[k]))), left[0])
         left.remove(ready)
         done.append(ready)
     return done

@@ -109,7 +109,7 @@ class Site(Record):
             The artifact's key.
         """
         store = self.store()
-        with claim(f"{work.key} for {self._store_place()}"):
+        with claim(f"{work.key} for {store.place}"):
             if not store.has(work.key):
                 with store.staging() as staged:
                     with contextlib.nullcontext() if alone is None else turn(alone):
@@ -117,10 +117,6 @@ class Site(Record):
                     store.publish(work, record, staged, made_by=flow_run.get_name() or "a script")
         shutil.rmtree(self.checkpoints(work).file.parent, ignore_errors=True)
         return work.key
-
-    def _store_place(self) -> str:
-        """One name for a store, wherever a run was started."""
-        return str(Path(self.runtime.store).resolve()) if self.store().is_local else self.runtime.store
 
     def check_room(self, scratch_bytes: int, store_bytes: int) -> None:
         """Refuse a run that the disks cannot hold; a remote store is not asked.

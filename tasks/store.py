@@ -70,6 +70,11 @@ class Store:
         self._manifests: dict[str, Manifest] = {}  # the same, parsed
         self._fetching: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
+    @property
+    def place(self) -> str:
+        """One name for the store, wherever a run was started."""
+        return str(self._root.resolve()) if self.is_local else self.url.rstrip("/")
+
     def has(self, key: str) -> bool:
         """Whether this artifact is there, whole."""
         if self._bucket is None:

@@ -144,6 +144,12 @@ def register(client: Any, child: Any, version: Version, run: str) -> None:
         client.set_model_version_tag(version.name, first.version, answer_for, "yes")
 
 
+def sources_of(model: Any) -> list[str]:
+    """The keys of what a model was made from."""
+    found: list[str] = model.tags.get(FROM_TAG, "").split()
+    return found
+
+
 def allowed_name(text: str) -> str:
     """A text as names of registered models and aliases may be."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")
