@@ -166,3 +166,8 @@ def assemble(
         return out_dir
 
     return write
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--write-golden` writes tests/goldens/pico_run.json anew."""
+    parser.addoption("--write-golden", action="store_true", help="write the golden of a run's numbers anew")
