@@ -47,7 +47,8 @@ def _numbers_of(stage: str, work: dict[str, Any], record: dict[str, Any]) -> dic
             return {str(work["child"]): [record[name] for name in names]}
         case "search":
             best = record["solutions"][0]
-            return {"score": best["score"], "layers": [f"{b['attention']}+{b['ffn']}" for b in best["architecture"]["layers"]]}  # fmt: skip
+            layers = best["architecture"]["layers"]
+            return {"score": best["score"], "layers": [f"{b['attention']}+{b['ffn']}" for b in layers]}
         case "child":
             return {f"{record['parameters']} parameters": record["parameter_bytes"]}
     return {}
@@ -76,10 +77,16 @@ def test_a_run_computes_what_it_did(finished, request):
     assert differences(json.loads(GOLDEN.read_text()), found) == []
 
 
+def one_percent_more(value: Any) -> Any:
+    """The same nest with every fraction a hundredth larger."""
+    if isinstance(value, dict):
+        return {name: one_percent_more(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [one_percent_more(part) for part in value]
+    return value * 1.01 if isinstance(value, float) else value
+
+
 @pytest.mark.parametrize("stage", ["bld/v1", "score/v2", "gkd/v1", "evaluation/v1", "search/v2", "tokens/v1"])
-def test_a_number_that_is_one_percent_off_is_seen(stage):
+def test_numbers_that_are_one_percent_off_are_seen(stage):
     golden = json.loads(GOLDEN.read_text())
-    text = json.dumps(golden[stage])
-    number = next(part for part in text.replace("[", " ").replace(",", " ").replace("]", " ").split() if "." in part and part.replace(".", "").isdigit())  # fmt: skip
-    changed = golden | {stage: json.loads(text.replace(number, str(float(number) * 1.01), 1))}
-    assert differences(golden, changed)
+    assert differences(golden, golden | {stage: one_percent_more(golden[stage])})
