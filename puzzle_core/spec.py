@@ -123,15 +123,15 @@ class VariantsSpec(Record):
         attentions, ffns = self.of_layer(layer, shape)
         return [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
 
-    def within(self, form: "FormSpec", shape: ModelShape) -> "VariantsSpec":
-        """The same space less what the form allows nowhere: linear layers, and FFN widths of no allowed multiple."""
-        changes: dict[str, Any] = {} if form.linear else {"linear": False}
-        exceptions = [e.model_copy(update={"linear": e.linear and form.linear}) for e in self.layers]
-        if form.ffn_multiple_of > 1:
+    def within(self, constraints: "ConstraintsSpec", shape: ModelShape) -> "VariantsSpec":
+        """The same space without variants that the constraints forbid in every layer: linear ones, and FFN widths."""
+        changes: dict[str, Any] = {} if constraints.linear else {"linear": False}
+        exceptions = [e.model_copy(update={"linear": e.linear and constraints.linear}) for e in self.layers]
+        if (multiple := constraints.ffn_multiple_of) > 1:
 
             def fitting(ratios: tuple[float, ...], widths: tuple[int, ...]) -> dict[str, Any]:
                 found = self._widths(ratios, widths, shape)
-                return {"ffn_ratios": (), "ffn_widths": tuple(sorted(w for w in found if not w % form.ffn_multiple_of))}
+                return {"ffn_ratios": (), "ffn_widths": tuple(sorted(w for w in found if not w % multiple))}
 
             changes |= fitting(self.ffn_ratios, self.ffn_widths)
             exceptions = [
@@ -260,8 +260,8 @@ class KeepSpec(Record):
     ffn: tuple[int, ...] = Field((), description="Layers that keep the parent's FFN")
 
 
-class FormSpec(Record):
-    """What an architecture may look like: rules of whoever serves it."""
+class ConstraintsSpec(Record):
+    """What an architecture must look like, whatever it scores and costs."""
 
     keep: KeepSpec = KeepSpec()
     linear: bool = Field(True, description="Allow linear layers in place of subblocks")
@@ -275,19 +275,18 @@ class FormSpec(Record):
         description="Devices that share every layer: FFN widths are a multiple of it, KV heads too, or divide it",
     )
 
-
-def served_form(form: FormSpec, engines: tuple[Engine, ...]) -> FormSpec:
-    """The form, narrowed to what every one of these engines runs (puzzle_core/engines.py)."""
-    asked = restrictions(engines)
-    grid = WIDTH_GRID if "width_grid" in asked else 1
-    return form.model_copy(
-        update={
-            "linear": form.linear and "no_linear" not in asked,
-            "ffn_multiple_of": math.lcm(form.ffn_multiple_of, grid),
-            "uniform_kv_heads": form.uniform_kv_heads or "one_kv_heads" in asked,
-            "attention_first": form.attention_first or "attention_first" in asked,
-        }
-    )
+    def for_engines(self, engines: tuple[Engine, ...]) -> "ConstraintsSpec":
+        """These constraints and those of every engine (puzzle_core/engines.py)."""
+        required = restrictions(engines)
+        grid = WIDTH_GRID if "width_grid" in required else 1
+        return self.model_copy(
+            update={
+                "linear": self.linear and "no_linear" not in required,
+                "ffn_multiple_of": math.lcm(self.ffn_multiple_of, grid),
+                "uniform_kv_heads": self.uniform_kv_heads or "one_kv_heads" in required,
+                "attention_first": self.attention_first or "attention_first" in required,
+            }
+        )
 
 
 Baseline = Literal["mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"]
@@ -320,21 +319,16 @@ class SearchSpec(Record):
 
 
 class SearchRequest(Record):
-    """What a search is asked: traffic and limits, rules of form, and how to search."""
+    """The input of a search: traffic and limits, constraints on the architecture, and settings of the search."""
 
     scenario: ScenarioSpec
     more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
     mix: MixSpec | None = None
-    form: FormSpec = FormSpec()
+    constraints: ConstraintsSpec = ConstraintsSpec()
     engines: tuple[Engine, ...] = Field(
         (), description="Serving engines that must all run the child: what one of them cannot is left out"
     )
     search: SearchSpec = SearchSpec()
-
-    @property
-    def served_form(self) -> FormSpec:
-        """The rules of form and of all engines."""
-        return served_form(self.form, self.engines)
 
     @property
     def scenarios(self) -> tuple[ScenarioSpec, ...]:
@@ -473,7 +467,7 @@ class RunSpec(Record):
     scenario: ScenarioSpec
     more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
     mix: MixSpec | None = Field(None, description="Limits on the weighted mix of all scenarios")
-    form: FormSpec = FormSpec()
+    constraints: ConstraintsSpec = ConstraintsSpec()
     engines: tuple[Engine, ...] = Field(
         (), description="Serving engines that must all run the child: what one of them cannot is left out"
     )
@@ -494,7 +488,7 @@ class RunSpec(Record):
 
     def served_variants(self, shape: ModelShape) -> VariantsSpec:
         """The search space less the variants that one of `engines` never runs: nobody trains or scores these."""
-        return self.variants.within(served_form(FormSpec(), self.engines), shape)
+        return self.variants.within(ConstraintsSpec().for_engines(self.engines), shape)
 
     @model_validator(mode="after")
     def _askable(self) -> "RunSpec":

@@ -21,7 +21,7 @@ def infeasible_text(error: InfeasibleError, instance: ProblemBuilder, batch_size
     several = len(instance.request.scenarios) > 1 or instance.request.mix is not None
     parts = []
     for conflict in error.conflicts:
-        if conflict.limit.name not in asked:  # a rule of form
+        if conflict.limit.name not in asked:  # a rule
             parts.append(_rule_text(conflict))
             continue
         limit = asked[conflict.limit.name]
@@ -59,7 +59,7 @@ def flags(record: SearchRecord, scores: ScoreTable) -> list[str]:
 
 
 def _rule_text(conflict: Conflict) -> str:
-    """A rule of form, which has no unit."""
+    """The sentence for a rule, which has no unit."""
     least = conflict.least_alone if conflict.least is None else conflict.least
     asked = conflict.limit.at_most if isinstance(conflict.limit, AtMostDistinct) else conflict.limit.capacity
     return f"{conflict.limit.name} were at most {asked:g}, and {least:g} would do"

@@ -1,7 +1,7 @@
 """From tables and a request to search problems: one for every combination of batch sizes (METHOD sections 5 and 6).
 
-What lies outside the blocks is taken off each limit first. Options that the form forbids are left out. Shares in limits
-are of what the parent takes at the same batch size.
+The cost outside the blocks is subtracted from each limit. Options that the constraints forbid are left out. A share in
+a limit is relative to the parent's own value at the same batch size.
 
 Legend: L layers, J options of a layer. A column is a tuple of L arrays (J,), as in `problem.py`.
 """
@@ -29,7 +29,7 @@ from puzzle_core.search.problem import Column, Limit, Problem
 from puzzle_core.search.rules import AllOrNone, AtMostDistinct, Rule
 from puzzle_core.search.search_record import LimitUse, Prediction
 from puzzle_core.search.tables import OUTSIDE, CostTable, Option, ScoreTable
-from puzzle_core.spec import FormSpec, ScenarioSpec, SearchRequest
+from puzzle_core.spec import ConstraintsSpec, ScenarioSpec, SearchRequest
 
 MIX = "mix"
 """In the names of limits and resources: the weighted mix of all scenarios."""
@@ -123,25 +123,25 @@ class ProblemBuilder:
     """A request over tables. Nothing of the tables changes; columns are computed once per scenario and batch size.
 
     Attributes:
-        form: the rules of form, those of the engines that must run the child among them.
-        layers: the options of every layer that the form allows, the parent's own first.
+        constraints: those of the request and of the engines that must run the child.
+        layers: the options of every layer that the constraints allow, the parent's own first.
 
     Raises (on construction):
-        SpecError: the form forbids the parent's own block, names a layer that is not there, or a limit is on a column
-            that the cost table does not have.
+        SpecError: the constraints forbid the parent's own block or name a layer that does not exist, or a limit is on a
+            column that the cost table does not have.
     """
 
     request: SearchRequest
     scores: ScoreTable
     costs: CostTable
-    form: FormSpec = field(init=False)
+    constraints: ConstraintsSpec = field(init=False)
     layers: tuple[tuple[Option, ...], ...] = field(init=False)
     _costs: dict[tuple[str, str, int, Hashable], float] = field(default_factory=dict, init=False, repr=False)
     _columns: dict[tuple[str, tuple[int, ...]], Column] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.form = self.request.served_form
-        _check_form(self.request, self.form, self.scores)
+        self.constraints = self.request.constraints.for_engines(self.request.engines)
+        _check_constraints(self.request, self.constraints, self.scores)
         own = Option(self.scores.parent)
         self.layers = tuple(
             (own, *(option for option in scores if option != own and self._allowed(layer, option)))
@@ -356,10 +356,10 @@ class ProblemBuilder:
         return covering
 
     def _rules(self, covering: list[list[tuple[int, Option]]]) -> list[Rule]:
-        form, rules = self.form, list[Rule]()
-        if form.max_ffn_widths:
-            rules.append(self._distinct("different FFN widths", "ffn", form.max_ffn_widths, covering))
-        if form.uniform_kv_heads:
+        constraints, rules = self.constraints, list[Rule]()
+        if constraints.max_ffn_widths:
+            rules.append(self._distinct("different FFN widths", "ffn", constraints.max_ffn_widths, covering))
+        if constraints.uniform_kv_heads:
             rules.append(self._distinct("different numbers of KV heads", "attention", 1, covering))
         for first, options in enumerate(self.layers):
             for index, option in enumerate(options):
@@ -385,37 +385,37 @@ class ProblemBuilder:
         return AtMostDistinct(name, groups, at_most)
 
     def _allowed(self, layer: int, option: Option) -> bool:
-        form, own, count = self.form, self.scores.parent, len(self.scores.layers)
+        constraints, own, count = self.constraints, self.scores.parent, len(self.scores.layers)
         covered = range(layer, layer + option.span)
-        for kept, half in ((form.keep.attention, "attention"), (form.keep.ffn, "ffn")):
+        for kept, half in ((constraints.keep.attention, "attention"), (constraints.keep.ffn, "ffn")):
             changed = getattr(option.block, half) != getattr(own, half)
             if any(index % count in covered for index in kept) and (changed or option.span > 1):
                 return False
-        if form.attention_first and layer == 0 and option.block.attention.kind != "sized":
+        if constraints.attention_first and layer == 0 and option.block.attention.kind != "sized":
             return False
-        return all(_fits(form, variant) for variant in (option.block.attention, option.block.ffn))
+        return all(_fits(constraints, variant) for variant in (option.block.attention, option.block.ffn))
 
 
-def _fits(form: FormSpec, variant: Variant) -> bool:
-    """Whether the form allows a subblock variant anywhere."""
+def _fits(constraints: ConstraintsSpec, variant: Variant) -> bool:
+    """Whether the constraints allow a subblock variant in any layer."""
     if variant.kind != "sized":
-        return form.linear if variant.kind == "linear" else form.no_op
-    devices = form.tensor_parallel
+        return constraints.linear if variant.kind == "linear" else constraints.no_op
+    devices = constraints.tensor_parallel
     if variant.subblock == "ffn":
-        return variant.size % devices == 0 and variant.size % form.ffn_multiple_of == 0
+        return variant.size % devices == 0 and variant.size % constraints.ffn_multiple_of == 0
     return variant.size % devices == 0 or devices % variant.size == 0
 
 
-def _check_form(request: SearchRequest, form: FormSpec, scores: ScoreTable) -> None:
+def _check_constraints(request: SearchRequest, constraints: ConstraintsSpec, scores: ScoreTable) -> None:
     count = len(scores.layers)
-    for half, layers in (("attention", form.keep.attention), ("ffn", form.keep.ffn)):
+    for half, layers in (("attention", constraints.keep.attention), ("ffn", constraints.keep.ffn)):
         for layer in layers:
             if not -count <= layer < count:
-                raise SpecError(f"form.keep.{half} names layer {layer}, and there are {count} layers")
+                raise SpecError(f"constraints.keep.{half} names layer {layer}, and there are {count} layers")
     for variant in (scores.parent.attention, scores.parent.ffn):
-        if not _fits(form, variant):
+        if not _fits(constraints, variant):
             of_engines = f", for engines {', '.join(request.engines)}" if request.engines else ""
             raise SpecError(
-                f"form rules out the parent's own {variant}: see ffn_multiple_of ({form.ffn_multiple_of}{of_engines}) "
-                f"and tensor_parallel ({form.tensor_parallel})"
+                f"constraints rule out the parent's own {variant}: see ffn_multiple_of "
+                f"({constraints.ffn_multiple_of}{of_engines}) and tensor_parallel ({constraints.tensor_parallel})"
             )

@@ -1,4 +1,4 @@
-"""Rules of form: what a choice must look like, whatever it scores and costs.
+"""Rules: constraints on a choice that depend on neither scores nor costs.
 
 Legend: L layers, J options of a layer; a choice is a tuple of L option indices.
 """

@@ -117,7 +117,7 @@ def test_engines_that_run_everything_take_nothing_from_the_search(engines):
 def test_a_parent_that_an_engine_cannot_run_is_refused_by_name():
     found = instance(0)
     scores = ScoreTable(BlockVariant(attention=ATTENTIONS[0], ffn=FFNS[2]), found.scores.layers)
-    with pytest.raises(SpecError, match=r"rules out the parent's own ffn:i100.*\(256, for engines sglang\)"):
+    with pytest.raises(SpecError, match=r"rule out the parent's own ffn:i100.*\(256, for engines sglang\)"):
         ProblemBuilder(found.request.model_copy(update={"engines": ("sglang",)}), scores, found.costs)
 
 

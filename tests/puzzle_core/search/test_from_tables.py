@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from puzzle_core.architecture import Architecture, BlockVariant
-from puzzle_core.errors import InfeasibleError, PuzzleError
+from puzzle_core.errors import InfeasibleError, PuzzleError, SpecError
 from puzzle_core.search.from_tables import read_request, search_tables
 from puzzle_core.search.search_record import SearchRecord
 from puzzle_core.search.table_files import read_costs, read_scores
@@ -170,8 +170,16 @@ def test_scenarios_of_several_files_hold_together(tmp_path: Path) -> None:
     assert record.chosen.prediction.parameters <= 500
     run_spec = tmp_path / "run.yaml"
     content = yaml.safe_load(first.read_text())
-    run_spec.write_text(yaml.safe_dump({"parent": {"path": "x"}, "scenario": content, "form": {"no_op": False}}))
-    assert read_request([run_spec]).form.no_op is False
+    run_spec.write_text(yaml.safe_dump({"parent": {"path": "x"}, "scenario": content, "constraints": {"no_op": False}}))
+    assert read_request([run_spec]).constraints.no_op is False
+
+
+def test_an_old_key_is_refused_with_the_new_name(tmp_path: Path) -> None:
+    *_, scenario = write(tmp_path)
+    content = {"scenario": yaml.safe_load(scenario.read_text()), "form": {"no_op": False}}
+    scenario.write_text(yaml.safe_dump(content))
+    with pytest.raises(SpecError, match="form: `form` is now `constraints`"):
+        read_request([scenario])
 
 
 def test_the_command_needs_neither_torch_nor_prefect_and_starts_at_once(tmp_path: Path) -> None:

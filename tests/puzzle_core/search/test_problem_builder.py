@@ -1,4 +1,4 @@
-"""From tables and a request to problems: limits, units, shares, several scenarios, rules of form, spanning blocks."""
+"""From tables and a request to problems: limits, units, shares, several scenarios, constraints, spanning blocks."""
 
 from typing import Any
 
@@ -189,7 +189,7 @@ def test_a_mix_weighs_scenarios() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "broken"),
+    ("constraints", "broken"),
     [
         ({"keep": {"attention": [0, -1]}}, lambda blocks: any(blocks[i].attention != OWN.attention for i in (0, 3))),
         ({"keep": {"ffn": [3]}}, lambda blocks: blocks[3].ffn != OWN.ffn),
@@ -201,22 +201,23 @@ def test_a_mix_weighs_scenarios() -> None:
         ({"uniform_kv_heads": True}, lambda blocks: len({b.attention.size for b in blocks if b.attention.size}) > 1),
     ],
 )
-def test_rules_of_form_hold_and_cost_something(form: dict[str, Any], broken: Any) -> None:
+def test_constraints_hold_and_cost_something(constraints: dict[str, Any], broken: Any) -> None:
     limits = [{"block_time": "75%"}, {"block_time": "40%"}, {"parameters": "2000params"}, {"kv_bytes_per_token": "20B"}]
     scored = []
     for limit in limits:
-        free, formed = run_search.run(instance(limit)).chosen, run_search.run(instance(limit, form=form)).chosen
-        assert not broken(formed.architecture.layers)
-        assert formed.score >= free.score
-        scored.append((free, formed))
-    assert any(broken(free.architecture.layers) and formed.score > free.score for free, formed in scored), "never binds"
+        free = run_search.run(instance(limit)).chosen
+        constrained = run_search.run(instance(limit, constraints=constraints)).chosen
+        assert not broken(constrained.architecture.layers)
+        assert constrained.score >= free.score
+        scored.append((free, constrained))
+    assert any(broken(free.architecture.layers) and bound.score > free.score for free, bound in scored), "never binds"
 
 
-def test_a_form_that_rules_out_the_parent_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"rules out the parent's own ffn:i512.*ffn_multiple_of \(96\)"):
-        instance({"block_time": "50%"}, form={"ffn_multiple_of": 96})
+def test_constraints_that_rule_out_the_parent_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"rule out the parent's own ffn:i512.*ffn_multiple_of \(96\)"):
+        instance({"block_time": "50%"}, constraints={"ffn_multiple_of": 96})
     with pytest.raises(SpecError, match=r"keep\.attention names layer 4, and there are 4 layers"):
-        instance({"block_time": "50%"}, form={"keep": {"attention": [4]}})
+        instance({"block_time": "50%"}, constraints={"keep": {"attention": [4]}})
 
 
 def test_a_block_that_spans_layers_empties_those_after_it() -> None:
@@ -236,7 +237,7 @@ def test_a_block_that_spans_layers_empties_those_after_it() -> None:
     assert chosen.score == 0.25
     assert chosen.prediction.prefill_ms == 1 + 3 * 6
     kept = ProblemBuilder(
-        request({"block_time": "75%"}, form={"keep": {"ffn": [2]}}), ScoreTable(OWN, tuple(layers)), costs()
+        request({"block_time": "75%"}, constraints={"keep": {"ffn": [2]}}), ScoreTable(OWN, tuple(layers)), costs()
     )
     assert run_search.run(kept).chosen.spans == {}
 
