@@ -56,7 +56,7 @@ def found_of(plan: Plan, store: Any) -> FoundArchitecture:
     bld = store.manifests(work.key for work in plan.all_bld()).values()
     trained = [BldRecord.model_validate(manifest.record) for manifest in bld]
     scores = store.manifests(work.key for work in plan.all_scores()).values()
-    chosen = SearchRecord.model_validate(store.manifest(plan.search().key).record).chosen.architecture
+    chosen = SearchRecord.model_validate(store.manifest(plan.search().key).record).best.architecture
     child = ChildRecord.model_validate(store.manifest(plan.assemble(chosen).key).record)
     gkd = GkdRecord.model_validate(store.manifest(plan.gkd(chosen).key).record)
     weights = [store.fetch(manifest.key) / "weights.safetensors" for manifest in bld]

@@ -41,7 +41,7 @@ def refine_search(spec: RunSpec) -> None:
         candidates = _measured(0, first, plan, context)
         best = min(candidates, key=_kl)
         for number in range(1, spec.search.iterations + 1):
-            around = best.found.architecture
+            around = best.solution.architecture
             with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
                 side_by_side(score_variants, context)(spec, plan, context, around)
             again = plan.search(around, first.batch_sizes)
@@ -52,7 +52,7 @@ def refine_search(spec: RunSpec) -> None:
             if _kl(min(found, key=_kl)) >= best.measured_kl:
                 break
             best = min(found, key=_kl)
-        record = RefineRecord(chosen=candidates.index(best), candidates=tuple(candidates))
+        record = RefineRecord(best=candidates.index(best), candidates=tuple(candidates))
         ensure(stage_tasks.keep_refined, work, context, record=record)
         record_refined(plan, context, run, record)
 
@@ -91,7 +91,7 @@ def _measured(
             Candidate(
                 round=number,
                 rank=rank,
-                found=found.model_copy(update=whole),
+                solution=found.model_copy(update=whole),
                 measured_kl=EvaluationRecord.model_validate(manifest.record).kl_nats_per_token,
             )
         )

@@ -44,8 +44,8 @@ def train_child(spec: RunSpec) -> None:
         architectures = children(found)
         for label, architecture in architectures.items():
             ensure(stage_tasks.assemble_child, plan.assemble(architecture), context, label=label)
-        ensure(stage_tasks.distil_child, plan.gkd(found.chosen.architecture), context, run=run)
-        if timing := plan.timing(timed(plan, found), found.chosen.prediction.batch_size):
+        ensure(stage_tasks.distil_child, plan.gkd(found.best.architecture), context, run=run)
+        if timing := plan.timing(timed(plan, found), found.best.prediction.batch_size):
             ensure(stage_tasks.time_models, timing, context)
         side_by_side(evaluate_models, context)(spec, plan, context)
         record_child(plan, context, run, report_work(plan, context))
@@ -70,7 +70,7 @@ def evaluate_models(spec: RunSpec, plan: Plan, context: RunContext) -> None:
 
 def children(found: SearchRecord) -> dict[str, Architecture]:
     """The chosen architecture and the baselines, by label."""
-    return {ASSEMBLED: found.chosen.architecture} | {other.method: other.architecture for other in found.baselines}
+    return {ASSEMBLED: found.best.architecture} | {other.method: other.architecture for other in found.baselines}
 
 
 def timed(plan: Plan, found: SearchRecord) -> dict[str, Architecture]:
@@ -81,18 +81,18 @@ def timed(plan: Plan, found: SearchRecord) -> dict[str, Architecture]:
 def evaluated(plan: Plan, found: SearchRecord) -> dict[str, str | None]:
     """Artifact keys of all evaluated models by label; none for the parent."""
     assembled = {label: plan.assemble(architecture).key for label, architecture in children(found).items()}
-    return {PARENT: None, TRAINED: plan.gkd(found.chosen.architecture).key, **assembled}
+    return {PARENT: None, TRAINED: plan.gkd(found.best.architecture).key, **assembled}
 
 
 def report_work(plan: Plan, context: RunContext) -> ReportWork:
     """The report of a plan whose other work is done."""
     found = find_answer(plan, context)
     own = Architecture.of_parent(plan.inputs.shape)
-    architectures = {PARENT: own, ASSEMBLED: found.chosen.architecture, TRAINED: found.chosen.architecture}
+    architectures = {PARENT: own, ASSEMBLED: found.best.architecture, TRAINED: found.best.architecture}
     architectures |= children(found)
     kinds = {PARENT: "parent", ASSEMBLED: "child", TRAINED: "child"}
     keys = evaluated(plan, found)
-    batch_size = found.chosen.prediction.batch_size
+    batch_size = found.best.prediction.batch_size
     refine = plan.refine()
     costs = plan.costs().get((plan.spec.scenario.name, batch_size))
     return ReportWork(
@@ -103,7 +103,7 @@ def report_work(plan: Plan, context: RunContext) -> ReportWork:
         scores=tuple(work.key for work in plan.all_scores()),
         costs=costs.key if costs else None,
         refine=refine.key if refine else None,
-        gkd=plan.gkd(found.chosen.architecture).key,
+        gkd=plan.gkd(found.best.architecture).key,
         timing=plan.timing(timed(plan, found), batch_size),
         models=tuple(
             ReportedModel(

@@ -207,8 +207,8 @@ class LimitsSpec(Record):
     )
     columns: dict[str, str] = Field({}, description="At most: any other column of the cost table, for instance energy")
 
-    def asked(self) -> dict[str, str]:
-        """Every limit that is set, by name; those on columns by the column's name."""
+    def by_name(self) -> dict[str, str]:
+        """Every limit that is set, by name; a limit on another column by the name of the column."""
         named = self.model_dump(exclude={"columns"}, exclude_none=True)
         return named | self.columns
 
@@ -248,7 +248,7 @@ class MixSpec(Record):
     )
     latency: Seconds | None = Field(None, description="At most: weighted mean of prefill plus the whole generation")
 
-    def asked(self) -> dict[str, str]:
+    def by_name(self) -> dict[str, str]:
         """Every limit that is set, by name."""
         return self.model_dump(exclude_none=True)
 
@@ -341,12 +341,12 @@ class SearchRequest(Record):
         return self.model_copy(update={"scenario": main, "more_scenarios": tuple(more)})
 
     @model_validator(mode="after")
-    def _something_asked(self) -> "SearchRequest":
+    def _some_limit(self) -> "SearchRequest":
         names = [scenario.name for scenario in self.scenarios]
         if len(set(names)) < len(names):
             raise ValueError(f"scenarios {', '.join(names)}: give every scenario its own name")
-        asked = [scenario.limits.asked() for scenario in self.scenarios] + [self.mix.asked() if self.mix else {}]
-        if not any(asked):
+        limits = [scenario.limits.by_name() for scenario in self.scenarios]
+        if not any(limits) and not (self.mix and self.mix.by_name()):
             known = ", ".join(name for name in LimitsSpec.model_fields)
             raise ValueError(f"no limit given: set at least one of {known} under scenario.limits")
         return self
@@ -506,12 +506,12 @@ class RunSpec(Record):
     @model_validator(mode="after")
     def _whole_windows(self) -> "RunSpec":
         window = self.data.sequence_length
-        asked = {"bld.batch_tokens": self.bld.batch_tokens, "gkd.batch_tokens": self.gkd.batch_tokens}
+        batches = {"bld.batch_tokens": self.bld.batch_tokens, "gkd.batch_tokens": self.gkd.batch_tokens}
         if self.gkd.micro_batch_tokens:
-            asked["gkd.micro_batch_tokens"] = self.gkd.micro_batch_tokens
+            batches["gkd.micro_batch_tokens"] = self.gkd.micro_batch_tokens
             if self.gkd.batch_tokens % self.gkd.micro_batch_tokens:
                 raise ValueError("gkd.batch_tokens must be a multiple of gkd.micro_batch_tokens")
-        for name, tokens in asked.items():
+        for name, tokens in batches.items():
             if tokens % window:
                 raise ValueError(f"{name} is {tokens}, not a multiple of data.sequence_length ({window})")
         return self

@@ -28,9 +28,9 @@ from puzzle_core.model import child
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.plan import Inputs
 from puzzle_core.records import Work, digest_file
-from puzzle_core.search import run_search
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table, score_table, unscored_table
+from puzzle_core.search.run_search import check_feasible, find_architecture
 from puzzle_core.search.search_record import RefineRecord
 from puzzle_core.search.table_files import read_costs
 from puzzle_core.search.tables import CostTable
@@ -245,7 +245,7 @@ def find_costs(work: CostWork, context: RunContext) -> str:
 @uncached(name="check limits", task_run_name="check limits")
 def check_limits(work: SearchWork, target: TargetSpec, context: RunContext) -> None:
     """Refuse limits that no architecture can meet, before anything is trained."""
-    run_search.check_feasible(
+    check_feasible(
         ProblemBuilder(work.request, unscored_table(work.variants, work.shape), _costs(work, target, context))
     )
 
@@ -258,7 +258,7 @@ def search_architecture(work: SearchWork, target: TargetSpec, context: RunContex
     base, objective = work.base.architecture if work.base else None, work.request.search.objective
     scores = score_table(records, work.composition, objective, work.variants, work.shape, base)
     return context.produce(
-        work, lambda _: run_search.run(ProblemBuilder(work.request, scores, _costs(work, target, context)))
+        work, lambda _: find_architecture(ProblemBuilder(work.request, scores, _costs(work, target, context)))
     )
 
 
@@ -334,10 +334,11 @@ def time_models(work: TimingWork, context: RunContext) -> str:
 @cached(name="report", task_run_name="report")
 def write_report(work: ReportWork, context: RunContext) -> str:
     """Tables and figures of the whole run."""
-    from puzzle_core.report import collect, report
+    from puzzle_core.report import collect
+    from puzzle_core.report.report import render_report
 
     inputs = collect.collect(work, lambda key: context.store().manifest(key).record)
-    return context.produce(work, lambda out: report.run(inputs, out))
+    return context.produce(work, lambda out: render_report(inputs, out))
 
 
 def _costs(work: SearchWork, target: TargetSpec, context: RunContext) -> CostTable:

@@ -27,7 +27,7 @@ def describe_targets(spec: RunSpec, directory: Path) -> str:
         if answer.spec is None:
             rows.append((answer.target, NONE, "broken: " + answer.trouble.replace("\n", " "), NONE, NONE))
             continue
-        found = answer.record.chosen if answer.record else None
+        found = answer.record.best if answer.record else None
         share = found.prediction.total_ms / answer.record.parent.total_ms if found and answer.record else None
         rows.append(
             (

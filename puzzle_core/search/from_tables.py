@@ -7,8 +7,8 @@ import pandas as pd
 
 from puzzle_core.architecture import BlockVariant
 from puzzle_core.errors import SpecError
-from puzzle_core.search import run_search
 from puzzle_core.search.problem_builder import ProblemBuilder
+from puzzle_core.search.run_search import find_architecture
 from puzzle_core.search.search_record import FoundArchitecture, SearchRecord
 from puzzle_core.search.table_files import read_costs, read_scores
 from puzzle_core.spec import ScenarioSpec, SearchRequest
@@ -52,11 +52,11 @@ def search_tables(
     Raises:
         PuzzleError: bad tables, limits that nothing can meet.
     """
-    instance = ProblemBuilder(request, read_scores(scores, score, maximise, parent), read_costs(costs))
-    record = run_search.run(instance)
+    builder = ProblemBuilder(request, read_scores(scores, score, maximise, parent), read_costs(costs))
+    record = find_architecture(builder)
     out.mkdir(parents=True, exist_ok=True)
     record.write(out / "search.json")
-    record.chosen.architecture.write(out / "architecture.json")
+    record.best.architecture.write(out / "architecture.json")
     pd.DataFrame([_row(found) for found in record.frontier]).to_csv(out / "frontier.csv", index=False)
     return record
 

@@ -96,9 +96,9 @@ def record_library(plan: Plan, context: RunContext, run: TrackedRun) -> None:
 @_as_far_as_there
 def record_architecture(plan: Plan, context: RunContext, run: TrackedRun, key: str) -> None:
     """The search's answer; the architecture, made from the scores and the costs."""
-    steps, chosen = Steps(plan, context), record_of(SearchRecord, key, context).chosen
+    steps, chosen = Steps(plan, context), record_of(SearchRecord, key, context).best
     run.metrics([("score", chosen.score, 0), ("gap", chosen.gap, 0), ("batch_size", chosen.prediction.batch_size, 0)])
-    run.metrics([(f"limit/{limit.name}", limit.used / limit.allowed, 0) for limit in chosen.limits])
+    run.metrics([(f"limit/{limit.name}", limit.usage / limit.threshold, 0) for limit in chosen.limits])
     run.text(artifact_table(context.store(), (*steps.cost_keys, key)), TABLE)
     run.uses(steps.parent, steps.library, steps.scores)
     run.makes(steps.costs)
@@ -109,7 +109,7 @@ def record_architecture(plan: Plan, context: RunContext, run: TrackedRun, key: s
 def record_refined(plan: Plan, context: RunContext, run: TrackedRun, record: RefineRecord) -> None:
     """Predicted and measured KL of every candidate, in the order they were found; the best, made from the search."""
     for step, candidate in enumerate(record.candidates):
-        run.metrics([("kl_predicted", candidate.found.score, step), ("kl_measured", candidate.measured_kl, step)])
+        run.metrics([("kl_predicted", candidate.solution.score, step), ("kl_measured", candidate.measured_kl, step)])
     steps = Steps(plan, context)
     run.uses(steps.library, steps.architecture)
     run.makes(steps.answer)

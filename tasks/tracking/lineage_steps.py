@@ -111,7 +111,7 @@ class Steps:
     @cached_property
     def architecture(self) -> Model:
         """What the search chose."""
-        chosen = record_of(SearchRecord, self._search, self._context).chosen
+        chosen = record_of(SearchRecord, self._search, self._context).best
         return self._found("architecture", self._search, (self.scores.key, self.costs.key), chosen, "")
 
     @cached_property
@@ -121,16 +121,16 @@ class Steps:
         if refine is None:
             return self.architecture
         record = record_of(RefineRecord, refine.key, self._context)
-        best = record.candidates[record.chosen]
+        best = record.candidates[record.best]
         said = f"measured KL {number_text(best.measured_kl)}, best of {len(record.candidates)}; "
-        return self._found("refined", refine.key, (self.architecture.key, self.library.key), best.found, said)
+        return self._found("refined", refine.key, (self.architecture.key, self.library.key), best.solution, said)
 
     @cached_property
     def _search(self) -> str:
         return self._plan.search().key
 
     def _found(self, name: str, key: str, sources: tuple[str, ...], found: FoundArchitecture, said: str) -> Model:
-        used = [f"{use.name} {use.asked} used to {percent_text(use.used / use.allowed)}" for use in found.limits]
+        used = [f"{use.name} {use.text} used to {percent_text(use.usage / use.threshold)}" for use in found.limits]
         about: dict[str, Any] = {"library": self.library.key, "score": found.score}
         return Model(
             kind="architecture",
