@@ -19,7 +19,7 @@ from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import StorageError
 from puzzle_core.model.parent import Parent
 from puzzle_core.model.surgery import State, Subblocks, halves
-from puzzle_core.plan import LARGEST_LOG_PROBABILITIES_BYTES
+from puzzle_core.sizes import LARGEST_LOG_PROBABILITIES_BYTES
 
 FORWARD_TOKENS = 4096
 LOG_PROBABILITIES = "log-probabilities"

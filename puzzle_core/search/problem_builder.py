@@ -231,7 +231,7 @@ class ProblemBuilder:
         return predictions
 
     def times(self, batch_sizes: BatchSizes) -> dict[str, float]:
-        """Prefill plus decode in ms in the main scenario: of every subblock variant, and of the parts outside the blocks."""
+        """Prefill plus decode in ms in the main scenario: of every subblock variant, and outside the blocks."""
         main = self.request.scenario
         parts = {
             OUTSIDE,
