@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
+from puzzle_core.architecture import Architecture
 from puzzle_core.model import remote
 from puzzle_core.model.checkpoint import Checkpoint, write_checkpoint
 from puzzle_core.model.parent import Parent, build_model, served_as, torch_dtype
@@ -87,12 +87,6 @@ def random_child(
     """A model of this architecture with random weights: what measuring speed needs."""
     model = build_model(parent.puzzle_config(architecture), None)
     return served_as(model, dtype, device).requires_grad_(False)
-
-
-def trained_variants(block: BlockVariant, shape: ModelShape) -> list[str]:
-    """Ids of the halves of a block that come from the library: neither the parent's own nor no-ops."""
-    own = shape.parent_block
-    return [str(v) for v in (block.attention, block.ffn) if v.kind != "no_op" and v not in (own.attention, own.ffn)]
 
 
 def _child_tensors(

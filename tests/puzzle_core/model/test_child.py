@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from puzzle_core.architecture import Architecture, BlockVariant
+from puzzle_core.architecture import Architecture
 from puzzle_core.errors import ArtifactError
 from puzzle_core.model import child
 from puzzle_core.model.checkpoint import Checkpoint
@@ -159,13 +159,3 @@ def test_a_random_child_has_the_shapes_of_the_assembled_one(assemble, parent):
     shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (random, assembled)]
     assert shapes[0] == shapes[1]
     assert {p.dtype for p in random.parameters()} == {torch.bfloat16}
-
-
-def test_only_trained_halves_come_from_the_library(parent):
-    of_block = {
-        "attn:kv4+ffn:no_op": [],
-        "attn:kv1+ffn:i48": ["attn:kv1"],
-        "attn:linear+ffn:i8": ["attn:linear", "ffn:i8"],
-    }
-    for block, expected in of_block.items():
-        assert child.trained_variants(BlockVariant.parse(block), parent.shape) == expected
