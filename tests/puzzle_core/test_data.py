@@ -63,7 +63,7 @@ def test_stage_writes_one_split_as_if_all_were_packed(tokenizer, tmp_path):
     work = TokensWork(
         split="bld",
         tokens=120,
-        served_before=(("calibration", 40),),
+        earlier_splits=(("calibration", 40),),
         sequence_length=8,
         seed=0,
         texts="t",
