@@ -55,9 +55,11 @@ def export(options: Any) -> None:
     if Path(name).name != name or "\\" in name:
         raise SpecError(f"--name {name!r} is a path: say what the model is called, and where it goes with --out")
     directory, store, key = open_child(options.child, options.store)
-    from tasks.store.provenance import stored_provenance
+    provenance = None
+    if store:
+        from tasks.store.provenance import stored_provenance
 
-    provenance = stored_provenance(store, key) if store else None
+        provenance = stored_provenance(store, key)
     with new_directory(options.out) as staged:
         written = _write_hf if options.format == "hf" else _write_gguf
         record = written(directory, provenance, staged, name, options)
