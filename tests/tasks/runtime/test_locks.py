@@ -23,18 +23,18 @@ from tests.workflow import artifacts, plan_of
 ROOT = Path(__file__).parents[3]
 HOLD = """
 import sys, time
-from tasks.runtime.locks import turn
+from tasks.runtime.locks import machine_lock
 
-with turn(sys.argv[1] == "alone"):
+with machine_lock(sys.argv[1] == "alone"):
     print("in", flush=True)
     time.sleep(600)
 """
 HOLD_GPUS = """
 import sys, time
-from tasks import turns
+from tasks.runtime import locks
 
-turns.gpu_names = lambda: ["a", "b", "c"]
-with turns.gpus(int(sys.argv[1])) as numbers:
+locks.gpu_names = lambda: ["a", "b", "c"]
+with locks.gpus(int(sys.argv[1])) as numbers:
     print(*numbers, flush=True)
     time.sleep(600)
 """
@@ -250,9 +250,9 @@ def test_costs_are_measured_alone_and_looked_up_at_once(spec_of, tmp_path):
 
 CLAIM = """
 import sys
-from tasks.runtime.locks import claim
+from tasks.runtime.locks import artifact_lock
 
-with claim(sys.argv[1]):
+with artifact_lock(sys.argv[1]):
     print("in", flush=True)
     sys.stdin.readline()
 """

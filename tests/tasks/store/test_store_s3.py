@@ -14,10 +14,10 @@ import pytest
 
 from puzzle_core.errors import ArtifactError, DamagedError, SpecError, StorageError
 from puzzle_core.spec import RuntimeSpec
+from tasks.store import store as store_module
 from tasks.store.cache import reading
 from tasks.store.packs import LEAST_RECORDS, PACKS
 from tasks.store.store import MANIFEST, Store
-from tasks.store.store import store as store_module
 from tests.s3_server import BUCKET
 from tests.tasks.store.test_store import TEXT, PlainRecord, PlainWork, publish
 

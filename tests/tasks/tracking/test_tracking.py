@@ -142,7 +142,7 @@ def test_a_task_in_another_process_writes_to_the_same_run(tracked_spec, client):
     with tracked("metrics", tracked_spec) as run:
         code = "import sys; from tasks.tracking.tracking import TrackedRun, _outbox; "
         code += "run = TrackedRun.model_validate_json(sys.argv[1]); run.metrics([('gkd/loss', 0.5, 7)]); "
-        code += "sys.exit(not _outbox(run.uri).settle())"
+        code += "sys.exit(not _outbox(run.uri).flush())"
         subprocess.run([sys.executable, "-c", code, run.model_dump_json()], check=True, cwd=Path(__file__).parents[3])
     assert [metric.step for metric in client.get_metric_history(run.run_id, "gkd/loss")] == [7]
 

@@ -14,9 +14,10 @@ from mlflow import MlflowClient
 from flows.services.prefect_server import free_port
 from flows.train_child import train_child
 from puzzle_core.spec import parse_spec
+from tasks.tracking import outbox
 from tasks.tracking.recovery import GAP_TAG
 from tasks.tracking.tracked_models import KEY_TAG, WHOLE_TAG, Model
-from tasks.tracking.tracking import outbox, tracked
+from tasks.tracking.tracking import tracked
 from tests.workflow import merged, plan_of
 
 
