@@ -8,24 +8,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["PUZZLE_TURNS"] = str(Path(tempfile.gettempdir()) / f"puzzle-tests-{os.getpid()}")  # wait for no other run
+os.environ["PUZZLE_LOCK_DIR"] = str(
+    Path(tempfile.gettempdir()) / f"puzzle-tests-{os.getpid()}"
+)  # wait for no other run
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the command line sets it
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.utils import logging as transformers_logging
 
 from puzzle_core.architecture import Architecture, Variant
+from puzzle_core.cost import latency
+from puzzle_core.distill import importance
 from puzzle_core.model import child
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.parent import Parent
 from puzzle_core.model.surgery import WEIGHTS, State
 from puzzle_core.spec import Dtype, ParentSpec
-from puzzle_core.stages import AssembleWork, ImportanceWork
-from puzzle_core.variants import importance
 from puzzle_core.variants.attention import initial_attention
 from puzzle_core.variants.ffn import initial_ffn
+from puzzle_core.work import AssembleWork, ImportanceWork
 from tests.pico import PICOS, SIZES, write_pico
 
 torch.set_num_threads(1)
@@ -44,9 +48,29 @@ MIXED = (
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_turns_left() -> Iterator[None]:
-    """Remove the locks of this session's runs (tasks/turns.py)."""
+    """Remove the locks of this session's runs (tasks/runtime/locks.py)."""
     yield
-    shutil.rmtree(os.environ["PUZZLE_TURNS"], ignore_errors=True)
+    shutil.rmtree(os.environ["PUZZLE_LOCK_DIR"], ignore_errors=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have workers begin with the longest files; the order that pytest-randomly gave stays as it is otherwise."""
+    items.sort(key=lambda item: (item.path.name != "test_deploy.py", item.path.parent.name != "e2e"))
+
+
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A clock of measurements that ticks one millisecond for every parameter of every module that is called."""
+    used = [0]
+
+    def use(module: torch.nn.Module, _: object) -> None:
+        used[0] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+    hook = register_module_forward_pre_hook(use)
+    monkeypatch.setattr(latency, "_now", lambda _: used[0] / 1e3)
+    yield
+    hook.remove()
 
 
 @pytest.fixture(scope="session")
@@ -166,3 +190,8 @@ def assemble(
         return out_dir
 
     return write
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--write-golden` writes tests/goldens/pico_run.json anew."""
+    parser.addoption("--write-golden", action="store_true", help="write the golden of a run's numbers anew")

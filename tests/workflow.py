@@ -26,7 +26,7 @@ import pytest
 
 from puzzle_core.architecture import Variant
 from puzzle_core.spec import RunSpec, parse_spec
-from puzzle_core.stages import CostRecord, Timing
+from puzzle_core.work import CostRecord, Timing
 
 WORDS = ("the", "of", "and", "to", "in", "is", "for", "with", "layer", "head", "width", "loss", "model", "child")
 TINY: dict[str, Any] = {
@@ -68,7 +68,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a real server for all flows of this session, set as the API of this process."""
-    from flows.server import free_port, own_server
+    from flows.services.prefect_server import free_port, own_server
 
     home = tmp_path_factory.mktemp("prefect")
     with own_server(home, free_port()) as url:
@@ -200,7 +200,7 @@ def _copy_tracking(place: Path, to: Path) -> None:
 @pytest.fixture
 def own_environment() -> Iterator[None]:
     """Undo what a test leaves in the environment: commands that run in this process set variables."""
-    import tasks.tracking  # noqa: F401  # an import that sets variables, which have to stay
+    import tasks.tracking.tracking  # noqa: F401  # an import that sets variables, which have to stay
 
     before = dict(os.environ)
     yield
@@ -210,7 +210,7 @@ def own_environment() -> Iterator[None]:
 
 def publish_costs(spec: RunSpec) -> None:
     """Put the costs of every batch size into the spec's store: times in proportion to sizes."""
-    plan, site = plan_of(spec)
+    plan, context = plan_of(spec)
 
     def timing(size: float) -> Timing:
         return Timing(prefill_ms=size, decode_ms=size / 2, prefill_spread=0.01, decode_spread=0.01)
@@ -234,18 +234,18 @@ def publish_costs(spec: RunSpec) -> None:
             threads=work.target.threads,
             rounds=work.target.rounds,
         )
-        with site.store().staging() as staged:
-            site.store().publish(work, record, staged, "a test")
+        with context.store().staging() as staged:
+            context.store().publish(work, record, staged, "a test")
 
 
 def plan_of(spec: RunSpec) -> tuple[Any, Any]:
     """The plan and the site of a spec."""
     from puzzle_core.plan import Plan
-    from tasks.site import Site
-    from tasks.stages import open_inputs
+    from tasks.runtime.context import RunContext
+    from tasks.stage_tasks import open_inputs
 
-    site = Site.of(spec)
-    return Plan(spec, open_inputs.fn(site, spec.data, spec.target)), site
+    context = RunContext.of(spec)
+    return Plan(spec, open_inputs.fn(context, spec.data, spec.target)), context
 
 
 def write_spec(spec: RunSpec | dict[str, Any], file: Path) -> Path:
@@ -274,7 +274,7 @@ def changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
 
 def check_whole(store: str | Path, scratch: Path) -> None:
     """Every artifact of a local store has all files it says it has, and no directory is without a record."""
-    from tasks.store import Store
+    from tasks.store.store import Store
 
     opened = Store(str(store), scratch)
     for key in artifacts(store):
