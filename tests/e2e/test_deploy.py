@@ -254,7 +254,7 @@ def test_a_new_target_file_leads_by_itself_to_a_registered_answer(up, values, tm
         def registered():
             return client.search_logged_models(experiments, filter_string=f"tags.`puzzle.key` = '{new}'")
 
-        assert wait_for(registered, 60)
+        assert wait_for(registered)
         assert json.loads((tmp_path / "store" / new / "record.json").read_text())["work"]["target"] == "b200"
     finally:
         assert up.call("DELETE", f"{path}/schedules/{often[0]['id']}")[0] == 204

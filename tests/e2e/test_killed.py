@@ -65,7 +65,7 @@ def test_after_a_kill_during_bld_the_next_run_goes_on_bitwise_and_no_server_is_l
     variants = {"kv_heads": [2], "ffn_ratios": [0.5], "linear": False, "no_op": True}
     values = {name: part for name, part in content.items() if name != "runtime"} | {
         "variants": variants,
-        "bld": {"tokens": 512, "batch_tokens": 128, "epochs": 15},
+        "bld": {"tokens": 512, "batch_tokens": 128, "epochs": 8},
         "scenario": {"prompt_tokens": 32, "generated_tokens": 16, "batch_sizes": [4], "limits": {"parameters": "90%"}},
         "runtime": {"workers": 2, "checkpoint_seconds": 0},
     }
