@@ -29,9 +29,10 @@ from puzzle_core.distill import bld
 from puzzle_core.distill.loop import Checkpoints
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.surgery import load_weights, variant_block
-from puzzle_core.report.tables import Table, format_text
-from puzzle_core.spec import BldSpec, OptimizerSpec, RuntimeSpec, load_spec
-from puzzle_core.stages import BldWork
+from puzzle_core.report.report_tables import Table, format_text
+from puzzle_core.spec import BldSpec, OptimizerSpec, RuntimeSpec
+from puzzle_core.spec_file import load_spec
+from puzzle_core.work import BldWork
 
 QUICKSTART = EXAMPLE.parents[1] / "specs/quickstart.yaml"
 Parameters = dict[str, torch.nn.Parameter]

@@ -14,10 +14,11 @@ from puzzle_core.architecture import Architecture
 from puzzle_core.cost import latency
 from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.report.plotting import BLACK, BLUE, ORANGE, label_axes, log_ticks, new_figure, png_bytes
-from puzzle_core.report.tables import Table, format_text
+from puzzle_core.report.report_tables import Table, format_text
 from puzzle_core.report.units import ms_text, percent_text
-from puzzle_core.spec import RunSpec, load_spec
-from puzzle_core.stages import CostRecord, CostWork, Timing, Traffic
+from puzzle_core.spec import RunSpec
+from puzzle_core.spec_file import load_spec
+from puzzle_core.work import CostRecord, CostWork, Timing, Traffic
 
 PHASES = ("prefill_ms", "decode_ms")
 GOAL = 0.1

@@ -25,11 +25,11 @@ from transformers.utils import logging as transformers_logging
 
 from puzzle_core.architecture import Architecture
 from puzzle_core.errors import PuzzleError
+from puzzle_core.export.gguf_file import export_gguf
+from puzzle_core.export.hf import export_hf
+from puzzle_core.export.source import Source
 from puzzle_core.model.checkpoint import write_checkpoint
 from puzzle_core.model.child import load_child, random_child, write_description
-from puzzle_core.model.export.gguf_file import export_gguf
-from puzzle_core.model.export.hf import export_hf
-from puzzle_core.model.export.source import Source
 from puzzle_core.model.parent import Parent
 from puzzle_core.spec import ParentSpec
 

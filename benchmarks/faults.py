@@ -22,7 +22,7 @@ PLACES = [
     "tests/e2e/test_faults.py",
     "tests/e2e/test_s3.py",
     "tests/e2e/test_deploy.py",
-    "tests/tasks/test_store_s3.py",
+    "tests/tasks/store/test_store_s3.py",
 ]
 COLUMNS = ("fault", "how it was injected", "the run", "finished work, nothing half-written", "Prefect and MLflow", "s")
 MARKS = ("<!-- faults -->", "<!-- end of faults -->")

@@ -23,15 +23,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.engines import EXAMPLE
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
 from puzzle_core.cost import llama_cpp
-from puzzle_core.cost.analytic import architecture_parameters, variant_size
 from puzzle_core.cost.latency import hardware_name
 from puzzle_core.model.parent import Parent
-from puzzle_core.search import choose
-from puzzle_core.search.inputs import cost_table
-from puzzle_core.search.instance import Instance
+from puzzle_core.search import run_search
+from puzzle_core.search.problem_builder import ProblemBuilder
+from puzzle_core.search.record_tables import cost_table
+from puzzle_core.search.search_record import FoundArchitecture, Prediction
 from puzzle_core.search.tables import Option, ScoreTable
+from puzzle_core.sizes import architecture_parameters, variant_size
 from puzzle_core.spec import ParentSpec, SearchRequest, TargetSpec, VariantsSpec
-from puzzle_core.stages import CostWork, Found, Prediction, Timing, TimingWork, Traffic
+from puzzle_core.work import CostWork, Timing, TimingWork, Traffic
 
 SPACE = VariantsSpec(kv_heads=(2, 1), ffn_ratios=(0.75, 0.5, 0.25))
 SIZES: dict[str, Any] = {
@@ -100,7 +101,7 @@ def compare(name: str, parent: Parent, options: argparse.Namespace) -> str:
         }
     )
     table = cost_table(SPACE, shape, {("chat", options.batch): costs})
-    found = choose.run(Instance(request, made_up_scores(shape, options.seed), table))
+    found = run_search.run(ProblemBuilder(request, made_up_scores(shape, options.seed), table))
     child = found.chosen
     models = (("parent", own), ("child", child.architecture))
     timing = TimingWork(shape=shape.digest(), architectures=models, traffic=traffic, target=target, hardware="here")
@@ -148,7 +149,7 @@ def spread(timings: Any) -> str:
     return ", ".join(f"{phase} {v[len(v) // 2]:.0%} (at most {v[-1]:.0%})" for phase, v in found.items())
 
 
-def lines(parent: Prediction, child: Found, measured: dict[str, Timing]) -> list[str]:
+def lines(parent: Prediction, child: FoundArchitecture, measured: dict[str, Timing]) -> list[str]:
     """Predicted beside measured times and speed-ups."""
     head = f"{'':16}{'parent predicted':>18}{'measured':>10}{'child predicted':>18}{'measured':>10}"
     found = [head + f"{'speed-up predicted':>20}{'measured':>10}{'difference':>12}"]

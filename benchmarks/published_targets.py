@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
-from puzzle_core.cost.analytic import architecture_parameters, kv_entries_per_token
 from puzzle_core.cost.roofline import roofline
 from puzzle_core.quantities import parse_memory
-from puzzle_core.report.tables import Table, format_text
-from puzzle_core.stages import Traffic
+from puzzle_core.report.report_tables import Table, format_text
+from puzzle_core.sizes import architecture_parameters, kv_entries_per_token
 from puzzle_core.target import PRECISION_BYTES, TargetSpec, load_target
+from puzzle_core.work import Traffic
 
 TARGET = Path(__file__).parents[1] / "deployments/targets/h100-80gb-fp8.yaml"
 PARENT_DEVICES, CHILD_DEVICES = 4, 1

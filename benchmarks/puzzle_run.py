@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 from puzzle_core.errors import PuzzleError
-from puzzle_core.report.inputs import ReportInputs
 from puzzle_core.report.report import INPUTS
-from tasks.store import Store
-from tasks.store_manifest import Manifest
+from puzzle_core.report.report_inputs import ReportInputs
+from tasks.store.manifest import Manifest
+from tasks.store.store import Store
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -23,9 +23,9 @@ from benchmarks.puzzle_run import REPOSITORY, last_report, manifests, open_store
 from benchmarks.search_quality import kl_ratios
 from puzzle_core.architecture import Architecture
 from puzzle_core.errors import PuzzleError
-from puzzle_core.report import facts
-from puzzle_core.report.inputs import ReportInputs
-from puzzle_core.report.tables import format_text, shortlist_table
+from puzzle_core.report import derived
+from puzzle_core.report.report_inputs import ReportInputs
+from puzzle_core.report.report_tables import format_text, shortlist_table
 from puzzle_core.report.units import count_text, duration_text, number_text, percent_text, times_text
 
 DATA = REPOSITORY.parent / "shared/data"
@@ -81,7 +81,7 @@ def measure(parent: Path, options: argparse.Namespace, place: Path) -> tuple[str
 
 def row(name: str, inputs: ReportInputs, bytes_per_token: float, seconds: float) -> str:
     """One line of the Markdown table."""
-    numbers, parent, child = facts.headline(inputs), inputs.parent, inputs.child
+    numbers, parent, child = derived.headline(inputs), inputs.parent, inputs.child
     speeds = (numbers.get(f"speedup_{phase}") for phase in ("prefill", "decode", "end_to_end"))
     losses = (model.evaluation.lm_loss_nats_per_token / math.log(2) / bytes_per_token for model in (parent, child))
     perplexities = (model.evaluation.perplexity for model in (parent, child))

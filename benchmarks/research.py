@@ -16,15 +16,15 @@ from benchmarks.puzzle_run import REPOSITORY
 from puzzle_core.architecture import BlockVariant, ModelShape
 from puzzle_core.cost.roofline import roofline
 from puzzle_core.errors import PuzzleError
-from puzzle_core.report.tables import Table, format_text
+from puzzle_core.report.report_tables import Table, format_text
 from puzzle_core.report.units import NONE, number_text
-from puzzle_core.search import choose
-from puzzle_core.search.inputs import cost_table
-from puzzle_core.search.instance import Instance
+from puzzle_core.search import run_search
+from puzzle_core.search.problem_builder import ProblemBuilder
+from puzzle_core.search.record_tables import cost_table
 from puzzle_core.search.tables import Option, ScoreTable
 from puzzle_core.spec import SearchRequest, VariantsSpec
-from puzzle_core.stages import Traffic
 from puzzle_core.target import load_target
+from puzzle_core.work import Traffic
 
 SHAPE = ModelShape(
     family="llama", layers=80, hidden=8192, heads=64, kv_heads=8, head_dim=128, ffn_width=28672, vocabulary=128256,
@@ -74,9 +74,9 @@ def search(file: Path, scores: ScoreTable) -> tuple[str, ...]:
     for batch_size in request.scenario.batch_sizes:
         traffic = Traffic(prompt_tokens=2048, generated_tokens=256, batch_size=batch_size)
         records["chat", batch_size] = roofline(SHAPE, (*attentions, *ffns), traffic, target)
-    instance = Instance(request, scores, cost_table(VARIANTS, SHAPE, records))
+    instance = ProblemBuilder(request, scores, cost_table(VARIANTS, SHAPE, records))
     try:
-        record = choose.run(instance)
+        record = run_search.run(instance)
     except PuzzleError as error:
         return target.name, f"{time.perf_counter() - started:.1f}", NONE, NONE, NONE, str(error).splitlines()[-1]
     seconds, chosen = time.perf_counter() - started, record.chosen

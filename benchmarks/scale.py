@@ -1,4 +1,4 @@
-"""What a run takes by formula (puzzle_core/forecast.py): beside what a finished run took, and for a parent of any size.
+"""What a run takes by formula (puzzle_core/resources.py), beside what a finished run took and for a parent of any size.
 
     python -m benchmarks.scale SPEC [--set runtime.store=...]    # a spec whose run is in its store: forecast and found
     python -m benchmarks.scale --shape llama-70b                 # deployments/kubernetes/prefect.yaml, by formula alone
@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import yaml
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
-from puzzle_core.forecast import forecast
 from puzzle_core.plan import Inputs, Plan
-from puzzle_core.report.tables import Table, format_text
-from puzzle_core.spec import load_spec, parse_spec
-from puzzle_core.stages import BldRecord, ChildRecord, GkdRecord, ScoreRecord, SearchRecord
+from puzzle_core.report.report_tables import Table, format_text
+from puzzle_core.resources import forecast
+from puzzle_core.search.search_record import SearchRecord
+from puzzle_core.spec import parse_spec
+from puzzle_core.spec_file import load_spec
+from puzzle_core.work import BldRecord, ChildRecord, GkdRecord, ScoreRecord
 
 KUBERNETES = Path("deployments/kubernetes/prefect.yaml")
 LLAMA_70B = ModelShape(
@@ -40,7 +42,7 @@ LLAMA_70B = ModelShape(
 )
 
 
-class Found(NamedTuple):
+class FoundArchitecture(NamedTuple):
     """What a finished run took: the numbers under the names of `Forecast`, the child, and seconds of BLD and GKD."""
 
     counts: dict[str, int]
@@ -49,7 +51,7 @@ class Found(NamedTuple):
     gkd_seconds: float
 
 
-def found_of(plan: Plan, store: Any) -> Found:
+def found_of(plan: Plan, store: Any) -> FoundArchitecture:
     """What lies in the store of a finished run."""
     bld = store.manifests(work.key for work in plan.all_bld()).values()
     trained = [BldRecord.model_validate(manifest.record) for manifest in bld]
@@ -67,7 +69,7 @@ def found_of(plan: Plan, store: Any) -> Found:
         "library_bytes": sum(map(_tensor_bytes, weights)),
         "child_bytes": child.parameter_bytes,
     }
-    return Found(counts, chosen, sum(record.seconds for record in trained), gkd.seconds)
+    return FoundArchitecture(counts, chosen, sum(record.seconds for record in trained), gkd.seconds)
 
 
 def _tensor_bytes(file: Path) -> int:
@@ -78,13 +80,13 @@ def _tensor_bytes(file: Path) -> int:
 
 def compare(spec_file: Path, overrides: tuple[str, ...]) -> str:
     """Forecast and found, of a finished run."""
-    from tasks.site import Site
-    from tasks.stages import open_inputs
+    from tasks.runtime.context import RunContext
+    from tasks.stage_tasks import open_inputs
 
     spec = load_spec(spec_file, overrides)
-    site = Site.of(spec)
-    plan = Plan(spec, open_inputs.fn(site, spec.data, spec.target))
-    found = found_of(plan, site.store())
+    context = RunContext.of(spec)
+    plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target))
+    found = found_of(plan, context.store())
     told = forecast(plan, found.architecture)
     rows = [(name, f"{told._asdict()[name]:,}", f"{count:,}") for name, count in found.counts.items()]
     rows.append(("BLD, GFLOP/s of a task", "", f"{told.bld_flops / found.bld_seconds / 1e9:.1f}"))

@@ -32,12 +32,12 @@ from puzzle_core.model.activations import Activations
 from puzzle_core.model.child import load_parent
 from puzzle_core.model.parent import Parent
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
-from puzzle_core.model.surgery import Halves, State, halves
-from puzzle_core.report.tables import Table, format_text
+from puzzle_core.model.surgery import State, Subblocks, halves
+from puzzle_core.report.report_tables import Table, format_text
 from puzzle_core.spec import VariantsSpec
-from puzzle_core.stages import ScoreWork
 from puzzle_core.variants.attention import initial_attention
 from puzzle_core.variants.ffn import initial_ffn
+from puzzle_core.work import ScoreWork
 
 COLUMNS = ("layers", "scores", "stored, s", "full, s", "ratio [least, most]", "in CPU time", "capture, s", "difference")
 
@@ -45,7 +45,7 @@ COLUMNS = ("layers", "scores", "stored, s", "full, s", "ratio [least, most]", "i
 class Replaced(nn.Module):
     """A block variant in the place of a layer."""
 
-    def __init__(self, block: Halves):
+    def __init__(self, block: Subblocks):
         super().__init__()
         self.block = block
 

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from puzzle_core.report.tables import Table, format_text
+from puzzle_core.report.report_tables import Table, format_text
 from puzzle_core.search.frontier import SweepPoint, capacity_range, sweep_frontier
 from puzzle_core.search.mip import solve
 from puzzle_core.search.problem import Limit, Problem, Solution
-from puzzle_core.search.rules import UNCOUNTED, Distinct
+from puzzle_core.search.rules import UNCOUNTED, AtMostDistinct
 
 PROMPT_TOKENS, GENERATED_TOKENS, DTYPE_BYTES = 2048, 256, 2
 DEVICES, FLOPS, BYTES_PER_S = 8, 400e12, 2.4e12
@@ -148,7 +148,7 @@ def instance(shape: Shape, seed: int, batch_size: int, shares: Sequence[float]) 
 def of_few_widths(problem: Problem, widths: int) -> Problem:
     """The same problem with at most so many different FFN widths."""
     group = [FFN_RATIOS.index(ratio) if isinstance(ratio, float) else UNCOUNTED for _, ratio in OPTIONS]
-    rule = Distinct("FFN widths", (np.array(group),) * len(problem.options), widths)
+    rule = AtMostDistinct("FFN widths", (np.array(group),) * len(problem.options), widths)
     return Problem(problem.options, problem.score, problem.parent, problem.resources, problem.limits, (rule,))
 
 

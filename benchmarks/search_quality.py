@@ -9,19 +9,20 @@ import argparse
 import sys
 from pathlib import Path
 
-from puzzle_core.report import facts
-from puzzle_core.report.inputs import ReportInputs
+from puzzle_core.report import derived
 from puzzle_core.report.report import INPUTS
-from puzzle_core.report.tables import Table, format_text
+from puzzle_core.report.report_inputs import ReportInputs
+from puzzle_core.report.report_tables import Table, format_text
 from puzzle_core.report.units import NONE, ms_text, number_text, percent_text, times_text
-from puzzle_core.stages import Found, Timing
+from puzzle_core.search.search_record import FoundArchitecture
+from puzzle_core.work import Timing
 
 KEPT_GOAL, SPEED_GOAL = 0.97, 1.4
 
 
 def choices_table(inputs: ReportInputs) -> Table:
     """MIP and baselines, one row each."""
-    chosen = facts.measured(inputs, inputs.search.chosen.architecture)
+    chosen = derived.measured(inputs, inputs.search.chosen.architecture)
     assert chosen, "a report holds the assembled child"
     rows = [_row(inputs, found, chosen.evaluation.kl_nats_per_token) for found in found_of(inputs)]
     parent = inputs.parent
@@ -52,14 +53,14 @@ def choices_table(inputs: ReportInputs) -> Table:
     )
 
 
-def found_of(inputs: ReportInputs) -> list[Found]:
+def found_of(inputs: ReportInputs) -> list[FoundArchitecture]:
     """What the search chose, then the baselines."""
     return [inputs.search.chosen, *inputs.search.baselines]
 
 
 def kl_ratios(inputs: ReportInputs) -> dict[str, float]:
     """Measured KL of each baseline over that of the searched child, both undistilled; missing where not evaluated."""
-    models = {facts.method_name(found): facts.measured(inputs, found.architecture) for found in found_of(inputs)}
+    models = {derived.method_name(found): derived.measured(inputs, found.architecture) for found in found_of(inputs)}
     kl = {name: model.evaluation.kl_nats_per_token for name, model in models.items() if model}
     own = kl.pop("MIP")
     return {name: value / own if own else float("inf") for name, value in kl.items()}
@@ -67,7 +68,7 @@ def kl_ratios(inputs: ReportInputs) -> dict[str, float]:
 
 def goals_table(inputs: ReportInputs) -> Table:
     """The issue's goals and what was reached."""
-    numbers, ratios = facts.headline(inputs), kl_ratios(inputs)
+    numbers, ratios = derived.headline(inputs), kl_ratios(inputs)
     rows = [("top-1 accuracy kept", percent_text(KEPT_GOAL), percent_text(numbers["top1_kept"]))]
     for phase in ("prefill", "decode", "end_to_end"):
         reached = numbers.get(f"speedup_{phase}")
@@ -78,9 +79,9 @@ def goals_table(inputs: ReportInputs) -> Table:
     return Table(title=f"The {inputs.child.name}", columns=("", "at least", "reached"), rows=tuple(rows))
 
 
-def _row(inputs: ReportInputs, found: Found, mip_kl: float) -> tuple[str, ...]:
-    model, own = facts.measured(inputs, found.architecture), inputs.parent.evaluation.top1_accuracy
-    name, score = facts.method_name(found), number_text(found.score)
+def _row(inputs: ReportInputs, found: FoundArchitecture, mip_kl: float) -> tuple[str, ...]:
+    model, own = derived.measured(inputs, found.architecture), inputs.parent.evaluation.top1_accuracy
+    name, score = derived.method_name(found), number_text(found.score)
     if model is None:
         return (name, score, NONE, NONE, NONE, NONE, *_times(found.prediction, None))
     quality = model.evaluation

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from puzzle_core.records import Record, Work
-from puzzle_core.report.tables import Table, format_text
-from tasks.store import Store
-from tasks.store_bucket import Bucket
-from tasks.store_packs import PACKS
+from puzzle_core.report.report_tables import Table, format_text
+from tasks.store.bucket import Bucket
+from tasks.store.packs import PACKS
+from tasks.store.store import Store
 
 READ = """
-import sys, time; from pathlib import Path; from tasks.store import Store
+import sys, time; from pathlib import Path; from tasks.store.store import Store
 store = Store(sys.argv[1], Path(sys.argv[2]))
 started = time.perf_counter(); keys = store.keys("listed"); listed = time.perf_counter()
 found = store.manifests(keys); print(len(found), listed - started, time.perf_counter() - listed)

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from flows import server
-from puzzle_core.report.tables import Table, format_text
+from flows.services import prefect_server
+from puzzle_core.report.report_tables import Table, format_text
 
 LONGEST_SECONDS = 240.0
 
@@ -35,13 +35,13 @@ def submit_all(tasks: int) -> tuple[str, float]:
     from prefect import flow, task
     from prefect.runtime import flow_run
 
-    from flows.workers import Workers
+    from flows.task_runners.threads import CancellableThreadTaskRunner
 
     @task(persist_result=False)
     def trivial(number: int) -> int:
         return number
 
-    @flow(task_runner=Workers(max_workers=2), persist_result=False)  # type: ignore[arg-type]
+    @flow(task_runner=CancellableThreadTaskRunner(max_workers=2), persist_result=False)  # type: ignore[arg-type]
     def many() -> tuple[str, float]:
         started = time.perf_counter()
         futures = [trivial.submit(number) for number in range(tasks)]
@@ -85,9 +85,9 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="the server's settings as Prefect has them")
     options = parser.parse_args()
     if options.plain:
-        server.SETTINGS = {"PREFECT_LOGGING_SERVER_LEVEL": "WARNING"}
+        prefect_server.SETTINGS = {"PREFECT_LOGGING_SERVER_LEVEL": "WARNING"}
     os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
-    with tempfile.TemporaryDirectory() as place, server.prefect_api(Path(place) / "prefect"):
+    with tempfile.TemporaryDirectory() as place, prefect_server.prefect_api(Path(place) / "prefect"):
         rounds = measure(options.tasks)
     rows = tuple(
         (

@@ -9,11 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from puzzle_core.report import facts
-from puzzle_core.report.inputs import ReportInputs
+from puzzle_core.report import derived
 from puzzle_core.report.plotting import BLUE, GREY, VERMILLION, label_axes, new_figure, png_bytes
 from puzzle_core.report.report import INPUTS
-from puzzle_core.report.tables import Table, format_text
+from puzzle_core.report.report_inputs import ReportInputs
+from puzzle_core.report.report_tables import Table, format_text
 from puzzle_core.report.units import number_text, percent_text, times_text
 
 
@@ -21,7 +21,7 @@ def table(runs: list[ReportInputs]) -> Table:
     """One row per child."""
     rows = []
     for inputs in runs:
-        numbers, before = facts.headline(inputs), inputs.children[0].evaluation.kl_nats_per_token
+        numbers, before = derived.headline(inputs), inputs.children[0].evaluation.kl_nats_per_token
         rows.append(
             (
                 inputs.spec.name,

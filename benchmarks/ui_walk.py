@@ -27,10 +27,10 @@ import yaml
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from flows.server import free_port
-from flows.up import Ports, down, up
+from flows.services.prefect_server import free_port
+from flows.services.up import Ports, down, up
 from puzzle_core.errors import PuzzleError
-from puzzle_core.report.tables import Table, format_text
+from puzzle_core.report.report_tables import Table, format_text
 
 REPOSITORY = Path(__file__).parents[1]
 BROWSER = (

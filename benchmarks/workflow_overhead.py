@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.puzzle_run import REPOSITORY, run_puzzle
-from flows.cli import PREFECT_HOME
+from flows.cli.main import PREFECT_HOME
 from puzzle_core.errors import PuzzleError
-from puzzle_core.report.tables import Table, format_text
-from puzzle_core.spec import load_spec
+from puzzle_core.report.report_tables import Table, format_text
+from puzzle_core.spec_file import load_spec
 
 SIDE_BY_SIDE = {
     "train-variants": ("bld ", "capture "),
@@ -53,7 +53,7 @@ def read_runs(place: Path) -> list[Ran]:
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.server import free_port, own_server
+    from flows.services.prefect_server import free_port, own_server
 
     task_runs: list[Any] = []
     with (
@@ -136,9 +136,9 @@ def main() -> int:
         except PuzzleError as error:
             sys.stderr.write(f"{error}\n")
             return 1
-    from tasks.site import Site
+    from tasks.runtime.context import RunContext
 
-    workers = Site.of(spec).workers
+    workers = RunContext.of(spec).workers
     starts = [number for number, run in enumerate(runs) if run.name == "puzzle"]
     first, second = runs[: starts[1]], runs[starts[1] :]
     work_s = sum(work_seconds(run, workers) for run in first)

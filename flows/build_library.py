@@ -5,16 +5,14 @@ import logging
 from prefect import flow
 from prefect.futures import PrefectFuture
 
-from flows.open_runs import sign
-from flows.running import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
+from flows.services.orphaned_runs import label_process
+from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
 from puzzle_core.spec import RunSpec
-from puzzle_core.stages import BldWork, ScoreWork
-from tasks.artifacts import Bar, show_found, show_library, show_tracked
-from tasks.lineage import record_library, record_trained
-from tasks.site import Site
-from tasks.stages import (
+from puzzle_core.work import BldWork, ScoreWork
+from tasks.runtime.context import RunContext
+from tasks.stage_tasks import (
     capture_layer,
     capture_log_probabilities,
     drop_activations,
@@ -22,7 +20,9 @@ from tasks.stages import (
     score_block,
     train_variant,
 )
-from tasks.tracking import tracked
+from tasks.tracking.lineage import record_library, record_trained
+from tasks.tracking.tracking import tracked
+from tasks.ui_artifacts import Bar, show_found, show_library, show_tracked
 
 log = logging.getLogger("puzzle")
 
@@ -32,7 +32,7 @@ log = logging.getLogger("puzzle")
     flow_run_name="library of {spec.name}",
     persist_result=False,
     result_serializer="json",
-    on_running=[sign],
+    on_running=[label_process],
 )
 def build_library(spec: RunSpec) -> None:
     """Train every missing variant of every layer (BLD), then score every missing block variant.
@@ -40,18 +40,18 @@ def build_library(spec: RunSpec) -> None:
     Args:
         spec: The run specification; target, scenario, search, GKD and evaluation are not used.
     """
-    site = Site.of(spec)
-    plan = plan_run(spec, site)
+    context = RunContext.of(spec)
+    plan = plan_run(spec, context)
     with tracked("library", spec) as run:
         show_tracked(plan, run)
-        ensure_tokens(plan, site, "calibration", "bld", "scoring")
-        ensure(measure_importance, plan.importance(), site)
-        with site.claim_activations(plan.tokens("bld").key, spec.bld.dtype):
-            side_by_side(train_variants, site)(spec, plan, site)
-        with site.claim_activations(plan.tokens("scoring").key, spec.scoring.dtype):
-            side_by_side(score_variants, site)(spec, plan, site)
-        record_library(plan, site, run)
-        show_library(plan, site)
+        ensure_tokens(plan, context, "calibration", "bld", "scoring")
+        ensure(measure_importance, plan.importance(), context)
+        with context.lock_activations(plan.tokens("bld").key, spec.bld.dtype):
+            side_by_side(train_variants, context)(spec, plan, context)
+        with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
+            side_by_side(score_variants, context)(spec, plan, context)
+        record_library(plan, context, run)
+        show_library(plan, context)
 
 
 @flow(
@@ -61,35 +61,35 @@ def build_library(spec: RunSpec) -> None:
     result_serializer="json",
     validate_parameters=False,
 )
-def train_variants(spec: RunSpec, plan: Plan, site: Site) -> None:
+def train_variants(spec: RunSpec, plan: Plan, context: RunContext) -> None:
     """Blockwise local distillation of what the store lacks, layer by layer.
 
     The parent's states are captured one layer ahead of the training, and a layer's states are dropped when its last
     variant is done, so at most three layers' states lie on the disk, and what leaves the last
     of them. Nothing is captured beyond the last missing layer.
     """
-    works, there = plan.all_bld(), site.store().keys(BldWork.stage)
+    works, there = plan.all_bld(), context.store().keys(BldWork.stage)
     missing = {layer: [w for w in works if w.layer == layer and w.key not in there] for layer in plan.layers}
     needed = [layer for layer in plan.layers if missing[layer]]
     done = len(works) - sum(map(len, missing.values()))
     log.info("block library: %d variants, %d in the store, %d to train", len(works), done, len(works) - done)
-    show_found("bld", plan, [work for work in works if work.key in there], site)
+    show_found("bld", plan, [work for work in works if work.key in there], context)
     if not needed:
         return
     tokens, dtype = plan.tokens("bld").key, plan.spec.bld.dtype
     bar, running = Bar("bld", spec.name), dict[int, list[PrefectFuture[str]]]()
-    capture = capture_layer.submit(tokens, dtype, 0, bool(missing[0]), site)
+    capture = capture_layer.submit(tokens, dtype, 0, bool(missing[0]), context)
     for layer in range(needed[-1] + 1):
         capture.result()
         if layer < needed[-1]:
-            capture = capture_layer.submit(tokens, dtype, layer + 1, bool(missing[layer + 1]), site)
-        running[layer] = [submit(train_variant, work, site) for work in missing[layer]]
+            capture = capture_layer.submit(tokens, dtype, layer + 1, bool(missing[layer + 1]), context)
+        running[layer] = [submit(train_variant, work, context) for work in missing[layer]]
         if layer:
-            done = _finish(layer - 1, running, done, len(works), bar, plan, site)
-            record_trained(missing[layer - 1], site)
-    _finish(needed[-1], running, done, len(works), bar, plan, site)
-    record_trained(missing[needed[-1]], site)
-    drop_activations(tokens, dtype, None, site)
+            done = _finish(layer - 1, running, done, len(works), bar, plan, context)
+            record_trained(missing[layer - 1], context)
+    _finish(needed[-1], running, done, len(works), bar, plan, context)
+    record_trained(missing[needed[-1]], context)
+    drop_activations(tokens, dtype, None, context)
 
 
 @flow(
@@ -99,40 +99,46 @@ def train_variants(spec: RunSpec, plan: Plan, site: Site) -> None:
     result_serializer="json",
     validate_parameters=False,
 )
-def score_variants(spec: RunSpec, plan: Plan, site: Site, child: Architecture | None = None) -> None:
+def score_variants(spec: RunSpec, plan: Plan, context: RunContext, child: Architecture | None = None) -> None:
     """Replace-1-block scores of what the store lacks, in the parent or in a child.
 
     The model's states are captured once, through the last layer.
     """
-    works, there = plan.all_scores(child), site.store().keys(ScoreWork.stage)
+    works, there = plan.all_scores(child), context.store().keys(ScoreWork.stage)
     base = plan.assemble(child) if child else None
     missing = [work for work in works if work.key not in there]
     done = len(works) - len(missing)
     log.info("scores: %d block variants, %d in the store, %d to score", len(works), done, len(missing))
-    show_found("scores", plan, [work for work in works if work.key in there], site)
+    show_found("scores", plan, [work for work in works if work.key in there], context)
     if not missing:
         return
     tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
     first = min(work.layer for work in missing)
     for layer in plan.layers:
-        capture_layer(tokens, dtype, layer, layer >= first and base is None, site)
-    capture_log_probabilities(tokens, dtype, site)
+        capture_layer(tokens, dtype, layer, layer >= first and base is None, context)
+    capture_log_probabilities(tokens, dtype, context)
     for layer in plan.layers if base else ():
-        capture_layer(tokens, dtype, layer, layer >= first, site, base)
-    futures = [submit(score_block, work, site) for work in missing]
+        capture_layer(tokens, dtype, layer, layer >= first, context, base)
+    futures = [submit(score_block, work, context) for work in missing]
     wait_all("scores", futures, done, len(works), Bar("scores", spec.name))
-    drop_activations(tokens, dtype, None, site)
+    drop_activations(tokens, dtype, None, context)
     if base:
-        drop_activations(tokens, dtype, None, site, base)
+        drop_activations(tokens, dtype, None, context, base)
 
 
 def _finish(
-    layer: int, running: dict[int, list[PrefectFuture[str]]], done: int, total: int, bar: Bar, plan: Plan, site: Site
+    layer: int,
+    running: dict[int, list[PrefectFuture[str]]],
+    done: int,
+    total: int,
+    bar: Bar,
+    plan: Plan,
+    context: RunContext,
 ) -> int:
     """Wait for a layer's variants and drop its states."""
     futures = running.pop(layer)
     wait_all("BLD", futures, done, total, bar)
-    drop_activations(plan.tokens("bld").key, plan.spec.bld.dtype, layer, site)
+    drop_activations(plan.tokens("bld").key, plan.spec.bld.dtype, layer, context)
     if futures:
         log.info("BLD: layer %d done, %d of %d variants", layer, done + len(futures), total)
     return done + len(futures)

@@ -5,17 +5,17 @@ import logging
 from prefect import flow
 
 from flows.build_library import build_library
-from flows.open_runs import sign
 from flows.refine_search import refine_search
-from flows.running import ensure, ensure_tokens, mending, plan_run
 from flows.search_architecture import measure_target, search_architecture
+from flows.services.orphaned_runs import label_process
+from flows.submit import ensure, ensure_tokens, plan_run, retry_after_damage
 from flows.train_child import report_work, train_child
 from puzzle_core.spec import RunSpec
-from tasks.artifacts import show_report, show_tracked
-from tasks.lineage import record_report
-from tasks.site import Site
-from tasks.stages import write_report
-from tasks.tracking import tracked
+from tasks.runtime.context import RunContext
+from tasks.stage_tasks import write_report
+from tasks.tracking.lineage import record_report
+from tasks.tracking.tracking import tracked
+from tasks.ui_artifacts import show_report, show_tracked
 
 log = logging.getLogger("puzzle")
 
@@ -25,7 +25,7 @@ log = logging.getLogger("puzzle")
     flow_run_name="{spec.name}",
     persist_result=False,
     result_serializer="json",
-    on_running=[sign],
+    on_running=[label_process],
 )
 def puzzle(spec: RunSpec) -> str:
     """Build the library, search, train and evaluate the child, and write the report.
@@ -36,26 +36,26 @@ def puzzle(spec: RunSpec) -> str:
     Returns:
         The key of the report.
     """
-    return mending(spec, lambda: _from_parent_to_report(spec))
+    return retry_after_damage(spec, lambda: _from_parent_to_report(spec))
 
 
 def _from_parent_to_report(spec: RunSpec) -> str:
-    site = Site.of(spec)
-    before = site.store().keys()
-    plan = plan_run(spec, site)
+    context = RunContext.of(spec)
+    before = context.store().keys()
+    plan = plan_run(spec, context)
     with tracked(spec.name, spec) as run:
         show_tracked(plan, run)
-        ensure_tokens(plan, site, "calibration", "bld", "gkd", "scoring", "evaluation")
-        measure_target(plan, site)
+        ensure_tokens(plan, context, "calibration", "bld", "gkd", "scoring", "evaluation")
+        measure_target(plan, context)
         build_library(spec)
         search_architecture(spec)
         if plan.refine():
             refine_search(spec)
         train_child(spec)
-        work = report_work(plan, site)
-        key = ensure(write_report, work, site)
-        record_report(plan, site, run, work)
-        show_report(plan, site, key)
-    made = len(site.store().keys() - before)
+        work = report_work(plan, context)
+        key = ensure(write_report, work, context)
+        record_report(plan, context, run, work)
+        show_report(plan, context, key)
+    made = len(context.store().keys() - before)
     log.info("made %s", f"{made} artifacts" if made else "nothing: every artifact was in the store")
     return key

@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 from prefect import flow
 
-from flows.open_runs import sign
-from flows.running import plan_run
 from flows.search_architecture import search_architecture
+from flows.services.orphaned_runs import label_process
+from flows.submit import plan_run
 from puzzle_core.errors import PuzzleError
 from puzzle_core.plan import Plan
+from puzzle_core.search.search_record import SearchRecord
 from puzzle_core.spec import RunSpec
-from puzzle_core.stages import SearchRecord
 from puzzle_core.target import load_target
-from tasks.site import Site
-from tasks.stages import for_target
+from tasks.runtime.context import RunContext
+from tasks.stage_tasks import for_target
 
 log = logging.getLogger("puzzle")
 TARGETS = "deployments/targets"
@@ -37,7 +37,7 @@ class Answer(NamedTuple):
     flow_run_name="targets of {spec.name}",
     persist_result=False,
     result_serializer="json",
-    on_running=[sign],
+    on_running=[label_process],
 )
 def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
     """Search every target that has no answer, or whose file, library or scenario changed since it was answered.
@@ -52,8 +52,8 @@ def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
     Raises:
         PuzzleError: names every target that failed, once all others are done.
     """
-    site = Site.of(spec)
-    answers = find_answers(spec, plan_run(spec, site), site, Path(targets))
+    context = RunContext.of(spec)
+    answers = find_answers(spec, plan_run(spec, context), context, Path(targets))
     found, failed = {}, []
     for answer in answers:
         if answer.record is None and answer.spec is not None:
@@ -72,7 +72,7 @@ def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
     return found
 
 
-def find_answers(spec: RunSpec, plan: Plan, site: Site, directory: Path) -> list[Answer]:
+def find_answers(spec: RunSpec, plan: Plan, context: RunContext, directory: Path) -> list[Answer]:
     """Every target file of a directory with the answer that the store has for it.
 
     Raises:
@@ -81,7 +81,7 @@ def find_answers(spec: RunSpec, plan: Plan, site: Site, directory: Path) -> list
     files = sorted(directory.glob("*.yaml"))
     if not files:
         raise PuzzleError(f"{directory} holds no target files (*.yaml): say where they are")
-    answers = [_answer(spec, plan, site, file) for file in files]
+    answers = [_answer(spec, plan, context, file) for file in files]
     names = [answer.target for answer in answers]
     for name in names:
         if names.count(name) > 1:
@@ -89,7 +89,7 @@ def find_answers(spec: RunSpec, plan: Plan, site: Site, directory: Path) -> list
     return answers
 
 
-def _answer(spec: RunSpec, plan: Plan, site: Site, file: Path) -> Answer:
+def _answer(spec: RunSpec, plan: Plan, context: RunContext, file: Path) -> Answer:
     """One file; what is wrong with it stays its own trouble."""
     try:
         target = load_target(file)
@@ -97,6 +97,6 @@ def _answer(spec: RunSpec, plan: Plan, site: Site, file: Path) -> Answer:
         key = Plan(own, for_target(plan.inputs, target)).search().key
     except PuzzleError as error:
         return Answer(file.name, file.stem, None, "", None, str(error))
-    store = site.store()
+    store = context.store()
     record = SearchRecord.model_validate(store.manifest(key).record) if store.has(key) else None
     return Answer(file.name, target.name, own, key, record, "")

@@ -4,17 +4,17 @@ import logging
 
 from prefect import flow
 
-from flows.open_runs import sign
-from flows.running import ensure, plan_run
+from flows.services.orphaned_runs import label_process
+from flows.submit import ensure, plan_run
 from puzzle_core.errors import CoverageError
 from puzzle_core.plan import Plan
 from puzzle_core.spec import RunSpec
-from puzzle_core.stages import ScoreWork
-from tasks import stages
-from tasks.artifacts import show_architecture, show_tracked
-from tasks.lineage import record_architecture
-from tasks.site import Site
-from tasks.tracking import tracked
+from puzzle_core.work import ScoreWork
+from tasks import stage_tasks
+from tasks.runtime.context import RunContext
+from tasks.tracking.lineage import record_architecture
+from tasks.tracking.tracking import tracked
+from tasks.ui_artifacts import show_architecture, show_tracked
 
 log = logging.getLogger("puzzle")
 
@@ -23,7 +23,7 @@ log = logging.getLogger("puzzle")
     name="search-architecture",
     flow_run_name="search {spec.scenario.name} of {spec.name}",
     persist_result=False,
-    on_running=[sign],
+    on_running=[label_process],
     result_serializer="json",
 )
 def search_architecture(spec: RunSpec) -> None:
@@ -32,25 +32,25 @@ def search_architecture(spec: RunSpec) -> None:
     Args:
         spec: The run specification; the library of its parent and variants must be in the store.
     """
-    site = Site.of(spec)
-    plan = plan_run(spec, site)
+    context = RunContext.of(spec)
+    plan = plan_run(spec, context)
     with tracked("search", spec) as run:
         show_tracked(plan, run)
-        measure_target(plan, site)
-        there = site.store().keys(ScoreWork.stage)
+        measure_target(plan, context)
+        there = context.store().keys(ScoreWork.stage)
         missing = [work for work in plan.all_scores() if work.key not in there]
         if missing:
             raise CoverageError(
                 f"{len(missing)} scores are not in the store {spec.runtime.store}, the first being layer "
                 f"{missing[0].layer} {missing[0].block}: run `puzzle build-library` with this spec first"
             )
-        key = ensure(stages.search_architecture, plan.search(), site, target=spec.target)
-        record_architecture(plan, site, run, key)
-        show_architecture(plan, site, key)
+        key = ensure(stage_tasks.search_architecture, plan.search(), context, target=spec.target)
+        record_architecture(plan, context, run, key)
+        show_architecture(plan, context, key)
 
 
-def measure_target(plan: Plan, site: Site) -> None:
+def measure_target(plan: Plan, context: RunContext) -> None:
     """Costs of all scenarios and batch sizes, and a check that some architecture meets the limits."""
     for work in plan.costs().values():
-        ensure(stages.find_costs, work, site)
-    stages.check_limits(plan.search(), plan.spec.target, site)
+        ensure(stage_tasks.find_costs, work, context)
+    stage_tasks.check_limits(plan.search(), plan.spec.target, context)

@@ -4,18 +4,19 @@ import logging
 
 from prefect import flow
 
-from flows.open_runs import sign
 from flows.refine_search import find_answer
-from flows.running import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
+from flows.services.orphaned_runs import label_process
+from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
+from puzzle_core.search.search_record import SearchRecord
 from puzzle_core.spec import RunSpec, RuntimeSpec
-from puzzle_core.stages import ReportedModel, ReportWork, SearchRecord
-from tasks import stages
-from tasks.artifacts import show_tracked
-from tasks.lineage import record_child
-from tasks.site import Site
-from tasks.tracking import tracked
+from puzzle_core.work import ReportedModel, ReportWork
+from tasks import stage_tasks
+from tasks.runtime.context import RunContext
+from tasks.tracking.lineage import record_child
+from tasks.tracking.tracking import tracked
+from tasks.ui_artifacts import show_tracked
 
 log = logging.getLogger("puzzle")
 PARENT, ASSEMBLED, TRAINED = "parent", "child after assembly", "child after GKD"
@@ -26,7 +27,7 @@ PARENT, ASSEMBLED, TRAINED = "parent", "child after assembly", "child after GKD"
     flow_run_name="child of {spec.name}",
     persist_result=False,
     result_serializer="json",
-    on_running=[sign],
+    on_running=[label_process],
 )
 def train_child(spec: RunSpec) -> None:
     """Assemble the chosen architecture, distil it (GKD), and evaluate it beside the parent and the baselines.
@@ -34,20 +35,20 @@ def train_child(spec: RunSpec) -> None:
     Args:
         spec: The run specification; its search must be in the store.
     """
-    site = Site.of(spec)
-    plan = plan_run(spec, site)
-    found = find_answer(plan, site)
+    context = RunContext.of(spec)
+    plan = plan_run(spec, context)
+    found = find_answer(plan, context)
     with tracked("child", spec) as run:
         show_tracked(plan, run)
-        ensure_tokens(plan, site, "gkd", "evaluation")
+        ensure_tokens(plan, context, "gkd", "evaluation")
         architectures = children(found)
         for label, architecture in architectures.items():
-            ensure(stages.assemble_child, plan.assemble(architecture), site, label=label)
-        ensure(stages.distil_child, plan.gkd(found.chosen.architecture), site, run=run)
+            ensure(stage_tasks.assemble_child, plan.assemble(architecture), context, label=label)
+        ensure(stage_tasks.distil_child, plan.gkd(found.chosen.architecture), context, run=run)
         if timing := plan.timing(timed(plan, found), found.chosen.prediction.batch_size):
-            ensure(stages.time_models, timing, site)
-        side_by_side(evaluate_models, site)(spec, plan, site)
-        record_child(plan, site, run, report_work(plan, site))
+            ensure(stage_tasks.time_models, timing, context)
+        side_by_side(evaluate_models, context)(spec, plan, context)
+        record_child(plan, context, run, report_work(plan, context))
 
 
 @flow(
@@ -57,11 +58,14 @@ def train_child(spec: RunSpec) -> None:
     result_serializer="json",
     validate_parameters=False,
 )
-def evaluate_models(spec: RunSpec, plan: Plan, site: Site) -> None:
+def evaluate_models(spec: RunSpec, plan: Plan, context: RunContext) -> None:
     """Quality of the parent, the child before and after GKD, and the baselines, on the same held-out tokens."""
-    evaluations = {label: plan.evaluate(key) for label, key in evaluated(plan, find_answer(plan, site)).items()}
-    missing = {label: work for label, work in evaluations.items() if not site.store().has(work.key)}
-    wait_all("evaluation", [submit(stages.evaluate_model, work, site, label=label) for label, work in missing.items()])
+    evaluations = {label: plan.evaluate(key) for label, key in evaluated(plan, find_answer(plan, context)).items()}
+    missing = {label: work for label, work in evaluations.items() if not context.store().has(work.key)}
+    wait_all(
+        "evaluation",
+        [submit(stage_tasks.evaluate_model, work, context, label=label) for label, work in missing.items()],
+    )
 
 
 def children(found: SearchRecord) -> dict[str, Architecture]:
@@ -80,9 +84,9 @@ def evaluated(plan: Plan, found: SearchRecord) -> dict[str, str | None]:
     return {PARENT: None, TRAINED: plan.gkd(found.chosen.architecture).key, **assembled}
 
 
-def report_work(plan: Plan, site: Site) -> ReportWork:
+def report_work(plan: Plan, context: RunContext) -> ReportWork:
     """The report of a plan whose other work is done."""
-    found = find_answer(plan, site)
+    found = find_answer(plan, context)
     own = Architecture.of_parent(plan.inputs.shape)
     architectures = {PARENT: own, ASSEMBLED: found.chosen.architecture, TRAINED: found.chosen.architecture}
     architectures |= children(found)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from puzzle_core.architecture import Architecture
-from puzzle_core.interop.block_configs import WIDTH_GRID
+from puzzle_core.formats.block_configs import WIDTH_GRID
 
 Engine = Literal["transformers", "vllm", "sglang", "tensorrt-llm", "llama.cpp"]
 Restriction = Literal["no_linear", "width_grid", "attention_first", "one_kv_heads"]

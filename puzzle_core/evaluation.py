@@ -16,7 +16,7 @@ from puzzle_core.errors import NonFiniteError, SpecError
 from puzzle_core.model.activations import FORWARD_TOKENS
 from puzzle_core.model.child import load_child, load_parent
 from puzzle_core.model.parent import Parent
-from puzzle_core.stages import EvaluateWork, EvaluationRecord
+from puzzle_core.work import EvaluateWork, EvaluationRecord
 
 
 @torch.no_grad()

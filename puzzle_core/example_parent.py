@@ -23,8 +23,9 @@ from tokenizers.trainers import BpeTrainer
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from puzzle_core.data import batch_rows, digest_documents, pack, stdlib_documents
+from puzzle_core.data import batch_rows, pack
 from puzzle_core.records import Record, canonical_json, write_text_atomic
+from puzzle_core.text_sources import digest_documents, stdlib_documents
 
 log = logging.getLogger(__name__)
 

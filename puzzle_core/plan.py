@@ -9,11 +9,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
-from puzzle_core.cost.analytic import DTYPE_BYTES, architecture_parameters, variant_size
 from puzzle_core.errors import SpecError
 from puzzle_core.records import Record
+from puzzle_core.sizes import DTYPE_BYTES, architecture_parameters, variant_size
 from puzzle_core.spec import RunSpec, ScenarioSpec, VariantsSpec
-from puzzle_core.stages import (
+from puzzle_core.work import (
     AssembleWork,
     BldWork,
     CostWork,

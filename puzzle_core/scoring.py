@@ -20,8 +20,8 @@ import torch
 from puzzle_core.distill.losses import kl_of_log_probabilities
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import FORWARD_TOKENS, Activations
-from puzzle_core.model.surgery import Halves, State, halves
-from puzzle_core.stages import ScoreRecord, ScoreWork
+from puzzle_core.model.surgery import State, Subblocks, halves
+from puzzle_core.work import ScoreRecord, ScoreWork
 
 COMPARED_TOKENS = 512
 """Tokens that go through the suffix and are compared at a time on a CPU: few enough to stay in its cache."""
@@ -58,7 +58,7 @@ def _few_windows(activations: Activations) -> Iterator[slice]:
 
 
 def _through_block(
-    work: ScoreWork, activations: Activations, block: Halves, rows: slice, context: dict[str, Any]
+    work: ScoreWork, activations: Activations, block: Subblocks, rows: slice, context: dict[str, Any]
 ) -> torch.Tensor:
     if work.block.attention == activations.attention(work.layer):
         return block.feed(activations.middle(work.layer)[rows].to(activations.device))

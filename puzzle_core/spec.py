@@ -7,16 +7,13 @@ so equal work has an equal key on every machine.
 import math
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from puzzle_core.architecture import BlockVariant, ModelShape, Variant
 from puzzle_core.engines import Engine, restrictions
-from puzzle_core.errors import SpecError
-from puzzle_core.interop.block_configs import WIDTH_GRID
+from puzzle_core.formats.block_configs import WIDTH_GRID
 from puzzle_core.quantities import (
     parse_bytes,
     parse_column,
@@ -28,9 +25,9 @@ from puzzle_core.quantities import (
 )
 from puzzle_core.records import Record
 from puzzle_core.target import Dtype as Dtype
-from puzzle_core.target import Positive, Share, load_target
+from puzzle_core.target import Positive, Share
 from puzzle_core.target import TargetSpec as TargetSpec
-from puzzle_core.yaml_file import parse_record, read_keys, resolve_path
+from puzzle_core.yaml_file import parse_record
 
 Bytes = Annotated[str, BeforeValidator(parse_bytes.check), Field(json_schema_extra=parse_bytes.form)]
 Parameters = Annotated[str, BeforeValidator(parse_parameters.check), Field(json_schema_extra=parse_parameters.form)]
@@ -526,24 +523,6 @@ class RunSpec(Record):
         return self
 
 
-def load_spec(path: Path, overrides: tuple[str, ...] = ()) -> RunSpec:
-    """Read a spec from YAML, with `key.path=value` overrides.
-
-    `target` may be the path of a target file (puzzle_core/target.py). Relative parent, text and target paths are the
-    file's; those of overrides are the working directory's.
-
-    Raises:
-        SpecError: the file is missing or not YAML, or a key or value is wrong; names the key and the nearest known one.
-    """
-    content = read_keys(path, "spec", "a spec starts with `parent:` (see deployments/specs/quickstart.yaml)")
-    _resolve_paths(content, path.resolve().parent)
-    _read_target(content, path.resolve().parent)
-    for override in overrides:
-        _apply_override(content, override)
-    _read_target(content, Path())
-    return parse_spec(content, str(path))
-
-
 def parse_spec(content: dict[str, Any], origin: str) -> RunSpec:
     """Validate a spec given as plain values.
 
@@ -560,35 +539,3 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, dict | list):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _texts(inner, f"{key}.{name}".lstrip("."))
-
-
-def _apply_override(content: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise SpecError(f"--set {override!r}: say key.path=value, for instance --set parent.path=/models/mine")
-    *parents, last = key.split(".")
-    place = content
-    for part in parents:
-        place = place.setdefault(part, {})
-        if not isinstance(place, dict):
-            raise SpecError(f"--set {override!r}: {part!r} holds a value, not keys")
-    try:
-        place[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise SpecError(f"--set {override!r}: the value is not YAML: {error}") from error
-
-
-def _read_target(content: dict[str, Any], directory: Path) -> None:
-    """Put the content of a target file in the place of its path."""
-    target = content.get("target")
-    if isinstance(target, str):
-        content["target"] = load_target(directory / target).model_dump(mode="json", exclude_unset=True)
-
-
-def _resolve_paths(content: dict[str, Any], directory: Path) -> None:
-    parent, data = content.get("parent"), content.get("data")
-    if isinstance(parent, dict) and "path" in parent:
-        parent["path"] = resolve_path(parent["path"], directory)
-    for key in ("train_texts", "held_out_texts"):
-        if isinstance(data, dict) and isinstance(data.get(key), list):
-            data[key] = [resolve_path(text, directory) for text in data[key]]

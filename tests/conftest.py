@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["PUZZLE_TURNS"] = str(Path(tempfile.gettempdir()) / f"puzzle-tests-{os.getpid()}")  # wait for no other run
+os.environ["PUZZLE_LOCK_DIR"] = str(
+    Path(tempfile.gettempdir()) / f"puzzle-tests-{os.getpid()}"
+)  # wait for no other run
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the command line sets it
 
 import pytest
@@ -17,15 +19,15 @@ from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 from puzzle_core.architecture import Architecture, Variant
+from puzzle_core.distill import importance
 from puzzle_core.model import child
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.parent import Parent
 from puzzle_core.model.surgery import WEIGHTS, State
 from puzzle_core.spec import Dtype, ParentSpec
-from puzzle_core.stages import AssembleWork, ImportanceWork
-from puzzle_core.variants import importance
 from puzzle_core.variants.attention import initial_attention
 from puzzle_core.variants.ffn import initial_ffn
+from puzzle_core.work import AssembleWork, ImportanceWork
 from tests.pico import PICOS, SIZES, write_pico
 
 torch.set_num_threads(1)
@@ -44,9 +46,9 @@ MIXED = (
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_turns_left() -> Iterator[None]:
-    """Remove the locks of this session's runs (tasks/turns.py)."""
+    """Remove the locks of this session's runs (tasks/runtime/locks.py)."""
     yield
-    shutil.rmtree(os.environ["PUZZLE_TURNS"], ignore_errors=True)
+    shutil.rmtree(os.environ["PUZZLE_LOCK_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ def outcome(record_property: Callable[[str, object], None]) -> Callable[..., Non
 @pytest.fixture
 def next_command(prefect_server: str) -> Iterator[Callable[..., None]]:
     """Run the next command, in this process, against the server of this session; it must end well."""
-    from flows.cli import main
+    from flows.cli.main import main
 
     environment = dict(os.environ)
 

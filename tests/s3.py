@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks import store_bucket
-from tasks.store import Store
+from tasks.store import bucket as bucket_module
+from tasks.store.store import Store
 from tests.s3_proxy import Proxy, faulty_proxy
 from tests.s3_server import BUCKET, S3Server, available, s3_server
 
@@ -45,8 +45,8 @@ def proxy(s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterato
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores give up soon."""
-    monkeypatch.setattr(store_bucket, "PATIENCE_SECONDS", 1.0)
-    monkeypatch.setattr(store_bucket, "FIRST_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(bucket_module, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(bucket_module, "FIRST_PATIENCE_SECONDS", 0.5)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
 
 

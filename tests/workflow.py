@@ -19,7 +19,7 @@ import pytest
 
 from puzzle_core.architecture import Variant
 from puzzle_core.spec import RunSpec, parse_spec
-from puzzle_core.stages import CostRecord, Timing
+from puzzle_core.work import CostRecord, Timing
 
 WORDS = ("the", "of", "and", "to", "in", "is", "for", "with", "layer", "head", "width", "loss", "model", "child")
 TINY: dict[str, Any] = {
@@ -59,7 +59,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a real server for all flows of this session, set as the API of this process."""
-    from flows.server import free_port, own_server
+    from flows.services.prefect_server import free_port, own_server
 
     home = tmp_path_factory.mktemp("prefect")
     with own_server(home, free_port()) as url:
@@ -148,7 +148,7 @@ def again(finished: Finished, tmp_path: Path) -> Callable[..., RunSpec]:
 
 def publish_costs(spec: RunSpec) -> None:
     """Put the costs of every batch size into the spec's store: times in proportion to sizes."""
-    plan, site = plan_of(spec)
+    plan, context = plan_of(spec)
 
     def timing(size: float) -> Timing:
         return Timing(prefill_ms=size, decode_ms=size / 2, prefill_spread=0.01, decode_spread=0.01)
@@ -172,18 +172,18 @@ def publish_costs(spec: RunSpec) -> None:
             threads=work.target.threads,
             rounds=work.target.rounds,
         )
-        with site.store().staging() as staged:
-            site.store().publish(work, record, staged, "a test")
+        with context.store().staging() as staged:
+            context.store().publish(work, record, staged, "a test")
 
 
 def plan_of(spec: RunSpec) -> tuple[Any, Any]:
     """The plan and the site of a spec."""
     from puzzle_core.plan import Plan
-    from tasks.site import Site
-    from tasks.stages import open_inputs
+    from tasks.runtime.context import RunContext
+    from tasks.stage_tasks import open_inputs
 
-    site = Site.of(spec)
-    return Plan(spec, open_inputs.fn(site, spec.data, spec.target)), site
+    context = RunContext.of(spec)
+    return Plan(spec, open_inputs.fn(context, spec.data, spec.target)), context
 
 
 def write_spec(spec: RunSpec | dict[str, Any], file: Path) -> Path:
@@ -212,7 +212,7 @@ def changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
 
 def check_whole(store: str | Path, scratch: Path) -> None:
     """Every artifact of a local store has all files it says it has, and no directory is without a record."""
-    from tasks.store import Store
+    from tasks.store.store import Store
 
     opened = Store(str(store), scratch)
     for key in artifacts(store):

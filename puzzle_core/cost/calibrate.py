@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from puzzle_core.architecture import ModelShape, Variant
 from puzzle_core.cost.roofline import roofline
 from puzzle_core.errors import MeasurementError
-from puzzle_core.stages import CostRecord, Timing, Traffic
 from puzzle_core.target import Efficiency, HardwareSpec, TargetSpec
+from puzzle_core.work import CostRecord, Timing, Traffic
 
 Vector = NDArray[np.float64]
 FACTORS = ("prefill_compute", "decode_compute", "bandwidth", "overhead_us")

@@ -17,14 +17,14 @@ import torch
 from transformers import DynamicCache
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
-from puzzle_core.cost.analytic import DTYPE_BYTES, variant_size
 from puzzle_core.device import use_threads
 from puzzle_core.errors import MeasurementError, SpecError
 from puzzle_core.model.child import random_child
 from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
+from puzzle_core.sizes import DTYPE_BYTES, variant_size
 from puzzle_core.spec import TargetSpec
-from puzzle_core.stages import CostRecord, CostWork, Timing, TimingRecord, TimingWork, Traffic
+from puzzle_core.work import CostRecord, CostWork, Timing, TimingRecord, TimingWork, Traffic
 
 OUTSIDE, PARENT = "outside", "parent"
 DECODE_POINTS, STEPS_PER_POINT = 4, 8

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
-from puzzle_core.cost.analytic import variant_size
 from puzzle_core.cost.latency import (
     DECODE_POINTS,
     NO_ATTENTION,
@@ -36,13 +35,14 @@ from puzzle_core.cost.latency import (
     timing_of,
 )
 from puzzle_core.cost.llama_engine import LlamaModel, engine_version
-from puzzle_core.model.export.gguf_file import export_gguf
-from puzzle_core.model.export.lowering import ZERO_WIDTH
-from puzzle_core.model.export.source import RandomSource, Source
+from puzzle_core.export.gguf_file import export_gguf
+from puzzle_core.export.lowering import ZERO_WIDTH
+from puzzle_core.export.source import RandomSource, Source
 from puzzle_core.model.parent import Parent
+from puzzle_core.sizes import variant_size
 from puzzle_core.spec import TargetSpec
-from puzzle_core.stages import CostRecord, CostWork, TimingRecord, TimingWork, Traffic
 from puzzle_core.target import GgufType
+from puzzle_core.work import CostRecord, CostWork, TimingRecord, TimingWork, Traffic
 
 ONE_LAYER = "one layer"
 NARROWEST = Variant("ffn", "sized", ZERO_WIDTH)

@@ -12,11 +12,11 @@ from functools import partial
 from typing import NamedTuple
 
 from puzzle_core.architecture import ModelShape, Variant
-from puzzle_core.cost.analytic import variant_size
 from puzzle_core.errors import SpecError
 from puzzle_core.quantities import parse_bandwidth, parse_duration, parse_rate
-from puzzle_core.stages import CostRecord, Timing, Traffic
+from puzzle_core.sizes import variant_size
 from puzzle_core.target import PRECISION_BYTES, HardwareSpec, Precision, TargetSpec
+from puzzle_core.work import CostRecord, Timing, Traffic
 
 RESIDUAL_BYTES = 2
 """Least bytes per channel of the residual stream, which is what devices add up: products of 8 bits give 16."""

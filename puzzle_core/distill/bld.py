@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import save_file
 
 from puzzle_core.data import batch_rows
+from puzzle_core.distill.importance import load_contribution
 from puzzle_core.distill.loop import Checkpoints, MicroBatch, Progress, train
 from puzzle_core.distill.losses import normalised_mse
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.surgery import WEIGHTS, State, variant_block
-from puzzle_core.stages import BldRecord, BldWork
 from puzzle_core.variants.attention import initial_attention
 from puzzle_core.variants.ffn import initial_ffn
-from puzzle_core.variants.importance import load_contribution
+from puzzle_core.work import BldRecord, BldWork
 
 DIVERGED_LOSS = 0.05
 """A loss below this is no divergence, however good the start was; 1 is what predicting nothing costs."""

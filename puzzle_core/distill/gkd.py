@@ -25,10 +25,10 @@ from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.spec import GkdSpec
-from puzzle_core.stages import GkdRecord, GkdWork
+from puzzle_core.work import GkdRecord, GkdWork
 
 if TYPE_CHECKING:
-    from puzzle_core.distill.together import Together
+    from puzzle_core.distill.distributed import ShardedGroup
 
 
 def run(
@@ -40,7 +40,7 @@ def run(
     checkpoints: Checkpoints | None = None,
     report: Callable[[Progress], None] | None = None,
     threads: int = 1,
-    together: "Together | None" = None,
+    together: "ShardedGroup | None" = None,
 ) -> GkdRecord:
     """Distil the child in `child_dir` and write the result as a checkpoint to `out_dir`.
 
@@ -53,10 +53,10 @@ def run(
     spec, device = work.spec, default_device()
     frozen_dtype = torch_dtype(spec.dtype) if device.type == "cuda" else torch.float32
     if together:
-        teacher = together.load(parent.puzzle_config(), parent.checkpoint, frozen_dtype).requires_grad_(False)
+        parent_model = together.load(parent.puzzle_config(), parent.checkpoint, frozen_dtype).requires_grad_(False)
         child = together.load(PuzzleConfig.from_pretrained(child_dir), Checkpoint(child_dir), torch.float32)
     else:
-        teacher = load_parent(parent, frozen_dtype, device)
+        parent_model = load_parent(parent, frozen_dtype, device)
         child = load_child(child_dir, torch.float32, device)
     parameters = dict(child.named_parameters())
     windows_NT = read_windows(tokens_dir)
@@ -70,7 +70,7 @@ def run(
     def micro_batch(rows: slice | list[int], counts: int) -> dict[str, torch.Tensor]:
         ids_BT = windows_NT[rows].long().to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
-            terms = loss_terms(teacher, child, ids_BT, spec)
+            terms = loss_terms(parent_model, child, ids_BT, spec)
         return {name: term * (counts * len(ids_BT) / batch) for name, term in terms.items()}
 
     def losses(step: int) -> list[MicroBatch]:
@@ -99,11 +99,11 @@ def run(
 
 
 def loss_terms(
-    teacher: PuzzleForCausalLM, child: PuzzleForCausalLM, ids_BT: torch.Tensor, spec: GkdSpec
+    parent_model: PuzzleForCausalLM, child: PuzzleForCausalLM, ids_BT: torch.Tensor, spec: GkdSpec
 ) -> dict[str, torch.Tensor]:
     """The weighted loss terms of one batch; a term of weight 0 is not computed."""
     with torch.no_grad():
-        target = teacher(input_ids=ids_BT, output_hidden_states=bool(spec.cosine_weight))
+        target = parent_model(input_ids=ids_BT, output_hidden_states=bool(spec.cosine_weight))
     output = child(input_ids=ids_BT, output_hidden_states=bool(spec.cosine_weight))
     terms: dict[str, torch.Tensor] = {}
     if spec.cosine_weight:

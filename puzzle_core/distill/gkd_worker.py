@@ -17,9 +17,9 @@ from typing import Any
 
 from puzzle_core.device import available_cores, use_threads
 from puzzle_core.distill import gkd
+from puzzle_core.distill.distributed import joined
 from puzzle_core.distill.launch import TOLD, GkdRequest, record_of
 from puzzle_core.distill.loop import Checkpoints, Progress
-from puzzle_core.distill.together import joined
 from puzzle_core.errors import PuzzleError
 from puzzle_core.model.parent import Parent
 

@@ -18,7 +18,7 @@ from puzzle_core.distill.loop import Progress
 from puzzle_core.errors import LostProcessError, PuzzleError
 from puzzle_core.records import Record
 from puzzle_core.spec import ParentSpec
-from puzzle_core.stages import GkdRecord, GkdWork
+from puzzle_core.work import GkdRecord, GkdWork
 
 log = logging.getLogger("puzzle")
 LOOK_SECONDS = 0.2

@@ -22,7 +22,7 @@ from puzzle_core.errors import NonFiniteError, StorageError
 from puzzle_core.spec import OptimizerSpec
 
 if TYPE_CHECKING:  # loading FSDP2 takes a second, which only those who use it should wait
-    from puzzle_core.distill.together import Together
+    from puzzle_core.distill.distributed import ShardedGroup
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     report: Callable[[Progress], None] | None = None,
     threads: int = 1,
-    together: "Together | None" = None,
+    together: "ShardedGroup | None" = None,
 ) -> list[dict[str, float]]:
     """Train `parameters` in place.
 
@@ -137,7 +137,7 @@ def _accumulate(
     return terms
 
 
-def _accumulate_together(micro_batches: list[MicroBatch], together: "Together") -> dict[str, float]:
+def _accumulate_together(micro_batches: list[MicroBatch], together: "ShardedGroup") -> dict[str, float]:
     """As above, over the micro-batches of all processes; FSDP2 sums the gradients as it goes through the blocks."""
     terms = dict[str, torch.Tensor]()
     for micro_batch in micro_batches:
@@ -160,7 +160,7 @@ def _save(
     parameters: Parameters,
     optimizer: torch.optim.AdamW,
     curve: list[dict[str, float]],
-    together: "Together | None",
+    together: "ShardedGroup | None",
 ) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
@@ -185,7 +185,7 @@ def _save(
 
 
 def _resume(
-    checkpoints: Checkpoints | None, parameters: Parameters, optimizer: Any, together: "Together | None"
+    checkpoints: Checkpoints | None, parameters: Parameters, optimizer: Any, together: "ShardedGroup | None"
 ) -> list[dict[str, float]]:
     if not checkpoints or not checkpoints.file.exists():
         return []

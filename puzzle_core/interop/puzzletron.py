@@ -23,8 +23,8 @@ import yaml
 
 from puzzle_core.architecture import BlockVariant
 from puzzle_core.errors import CoverageError, NonFiniteError, SpecError
-from puzzle_core.interop.block_configs import block_of
-from puzzle_core.interop.foreign_json import Foreign, parse_foreign, read_json
+from puzzle_core.formats.block_configs import block_of
+from puzzle_core.formats.foreign_json import Foreign, parse_foreign, read_json
 from puzzle_core.interop.puzzletron_stats import Costs, read_stats
 from puzzle_core.records import write_text_atomic
 from puzzle_core.search.tables import Option, ScoreTable

@@ -18,8 +18,8 @@ from typing import Any, Literal, NamedTuple
 
 from puzzle_core.architecture import BlockVariant
 from puzzle_core.errors import CoverageError, SpecError
-from puzzle_core.interop.block_configs import attention_of, ffn_of
-from puzzle_core.interop.foreign_json import Foreign, parse_foreign, read_json
+from puzzle_core.formats.block_configs import attention_of, ffn_of
+from puzzle_core.formats.foreign_json import Foreign, parse_foreign, read_json
 from puzzle_core.search.tables import OUTSIDE, CostRow, CostTable
 
 MIB = 2**20

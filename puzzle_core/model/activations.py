@@ -18,7 +18,7 @@ import torch
 from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import StorageError
 from puzzle_core.model.parent import Parent
-from puzzle_core.model.surgery import Halves, State, halves
+from puzzle_core.model.surgery import State, Subblocks, halves
 from puzzle_core.plan import LARGEST_LOG_PROBABILITIES_BYTES
 
 FORWARD_TOKENS = 4096
@@ -43,10 +43,10 @@ class Activations:
         """What leaves the attention half of a layer, mapped, (N, T, D)."""
         return self._open(f"middle-{layer:03d}")
 
-    def block(self, layer: int) -> Halves:
+    def block(self, layer: int) -> Subblocks:
         """The block that runs as this layer."""
         own = self.parent.block(layer, self.dtype, self.device)
-        return Halves(own, own)
+        return Subblocks(own, own)
 
     def attention(self, layer: int) -> Variant:
         """The attention whose output `middle(layer)` is."""
@@ -145,9 +145,9 @@ class ChildActivations(Activations):
         """`weights` gives the trained weights of a layer's variants."""
         super().__init__(directory, parents.parent, parents.ids_NT, parents.dtype, parents.device)
         self._parents, self._architecture, self._weights = parents, architecture, weights
-        self._blocks: dict[int, Halves] = {}
+        self._blocks: dict[int, Subblocks] = {}
 
-    def block(self, layer: int) -> Halves:
+    def block(self, layer: int) -> Subblocks:
         if layer not in self._blocks:
             block, weights = self._architecture.layers[layer], self._weights(layer)
             self._blocks[layer] = halves(self.parent, layer, block, weights, self.dtype, self.device)

@@ -20,8 +20,8 @@ from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.model.surgery import State, load_weights
 from puzzle_core.spec import Dtype
-from puzzle_core.stages import AssembleWork, ChildRecord
 from puzzle_core.variants import attention, ffn
+from puzzle_core.work import AssembleWork, ChildRecord
 
 CODE = ("configuration_puzzle.py", "modeling_puzzle.py")
 AUTO_MAP = {

@@ -19,7 +19,7 @@ WEIGHTS = "weights.safetensors"
 """The file of a trained variant in the library."""
 
 
-class Halves(NamedTuple):
+class Subblocks(NamedTuple):
     """The two halves of a block variant."""
 
     attention: PuzzleBlock
@@ -64,7 +64,7 @@ def halves(
     weights: dict[Variant, State],
     dtype: torch.dtype,
     device: torch.device,
-) -> Halves:
+) -> Subblocks:
     """The halves of a block variant, frozen; `weights` holds the trained variants among them."""
     own = parent.shape.parent_block
 
@@ -74,4 +74,4 @@ def halves(
         state = {} if variant.kind == "no_op" else weights[variant]
         return variant_block(parent, layer, variant, state, dtype, device).eval().requires_grad_(False)
 
-    return Halves(half(block.attention), half(block.ffn))
+    return Subblocks(half(block.attention), half(block.ffn))

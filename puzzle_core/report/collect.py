@@ -4,21 +4,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from puzzle_core.architecture import Architecture
-from puzzle_core.cost.analytic import DTYPE_BYTES, architecture_parameters, kv_entries_per_token
 from puzzle_core.records import Record
-from puzzle_core.report.inputs import ModelResult, ReportInputs
-from puzzle_core.stages import (
-    BldRecord,
-    CostRecord,
-    EvaluationRecord,
-    GkdRecord,
-    RefineRecord,
-    ReportWork,
-    ScoreRecord,
-    SearchRecord,
-    TimingRecord,
-    refined,
-)
+from puzzle_core.report.report_inputs import ModelResult, ReportInputs
+from puzzle_core.search.search_record import RefineRecord, SearchRecord, with_refinement
+from puzzle_core.sizes import DTYPE_BYTES, architecture_parameters, kv_entries_per_token
+from puzzle_core.work import BldRecord, CostRecord, EvaluationRecord, GkdRecord, ReportWork, ScoreRecord, TimingRecord
 
 R = TypeVar("R", bound=Record)
 
@@ -36,7 +26,7 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]]) -> Rep
     search = record(SearchRecord, work.search)
     refine = record(RefineRecord, work.refine) if work.refine else None
     if refine:
-        search = refined(search, refine)
+        search = with_refinement(search, refine)
     costs = record(CostRecord, work.costs) if work.costs else None
     timing_of = {}
     if work.timing:

@@ -24,8 +24,8 @@ from puzzle_core.report.plotting import (
     new_figure,
     smoothed,
 )
-from puzzle_core.report.tables import variant_order
-from puzzle_core.stages import BldRecord, GkdRecord
+from puzzle_core.report.report_tables import variant_order
+from puzzle_core.work import BldRecord, GkdRecord
 
 TERMS = {
     "loss": ("loss, all terms", BLACK),

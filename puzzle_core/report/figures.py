@@ -10,10 +10,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from puzzle_core.architecture import BlockVariant
-from puzzle_core.report import facts
+from puzzle_core.report import derived
 from puzzle_core.report.curves import bld_figure, gkd_figure
-from puzzle_core.report.flags import TIME_ERROR
-from puzzle_core.report.inputs import ReportInputs
 from puzzle_core.report.plotting import (
     BLACK,
     BLUE,
@@ -28,9 +26,11 @@ from puzzle_core.report.plotting import (
     log_ticks,
     new_figure,
 )
-from puzzle_core.report.tables import OBJECTIVE_UNITS, variant_order
+from puzzle_core.report.report_inputs import ReportInputs
+from puzzle_core.report.report_tables import OBJECTIVE_UNITS, variant_order
+from puzzle_core.report.report_warnings import TIME_ERROR
 from puzzle_core.report.units import time_scale
-from puzzle_core.stages import Found
+from puzzle_core.search.search_record import FoundArchitecture
 
 SPEED_TICKS = (1, 1.25, 1.5, 2, 3, 5, 10)
 MODEL_STYLES = (("o", GREY), ("o", BLACK), ("s", BLUE), ("D", ORANGE), ("^", PURPLE), ("v", GREEN), ("P", SKY))
@@ -43,7 +43,7 @@ def all_figures(inputs: ReportInputs) -> dict[str, Figure]:
         "architecture": architecture_figure(inputs),
         "quality_against_speed": quality_figure(inputs),
     }
-    if facts.comparisons(inputs):
+    if derived.comparisons(inputs):
         figures["predicted_against_measured"] = predicted_figure(inputs)
     if inputs.scores:
         figures["scores"] = scores_figure(inputs)
@@ -56,7 +56,7 @@ def all_figures(inputs: ReportInputs) -> dict[str, Figure]:
 
 def architecture_figure(inputs: ReportInputs) -> Figure:
     """One bar per layer: time kept and saved in attention and FFN, labelled with the variants that the layer got."""
-    layers = facts.layer_facts(inputs)
+    layers = derived.layer_facts(inputs)
     figure = new_figure(8.5, 1.7 + 0.24 * len(layers))
     axes = figure.add_subplot()
     scale, unit = time_scale(max(fact.parent_ms for fact in layers))
@@ -186,7 +186,7 @@ def _draw_predicted(axes: Axes, inputs: ReportInputs, scale: float) -> None:
             label="frontier: the best score at each time",
         )
     for (marker, colour), found in zip(_styles(search.baselines), search.baselines, strict=True):
-        _mark(axes, found.prediction.total_ms / scale, found.score, marker, colour, facts.method_name(found))
+        _mark(axes, found.prediction.total_ms / scale, found.score, marker, colour, derived.method_name(found))
     _mark(axes, search.parent.total_ms / scale, 0, "o", BLACK, "parent")
     chosen = search.chosen
     _mark(axes, chosen.prediction.total_ms / scale, chosen.score, "*", VERMILLION, "child, after assembly")
@@ -195,10 +195,10 @@ def _draw_predicted(axes: Axes, inputs: ReportInputs, scale: float) -> None:
 def _draw_measured(axes: Axes, inputs: ReportInputs, scale: float) -> None:
     search = inputs.search
     for (marker, colour), found in zip(_styles(search.baselines), search.baselines, strict=True):
-        model = facts.measured(inputs, found.architecture)
+        model = derived.measured(inputs, found.architecture)
         if model:
             kl = model.evaluation.kl_nats_per_token
-            _mark(axes, found.prediction.total_ms / scale, kl, marker, colour, facts.method_name(found))
+            _mark(axes, found.prediction.total_ms / scale, kl, marker, colour, derived.method_name(found))
     _mark(axes, search.parent.total_ms / scale, inputs.parent.evaluation.kl_nats_per_token, "o", BLACK, "parent")
     x, kls = search.chosen.prediction.total_ms / scale, [c.evaluation.kl_nats_per_token for c in inputs.children]
     _mark(axes, x, kls[0], "*", VERMILLION, "child, after assembly")
@@ -212,13 +212,13 @@ def _mark(axes: Axes, x: float, y: float, marker: str, colour: str, label: str, 
     axes.scatter([x], [y], s=size, marker=marker, c=colour, edgecolors=edge, linewidths=1, label=label, zorder=3)
 
 
-def _styles(baselines: tuple[Found, ...]) -> list[tuple[str, str]]:
+def _styles(baselines: tuple[FoundArchitecture, ...]) -> list[tuple[str, str]]:
     return [BASELINE_STYLES[index % len(BASELINE_STYLES)] for index in range(len(baselines))]
 
 
 def _draw_times(axes: Axes, inputs: ReportInputs) -> None:
     """Nested markers, since models of one architecture lie on each other; hollow is prefill, filled is decode."""
-    found = facts.comparisons(inputs)
+    found = derived.comparisons(inputs)
     scale, unit = time_scale(max((c.measured_ms for c in found), default=1.0))
     models = list(dict.fromkeys(c.model for c in found))
     for c in found:
@@ -245,8 +245,8 @@ def _draw_times(axes: Axes, inputs: ReportInputs) -> None:
 def _score_points(inputs: ReportInputs) -> list[tuple[str, float, float]]:
     """Names, measured KL and predicted score of what was assembled."""
     search = inputs.search
-    named = [("MIP (chosen)", search.chosen), *((facts.method_name(f), f) for f in search.baselines)]
-    pairs = [(name, found, facts.measured(inputs, found.architecture)) for name, found in named]
+    named = [("MIP (chosen)", search.chosen), *((derived.method_name(f), f) for f in search.baselines)]
+    pairs = [(name, found, derived.measured(inputs, found.architecture)) for name, found in named]
     points = [(name, m.evaluation.kl_nats_per_token, found.score) for name, found, m in pairs if m]
     return [point for point in points if point[1] > 0 and point[2] > 0]
 

@@ -9,11 +9,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from matplotlib.figure import Figure
 
 from puzzle_core.records import Record, write_text_atomic
-from puzzle_core.report import facts, tables
+from puzzle_core.report import derived, report_tables
 from puzzle_core.report.figures import all_figures
-from puzzle_core.report.flags import flags
-from puzzle_core.report.inputs import ReportInputs
 from puzzle_core.report.plotting import png_bytes
+from puzzle_core.report.report_inputs import ReportInputs
+from puzzle_core.report.report_warnings import flags
 from puzzle_core.report.units import (
     count_text,
     duration_text,
@@ -22,7 +22,7 @@ from puzzle_core.report.units import (
     speed_text,
     times_text,
 )
-from puzzle_core.stages import CostRecord
+from puzzle_core.work import CostRecord
 
 MARKDOWN, HTML, INPUTS = "report.md", "report.html", "report.json"
 CAPTIONS = {
@@ -59,7 +59,7 @@ def run(inputs: ReportInputs, out_dir: Path) -> ReportRecord:
         title=title(inputs),
         markdown=MARKDOWN,
         html=HTML,
-        headline=facts.headline(inputs),
+        headline=derived.headline(inputs),
         flags=tuple(flags(inputs)),
     )
     environment = _environment()
@@ -69,16 +69,18 @@ def run(inputs: ReportInputs, out_dir: Path) -> ReportRecord:
             sentence=headline_sentence(inputs),
             pictures=pictures,
             tables={
-                "final": tables.final_table(inputs),
-                "tasks": tables.lm_eval_table(inputs),
-                "limits": tables.limits_table(inputs),
-                "layers": tables.layers_table(inputs),
-                "shortlist": tables.shortlist_table(inputs),
-                "baselines": tables.baselines_table(inputs),
-                "predicted": tables.predicted_table(inputs),
-                "bld": tables.bld_table(inputs),
+                "final": report_tables.final_table(inputs),
+                "tasks": report_tables.lm_eval_table(inputs),
+                "limits": report_tables.limits_table(inputs),
+                "layers": report_tables.layers_table(inputs),
+                "shortlist": report_tables.shortlist_table(inputs),
+                "baselines": report_tables.baselines_table(inputs),
+                "predicted": report_tables.predicted_table(inputs),
+                "bld": report_tables.bld_table(inputs),
                 "making": making_table(inputs),
-                "artifacts": tables.Table("Artifacts", ("artifact", "store key"), tuple(inputs.artifacts.items()), 2),
+                "artifacts": report_tables.Table(
+                    "Artifacts", ("artifact", "store key"), tuple(inputs.artifacts.items()), 2
+                ),
             },
             spec=spec_yaml(inputs),
         )
@@ -95,7 +97,7 @@ def title(inputs: ReportInputs) -> str:
 
 def headline_sentence(inputs: ReportInputs) -> str:
     """The result in one sentence."""
-    numbers = facts.headline(inputs)
+    numbers = derived.headline(inputs)
     said = [
         f"has {percent_text(numbers['parameters_ratio'])} of its parent's parameters",
         f"takes {percent_text(numbers['memory_ratio'])} of its memory",
@@ -111,24 +113,27 @@ def headline_sentence(inputs: ReportInputs) -> str:
     )
 
 
-def making_table(inputs: ReportInputs) -> tables.Table:
+def making_table(inputs: ReportInputs) -> report_tables.Table:
     """How the child came to be: parent, hardware, tokens, hours, and how the search ended."""
     spec, chosen = inputs.spec, inputs.search.chosen
     tokens, seconds = sum(r.tokens for r in inputs.bld), sum(r.seconds for r in inputs.bld)
     ended = "proved best" if chosen.optimal else f"gap {percent_text(chosen.gap)}"
     rows = [
         ("parent", spec.parent.path + (f", revision {spec.parent.revision}" if spec.parent.revision else "")),
-        ("hardware", facts.hardware(inputs)),
+        ("hardware", derived.hardware(inputs)),
         ("costs", _costs_text(inputs.costs)),
         ("served in", spec.target.dtype),
         ("BLD", f"{len(inputs.bld)} variants, {count_text(tokens)} tokens, {duration_text(seconds)} in all"),
         ("scores", f"{len(inputs.scores)} blocks on {count_text(spec.scoring.tokens)} tokens each"),
-        ("search", f"{inputs.search.objective}, {ended}, {duration_text(chosen.seconds)}, {facts.method_name(chosen)}"),
+        (
+            "search",
+            f"{inputs.search.objective}, {ended}, {duration_text(chosen.seconds)}, {derived.method_name(chosen)}",
+        ),
     ]
     if inputs.gkd:
         rows.append(("GKD", f"{count_text(inputs.gkd.tokens)} tokens, {duration_text(inputs.gkd.seconds)}"))
     rows.append(("evaluation", f"{count_text(inputs.child.evaluation.tokens)} held-out tokens"))
-    return tables.Table("How it was made", ("", ""), tuple(rows), text_columns=2)
+    return report_tables.Table("How it was made", ("", ""), tuple(rows), text_columns=2)
 
 
 def _costs_text(costs: CostRecord | None) -> str:

@@ -2,7 +2,7 @@
 
 Each returns a Solution that holds every limit and rule, or raises. They prove nothing, so the bound they report is no
 more than the sum of every layer's least score. Variants that span layers are for the exact search alone: greedy and
-random never take a member of a Together.
+random never take a member of a AllOrNone.
 
 Legend: L layers, J options of a layer, K limits.
 """
@@ -17,7 +17,7 @@ from puzzle_core.errors import InfeasibleError, SpecError
 from puzzle_core.search.highs import minimise
 from puzzle_core.search.infeasible import explain_infeasible
 from puzzle_core.search.problem import TOLERANCE, Choice, Problem, Solution, describe
-from puzzle_core.search.rules import UNCOUNTED, Distinct, tied_options
+from puzzle_core.search.rules import UNCOUNTED, AtMostDistinct, tied_options
 
 ATTEMPTS = 20
 """How often a random descent that is stuck outside the limits starts again from the parent."""
@@ -35,7 +35,8 @@ def greedy(problem: Problem) -> Solution:
     """Budgets split evenly; layers in ascending order of mean score; each takes its best option within its budget.
 
     What a layer leaves rolls to the next. Where no option fits, the one with the smallest overdraft is taken (the worst
-    over the limits, relative to a layer's even share), and the deficit rolls. A Distinct rule's groups go to the layers
+    over the limits, relative to a layer's even share), and the deficit rolls. A AtMostDistinct rule's groups go to
+    the layers
     served first; later ones have to do with those.
 
     Raises:
@@ -111,8 +112,10 @@ def maximise(problem: Problem, resource: str, *, time_limit_s: float = 60.0, rel
 def random_choice(problem: Problem, seed: int) -> Solution:
     """A random choice that uses the budget; scores are not looked at.
 
-    From the parent, random layers take random cheaper options (less overdraft in total) until every limit holds; then
-    random layers take random dearer ones (more use in total) for as long as any fits. A Distinct rule allows each walk
+    From the parent, random layers take random cheaper options (less overdraft in total) until every limit holds;
+    then
+    random layers take random dearer ones (more use in total) for as long as any fits. A AtMostDistinct rule allows
+    each walk
     random groups; a layer whose parent has none of them starts from its first option that has.
 
     Raises:
@@ -135,10 +138,10 @@ def random_choice(problem: Problem, seed: int) -> Solution:
 
 
 def _allowed_next(problem: Problem, choice: list[int], layer: int) -> Mask:
-    """Options of a layer that the rules allow beside what is chosen; no member of a Together."""
+    """Options of a layer that the rules allow beside what is chosen; no member of a AllOrNone."""
     allowed_J = ~tied_options(problem.rules, [len(ids) for ids in problem.options])[layer]
     for rule in problem.rules:
-        if isinstance(rule, Distinct):
+        if isinstance(rule, AtMostDistinct):
             chosen = [
                 int(groups[index]) for groups, index in zip(rule.groups, choice, strict=True) if index != UNCHOSEN
             ]
@@ -149,10 +152,10 @@ def _allowed_next(problem: Problem, choice: list[int], layer: int) -> Mask:
 
 
 def _random_groups(problem: Problem, random: np.random.Generator) -> list[Mask]:
-    """Options per layer of as many random groups as every Distinct rule allows; no member of a Together."""
+    """Options per layer of as many random groups as every AtMostDistinct rule allows; no member of a AllOrNone."""
     allowed = [~tied_J for tied_J in tied_options(problem.rules, [len(ids) for ids in problem.options])]
     for rule in problem.rules:
-        if isinstance(rule, Distinct):
+        if isinstance(rule, AtMostDistinct):
             groups = random.permutation(np.setdiff1d(np.concatenate(rule.groups), [UNCOUNTED]))[: rule.at_most]
             for allowed_J, groups_J in zip(allowed, rule.groups, strict=True):
                 allowed_J &= np.isin(groups_J, [*groups, UNCOUNTED])

@@ -7,11 +7,11 @@ import pandas as pd
 
 from puzzle_core.architecture import BlockVariant
 from puzzle_core.errors import SpecError
-from puzzle_core.search import choose
-from puzzle_core.search.files import read_costs, read_scores
-from puzzle_core.search.instance import Instance
+from puzzle_core.search import run_search
+from puzzle_core.search.problem_builder import ProblemBuilder
+from puzzle_core.search.search_record import FoundArchitecture, SearchRecord
+from puzzle_core.search.table_files import read_costs, read_scores
 from puzzle_core.spec import ScenarioSpec, SearchRequest
-from puzzle_core.stages import Found, SearchRecord
 from puzzle_core.yaml_file import parse_record, read_keys
 
 
@@ -50,8 +50,8 @@ def search_tables(
     Raises:
         PuzzleError: bad tables, limits that nothing can meet.
     """
-    instance = Instance(request, read_scores(scores, score, maximise, parent), read_costs(costs))
-    record = choose.run(instance)
+    instance = ProblemBuilder(request, read_scores(scores, score, maximise, parent), read_costs(costs))
+    record = run_search.run(instance)
     out.mkdir(parents=True, exist_ok=True)
     record.write(out / "search.json")
     record.chosen.architecture.write(out / "architecture.json")
@@ -71,7 +71,7 @@ def _read_one(path: Path) -> dict[str, Any]:
     return kept | {"scenarios": [content["scenario"], *more]}
 
 
-def _row(found: Found) -> dict[str, object]:
+def _row(found: FoundArchitecture) -> dict[str, object]:
     row: dict[str, object] = {"score": found.score}
     for scenario, prediction in found.predictions.items():
         row |= {f"{scenario}/batch_size": prediction.batch_size}

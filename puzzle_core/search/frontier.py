@@ -11,7 +11,7 @@ from typing import Generic
 import numpy as np
 
 from puzzle_core.errors import SpecError
-from puzzle_core.search.alternatives import Key, Race
+from puzzle_core.search.best_of import BoundedRace, Key
 from puzzle_core.search.highs import lower_bound, minimise
 from puzzle_core.search.infeasible import explain_infeasible
 from puzzle_core.search.mip import solve
@@ -105,7 +105,7 @@ def sweep_frontier(
     bounds = dict.fromkeys(problems, -np.inf)
     for point in reversed(range(points)):
         here = {key: problem.with_capacity(limit_name, capacities[key][point]) for key, problem in problems.items()}
-        race = Race(here, bounds, time_limit_s, relative_gap)
+        race = BoundedRace(here, bounds, time_limit_s, relative_gap)
         for key, solution in looser.items():
             if here[key].feasible(solution.choice):
                 race.found[key] = _moved(here[key], solution)

@@ -25,7 +25,7 @@ import highspy
 import numpy as np
 
 from puzzle_core.errors import TimeLimitError
-from puzzle_core.search.model import Floats, Model, build, keep_useful, program
+from puzzle_core.search.milp import Floats, Model, build, keep_useful, program
 from puzzle_core.search.problem import Choice, Column, Problem
 
 PEAKED = 1e3

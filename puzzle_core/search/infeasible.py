@@ -1,7 +1,8 @@
 """Why no architecture meets the limits: the fewest that cannot hold together, and what each of them could be.
 
 METHOD section 6 and DESIGN rule 5: an infeasible search says what was asked, what can be reached, and what to do.
-"Parts" are what was asked: limits and Distinct rules. A Together is not asked for, it is what the options are, so it
+"Parts" are what was asked: limits and AtMostDistinct rules. An AllOrNone is not asked for, it is what the
+options are, so it
 holds throughout.
 """
 
@@ -15,9 +16,9 @@ import numpy as np
 from puzzle_core.errors import InfeasibleError, TimeLimitError
 from puzzle_core.search.highs import minimise
 from puzzle_core.search.problem import Choice, Limit, Problem
-from puzzle_core.search.rules import UNCOUNTED, Distinct, Together
+from puzzle_core.search.rules import UNCOUNTED, AllOrNone, AtMostDistinct
 
-Part = Limit | Distinct
+Part = Limit | AtMostDistinct
 Parts = frozenset[int]
 """Places of parts in the tuple of all."""
 
@@ -52,7 +53,7 @@ def explain_infeasible(problem: Problem, *, time_limit_s: float = 60.0) -> Infea
 
 
 def _parts(problem: Problem) -> tuple[Part, ...]:
-    return (*problem.limits, *(rule for rule in problem.rules if isinstance(rule, Distinct)))
+    return (*problem.limits, *(rule for rule in problem.rules if isinstance(rule, AtMostDistinct)))
 
 
 def _only(problem: Problem, parts: Iterable[Part]) -> Problem:
@@ -61,7 +62,7 @@ def _only(problem: Problem, parts: Iterable[Part]) -> Problem:
     return replace(
         problem,
         limits=tuple(part for part in parts if isinstance(part, Limit)),
-        rules=tuple(rule for rule in problem.rules if isinstance(rule, Together) or rule in parts),
+        rules=tuple(rule for rule in problem.rules if isinstance(rule, AllOrNone) or rule in parts),
     )
 
 
@@ -138,7 +139,7 @@ def _smallest_hitting(sets: Sequence[Parts], largest: int) -> Parts | None:
 def _conflict(problem: Problem, part: Part, time_limit_s: float) -> Conflict:
     others = _only(problem, (other for other in _parts(problem) if other is not part))
     alone = _only(problem, ())
-    if isinstance(part, Distinct):
+    if isinstance(part, AtMostDistinct):
         counts = [_least_count(within, part, time_limit_s) for within in (others, alone)]
     else:
         counts = [_least_use(within, part.resource, time_limit_s) for within in (others, alone)]
@@ -155,7 +156,7 @@ def _least_use(problem: Problem, resource: str, time_limit_s: float) -> float | 
     return None if found is None else problem.total(resource, found.choice)
 
 
-def _least_count(problem: Problem, rule: Distinct, time_limit_s: float) -> float | None:
+def _least_count(problem: Problem, rule: AtMostDistinct, time_limit_s: float) -> float | None:
     """The least number of groups that a choice can have, by trying each."""
     nothing = tuple(np.zeros_like(values) for values in problem.score)
     groups = np.setdiff1d(np.concatenate(rule.groups), [UNCOUNTED]).size

@@ -11,7 +11,7 @@ import numpy as np
 from puzzle_core.errors import SpecError, TimeLimitError
 from puzzle_core.search.highs import minimise, option_bounds
 from puzzle_core.search.infeasible import explain_infeasible
-from puzzle_core.search.model import Floats
+from puzzle_core.search.milp import Floats
 from puzzle_core.search.problem import Choice, Column, Problem, Solution, describe
 
 Avoid = Sequence[tuple[Choice, int]]

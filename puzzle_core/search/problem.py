@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puzzle_core.errors import CoverageError, NonFiniteError, SpecError
-from puzzle_core.search.rules import Rule, Together, check_rules, drop_broken
+from puzzle_core.search.rules import AllOrNone, Rule, check_rules, drop_broken
 
 Choice = tuple[int, ...]
 Column = tuple[NDArray[np.float64], ...]
@@ -109,7 +109,7 @@ class Problem:
         kept = [rows.tolist() for rows in drop_broken(self.rules, wanted)]
 
         def left(rule: Rule) -> bool:
-            return not isinstance(rule, Together) or all(option in kept[layer] for layer, option in rule.members)
+            return not isinstance(rule, AllOrNone) or all(option in kept[layer] for layer, option in rule.members)
 
         return replace(
             self,

@@ -15,11 +15,11 @@ from puzzle_core.errors import CoverageError, SpecError
 Indices = NDArray[np.int64]
 
 UNCOUNTED = -1
-"""The group of an option that a Distinct rule does not count."""
+"""The group of an option that a AtMostDistinct rule does not count."""
 
 
 @dataclass(frozen=True, eq=False)
-class Distinct:
+class AtMostDistinct:
     """At most so many different groups may appear in a choice: three FFN widths, or one number of KV heads.
 
     Attributes:
@@ -70,7 +70,7 @@ class Distinct:
 
 
 @dataclass(frozen=True)
-class Together:
+class AllOrNone:
     """All of these options are chosen or none: one variant that stands for several layers.
 
     By convention its first option carries score and costs, and the others carry none.
@@ -107,20 +107,20 @@ class Together:
                 )
 
 
-Rule = Distinct | Together
+Rule = AtMostDistinct | AllOrNone
 
 
 def check_rules(rules: tuple[Rule, ...], options: tuple[tuple[str, ...], ...], parent: Sequence[int]) -> None:
     """Check each rule, and that no option is tied twice.
 
     Raises:
-        CoverageError: a Distinct does not have one group per option.
+        CoverageError: a AtMostDistinct does not have one group per option.
         SpecError: a rule is on options that are not there, ties a parent's own, or ties what another one ties.
     """
     tied: dict[tuple[int, int], str] = {}
     for rule in rules:
         rule.check(options, parent)
-        for member in rule.members if isinstance(rule, Together) else ():
+        for member in rule.members if isinstance(rule, AllOrNone) else ():
             if member in tied:
                 layer, option = member
                 raise SpecError(
@@ -131,19 +131,19 @@ def check_rules(rules: tuple[Rule, ...], options: tuple[tuple[str, ...], ...], p
 
 
 def tied_options(rules: Sequence[Rule], sizes: Sequence[int]) -> list[NDArray[np.bool_]]:
-    """Per layer, which options are members of a Together, (J,)."""
+    """Per layer, which options are members of a AllOrNone, (J,)."""
     tied = [np.zeros(size, dtype=bool) for size in sizes]
     for rule in rules:
-        for layer, option in rule.members if isinstance(rule, Together) else ():
+        for layer, option in rule.members if isinstance(rule, AllOrNone) else ():
             tied[layer][option] = True
     return tied
 
 
 def drop_broken(rules: Sequence[Rule], kept: Sequence[Sequence[int] | Indices]) -> list[Indices]:
-    """The options kept, less the members of every Together that has lost one."""
+    """The options kept, less the members of every AllOrNone that has lost one."""
     left = [{int(row) for row in rows} for rows in kept]
     for rule in rules:
-        if isinstance(rule, Together) and not all(option in left[layer] for layer, option in rule.members):
+        if isinstance(rule, AllOrNone) and not all(option in left[layer] for layer, option in rule.members):
             for layer, option in rule.members:
                 left[layer].discard(option)
     return [np.array([row for row in rows if row in left[layer]], dtype=np.int64) for layer, rows in enumerate(kept)]

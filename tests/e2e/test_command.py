@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import main
+from flows.cli.main import main
 from puzzle_core.model.checkpoint import INDEX
 from tests.pico import edit_config, edit_tensors
 from tests.workflow import artifacts, merged, placed, publish_costs, write_spec

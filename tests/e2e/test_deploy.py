@@ -17,8 +17,8 @@ from typing import NamedTuple
 import pytest
 from mlflow import MlflowClient
 
-from flows.server import PREFECT_HOME, free_port, running_api
-from flows.up import Ports, processes, services
+from flows.services.prefect_server import PREFECT_HOME, free_port, running_api
+from flows.services.up import Ports, processes, services
 from puzzle_core.spec import parse_spec
 from tests.workflow import artifacts, check_whole, merged, of_stage, placed, publish_costs
 
@@ -90,7 +90,7 @@ class Up(NamedTuple):
 
 def act(action, place, ports):
     """`make up` and `make down`, which are one line each."""
-    command = [sys.executable, "-m", "flows.up", action]
+    command = [sys.executable, "-m", "flows.services.up", action]
     command += ["--prefect-port", str(ports.prefect), "--mlflow-port", str(ports.mlflow)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import open_runs
 from flows.build_library import build_library
-from flows.server import free_port, own_server, server_command
+from flows.services import orphaned_runs
+from flows.services.prefect_server import free_port, own_server, server_command
 from puzzle_core.errors import PuzzleError
-from tasks.site import Site
-from tasks.store import MANIFEST
+from tasks.runtime.context import RunContext
+from tasks.store.store import MANIFEST
 from tests.faults import ends, kept_open, kill_when, shown_running, start, wait_until
 from tests.workflow import SCORED, TRAINED, artifacts, check_whole, merged, of_stage, write_spec
 
@@ -82,7 +82,7 @@ def test_killed_during_scoring(named, prefect_server, tmp_path, next_command, ou
 @pytest.mark.fault("kill -9 during an upload to S3", "SIGKILL to `puzzle build-library` while a PUT of a block hangs")
 def test_killed_during_an_upload(named, bucket, proxy, prefect_server, tmp_path, next_command, outcome):
     spec = named(runtime={"store": bucket})
-    store, file = Site.of(spec).store(), write_spec(spec, tmp_path / "spec.yaml")
+    store, file = RunContext.of(spec).store(), write_spec(spec, tmp_path / "spec.yaml")
     uploads = [proxy.inject("stall", matches=is_upload("bld", number)) for number in range(3, 6)]
     running = start(tmp_path / "first", "build-library", file, PREFECT_API_URL=prefect_server)
     kill_when(running, lambda: any(fault.done for fault in uploads), tmp_path / "first")
@@ -132,7 +132,7 @@ def test_a_store_that_fails_for_a_while_during_a_run(named, bucket, proxy, prefe
     ]
     build_library(spec)
     assert [fault.done for fault in faults] == [4, 4, 4, 4, 1]
-    store = Site.of(spec).store()
+    store = RunContext.of(spec).store()
     keys = store.keys()
     assert counts(keys) == WHOLE
     assert {key: store.damage(key) for key in keys if store.damage(key)} == {}
@@ -152,7 +152,7 @@ def test_credentials_that_expire_during_a_run(named, bucket, proxy, prefect_serv
     with pytest.raises(PuzzleError, match=r"these credentials have expired: renew them \(ExpiredToken\)"):
         build_library(spec)
     proxy.faults.clear()
-    store = Site.of(spec).store()
+    store = RunContext.of(spec).store()
     before = records(store)
     assert counts(before) == {"bld": TRAINED, "score": 0}
     assert shown_running(spec) == []
@@ -318,7 +318,7 @@ def test_a_clock_that_jumps(named, prefect_server, tmp_path, next_command, outco
     before = artifacts(store)
     assert counts(before) == WHOLE
     check_whole(store, tmp_path / "unused")
-    monkeypatch.setattr(open_runs, "NOTING_SECONDS", 1.0)
+    monkeypatch.setattr(orphaned_runs, "NOTING_SECONDS", 1.0)
     time.sleep(2)
     next_command("build-library", file)
     assert artifacts(store) == before

@@ -46,9 +46,9 @@ def checkpoints(scratch, stage):
 
 def check_uninterrupted(spec, key, place):
     """Train one variant once more, without a stop: the same weights and the same curve, bitwise."""
-    plan, site = plan_of(spec)
+    plan, context = plan_of(spec)
     work = next(work for work in plan.all_bld() if work.key == key)
-    store, activations = site.store(), site.activations(work.tokens, work.spec.dtype)
+    store, activations = context.store(), context.activations(work.tokens, work.spec.dtype)
     activations.capture_embedding()
     for layer in range(work.layer + 1):
         activations.capture_layer(layer)
@@ -131,13 +131,15 @@ def test_after_a_kill_during_gkd_the_next_run_gives_the_uninterrupted_child_bitw
     assert shown_running(spec) == []
     assert 0 < done < 60
     assert f"resuming at step {done + 1} from" in caplog.text
-    plan, site = plan_of(spec)
-    work = plan.gkd(find_answer(plan, site).chosen.architecture)
+    plan, context = plan_of(spec)
+    work = plan.gkd(find_answer(plan, context).chosen.architecture)
     whole = tmp_path / "uninterrupted"
     whole.mkdir()
-    record = gkd.run(work, site.open_parent(), site.store().fetch(work.child), site.store().fetch(work.tokens), whole)
-    resumed = site.store().fetch(work.key)
-    assert site.store().manifest(work.key).record["curve"] == record.model_dump(mode="json")["curve"]
+    record = gkd.run(
+        work, context.open_parent(), context.store().fetch(work.child), context.store().fetch(work.tokens), whole
+    )
+    resumed = context.store().fetch(work.key)
+    assert context.store().manifest(work.key).record["curve"] == record.model_dump(mode="json")["curve"]
     files = sorted(file.name for file in whole.glob("*.safetensors"))
     assert files == sorted(file.name for file in resumed.glob("*.safetensors"))
     for name in files:

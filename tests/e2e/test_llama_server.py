@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from flows.cli import main
+from flows.cli.main import main
 from puzzle_core.model.child import load_child
 from tests.conftest import CPU, MIXED
 

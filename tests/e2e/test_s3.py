@@ -4,8 +4,8 @@ import pytest
 
 from flows.puzzle import puzzle
 from puzzle_core.errors import DamagedError
-from tasks.site import Site
-from tasks.store import MANIFEST, Store
+from tasks.runtime.context import RunContext
+from tasks.store.store import MANIFEST, Store
 from tests.workflow import SCORED, TRAINED, Recorded, of_stage, plan_of, publish_costs
 
 BOOKKEEPING = {"open inputs", "check limits"}
@@ -21,7 +21,7 @@ def spec(spec_of, bucket, proxy, prefect_server):
 
 def test_a_run_over_s3_is_whole_and_a_second_one_on_another_machine_computes_nothing(spec, proxy, tmp_path):
     puzzle(spec)
-    store = Site.of(spec).store()
+    store = RunContext.of(spec).store()
     keys = store.keys()
     assert (len(of_stage(keys, "bld")), len(of_stage(keys, "score"))) == (TRAINED, SCORED)
     assert {key: store.damage(key) for key in keys if store.damage(key)} == {}
@@ -47,9 +47,9 @@ def test_a_run_over_s3_is_whole_and_a_second_one_on_another_machine_computes_not
 @pytest.mark.fault("an object is corrupted between two runs", "other bytes of the same size put in a block's place")
 def test_a_damaged_block_is_made_again_within_the_run_where_the_spec_says_so(spec, tmp_path, outcome):
     puzzle(spec)
-    plan, site = plan_of(spec)
+    plan, context = plan_of(spec)
     harmed = plan.all_bld()[0]
-    store = site.store()
+    store = context.store()
     manifest = store.manifest(harmed.key)
     name = next(name for name in manifest.files if name.endswith(".safetensors"))
     place = f"{spec.runtime.store.removeprefix('s3://')}/{harmed.key}/{manifest.place}/{name}"

@@ -9,7 +9,8 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import is_valid_schema, validate
 from prefect.utilities.schema_tools.validation import ValidationError
 
-from puzzle_core.spec import load_spec, parse_spec
+from puzzle_core.spec import parse_spec
+from puzzle_core.spec_file import load_spec
 from tests.workflow import merged
 
 ROOT = Path(__file__).parents[2]

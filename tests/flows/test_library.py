@@ -12,20 +12,20 @@ from puzzle_core.distill import bld
 from puzzle_core.errors import PuzzleError
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.surgery import WEIGHTS
-from puzzle_core.stages import ScoreRecord
+from puzzle_core.work import ScoreRecord
 from tests.workflow import TRAINED, Recorded, artifacts, changed, of_stage, plan_of
 
 
 def train(spec):
     """The part of the library flow that trains, with the tokens it needs."""
-    from flows.running import ensure, ensure_tokens, side_by_side
-    from tasks.stages import measure_importance
+    from flows.submit import ensure, ensure_tokens, side_by_side
+    from tasks.stage_tasks import measure_importance
 
-    plan, site = plan_of(spec)
-    ensure_tokens(plan, site, "calibration", "bld")
-    ensure(measure_importance, plan.importance(), site)
-    side_by_side(train_variants, site)(spec, plan, site)
-    return plan, site
+    plan, context = plan_of(spec)
+    ensure_tokens(plan, context, "calibration", "bld")
+    ensure(measure_importance, plan.importance(), context)
+    side_by_side(train_variants, context)(spec, plan, context)
+    return plan, context
 
 
 def test_every_variant_and_every_score_is_a_task_run_with_a_name_that_says_so(finished):
@@ -41,12 +41,12 @@ def test_every_variant_and_every_score_is_a_task_run_with_a_name_that_says_so(fi
 
 def test_only_what_a_missing_variant_needs_is_captured_and_trained(again, prefect_server):
     spec = again()
-    plan, site = plan_of(spec)
+    plan, context = plan_of(spec)
     gone = [work for work in plan.all_bld() if (work.layer, str(work.variant)) in ((1, "attn:kv2"), (2, "ffn:i24"))]
     for work in gone:
         shutil.rmtree(Path(spec.runtime.store) / work.key)
     before, recorded = artifacts(spec.runtime.store), Recorded()
-    train_variants(spec, plan, site)
+    train_variants(spec, plan, context)
     assert changed(before, artifacts(spec.runtime.store)) == {work.key for work in gone}
     computed = [name for name in recorded.computed(at_least=5) if not name.startswith("drop")]
     assert sorted(name.split(" (")[0] for name in computed) == [
@@ -99,8 +99,8 @@ def test_a_diverged_variant_fails_by_name_once_and_the_others_are_in_the_store(s
     recorded = Recorded()
     with pytest.raises(PuzzleError, match=r"BLD of layer 3 ffn:i24 diverged: .*learning.rate"):
         train(spec)
-    plan, site = plan_of(spec)
-    kept = [(work.layer, str(work.variant)) for work in plan.all_bld() if site.store().has(work.key)]
+    plan, context = plan_of(spec)
+    kept = [(work.layer, str(work.variant)) for work in plan.all_bld() if context.store().has(work.key)]
     assert len(kept) == TRAINED - 1
     assert (3, "ffn:i24") not in kept
     failed = [run for run in recorded.task_runs(at_least=18) if run.state_name == "Failed" and "layer" in run.name]
@@ -123,12 +123,12 @@ def test_results_do_not_depend_on_the_number_of_workers(finished, again, prefect
         for key in artifacts(spec.runtime.store):
             if key.startswith(("bld/", "score/")):
                 shutil.rmtree(Path(spec.runtime.store) / key)
-        plan, site = plan_of(spec)
-        from flows.running import side_by_side
+        plan, context = plan_of(spec)
+        from flows.submit import side_by_side
 
-        side_by_side(train_variants, site)(spec, plan, site)
-        side_by_side(score_variants, site)(spec, plan, site)
-        store = site.store()
+        side_by_side(train_variants, context)(spec, plan, context)
+        side_by_side(score_variants, context)(spec, plan, context)
+        store = context.store()
         trained = {
             (work.layer, str(work.variant), name): tensor
             for work in plan.all_bld()

@@ -9,10 +9,10 @@ from flows.build_library import build_library
 from flows.puzzle import puzzle
 from flows.train_child import train_child
 from puzzle_core.errors import InfeasibleError
-from puzzle_core.report.inputs import ReportInputs
-from puzzle_core.report.tables import format_final_table
-from puzzle_core.stages import SearchRecord
-from tasks.site import Site
+from puzzle_core.report.report_inputs import ReportInputs
+from puzzle_core.report.report_tables import format_final_table
+from puzzle_core.search.search_record import SearchRecord
+from tasks.runtime.context import RunContext
 from tests.workflow import SCORED, TRAINED, Recorded, artifacts, changed, check_whole, of_stage, plan_of, publish_costs
 
 CHILD_STAGES = ("search", "child", "gkd", "evaluation", "timing", "report")
@@ -23,13 +23,13 @@ def stages_of(keys):
 
 
 def chosen(spec):
-    plan, site = plan_of(spec)
-    return SearchRecord.model_validate(site.store().manifest(plan.search().key).record).chosen
+    plan, context = plan_of(spec)
+    return SearchRecord.model_validate(context.store().manifest(plan.search().key).record).chosen
 
 
 def test_a_whole_run_ends_with_the_final_table(finished):
-    site = Site.model_validate({"parent": finished.content["parent"], "runtime": finished.content["runtime"]})
-    report = site.store().fetch(finished.report)
+    context = RunContext.model_validate({"parent": finished.content["parent"], "runtime": finished.content["runtime"]})
+    report = context.store().fetch(finished.report)
     table = format_final_table(ReportInputs.read(report / "report.json"))
     for wanted in ("parent", "child after assembly", "child after GKD", "top-1 accuracy", "perplexity", "prefill"):
         assert wanted in table

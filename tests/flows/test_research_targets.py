@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.check import describe_targets
+from flows.cli.describe import describe_targets
 from flows.research_targets import research_targets
 from puzzle_core.errors import PuzzleError
-from puzzle_core.stages import SearchRecord
+from puzzle_core.search.search_record import SearchRecord
 from tests.workflow import Recorded, artifacts, changed, of_stage, plan_of
 
 SHIPPED = Path(__file__).parents[2] / "deployments" / "targets"
@@ -24,8 +24,8 @@ def targets(tmp_path):
 
 
 def search_of(spec, key):
-    _, site = plan_of(spec)
-    return SearchRecord.model_validate(site.store().manifest(key).record)
+    _, context = plan_of(spec)
+    return SearchRecord.model_validate(context.store().manifest(key).record)
 
 
 def test_every_target_gets_an_answer_from_the_library_as_it_is(again, targets):

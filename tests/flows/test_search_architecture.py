@@ -8,7 +8,7 @@ import pytest
 
 from flows.search_architecture import search_architecture
 from puzzle_core.errors import CoverageError
-from tasks.store import Store
+from tasks.store.store import Store
 from tests.workflow import artifacts, changed, of_stage
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from puzzle_core import data
-from puzzle_core.data import Document, batch_rows, digest_documents, pack, read_documents, stdlib_documents
+from puzzle_core.data import batch_rows, pack
 from puzzle_core.errors import DataError
-from puzzle_core.stages import TokensWork
+from puzzle_core.text_sources import Document, digest_documents, read_documents, stdlib_documents
+from puzzle_core.work import TokensWork
 
 TEXTS = [f"{number:03d}" for number in range(200)]
 DOCUMENTS = [Document(text, text) for text in TEXTS]

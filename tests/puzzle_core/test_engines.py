@@ -11,14 +11,14 @@ from benchmarks.engines import CASES, MARKS, PARENTS, reference, run_vllm, write
 from puzzle_core.architecture import Architecture, BlockVariant, Variant
 from puzzle_core.engines import RULES, obstacles, restrictions
 from puzzle_core.errors import InfeasibleError, SpecError
-from puzzle_core.model.export.hf import export_hf
-from puzzle_core.model.export.source import Source
+from puzzle_core.export.hf import export_hf
+from puzzle_core.export.source import Source
 from puzzle_core.plan import Inputs, Plan
-from puzzle_core.search import choose
-from puzzle_core.search.instance import Instance
+from puzzle_core.search import run_search
+from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.tables import CostRow, CostTable, Option, ScoreTable
 from puzzle_core.spec import SearchRequest, VariantsSpec, parse_spec
-from tests.puzzle_core.model.export.conftest import MIXED, ODD_WIDTHS, OWN
+from tests.puzzle_core.export.conftest import MIXED, ODD_WIDTHS, OWN
 
 READERS = {"vllm": "vLLM", "sglang": "SGLang", "tensorrt-llm": "TensorRT-LLM"}
 ATTENTIONS = [Variant.parse(f"attn:{name}") for name in ("kv4", "kv2", "kv1", "linear", "no_op")]
@@ -82,7 +82,7 @@ def test_vllm_itself_fails_where_its_rules_are_broken_and_nowhere_else(tmp_path)
     assert {name for name, answer in answers.items() if not answer.startswith("ok")} == restrictions(["vllm"])
 
 
-def instance(seed: int, **asked) -> Instance:
+def instance(seed: int, **asked) -> ProblemBuilder:
     """Four layers of random scores, under which what engines cannot run often is best; at most half of the time."""
     chance = random.Random(seed)
     blocks = [BlockVariant(attention=a, ffn=f) for a in ATTENTIONS for f in FFNS]
@@ -91,7 +91,7 @@ def instance(seed: int, **asked) -> Instance:
     rows = [CostRow(str(v), {"decode_ms": ms.get(v.kind, 2 + v.size / 100)}) for v in (*ATTENTIONS, *FFNS)]
     scenario = {"limits": {"block_decode_time": "50%"}}
     request = SearchRequest.model_validate({"scenario": scenario} | asked)
-    return Instance(request, ScoreTable(PARENT, tuple(layers)), CostTable(tuple(rows)))
+    return ProblemBuilder(request, ScoreTable(PARENT, tuple(layers)), CostTable(tuple(rows)))
 
 
 @pytest.mark.parametrize("engines", [["vllm"], ["sglang"], ["tensorrt-llm"], ["vllm", "sglang", "llama.cpp"]])
@@ -99,12 +99,12 @@ def test_every_answer_of_a_search_runs_on_its_engines(engines):
     plain = broken = 0
     for seed in range(12):
         search = {"solutions": 3, "frontier_points": 3, "explain": False}
-        record = choose.run(instance(seed, engines=engines, search=search))
+        record = run_search.run(instance(seed, engines=engines, search=search))
         answers = (*record.solutions, *record.baselines, *record.frontier)
         for found in answers:
             said = obstacles(found.architecture)
             assert not [said[READERS[engine]] for engine in engines if engine in READERS and said[READERS[engine]]]
-        said = obstacles(choose.run(instance(seed, search=search)).chosen.architecture)
+        said = obstacles(run_search.run(instance(seed, search=search)).chosen.architecture)
         plain, broken = plain + 1, broken + any(said[READERS[e]] for e in engines if e in READERS)
     assert broken > plain / 2, "engines must have ruled out what would have been best"
 
@@ -118,13 +118,13 @@ def test_a_parent_that_an_engine_cannot_run_is_refused_by_name():
     found = instance(0)
     scores = ScoreTable(BlockVariant(attention=ATTENTIONS[0], ffn=FFNS[2]), found.scores.layers)
     with pytest.raises(SpecError, match=r"rules out the parent's own ffn:i100.*\(256, for engines sglang\)"):
-        Instance(found.request.model_copy(update={"engines": ("sglang",)}), scores, found.costs)
+        ProblemBuilder(found.request.model_copy(update={"engines": ("sglang",)}), scores, found.costs)
 
 
 def test_limits_that_only_the_forbidden_could_meet_are_infeasible_and_say_what_can_be_had():
     with pytest.raises(InfeasibleError, match=r"block_decode_time was 3%.*can be had.*"):
-        choose.run(instance(0, engines=["vllm"], scenario={"limits": {"block_decode_time": "3%"}}))
-    choose.run(instance(0, scenario={"limits": {"block_decode_time": "3%"}}))
+        run_search.run(instance(0, engines=["vllm"], scenario={"limits": {"block_decode_time": "3%"}}))
+    run_search.run(instance(0, scenario={"limits": {"block_decode_time": "3%"}}))
 
 
 SPEC = {

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from puzzle_core import evaluation
 from puzzle_core.errors import NonFiniteError, SpecError
 from puzzle_core.model.child import load_child
-from puzzle_core.stages import EvaluateWork
+from puzzle_core.work import EvaluateWork
 from tests.conftest import CPU, MIXED
 from tests.pico import SIZES, edit_tensors
 from tests.reference.quality import comparison

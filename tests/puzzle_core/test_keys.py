@@ -14,8 +14,9 @@ import pytest
 from puzzle_core.architecture import Architecture, BlockVariant
 from puzzle_core.model.parent import Parent
 from puzzle_core.plan import Inputs, Plan
-from puzzle_core.spec import ParentSpec, load_spec
-from puzzle_core.stages import ReportWork
+from puzzle_core.spec import ParentSpec
+from puzzle_core.spec_file import load_spec
+from puzzle_core.work import ReportWork
 
 ROOT = Path(__file__).parents[2]
 SPECS = sorted((ROOT / "deployments" / "specs").glob("*.yaml"))

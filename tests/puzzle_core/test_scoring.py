@@ -9,7 +9,7 @@ from puzzle_core.architecture import BlockVariant
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model import activations as activations_module
 from puzzle_core.model.activations import Activations
-from puzzle_core.stages import ScoreWork
+from puzzle_core.work import ScoreWork
 from tests.conftest import CPU
 from tests.reference.quality import comparison, with_attention, with_ffn
 

@@ -5,7 +5,8 @@ import yaml
 
 from puzzle_core.architecture import Variant
 from puzzle_core.errors import SpecError
-from puzzle_core.spec import RunSpec, VariantsSpec, load_spec, parse_spec
+from puzzle_core.spec import RunSpec, VariantsSpec, parse_spec
+from puzzle_core.spec_file import load_spec
 
 LEAST = {"parent": {"path": "owner/name"}, "scenario": {"limits": {"memory": "60%"}}}
 

@@ -7,7 +7,7 @@ import yaml
 
 from puzzle_core.errors import SpecError
 from puzzle_core.quantities import parse_bandwidth, parse_duration, parse_memory, parse_rate
-from puzzle_core.spec import load_spec
+from puzzle_core.spec_file import load_spec
 from puzzle_core.target import PRECISION_BYTES, HardwareSpec, TargetSpec, load_target
 
 SHIPPED = sorted((Path(__file__).parents[2] / "deployments/targets").glob("*.yaml"))

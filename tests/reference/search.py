@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from puzzle_core.search.problem import Choice, Problem
-from puzzle_core.search.rules import Distinct, Together
+from puzzle_core.search.rules import AllOrNone, AtMostDistinct
 
 
 def solve_plainly(problem: Problem, avoid: Sequence[tuple[Choice, int]] = ()) -> float | None:
@@ -18,7 +18,7 @@ def solve_plainly(problem: Problem, avoid: Sequence[tuple[Choice, int]] = ()) ->
     for layer, ids in enumerate(problem.options):
         for option in range(len(ids)):
             place[layer, option] = len(place)
-    distinct = [rule for rule in problem.rules if isinstance(rule, Distinct)]
+    distinct = [rule for rule in problem.rules if isinstance(rule, AtMostDistinct)]
     for number, rule in enumerate(distinct):
         for group in sorted({int(group) for groups in rule.groups for group in groups} - {-1}):
             place[f"rule {number}", group] = len(place)
@@ -45,7 +45,7 @@ def solve_plainly(problem: Problem, avoid: Sequence[tuple[Choice, int]] = ()) ->
                 add({(i, j): 1.0, (name, int(rule.groups[i][j])): -1.0}, -np.inf, 0.0)
         add({key: 1.0 for key in place if key[0] == name}, -np.inf, rule.at_most)
     for rule in problem.rules:
-        if isinstance(rule, Together):
+        if isinstance(rule, AllOrNone):
             for member in rule.members[1:]:
                 add({rule.members[0]: 1.0, member: -1.0}, 0.0, 0.0)
     for choice, shared in avoid:

@@ -4,7 +4,7 @@ import uuid
 
 import pytest
 
-from tasks.store import Store
+from tasks.store.store import Store
 
 
 @pytest.fixture(params=["local", "memory", "s3"])

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.server import free_port
-from puzzle_core.stages import GkdRecord
-from tasks.stages import distil_child
-from tasks.tracking import tracked
+from flows.services.prefect_server import free_port
+from puzzle_core.work import GkdRecord
+from tasks.stage_tasks import distil_child
+from tasks.tracking.tracking import tracked
 from tests.workflow import artifacts, changed, of_stage, plan_of
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[2]
 def test_two_machines_make_the_artifact_that_one_process_makes(finished, again, prefect_server, caplog):
     meeting = {"gkd_machines": 2, "gkd_rendezvous": f"localhost:{free_port()}"}
     spec = again(runtime=meeting)
-    plan, site = plan_of(spec)
+    plan, context = plan_of(spec)
     (key,) = of_stage(artifacts(spec.runtime.store), "gkd")
-    manifest = site.store().manifest(key)
+    manifest = context.store().manifest(key)
     alone = GkdRecord.model_validate(manifest.record)
     shutil.rmtree(Path(spec.runtime.store) / key)
     before = artifacts(spec.runtime.store)
@@ -34,7 +34,7 @@ def test_two_machines_make_the_artifact_that_one_process_makes(finished, again, 
     def distil():
         try:
             with tracked("shared", spec) as run:
-                distil_child.fn(work, run, site)
+                distil_child.fn(work, run, context)
         except BaseException as error:
             failed.append(error)
 
@@ -46,7 +46,7 @@ def test_two_machines_make_the_artifact_that_one_process_makes(finished, again, 
     assert failed == []
     assert there.returncode == 0, there.stderr
     assert changed(before, artifacts(spec.runtime.store)) == {key}
-    shared = GkdRecord.model_validate(site.store().manifest(key).record)
+    shared = GkdRecord.model_validate(context.store().manifest(key).record)
     assert shared.tokens == alone.tokens
     for one, other in zip(alone.curve, shared.curve, strict=True):
         assert other == pytest.approx(one, rel=1e-5)

@@ -10,8 +10,8 @@ from puzzle_core.cost import latency
 from puzzle_core.cost.calibrate import FACTORS, calibrate, mean_error
 from puzzle_core.cost.roofline import roofline
 from puzzle_core.errors import MeasurementError
-from puzzle_core.stages import CostRecord, CostWork, Timing, Traffic
 from puzzle_core.target import Efficiency, HardwareSpec, TargetSpec
+from puzzle_core.work import CostRecord, CostWork, Timing, Traffic
 
 SHAPE = ModelShape(
     family="llama", layers=4, hidden=1024, heads=16, kv_heads=8, head_dim=64, ffn_width=4096, vocabulary=32000,

@@ -6,10 +6,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.cost import latency
-from puzzle_core.cost.analytic import architecture_parameters, outside_parameters, variant_size
 from puzzle_core.errors import MeasurementError, SpecError
+from puzzle_core.sizes import architecture_parameters, outside_parameters, variant_size
 from puzzle_core.spec import TargetSpec
-from puzzle_core.stages import CostWork, TimingWork, Traffic
+from puzzle_core.work import CostWork, TimingWork, Traffic
 from tests.conftest import MIXED
 
 TARGET = TargetSpec(device="cpu", rounds=3)

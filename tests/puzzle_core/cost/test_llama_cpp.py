@@ -8,19 +8,19 @@ import torch
 
 from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.cost import llama_cpp
-from puzzle_core.cost.analytic import variant_size
 from puzzle_core.cost.llama_engine import CALL_TOKENS, LlamaModel
 from puzzle_core.errors import MeasurementError, SpecError
+from puzzle_core.export.gguf_file import export_gguf
+from puzzle_core.export.lowering import lower
+from puzzle_core.export.source import RandomSource, Source
 from puzzle_core.model.child import load_child
-from puzzle_core.model.export.gguf_file import export_gguf
-from puzzle_core.model.export.lowering import lower
-from puzzle_core.model.export.source import RandomSource, Source
-from puzzle_core.search.inputs import cost_table
+from puzzle_core.search.record_tables import cost_table
+from puzzle_core.sizes import variant_size
 from puzzle_core.spec import TargetSpec, VariantsSpec
-from puzzle_core.stages import CostWork, TimingWork, Traffic
 from puzzle_core.target import load_target
+from puzzle_core.work import CostWork, TimingWork, Traffic
 from tests.conftest import CPU, MIXED
-from tests.puzzle_core.model.export.conftest import STDLIB
+from tests.puzzle_core.export.conftest import STDLIB
 
 TARGET = TargetSpec(engine="llama.cpp", rounds=3)
 TRAFFIC = Traffic(prompt_tokens=16, generated_tokens=9, batch_size=2)

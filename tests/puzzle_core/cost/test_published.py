@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.published_targets import PUBLISHED, TARGET, compare, read_published
 from puzzle_core.architecture import Architecture
-from puzzle_core.cost.analytic import architecture_parameters, kv_entries_per_token, outside_parameters
+from puzzle_core.sizes import architecture_parameters, kv_entries_per_token, outside_parameters
 from puzzle_core.target import Efficiency, load_target
 
 CONFIG = Path(__file__).parents[4] / "shared/data/nemotron49b_config.json"

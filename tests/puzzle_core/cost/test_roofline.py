@@ -3,11 +3,11 @@
 import pytest
 
 from puzzle_core.architecture import ModelShape, Variant
-from puzzle_core.cost.analytic import outside_parameters, variant_size
 from puzzle_core.cost.roofline import roofline
 from puzzle_core.errors import SpecError
-from puzzle_core.stages import Traffic
+from puzzle_core.sizes import outside_parameters, variant_size
 from puzzle_core.target import Efficiency, HardwareSpec, Interconnect, TargetSpec
+from puzzle_core.work import Traffic
 
 SHAPE = ModelShape(
     family="llama", layers=4, hidden=1024, heads=16, kv_heads=8, head_dim=64, ffn_width=4096, vocabulary=32000,

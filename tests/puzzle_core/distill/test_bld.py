@@ -11,7 +11,7 @@ from puzzle_core.model.activations import Activations
 from puzzle_core.model.remote.modeling_puzzle import family_class
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.spec import BldSpec
-from puzzle_core.stages import BldWork
+from puzzle_core.work import BldWork
 from tests.conftest import CPU
 
 LAYER = 1

@@ -11,7 +11,7 @@ from puzzle_core.distill.loop import Checkpoints
 from puzzle_core.distill.losses import cosine_distance, kl_per_token, next_token_loss
 from puzzle_core.model.child import load_child, load_parent
 from puzzle_core.spec import GkdSpec
-from puzzle_core.stages import GkdWork
+from puzzle_core.work import GkdWork
 from tests.conftest import CPU, MIXED
 
 BATCH = {"batch_tokens": 48, "epochs": 3, "optimizer": {"learning_rate": 0.005}}
@@ -47,8 +47,8 @@ def same(one, other):
 
 
 def test_the_parents_copy_has_nothing_to_learn(assemble, parent, ids_NT):
-    teacher, student = load_parent(parent, torch.float32, CPU), load_child(assemble("llama"), torch.float32, CPU)
-    terms = loss_terms(teacher, student, ids_NT.long(), GkdSpec())
+    parent_model, student = load_parent(parent, torch.float32, CPU), load_child(assemble("llama"), torch.float32, CPU)
+    terms = loss_terms(parent_model, student, ids_NT.long(), GkdSpec())
     sum(terms.values()).backward()
     assert terms["kl"].item() == 0
     assert terms["cosine"].item() == pytest.approx(0, abs=1e-5)
@@ -56,24 +56,29 @@ def test_the_parents_copy_has_nothing_to_learn(assemble, parent, ids_NT):
 
 
 def test_a_mixed_child_has_much_to_learn(assemble, parent, ids_NT):
-    teacher, student = load_parent(parent, torch.float32, CPU), load_child(assemble("llama", MIXED), torch.float32, CPU)
-    terms = loss_terms(teacher, student, ids_NT.long(), GkdSpec())
+    parent_model, student = (
+        load_parent(parent, torch.float32, CPU),
+        load_child(assemble("llama", MIXED), torch.float32, CPU),
+    )
+    terms = loss_terms(parent_model, student, ids_NT.long(), GkdSpec())
     sum(terms.values()).backward()
     assert min(terms["kl"].item(), terms["cosine"].item()) > 0.1
     assert all(p.grad.abs().max() > 1e-4 for p in student.parameters())
 
 
 def test_terms_are_the_weighted_losses_of_logits_and_of_what_leaves_every_layer(assemble, activations, ids_NT):
-    teacher = load_parent(activations.parent, torch.float32, CPU)
+    parent_model = load_parent(activations.parent, torch.float32, CPU)
     student = load_child(assemble("llama", MIXED), torch.float32, CPU)
     left = []
     for block in student.model.layers:
         block.register_forward_hook(lambda _, __, output: left.append(output))
-    terms = loss_terms(teacher, student, ids_NT.long(), GkdSpec(cosine_weight=2, kl_weight=3, lm_weight=4))
+    terms = loss_terms(parent_model, student, ids_NT.long(), GkdSpec(cosine_weight=2, kl_weight=3, lm_weight=4))
     distances = [cosine_distance(activations.entry(layer + 1), states) for layer, states in enumerate(left)]
     logits = student(input_ids=ids_NT.long()).logits
     torch.testing.assert_close(terms["cosine"], 2 * sum(distances))
-    torch.testing.assert_close(terms["kl"], 3 * kl_per_token(teacher(input_ids=ids_NT.long()).logits, logits).mean())
+    torch.testing.assert_close(
+        terms["kl"], 3 * kl_per_token(parent_model(input_ids=ids_NT.long()).logits, logits).mean()
+    )
     torch.testing.assert_close(terms["lm"], 4 * next_token_loss(logits, ids_NT.long()).mean())
 
 
@@ -88,8 +93,11 @@ def test_terms_are_the_weighted_losses_of_logits_and_of_what_leaves_every_layer(
 def test_terms_of_weight_zero_are_not_computed(spec, computed, assemble, parent, ids_NT, monkeypatch):
     for loss in {"kl_per_token", "cosine_distance", "next_token_loss"} - computed:
         monkeypatch.setattr(gkd, loss, lambda *_: pytest.fail("computed"))
-    teacher, student = load_parent(parent, torch.float32, CPU), load_child(assemble("llama", MIXED), torch.float32, CPU)
-    assert len(loss_terms(teacher, student, ids_NT.long(), GkdSpec(**spec))) == 1
+    parent_model, student = (
+        load_parent(parent, torch.float32, CPU),
+        load_child(assemble("llama", MIXED), torch.float32, CPU),
+    )
+    assert len(loss_terms(parent_model, student, ids_NT.long(), GkdSpec(**spec))) == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "tied"])

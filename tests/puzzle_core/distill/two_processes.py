@@ -11,13 +11,13 @@ import torch
 
 from puzzle_core.architecture import Architecture
 from puzzle_core.distill import gkd
+from puzzle_core.distill.distributed import ShardedGroup, joined
 from puzzle_core.distill.loop import Checkpoints
-from puzzle_core.distill.together import Together, joined
 from puzzle_core.model.checkpoint import Checkpoint
 from puzzle_core.model.parent import Parent
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.spec import GkdSpec, ParentSpec
-from puzzle_core.stages import GkdWork
+from puzzle_core.work import GkdWork
 from tests.conftest import MIXED
 
 
@@ -73,10 +73,10 @@ def held(case, together):
 
 def main(place):
     torch.set_num_threads(1)
-    share, cases = Together.share, json.loads((place / "cases.json").read_text())
+    share, cases = ShardedGroup.share, json.loads((place / "cases.json").read_text())
     with joined() as together:
         for case in cases:
-            Together.share = same_rows_for_all if case.get("fault") else share
+            ShardedGroup.share = same_rows_for_all if case.get("fault") else share
             do(case, together)
         (place / f"held-{together.mesh.get_rank()}.json").write_text(json.dumps(held(cases[0], together)))
 

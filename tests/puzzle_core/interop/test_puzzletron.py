@@ -12,7 +12,7 @@ import yaml
 from puzzle_core.errors import NonFiniteError, PuzzleError
 from puzzle_core.interop.puzzletron import LIBRARY, STATS, VALIDATION, import_puzzle_dir
 from puzzle_core.search.from_tables import read_request, search_tables
-from puzzle_core.stages import SearchRecord
+from puzzle_core.search.search_record import SearchRecord
 from tests.puzzletron import BATCH_SIZES, BF16, KV_HEADS, LAYERS, TRAFFICS, WIDTHS, Campaign
 
 SOLUTION = f"{VALIDATION}/solution_3.json"

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from puzzle_core.architecture import Architecture, BlockVariant
-from puzzle_core.cost.analytic import architecture_parameters, kv_entries_per_token
 from puzzle_core.errors import ArtifactError
 from puzzle_core.model import child
 from puzzle_core.model.checkpoint import Checkpoint
 from puzzle_core.model.child import load_child, load_parent, random_child
-from puzzle_core.stages import ChildRecord
+from puzzle_core.sizes import architecture_parameters, kv_entries_per_token
+from puzzle_core.work import ChildRecord
 from tests.conftest import CPU, MIXED
 from tests.pico import PICOS, edit_tensors
 

@@ -5,10 +5,10 @@ import torch
 
 from puzzle_core.architecture import BlockVariant, Variant
 from puzzle_core.distill import bld
-from puzzle_core.model.surgery import Halves, halves, variant_block
+from puzzle_core.model.surgery import Subblocks, halves, variant_block
 from puzzle_core.records import digest_file
 from puzzle_core.spec import BldSpec
-from puzzle_core.stages import BldWork
+from puzzle_core.work import BldWork
 from tests.conftest import CPU
 from tests.pico import PICOS
 
@@ -18,7 +18,7 @@ def test_block_replaced_by_a_copy_of_itself_is_bitwise_the_parents(name, activat
     activations = activations_of(name)
     parent, own, context = activations.parent, activations.parent.shape.parent_block, activations.context()
     for layer in range(parent.shape.layers):
-        block = Halves(
+        block = Subblocks(
             *(
                 variant_block(parent, layer, half, initial_state(name, layer, str(half)), torch.float32, CPU)
                 for half in (own.attention, own.ffn)

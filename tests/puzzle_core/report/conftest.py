@@ -7,24 +7,14 @@ import numpy as np
 import pytest
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
-from puzzle_core.cost.analytic import architecture_parameters, kv_entries_per_token
-from puzzle_core.report.inputs import ModelResult, ReportInputs
-from puzzle_core.search.inputs import cost_table
-from puzzle_core.search.instance import Instance
+from puzzle_core.report.report_inputs import ModelResult, ReportInputs
+from puzzle_core.search.problem_builder import ProblemBuilder
+from puzzle_core.search.record_tables import cost_table
+from puzzle_core.search.search_record import FoundArchitecture, LimitUse, Prediction, SearchRecord
 from puzzle_core.search.tables import Option, ScoreTable
+from puzzle_core.sizes import architecture_parameters, kv_entries_per_token
 from puzzle_core.spec import RunSpec, parse_spec
-from puzzle_core.stages import (
-    BldRecord,
-    CostRecord,
-    EvaluationRecord,
-    Found,
-    GkdRecord,
-    LimitUse,
-    Prediction,
-    ScoreRecord,
-    SearchRecord,
-    Timing,
-)
+from puzzle_core.work import BldRecord, CostRecord, EvaluationRecord, GkdRecord, ScoreRecord, Timing
 
 BATCH = 4
 
@@ -88,7 +78,7 @@ class MadeUp:
             "kl",
         )
         costs = cost_table(self.spec.variants, self.shape, {(self.name, BATCH): self.measured})
-        self.instance = Instance(self.spec.request, scores, costs)
+        self.instance = ProblemBuilder(self.spec.request, scores, costs)
 
     def _time(self, variant: Variant) -> Timing:
         own = self.own.attention if variant.subblock == "attn" else self.own.ffn
@@ -116,9 +106,9 @@ class MadeUp:
             layers=tuple(min(self.blocks, key=lambda b: price(layer, b)) for layer in range(self.shape.layers))
         )
 
-    def found(self, method: str, architecture: Architecture) -> Found:
+    def found(self, method: str, architecture: Architecture) -> FoundArchitecture:
         score = sum(self.scores.get((i, b), 0.0) for i, b in enumerate(architecture.layers))
-        return Found(
+        return FoundArchitecture(
             method=method, architecture=architecture, score=score, bound=score, gap=0.0, optimal=True, seconds=0.04,
             predictions=self.predict(architecture), limits=self.instance.limit_uses(architecture, self.batch_sizes),
         )  # fmt: skip

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from puzzle_core.report import figures
 from puzzle_core.report.curves import bld_figure, gkd_figure
-from puzzle_core.report.inputs import ReportInputs
 from puzzle_core.report.plotting import png_bytes, smoothed
+from puzzle_core.report.report_inputs import ReportInputs
 
 Make = Callable[..., ReportInputs]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from puzzle_core.report.inputs import ReportInputs
 from puzzle_core.report.report import ReportRecord, escape_markdown, headline_sentence, run, spec_yaml
+from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.spec import parse_spec
 
 Make = Callable[..., ReportInputs]

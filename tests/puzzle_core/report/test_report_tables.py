@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from puzzle_core.report import facts, tables
-from puzzle_core.report.inputs import ModelResult, ReportInputs
-from puzzle_core.stages import Timing
+from puzzle_core.report import derived, report_tables
+from puzzle_core.report.report_inputs import ModelResult, ReportInputs
+from puzzle_core.work import Timing
 
 Make = Callable[..., ReportInputs]
 
@@ -39,12 +39,12 @@ def plain(inputs: ReportInputs) -> ReportInputs:
     return changed(inputs, "child after GKD", **own, **quality)
 
 
-def rows_of(table: tables.Table) -> dict[str, tuple[str, ...]]:
+def rows_of(table: report_tables.Table) -> dict[str, tuple[str, ...]]:
     return {row[0]: row[1:] for row in table.rows}
 
 
 def test_final_table_has_ratios_to_the_parent(plain: ReportInputs) -> None:
-    table = tables.final_table(plain)
+    table = report_tables.final_table(plain)
     assert table.columns == ("", "parent", "child after assembly", "to the parent", "child after GKD", "to the parent")
     last = {name: (row[0], row[3], row[4]) for name, row in rows_of(table).items()}
     assert last == {
@@ -64,7 +64,7 @@ def test_final_table_has_ratios_to_the_parent(plain: ReportInputs) -> None:
 
 
 def test_final_table_is_aligned_text(plain: ReportInputs) -> None:
-    title, header, rule, *rows = tables.format_final_table(plain).splitlines()
+    title, header, rule, *rows = report_tables.format_final_table(plain).splitlines()
     assert title == "The child beside its parent"
     end = header.index("child after GKD") + len("child after GKD")
     assert set(rule) == {"-", " "}
@@ -76,7 +76,7 @@ def test_final_table_is_aligned_text(plain: ReportInputs) -> None:
 def test_final_table_without_gkd_and_without_times(make_inputs: Make) -> None:
     inputs = make_inputs(layers=2, gkd=False)
     inputs = changed(inputs, "child after assembly", timing=None)
-    table = tables.final_table(inputs)
+    table = report_tables.final_table(inputs)
     assert table.columns == ("", "parent", "child after assembly", "to the parent")
     assert rows_of(table)["end to end"][1:] == ("–", "")
 
@@ -86,13 +86,13 @@ def test_one_generated_token_has_no_decode(make_inputs: Make) -> None:
     inputs = make_inputs(layers=2, scenario=scenario)
     for name in ("parent", "child after GKD"):
         inputs = changed(inputs, name, timing=timing(10, 0))
-    rows = rows_of(tables.final_table(inputs))
+    rows = rows_of(report_tables.final_table(inputs))
     assert (rows["decode"][0], rows["decode rate"][3:]) == ("–", ("–", ""))
-    assert "speedup_decode" not in facts.headline(inputs)
+    assert "speedup_decode" not in derived.headline(inputs)
 
 
 def test_headline_has_ratios(plain: ReportInputs) -> None:
-    headline = facts.headline(plain)
+    headline = derived.headline(plain)
     assert headline["speedup_prefill"] == 2
     assert headline["speedup_decode"] == 1.5
     assert headline["speedup_end_to_end"] == pytest.approx(1000 / 650)
@@ -103,7 +103,7 @@ def test_headline_has_ratios(plain: ReportInputs) -> None:
 
 
 def test_limits_in_the_words_of_the_limit(inputs: ReportInputs) -> None:
-    rows = rows_of(tables.limits_table(inputs))
+    rows = rows_of(report_tables.limits_table(inputs))
     assert rows["memory"][:2] == ("chatbot", "75%")
     assert rows["memory"][2] == "≤ 30.0 MiB"
     uses = {use.name: use for use in inputs.search.chosen.limits}
@@ -118,16 +118,16 @@ def test_slack_of_throughput_is_what_is_above_the_limit(inputs: ReportInputs) ->
         update={"allowed": 256.0, "used": 320.0}
     )
     search = inputs.search.model_copy(update={"solutions": (chosen.model_copy(update={"limits": (use,)}),)})
-    (row,) = tables.limits_table(inputs.model_copy(update={"search": search})).rows
+    (row,) = report_tables.limits_table(inputs.model_copy(update={"search": search})).rows
     assert row[3:6] == ("≥ 256 tok/s", "320 tok/s", "64.0 tok/s (25.0 %)")
 
 
 def test_layers_sum_up_to_what_was_predicted(inputs: ReportInputs) -> None:
-    layers = facts.layer_facts(inputs)
+    layers = derived.layer_facts(inputs)
     chosen, parent = inputs.search.chosen, inputs.search.parent
     assert sum(fact.score for fact in layers) == pytest.approx(chosen.score)
     assert sum(f.saved_ms for f in layers) == pytest.approx(parent.total_ms - chosen.prediction.total_ms)
-    table = tables.layers_table(inputs)
+    table = report_tables.layers_table(inputs)
     assert len(table.rows) == inputs.shape.layers + 1
     assert table.rows[0] == ("0", "attn:kv4", "ffn:i1024", "0", "0 ms", "0.0 %")
     assert table.rows[4][1:3] == ("attn:no_op", "ffn:linear")
@@ -143,7 +143,7 @@ def test_layer_scores_of_single_subblocks_add_up(make_inputs: Make) -> None:
     halves = [s for s in inputs.scores if own.attention == s.block.attention or own.ffn == s.block.ffn]
     inputs = inputs.model_copy(update={"spec": spec, "scores": tuple(halves)})
     kl = {(s.layer, s.block): s.kl_nats_per_token for s in halves}
-    for fact in facts.layer_facts(inputs):
+    for fact in derived.layer_facts(inputs):
         alone = [
             own.model_copy(update={"attention": fact.block.attention}),
             own.model_copy(update={"ffn": fact.block.ffn}),
@@ -152,7 +152,7 @@ def test_layer_scores_of_single_subblocks_add_up(make_inputs: Make) -> None:
 
 
 def test_baselines_beside_the_chosen(inputs: ReportInputs) -> None:
-    table = tables.baselines_table(inputs)
+    table = report_tables.baselines_table(inputs)
     methods = ["MIP (chosen)", "greedy", "uniform", "random", "maximise parameters"]
     assert [row[0] for row in table.rows] == methods
     outside = 96.0
@@ -165,19 +165,19 @@ def test_baselines_beside_the_chosen(inputs: ReportInputs) -> None:
 def test_a_baseline_that_the_search_does_not_know_is_not_dropped(inputs: ReportInputs) -> None:
     own, odd = inputs.shape.parent_block, inputs.baselines[0].architecture
     stranger = inputs.baselines[0].model_copy(update={"name": "by hand", "architecture": odd.replace(4, own)})
-    table = tables.baselines_table(inputs.model_copy(update={"models": (*inputs.models, stranger)}))
+    table = report_tables.baselines_table(inputs.model_copy(update={"models": (*inputs.models, stranger)}))
     assert table.rows[-1][:2] == ("by hand", "–")
 
 
 def test_predicted_against_measured(plain: ReportInputs) -> None:
     predicted = plain.search.chosen.prediction
-    rows = {row[:2]: row[2:] for row in tables.predicted_table(plain).rows}
+    rows = {row[:2]: row[2:] for row in report_tables.predicted_table(plain).rows}
     assert ("parent, with the costs", "prefill") in rows
     assert rows["child after GKD", "decode"][1:] == ("600 ms", f"{(predicted.decode_ms / 600 - 1) * 100:+.1f} %")
 
 
 def test_bld_names_the_best_and_the_worst_layer(inputs: ReportInputs) -> None:
-    rows = rows_of(tables.bld_table(inputs))
+    rows = rows_of(report_tables.bld_table(inputs))
     assert list(rows) == ["attn:kv2", "attn:kv1", "attn:linear", "ffn:i768", "ffn:i512", "ffn:i256", "ffn:linear"]
     assert rows["attn:kv2"][0] == "8"
     assert rows["attn:kv2"][3].endswith("(layer 7)")
@@ -185,10 +185,10 @@ def test_bld_names_the_best_and_the_worst_layer(inputs: ReportInputs) -> None:
 
 
 def test_downstream_tasks(inputs: ReportInputs) -> None:
-    assert tables.lm_eval_table(inputs).rows == ()
+    assert report_tables.lm_eval_table(inputs).rows == ()
     inputs = changed(inputs, "parent", lm_eval={"arc": {"acc,none": 0.5}})
     inputs = changed(inputs, "child after GKD", lm_eval={"arc": {"acc,none": 0.4813}})
-    assert tables.lm_eval_table(inputs).rows == (("arc", "acc,none", "0.5000", "–", "0.4813"),)
+    assert report_tables.lm_eval_table(inputs).rows == (("arc", "acc,none", "0.5000", "–", "0.4813"),)
 
 
 def test_inputs_need_a_parent_and_a_child(inputs: ReportInputs) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from puzzle_core.search.problem import Choice, Limit, Problem
-from puzzle_core.search.rules import UNCOUNTED, Distinct, Rule, Together
+from puzzle_core.search.rules import UNCOUNTED, AllOrNone, AtMostDistinct, Rule
 
 Avoid = Sequence[tuple[Choice, int]]
 
@@ -44,12 +44,14 @@ def make_problem(seed: int, limits: int | None = None, layers: int | None = None
 
 
 def with_rules(problem: Problem, seed: int) -> Problem:
-    """The problem with up to two Distinct rules and up to two Together rules, if it has layers and options enough."""
+    """The problem with up to two AtMostDistinct rules and up to two AllOrNone rules, if it has layers and options
+    enough.
+    """
     random = np.random.default_rng(10_000 + seed)
     rules: list[Rule] = []
     for number in range(int(random.integers(0, 3))):
         groups = tuple(random.integers(UNCOUNTED, 4, len(ids)) for ids in problem.options)
-        rules.append(Distinct(f"distinct {number}", groups, int(random.integers(1, 4))))
+        rules.append(AtMostDistinct(f"distinct {number}", groups, int(random.integers(1, 4))))
     free = [[j for j in range(len(ids)) if j != own] for ids, own in zip(problem.options, problem.parent, strict=True)]
     for number in range(int(random.integers(0, 3))):
         layers = [layer for layer in range(len(free)) if free[layer]]
@@ -57,7 +59,7 @@ def with_rules(problem: Problem, seed: int) -> Problem:
             break
         span = sorted(random.permutation(layers)[: int(random.integers(2, 4))].tolist())
         members = tuple((layer, free[layer].pop(int(random.integers(len(free[layer]))))) for layer in span)
-        rules.append(Together(f"together {number}", members))
+        rules.append(AllOrNone(f"together {number}", members))
     return replace(problem, rules=tuple(rules))
 
 
@@ -66,7 +68,7 @@ def with_free_continuations(problem: Problem) -> Problem:
     score = [values.copy() for values in problem.score]
     resources = {name: [values.copy() for values in column] for name, column in problem.resources.items()}
     for rule in problem.rules:
-        for layer, option in rule.members[1:] if isinstance(rule, Together) else ():
+        for layer, option in rule.members[1:] if isinstance(rule, AllOrNone) else ():
             for column in (score, *resources.values()):
                 column[layer][option] = 0.0
     return replace(problem, score=tuple(score), resources={name: tuple(column) for name, column in resources.items()})
@@ -108,7 +110,7 @@ def best_by_brute_force(problem: Problem, avoid: Avoid = ()) -> float | None:
 def obeys(rules: Sequence[Rule], choice: Choice) -> bool:
     """Whether a choice obeys the rules, spelt out."""
     for rule in rules:
-        if isinstance(rule, Together):
+        if isinstance(rule, AllOrNone):
             chosen = [choice[layer] == option for layer, option in rule.members]
             if any(chosen) and not all(chosen):
                 return False

@@ -13,9 +13,9 @@ import yaml
 
 from puzzle_core.architecture import Architecture, BlockVariant
 from puzzle_core.errors import InfeasibleError, PuzzleError
-from puzzle_core.search.files import read_costs, read_scores
 from puzzle_core.search.from_tables import read_request, search_tables
-from puzzle_core.stages import SearchRecord
+from puzzle_core.search.search_record import SearchRecord
+from puzzle_core.search.table_files import read_costs, read_scores
 
 SCORES = """layer,attention,ffn,score
 0,kv4,i512,0
@@ -177,7 +177,7 @@ def test_scenarios_of_several_files_hold_together(tmp_path: Path) -> None:
 def test_the_command_needs_neither_torch_nor_prefect_and_starts_at_once(tmp_path: Path) -> None:
     scores, costs, scenario = write(tmp_path)
     probe = (
-        "import sys, json; from flows.cli import main; code = main(sys.argv[1:]); "
+        "import sys, json; from flows.cli.main import main; code = main(sys.argv[1:]); "
         "sys.stderr.write(json.dumps([code, [m for m in ('torch', 'prefect', 'mlflow') if m in sys.modules]]))"
     )
     command = [sys.executable, "-c", probe, "search", "--scores", str(scores), "--costs", str(costs)]

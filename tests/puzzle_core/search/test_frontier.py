@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from puzzle_core.errors import InfeasibleError, SpecError
-from puzzle_core.search import alternatives
-from puzzle_core.search.alternatives import solve_best
+from puzzle_core.search import best_of
+from puzzle_core.search.best_of import solve_best
 from puzzle_core.search.frontier import capacity_range, frontier, sweep_frontier
 from puzzle_core.search.mip import solve
 from puzzle_core.search.problem import Limit, Problem
@@ -113,8 +113,8 @@ def test_a_sweep_solves_little_of_what_it_could(random_problem: Callable, monkey
         for key in range(10)
     }
     solved = []
-    solve_or_none = alternatives.solve_or_none
-    monkeypatch.setattr(alternatives, "solve_or_none", lambda *a, **n: solved.append(1) or solve_or_none(*a, **n))
+    solve_or_none = best_of.solve_or_none
+    monkeypatch.setattr(best_of, "solve_or_none", lambda *a, **n: solved.append(1) or solve_or_none(*a, **n))
     found = sweep_frontier(problems, name, dict.fromkeys(problems, np.linspace(least, most, 20).tolist()))
     assert all(point is not None for point in found)
     assert {point.key for point in found if point} == {0}, "the cheapest of ten alike"

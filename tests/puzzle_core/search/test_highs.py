@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from puzzle_core.search import highs, model
+from puzzle_core.search import highs, milp
 from puzzle_core.search.highs import Minimum, minimise
-from puzzle_core.search.model import keep_useful
+from puzzle_core.search.milp import keep_useful
 from puzzle_core.search.problem import Limit, Problem
 
 
@@ -19,7 +19,7 @@ def test_leaving_options_out_changes_nothing(
     problem = random_problem(seed, limits=2, layers=5)
     problem = problem.avoiding(problem.parent, 2, "shared")
     pruned = minimise(problem, problem.score)
-    monkeypatch.setattr(model, "undominated", lambda *arguments: np.ones(arguments[-1].size, dtype=bool))
+    monkeypatch.setattr(milp, "undominated", lambda *arguments: np.ones(arguments[-1].size, dtype=bool))
     whole = minimise(problem, problem.score)
     assert (pruned is None) == (whole is None)
     if pruned is not None and whole is not None:

@@ -11,7 +11,7 @@ from puzzle_core.errors import InfeasibleError
 from puzzle_core.search import infeasible
 from puzzle_core.search.mip import solve
 from puzzle_core.search.problem import Limit, Problem
-from puzzle_core.search.rules import Distinct, Together
+from puzzle_core.search.rules import AllOrNone, AtMostDistinct
 
 MEMORY = Limit("memory", "bytes", 9.0, "GB")
 LATENCY = Limit("latency", "ms", 12.0, "ms")
@@ -83,13 +83,15 @@ def test_named_limits_and_least_values_equal_brute_force(
 
 
 def smallest_sets(problem: Problem, brute_force: Callable) -> list[tuple[str, ...]]:
-    """The smallest sets of limits and Distinct rules that cannot hold together, by trying all sets in order of size."""
-    parts = [*problem.limits, *(rule for rule in problem.rules if isinstance(rule, Distinct))]
-    tied = tuple(rule for rule in problem.rules if isinstance(rule, Together))
+    """The smallest sets of limits and AtMostDistinct rules that cannot hold together, by trying all sets in order of
+    size.
+    """
+    parts = [*problem.limits, *(rule for rule in problem.rules if isinstance(rule, AtMostDistinct))]
+    tied = tuple(rule for rule in problem.rules if isinstance(rule, AllOrNone))
     for size in range(1, len(parts) + 1):
         found = []
         for group in combinations(parts, size):
-            rules = tuple(part for part in group if isinstance(part, Distinct))
+            rules = tuple(part for part in group if isinstance(part, AtMostDistinct))
             limits = tuple(part for part in group if isinstance(part, Limit))
             if brute_force(replace(problem, limits=limits, rules=(*tied, *rules))) is None:
                 found.append(tuple(part.name for part in group))
@@ -118,10 +120,10 @@ def test_with_rules_and_cuts_too_the_fewest_are_named(ruled_problem: Callable, b
                 assert brute_force(loosened(problem, conflict.limit, conflict.least)) is not None
     assert sizes.count(1) >= 5
     assert len(sizes) - sizes.count(1) >= 5
-    assert kinds == {Limit, Distinct}
+    assert kinds == {Limit, AtMostDistinct}
 
 
-def loosened(problem: Problem, part: Limit | Distinct, least: float) -> Problem:
+def loosened(problem: Problem, part: Limit | AtMostDistinct, least: float) -> Problem:
     """The problem with one part asking for no more than the least."""
     if isinstance(part, Limit):
         return problem.with_capacity(part.name, least)

@@ -7,22 +7,22 @@ import numpy as np
 import pytest
 
 from puzzle_core.errors import CoverageError, InfeasibleError, SpecError
-from puzzle_core.search.alternatives import solve_best
 from puzzle_core.search.baselines import greedy, maximise, random_choice, uniform
+from puzzle_core.search.best_of import solve_best
 from puzzle_core.search.highs import lower_bound, minimise
+from puzzle_core.search.milp import keep_useful
 from puzzle_core.search.mip import solve
-from puzzle_core.search.model import keep_useful
 from puzzle_core.search.problem import Limit, Problem, describe
-from puzzle_core.search.rules import UNCOUNTED, Distinct, Together
+from puzzle_core.search.rules import UNCOUNTED, AllOrNone, AtMostDistinct
 from tests.puzzle_core.search.conftest import in_other_units
 from tests.reference.search import solve_plainly
 
 WIDTHS = tuple(np.array([0, 1, UNCOUNTED]) for _ in range(2))
-SPAN = Together("span", ((0, 1), (1, 1)))
+SPAN = AllOrNone("span", ((0, 1), (1, 1)))
 SEEDS = range(2000, 2360)
 
 
-def ruled(pair: Problem, *rules: Distinct | Together, memory: float | None = None) -> Problem:
+def ruled(pair: Problem, *rules: AtMostDistinct | AllOrNone, memory: float | None = None) -> Problem:
     limits = () if memory is None else (Limit("memory", "bytes", memory, "GB"),)
     return replace(pair, rules=rules, limits=limits)
 
@@ -30,9 +30,9 @@ def ruled(pair: Problem, *rules: Distinct | Together, memory: float | None = Non
 def test_distinct_by_hand(pair: Problem) -> None:
     """Of 17 GB the best is one `half` beside one `full`; one width alone makes it `half` twice or `none` once."""
     assert solve(ruled(pair, memory=17.0)).choice == (1, 0)
-    assert solve(ruled(pair, Distinct("widths", WIDTHS, 1), memory=17.0)).choice in [(1, 1), (0, 2)]
-    assert solve(ruled(pair, Distinct("widths", WIDTHS, 2), memory=17.0)).choice == (1, 0)
-    assert solve(ruled(pair, Distinct("widths", WIDTHS, 0))).choice == (2, 2), "only `none` does not count"
+    assert solve(ruled(pair, AtMostDistinct("widths", WIDTHS, 1), memory=17.0)).choice in [(1, 1), (0, 2)]
+    assert solve(ruled(pair, AtMostDistinct("widths", WIDTHS, 2), memory=17.0)).choice == (1, 0)
+    assert solve(ruled(pair, AtMostDistinct("widths", WIDTHS, 0))).choice == (2, 2), "only `none` does not count"
 
 
 def test_together_by_hand(pair: Problem) -> None:
@@ -80,22 +80,22 @@ def test_units_do_not_matter(seed: int, ruled_problem: Callable, brute_force: Ca
 
 def test_an_option_is_not_beaten_by_one_of_another_group(pair: Problem) -> None:
     """`half` is worse than `full` in everything, and what a second layer without `full` has in common with it."""
-    rule = Distinct("widths", WIDTHS, 1)
+    rule = AtMostDistinct("widths", WIDTHS, 1)
     assert [rows.tolist() for rows in keep_useful(pair, pair.score) or []] == [[0], [0]]
     assert [rows.tolist() for rows in keep_useful(ruled(pair, rule), pair.score) or []] == [[0, 1, 2], [0, 1, 2]]
-    uncounted = Distinct("widths", tuple(np.array([UNCOUNTED, 1, 2]) for _ in range(2)), 1)
+    uncounted = AtMostDistinct("widths", tuple(np.array([UNCOUNTED, 1, 2]) for _ in range(2)), 1)
     assert [rows.tolist() for rows in keep_useful(ruled(pair, uncounted), pair.score) or []] == [[0], [0]]
 
 
 def test_members_are_not_beaten_and_go_together(pair: Problem) -> None:
     assert [rows.tolist() for rows in keep_useful(ruled(pair, SPAN), pair.score) or []] == [[0, 1], [0, 1]]
-    smallest = Together("span", ((0, 0), (1, 1)))
+    smallest = AllOrNone("span", ((0, 0), (1, 1)))
     moved = ruled(replace(pair, parent=(1, 0)), smallest, memory=9.0)
     assert [rows.tolist() for rows in keep_useful(moved, pair.score) or []] == [[1, 2], [2]], "10 + 2 is above 9"
 
 
 def test_restrict_drops_what_is_tied_to_what_goes(pair: Problem) -> None:
-    problem = ruled(pair, SPAN, Distinct("widths", WIDTHS, 1))
+    problem = ruled(pair, SPAN, AtMostDistinct("widths", WIDTHS, 1))
     kept = problem.restrict(lambda layer, option: option != "none")
     assert kept.options == (("full", "half"), ("full", "half"))
     assert [rule.name for rule in kept.rules] == ["span", "widths"]
@@ -114,7 +114,7 @@ def test_restricted_problems_equal_brute_force(ruled_problem: Callable, brute_fo
 
 
 def test_feasible_and_describe_check_rules(pair: Problem) -> None:
-    problem = ruled(pair, SPAN, Distinct("widths", WIDTHS, 1), memory=19.0)
+    problem = ruled(pair, SPAN, AtMostDistinct("widths", WIDTHS, 1), memory=19.0)
     assert problem.feasible((1, 1))
     assert problem.broken((1, 0)) == ["span", "widths"]
     assert problem.broken((0, 0)) == ["memory"]
@@ -125,27 +125,31 @@ def test_feasible_and_describe_check_rules(pair: Problem) -> None:
 @pytest.mark.parametrize(
     ("rule", "error", "text"),
     [
-        (Distinct("w", WIDTHS[:1], 1), CoverageError, "covers 1 layers of 2"),
-        (Distinct("w", (WIDTHS[0], np.array([0, 1])), 1), CoverageError, r"shape \(2,\) for the 3 options of layer 1"),
-        (Distinct("w", (WIDTHS[0], np.array([0, 1, -2])), 1), SpecError, "layer 1 the group -2"),
-        (Distinct("w", WIDTHS, -1), SpecError, "allows -1"),
-        (Together("t", ((0, 1),)), SpecError, "two layers or more"),
-        (Together("t", ((0, 1), (0, 2))), SpecError, "each of them once"),
-        (Together("t", ((0, 1), (2, 1))), SpecError, "option 1 of layer 2, which is not there"),
-        (Together("t", ((0, 1), (1, 3))), SpecError, "option 3 of layer 1, which is not there"),
-        (Together("t", ((0, 1), (1, 0))), SpecError, "'full' of layer 1, the parent's own"),
+        (AtMostDistinct("w", WIDTHS[:1], 1), CoverageError, "covers 1 layers of 2"),
+        (
+            AtMostDistinct("w", (WIDTHS[0], np.array([0, 1])), 1),
+            CoverageError,
+            r"shape \(2,\) for the 3 options of layer 1",
+        ),
+        (AtMostDistinct("w", (WIDTHS[0], np.array([0, 1, -2])), 1), SpecError, "layer 1 the group -2"),
+        (AtMostDistinct("w", WIDTHS, -1), SpecError, "allows -1"),
+        (AllOrNone("t", ((0, 1),)), SpecError, "two layers or more"),
+        (AllOrNone("t", ((0, 1), (0, 2))), SpecError, "each of them once"),
+        (AllOrNone("t", ((0, 1), (2, 1))), SpecError, "option 1 of layer 2, which is not there"),
+        (AllOrNone("t", ((0, 1), (1, 3))), SpecError, "option 3 of layer 1, which is not there"),
+        (AllOrNone("t", ((0, 1), (1, 0))), SpecError, "'full' of layer 1, the parent's own"),
     ],
 )
-def test_broken_rules_are_refused(pair: Problem, rule: Distinct | Together, error: type, text: str) -> None:
+def test_broken_rules_are_refused(pair: Problem, rule: AtMostDistinct | AllOrNone, error: type, text: str) -> None:
     with pytest.raises(error, match=text):
         ruled(pair, rule)
 
 
 def test_names_and_members_are_not_repeated(pair: Problem) -> None:
     with pytest.raises(SpecError, match="called 'memory'"):
-        ruled(pair, Distinct("memory", WIDTHS, 1), memory=9.0)
+        ruled(pair, AtMostDistinct("memory", WIDTHS, 1), memory=9.0)
     with pytest.raises(SpecError, match="'span' and 'other' both tie 'half' of layer 1"):
-        ruled(pair, SPAN, Together("other", ((0, 2), (1, 1))))
+        ruled(pair, SPAN, AllOrNone("other", ((0, 2), (1, 1))))
 
 
 def test_baselines_honour_rules_or_say_so(ruled_problem: Callable) -> None:
@@ -170,7 +174,7 @@ def test_baselines_honour_rules_or_say_so(ruled_problem: Callable) -> None:
 
 
 def test_greedy_says_when_rules_leave_nothing(pair: Problem) -> None:
-    apart = Distinct("widths", (np.array([0, 0, 0]), np.array([1, 1, 1])), 1)
+    apart = AtMostDistinct("widths", (np.array([0, 0, 0]), np.array([1, 1, 1])), 1)
     with pytest.raises(InfeasibleError, match=r"left layer 0 no option that the rules allow"):
         greedy(ruled(pair, apart))
     with pytest.raises(InfeasibleError, match="random"):
@@ -178,7 +182,7 @@ def test_greedy_says_when_rules_leave_nothing(pair: Problem) -> None:
 
 
 def test_a_rule_may_be_all_that_is_in_the_way(pair: Problem) -> None:
-    apart = Distinct("widths", (np.array([0, 0, 0]), np.array([1, 1, 1])), 1)
+    apart = AtMostDistinct("widths", (np.array([0, 0, 0]), np.array([1, 1, 1])), 1)
     with pytest.raises(InfeasibleError) as caught:
         solve(ruled(pair, apart, memory=5.0))
     assert [conflict.limit.name for conflict in caught.value.conflicts] == ["widths"]
@@ -187,7 +191,7 @@ def test_a_rule_may_be_all_that_is_in_the_way(pair: Problem) -> None:
 
 def test_the_least_number_of_groups_under_a_limit(pair: Problem) -> None:
     """7 GB take `none` beside `half`; with groups for both, that is two widths, and 3 GB do with one."""
-    widths = Distinct("widths", tuple(np.array([0, 1, 2]) for _ in range(2)), 1)
+    widths = AtMostDistinct("widths", tuple(np.array([0, 1, 2]) for _ in range(2)), 1)
     problem = ruled(pair, widths, memory=4.0)
     assert solve(problem).choice == (2, 2)
     latency = Limit("latency", "ms", 13.0, "ms")
@@ -210,7 +214,7 @@ def test_one_width_over_many_layers_is_as_good_as_trying_each() -> None:
     ids = tuple(f"{w} {h}" for w, h in zip(width, heads, strict=True))
     problem = Problem((ids,) * 40, score, (0,) * 40, {"ms": column}, (Limit("time", "ms", 450.0, "ms"),))
     groups = (np.asarray(width),) * 40
-    solution = solve(replace(problem, rules=(Distinct("widths", groups, 2),)))
+    solution = solve(replace(problem, rules=(AtMostDistinct("widths", groups, 2),)))
 
     def only(a: int, b: int) -> Problem:
         keep = np.flatnonzero((width == a) | (width == b))

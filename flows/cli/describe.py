@@ -1,0 +1,93 @@
+"""What a run or a re-search would do, without doing it: `puzzle check` and `puzzle targets`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from flows.research_targets import find_answers
+from flows.task_runners.choice import check_installed
+from puzzle_core.plan import Plan
+from puzzle_core.records import Work
+from puzzle_core.report.report_tables import Table, format_text
+from puzzle_core.report.units import NONE, number_text, percent_text
+from puzzle_core.spec import RunSpec
+from tasks.runtime.context import RunContext
+from tasks.stage_tasks import open_inputs
+
+
+def describe_targets(spec: RunSpec, directory: Path) -> str:
+    """Every target file, and the answer that the store has for it, as text.
+
+    Raises:
+        PuzzleError: whatever is wrong with the spec, the parent or the texts, or there are no target files.
+    """
+    context = RunContext.of(spec)
+    plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target))
+    rows = []
+    for answer in find_answers(spec, plan, context, directory):
+        if answer.spec is None:
+            rows.append((answer.target, NONE, "broken: " + answer.trouble.replace("\n", " "), NONE, NONE))
+            continue
+        found = answer.record.chosen if answer.record else None
+        share = found.prediction.total_ms / answer.record.parent.total_ms if found and answer.record else None
+        rows.append(
+            (
+                answer.target,
+                answer.spec.target.costs,
+                "answered" if found else "no answer yet",
+                number_text(found.score) if found else NONE,
+                percent_text(share) if share else NONE,
+            )
+        )
+    return (
+        format_text(
+            Table(
+                title=f"Targets of {spec.parent.path}, scenario {spec.scenario.name}",
+                columns=("target", "costs", "answer", "score", "time to the parent's"),
+                rows=tuple(rows),
+                text_columns=3,
+            )
+        )
+        + "\n"
+    )
+
+
+def describe_plan(spec: RunSpec) -> str:
+    """The plan as text: for every stage what is in the store and what is missing, and the disk and tokens it takes.
+
+    Raises:
+        PuzzleError: whatever is wrong with the spec, the parent or the texts, or its task runner is not installed.
+    """
+    context = RunContext.of(spec)
+    check_installed(context)
+    plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target))
+    shape, volume, store = plan.inputs.shape, plan.volume(), context.store()
+    stages: dict[str, Sequence[Work]] = {
+        "tokens": [plan.tokens(split) for split in ("calibration", "bld", "gkd", "scoring", "evaluation")],
+        "importance": [plan.importance()],
+        "costs": list(plan.costs().values()),
+        "BLD": plan.all_bld(),
+        "scores": plan.all_scores(),
+        "search": [plan.search()],
+    }
+    lines = [
+        f"{spec.name}: {spec.parent.path} ({shape.family}, {shape.layers} layers, hidden {shape.hidden}, "
+        f"{shape.heads} heads, {shape.kv_heads} KV heads, FFN {shape.ffn_width}, vocabulary {shape.vocabulary})",
+        f"target {spec.target.name} ({plan.inputs.hardware}), scenario {spec.scenario.name}",
+        f"store {spec.runtime.store}",
+        "",
+        f"{'stage':<12}{'in store':>10}{'to do':>8}",
+    ]
+    for name, works in stages.items():
+        there = store.keys(works[0].stage)
+        cached = sum(work.key in there for work in works)
+        lines.append(f"{name:<12}{cached:>10}{len(works) - cached:>8}")
+    searched = store.has(plan.search().key)
+    lines.append(f"{'child':<12}{'see `puzzle run`' if searched else 'after the search':>18}")
+    lines += [
+        "",
+        "if nothing were in the store:",
+        f"  scratch disk: {volume.scratch_bytes / 2**20:,.0f} MiB",
+        f"  store: {volume.store_bytes / 2**20:,.0f} MiB",
+        f"  tokens: {volume.trained_tokens:,} trained on, {volume.forward_tokens:,} scored",
+    ]
+    return "\n".join(lines) + "\n"

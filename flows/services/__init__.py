@@ -1,0 +1,1 @@
+"""Prefect's server, MLflow's server and the worker, as `make up` and the `puzzle` command start them."""

@@ -1,0 +1,1 @@
+"""What runs the tasks of a flow side by side: threads, or processes under Dask."""

@@ -1,0 +1,46 @@
+"""The choice of `runtime.task_runner`: threads of the run (workers.py), or processes under Dask (cluster.py)."""
+
+from typing import Any
+
+from prefect.task_runners import TaskRunner
+
+from flows.task_runners.threads import CancellableThreadTaskRunner
+from puzzle_core.errors import PuzzleError
+from tasks.runtime.context import RunContext
+
+
+def task_runner(context: RunContext) -> TaskRunner[Any]:
+    """The task runner that the site's specification names."""
+    if context.runtime.task_runner == "threads":
+        return CancellableThreadTaskRunner(max_workers=context.workers)  # type: ignore[return-value]
+    from flows.task_runners.dask_cluster import ClusterTaskRunner
+
+    return ClusterTaskRunner.of(context)
+
+
+def check_installed(context: RunContext) -> None:
+    """See that the chosen task runner can be had.
+
+    Raises:
+        PuzzleError: it is not installed.
+    """
+    if context.runtime.task_runner == "dask":
+        try:
+            import prefect_dask  # noqa: F401
+        except ImportError as error:
+            raise PuzzleError(
+                f"runtime.task_runner is dask, which is not installed here ({error}): install this project with its "
+                "extra `dask` (pip install '.[dask]'), or set runtime.task_runner to threads"
+            ) from error
+
+
+def check_cluster(context: RunContext) -> None:
+    """See that a cluster named by its address can do this run's work.
+
+    Raises:
+        PuzzleError: it cannot be reached, or a worker of it lacks something.
+    """
+    if context.runtime.dask_address:
+        from flows.task_runners.dask_cluster import check_workers
+
+        check_workers(context, context.runtime.dask_address)

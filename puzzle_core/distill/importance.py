@@ -1,0 +1,52 @@
+"""Channel contributions of every FFN from one pass over calibration tokens (Puzzle paper, appendix A).
+
+C_i = mean over tokens of |x_i| * ||W_down[:, i]||_2, x being the activation that enters the down projection.
+Legend: L layers, I intermediate width, N windows, T tokens, D hidden width.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from puzzle_core.data import read_windows
+from puzzle_core.device import default_device
+from puzzle_core.errors import NonFiniteError
+from puzzle_core.model.activations import FORWARD_TOKENS, block_context
+from puzzle_core.model.parent import Parent
+from puzzle_core.work import ImportanceRecord, ImportanceWork
+
+
+@torch.no_grad()
+def run(work: ImportanceWork, parent: Parent, tokens_dir: Path, out_dir: Path) -> ImportanceRecord:
+    """Write `contributions.safetensors`: one float32 (I,) per layer.
+
+    Raises:
+        NonFiniteError: a contribution is NaN or infinite.
+    """
+    ids_NT, dtype, device = read_windows(tokens_dir), torch.float32, default_device()
+    rows = max(1, FORWARD_TOKENS // ids_NT.shape[1])
+    embed = parent.outside(dtype, device).model.embed_tokens
+    hidden = [embed(batch.long().to(device)) for batch in torch.split(ids_NT, rows)]
+    context = block_context(parent, ids_NT.shape[1], dtype, device)
+    contributions: dict[str, torch.Tensor] = {}
+    for layer in range(parent.shape.layers):
+        block, total_I = parent.block(layer, dtype, device), torch.zeros(parent.shape.ffn_width, dtype=torch.float64)
+        for batch, states in enumerate(hidden):
+            middle = block.attend(states, **context)
+            inner = block.post_attention_layernorm(middle)
+            x = block.mlp.act_fn(block.mlp.gate_proj(inner)) * block.mlp.up_proj(inner)
+            total_I += x.abs().sum((0, 1), dtype=torch.float64).cpu()
+            hidden[batch] = block.feed(middle)
+        norms_I = block.mlp.down_proj.weight.double().norm(dim=0).cpu()
+        contribution_I = (total_I / ids_NT.numel() * norms_I).float()
+        if not torch.isfinite(contribution_I).all():
+            raise NonFiniteError(f"channel contributions of layer {layer} are not finite: is the parent damaged?")
+        contributions[f"layer.{layer}"] = contribution_I
+    save_file(contributions, out_dir / "contributions.safetensors")
+    return ImportanceRecord(layers=parent.shape.layers, tokens=ids_NT.numel())
+
+
+def load_contribution(directory: Path, layer: int) -> torch.Tensor:
+    """The contributions of one layer's channels, (I,)."""
+    return load_file(directory / "contributions.safetensors")[f"layer.{layer}"]

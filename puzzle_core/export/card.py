@@ -1,0 +1,138 @@
+"""The model card of an exported child: what it is, how to load it, where it comes from, how good it is."""
+
+from itertools import groupby
+
+from puzzle_core.architecture import Architecture
+from puzzle_core.engines import obstacles
+from puzzle_core.export.source import ExportRecord, Source
+from puzzle_core.records import Record
+from puzzle_core.sizes import kv_entries_per_token
+from puzzle_core.work import EvaluationRecord
+
+HEADER = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [puzzle, nemotron-nas, neural-architecture-search]
+---
+"""
+LOADING = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+`vllm serve . --trust-remote-code` where vLLM runs it (see below). Of the code that travels along, engines read
+`configuration_decilm.py`; `modeling_decilm.py` is for transformers 5.
+"""
+
+
+class Provenance(Record):
+    """Where a child comes from, as the artifact store knows it, and its figures on held-out tokens."""
+
+    key: str
+    made_by: str
+    made_at: str
+    parent: str
+    distilled_tokens: int | None = None
+    evaluation: EvaluationRecord | None = None
+    parent_evaluation: EvaluationRecord | None = None
+
+
+def model_card(name: str, source: Source, written: ExportRecord, provenance: Provenance | None) -> str:
+    """README.md of the directory."""
+    shape, entries = source.shape, kv_entries_per_token(source.shape, source.architecture)
+    facts = [
+        f"- parent: {shape.family}, {shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads, "
+        f"{shape.kv_heads} KV heads, FFN {shape.ffn_width}, vocabulary {shape.vocabulary:,}",
+        f"- parameters: {written.parameters:,} in {written.dtype} ({written.bytes:,} bytes)",
+        f"- KV cache: {entries:,} entries per token",
+    ]
+    sections = [
+        f"{HEADER}\n# {name}\n",
+        "A child of the parent below, whose layers were each chosen from a library of trained variants by Puzzle "
+        "(arXiv 2411.19146).\n",
+        *facts,
+        "\n## Loading\n",
+        LOADING,
+        "## Layers\n",
+        *_layer_table(written.architecture),
+        *(f"\n{remark}." for remark in written.remarks),
+        "\n## Engines\n",
+        *_engine_lines(written.architecture),
+    ]
+    if provenance:
+        sections += ["\n## Quality\n", *_quality(provenance), "\n## Provenance\n", *_provenance(provenance)]
+    return "\n".join(sections) + "\n"
+
+
+def child_card(
+    name: str, headline: str, architecture: Architecture, provenance: Provenance, descent: dict[str, str]
+) -> str:
+    """README.md of a child as tracking shows it: what it is and came from, before it is exported.
+
+    Args:
+        descent: the keys of what it was made from, by what they are.
+    """
+    sections = [
+        f"# {name}\n",
+        f"{headline}\n",
+        f"Weights: artifact `{provenance.key}` of the store; `puzzle export {provenance.key}` writes them for engines.",
+        "\n## Layers\n",
+        *_layer_table(architecture),
+        "\n## Engines\n",
+        *_engine_lines(architecture),
+        "\n## Quality\n",
+        *_quality(provenance),
+        "\n## Provenance\n",
+        *_provenance(provenance),
+        *(f"- {what}: `{key}`" for what, key in descent.items()),
+    ]
+    return "\n".join(sections) + "\n"
+
+
+def _layer_table(architecture: Architecture) -> list[str]:
+    """Consecutive equal layers as one row."""
+    rows, layer = ["| layers | attention | FFN |", "|---|---|---|"], 0
+    for block, group in groupby(architecture.layers):
+        count = len(list(group))
+        numbers = f"{layer}" if count == 1 else f"{layer} to {layer + count - 1}"
+        rows.append(f"| {numbers} | `{block.attention}` | `{block.ffn}` |")
+        layer += count
+    return rows
+
+
+def _engine_lines(architecture: Architecture) -> list[str]:
+    return [f"- {engine}: {'; '.join(why) if why else 'runs it'}" for engine, why in obstacles(architecture).items()]
+
+
+def _quality(provenance: Provenance) -> list[str]:
+    own, parent = provenance.evaluation, provenance.parent_evaluation
+    if own is None:
+        return ["Not evaluated."]
+
+    def row(name: str, values: list[float], form: str) -> str:
+        own_text, *parent_text = [format(value, form) for value in values]
+        return f"| {name} | {own_text} | {''.join(parent_text)} |"
+
+    both = [own, *([parent] if parent else [])]
+    return [
+        f"On {own.tokens:,} held-out tokens:\n",
+        "| | child | parent |",
+        "|---|---:|---:|",
+        row("perplexity", [e.perplexity for e in both], ".4f"),
+        row("LM loss, nats per token", [e.lm_loss_nats_per_token for e in both], ".4f"),
+        row("next token right", [e.top1_accuracy for e in both], ".2%"),
+        row("same next token as the parent", [own.top1_agreement], ".2%"),
+        row("KL to the parent, nats per token", [own.kl_nats_per_token], ".5f"),
+    ]
+
+
+def _provenance(provenance: Provenance) -> list[str]:
+    lines = [
+        f"- artifact: `{provenance.key}`, made by {provenance.made_by} at {provenance.made_at}",
+        f"- parent's digest: `{provenance.parent}`",
+    ]
+    if provenance.distilled_tokens is not None:
+        lines.append(f"- distilled from the parent on {provenance.distilled_tokens:,} tokens")
+    return lines

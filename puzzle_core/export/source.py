@@ -1,0 +1,191 @@
+"""What an export reads: the checkpoint of a child, or of a parent, which is the child that is all parent."""
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from puzzle_core.architecture import Architecture
+from puzzle_core.errors import ArtifactError, ExportError
+from puzzle_core.formats.block_configs import from_block_configs
+from puzzle_core.model.checkpoint import Checkpoint
+from puzzle_core.model.parent import Parent, block_config
+from puzzle_core.model.parent_config import TOKENIZER_FILES, first_line, shape_of
+from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
+from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
+from puzzle_core.records import Record
+from puzzle_core.spec import ParentSpec
+
+
+class ExportRecord(Record):
+    """What an export wrote. `architecture` is as engines see it; `remarks` say where that is not the child's own."""
+
+    format: str
+    dtype: str
+    architecture: Architecture
+    parameters: int
+    bytes: int
+    remarks: tuple[str, ...] = ()
+
+
+class WrittenTensor(NamedTuple):
+    """A tensor to be written: its name, its shape (known before it is read), and how to make it."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+
+class Source:
+    """An opened checkpoint. Opening checks config and headers; tensors are read when they are asked for."""
+
+    def __init__(self, directory: Path):
+        """Open a child's or a parent's directory.
+
+        Raises:
+            ArtifactError: it is neither, or its tensors are not those that its config asks for.
+            ParentError: it is a parent that this project does not run.
+        """
+        self.directory = directory.resolve()
+        self.config: PreTrainedConfig
+        self._open(directory)
+        self.names: Collection[str] = self.checkpoint.headers.keys()
+
+    def _open(self, directory: Path) -> None:
+        if _model_type(directory) != PuzzleConfig.model_type:
+            parent = Parent(ParentSpec(path=str(self.directory)))
+            self.config, self.shape, self.checkpoint = parent.config, parent.shape, parent.checkpoint
+            self.architecture = Architecture.of_parent(parent.shape)
+            return
+        own = PuzzleConfig.from_pretrained(directory)
+        self.config = own.parent()
+        self.shape = shape_of(self.config, directory)
+        self.architecture = from_block_configs(own.block_configs, self.shape.hidden, self.shape.heads)
+        self.checkpoint = Checkpoint(directory)
+        _check_tensors(self.checkpoint, own)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the embedding's weights."""
+        return self.checkpoint.tensor("model.embed_tokens.weight").dtype
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's files and the generation config, as far as they are there."""
+        return [
+            file for name in (*TOKENIZER_FILES, "generation_config.json") if (file := self.directory / name).is_file()
+        ]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer.
+
+        Raises:
+            ExportError: there is none, or it is code of the checkpoint's own.
+        """
+        try:
+            files_alone = PreTrainedConfig()  # else it asks config.json, whose model type it does not know
+            return AutoTokenizer.from_pretrained(self.directory, config=files_alone, trust_remote_code=False)
+        except Exception as error:  # what transformers and tokenizers raise has no common base
+            raise ExportError(
+                f"cannot load the tokenizer of {self.directory} ({type(error).__name__}: {first_line(error)}): put the "
+                f"parent's tokenizer files there"
+            ) from error
+
+    def tensors(self) -> Iterator[WrittenTensor]:
+        """All tensors by their names in the checkpoint, a head that is tied left out."""
+        for name in self.names:
+            if name != "lm_head.weight" or not self.shape.tied_embeddings:
+                yield self.tensor(name)
+
+    def tensor(self, name: str) -> WrittenTensor:
+        """One tensor."""
+        return WrittenTensor(name, self.checkpoint.headers[name].shape, lambda: self.checkpoint.tensor(name))
+
+    def without_rotary(self) -> list[int]:
+        """Layers whose attention is kept and does not know positions (SmolLM3 has such)."""
+        rotary = getattr(self.config, "no_rope_layers", None) or [1] * self.shape.layers
+        kept = enumerate(block.attention.kind == "sized" for block in self.architecture.layers)
+        return [layer for layer, attends in kept if attends and not rotary[layer]]
+
+
+class RandomSource(Source):
+    """A checkpoint's config and tokenizer with another architecture and random weights, made as they are written.
+
+    It is for measuring speed, which depends on shapes alone.
+    """
+
+    def __init__(self, like: Path, architecture: Architecture | None = None):
+        """Open the checkpoint; the architecture is all parent if not said.
+
+        Raises:
+            ArtifactError, ParentError: as `Source`.
+        """
+        super().__init__(like)
+        self.architecture = architecture or Architecture.of_parent(self.shape)
+        blocks = [block_config(block) for block in self.architecture.layers]
+        with torch.device("meta"):
+            tensors = PuzzleForCausalLM(PuzzleConfig.from_parent(self.config, blocks)).state_dict()
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.names = self._shapes.keys()
+
+    def tensor(self, name: str) -> WrittenTensor:
+        """One tensor, other values at every call: norms and biases near 1, matrices so that states keep their size."""
+        shape = self._shapes[name]
+        scale, middle = (shape[-1] ** -0.5, 0.0) if len(shape) > 1 else (0.1, 1.0)
+        return WrittenTensor(name, shape, lambda: torch.randn(shape) * scale + middle)
+
+
+def refuse(source: Source, form: str, reasons: list[str]) -> None:
+    """Raise when there are reasons not to write this form.
+
+    Raises:
+        ExportError: names every reason.
+    """
+    if reasons:
+        raise ExportError(f"{source.directory} cannot be written as {form}: {'; '.join(reasons)}")
+
+
+def shared_reasons(source: Source) -> list[str]:
+    """Why neither form can carry a child: what a Llama's block does not have."""
+    reasons = []
+    if source.shape.qk_norm:
+        reasons.append(
+            f"its family {source.shape.family} normalises queries and keys, which the format has no place for"
+        )
+    if layers := source.without_rotary():
+        reasons.append(f"layers {layers} attend without rotary positions, which the format cannot say")
+    if source.config.hidden_act not in ("silu", "swish"):
+        reasons.append(f"its FFN's activation is {source.config.hidden_act!r}, where engines take silu")
+    return reasons
+
+
+def _model_type(directory: Path) -> str | None:
+    try:
+        content = json.loads((directory / "config.json").read_text())
+        return str(content["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{directory} holds no checkpoint of a child ({type(error).__name__}: {error}): give the directory of one, "
+            f"or its key with --store"
+        ) from error
+
+
+def _check_tensors(checkpoint: Checkpoint, config: PuzzleConfig) -> None:
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in PuzzleForCausalLM(config).state_dict().items()}
+    found = {name: header.shape for name, header in checkpoint.headers.items()}
+    for shapes in (expected, found):
+        if config.tie_word_embeddings:
+            shapes.pop("lm_head.weight", None)
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise ArtifactError(
+            f"{checkpoint.directory} does not match its own config in {len(wrong)} tensors, the first being "
+            f"{wrong[0]!r} (config {expected.get(wrong[0], 'none')}, checkpoint {found.get(wrong[0], 'none')}): make "
+            f"it again"
+        )

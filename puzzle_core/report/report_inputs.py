@@ -1,0 +1,75 @@
+"""What a report is made of: the records of one whole run, and the models that it ends in. No torch."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from puzzle_core.architecture import Architecture, ModelShape
+from puzzle_core.records import Record
+from puzzle_core.search.search_record import RefineRecord, SearchRecord
+from puzzle_core.spec import RunSpec
+from puzzle_core.work import BldRecord, CostRecord, EvaluationRecord, GkdRecord, ScoreRecord, Timing
+
+
+class ModelResult(Record):
+    """One model: what it is made of, how good and how fast it was measured to be."""
+
+    name: str
+    kind: Literal["parent", "child", "baseline"]
+    architecture: Architecture
+    evaluation: EvaluationRecord
+    timing: Timing | None
+    parameters: int
+    memory_bytes: float = Field(description="Parameters plus KV cache at the full context of the batch")
+
+
+class ReportInputs(Record):
+    """Everything that a report shows. Models are listed in the order parent, children as they came to be, baselines."""
+
+    spec: RunSpec
+    shape: ModelShape
+    search: SearchRecord
+    bld: tuple[BldRecord, ...]
+    scores: tuple[ScoreRecord, ...]
+    costs: CostRecord | None = Field(description="Of the batch size that the search chose; none of an imported table")
+    refine: RefineRecord | None = None
+    gkd: GkdRecord | None
+    models: tuple[ModelResult, ...]
+    artifacts: dict[str, str] = Field(description="Store keys by name")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        kinds = [model.kind for model in self.models]
+        if kinds.count("parent") != 1 or "child" not in kinds:
+            raise ValueError(f"a report needs one parent and at least one child, and got the models {kinds}")
+        for model in self.models:
+            if len(model.architecture.layers) != self.shape.layers:
+                raise ValueError(
+                    f"{model.name} has {len(model.architecture.layers)} layers, its parent {self.shape.layers}"
+                )
+        return self
+
+    @property
+    def parent(self) -> ModelResult:
+        """The model that the run started from."""
+        return next(model for model in self.models if model.kind == "parent")
+
+    @property
+    def children(self) -> tuple[ModelResult, ...]:
+        """The child after each step of its making."""
+        return tuple(model for model in self.models if model.kind == "child")
+
+    @property
+    def child(self) -> ModelResult:
+        """The child as it is delivered."""
+        return self.children[-1]
+
+    @property
+    def baselines(self) -> tuple[ModelResult, ...]:
+        """What other ways to choose lead to, assembled but not distilled."""
+        return tuple(model for model in self.models if model.kind == "baseline")
+
+    @property
+    def batch_size(self) -> int:
+        """The batch size that the search chose, which all times hold for."""
+        return self.search.chosen.prediction.batch_size

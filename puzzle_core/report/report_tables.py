@@ -1,0 +1,329 @@
+"""A run's records as rows of strings: every table of the report, and the final one as plain text for a terminal."""
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from puzzle_core.architecture import Architecture, Variant
+from puzzle_core.report import derived
+from puzzle_core.report.report_inputs import ModelResult, ReportInputs
+from puzzle_core.report.units import (
+    NONE,
+    bytes_text,
+    count_text,
+    duration_text,
+    kept_text,
+    ms_text,
+    number_text,
+    percent_text,
+    rate_text,
+    signed_percent_text,
+    speed_text,
+    times_text,
+)
+from puzzle_core.search.search_record import FoundArchitecture, LimitUse, Price
+from puzzle_core.work import BldRecord
+
+LIMIT_COLUMNS = ("limit", "scenario", "asked for", "allowed", "predicted", "slack", "one step more", "would gain")
+OBJECTIVE_UNITS = {"kl": "KL, nats per token", "lm_loss": "LM loss, nats per token", "disagreement": "share of tokens"}
+
+
+class Table(NamedTuple):
+    """A table as strings; the first `text_columns` columns hold words, the others numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    text_columns: int = 1
+    note: str = ""
+
+
+class _Quantity(NamedTuple):
+    """One row of the final table; `ratio` gets the parent's value and the child's."""
+
+    name: str
+    value: Callable[[ModelResult], float | None]
+    text: Callable[[float], str]
+    ratio: Callable[[float, float], str] | None
+
+
+def format_final_table(inputs: ReportInputs) -> str:
+    """The final table for a terminal: title, aligned columns, note."""
+    return format_text(final_table(inputs))
+
+
+def format_text(table: Table) -> str:
+    """A table as plain text with aligned columns."""
+    lines = [table.columns, *table.rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table.columns))]
+
+    def aligned(line: tuple[str, ...]) -> str:
+        cells = [
+            cell.ljust(width) if column < table.text_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    body = [aligned(table.columns), rule, *(aligned(row) for row in table.rows)]
+    return "\n".join([table.title, *body, *([table.note] if table.note else [])])
+
+
+def final_table(inputs: ReportInputs) -> Table:
+    """The parent and the child after each step: size, speed, quality, and ratios to the parent."""
+    parent, children, scenario = inputs.parent, inputs.children, inputs.spec.scenario
+    rows = []
+    for quantity in _quantities(inputs):
+        own = quantity.value(parent)
+        cells = [quantity.name, NONE if own is None else quantity.text(own)]
+        for child in children:
+            value = quantity.value(child)
+            ratio = quantity.ratio(own, value) if quantity.ratio and own and value else ""
+            cells += [NONE if value is None else quantity.text(value), ratio]
+        rows.append(tuple(cells))
+    return Table(
+        title="The child beside its parent",
+        columns=("", parent.name, *(cell for child in children for cell in (child.name, "to the parent"))),
+        rows=tuple(rows),
+        note=f"Scenario {scenario.name}: {scenario.prompt_tokens:,} prompt and {scenario.generated_tokens:,} "
+        f"generated tokens, batch size {inputs.batch_size}, on {derived.hardware(inputs)}. Memory is "
+        "parameters plus KV cache at the full context of the batch; end to end is prefill plus decode, its rate counts "
+        "generated tokens.",
+    )
+
+
+def lm_eval_table(inputs: ReportInputs) -> Table:
+    """Results of lm-evaluation-harness; without rows where no task was asked for."""
+    models = (inputs.parent, *inputs.children)
+    rows = []
+    for task, metrics in sorted(inputs.parent.evaluation.lm_eval.items()):
+        for metric in sorted(metrics):
+            values = [model.evaluation.lm_eval.get(task, {}).get(metric) for model in models]
+            rows.append((task, metric, *(NONE if value is None else number_text(value, 4) for value in values)))
+    return Table(
+        title="Downstream tasks",
+        columns=("task", "metric", *(model.name for model in models)),
+        rows=tuple(rows),
+        text_columns=2,
+        note="Measured with lm-evaluation-harness.",
+    )
+
+
+def baselines_table(inputs: ReportInputs) -> Table:
+    """The chosen architecture beside what other ways to choose come to at the same limits, none of them distilled."""
+    search = inputs.search
+    others = [(f"MIP, solution {rank}", found) for rank, found in enumerate(search.solutions[1:], start=2)]
+    named = [("MIP (chosen)", search.chosen), *others, *((derived.method_name(f), f) for f in search.baselines)]
+    rows = [_found_row(inputs, name, found) for name, found in named]
+    placed = {found.architecture for _, found in named}
+    rows += [
+        (model.name, NONE, *_quality_cells(inputs, model), NONE)
+        for model in inputs.baselines
+        if model.architecture not in placed
+    ]
+    return Table(
+        title="Other ways to choose, at the same limits",
+        columns=("method", "score predicted", "KL measured", "perplexity", "top-1 accuracy", "block time predicted"),
+        rows=tuple(rows),
+        note=f"The score is the sum over layers of replace-1-block scores ({OBJECTIVE_UNITS[search.objective]}); KL is "
+        "measured on the assembled model before any distillation, in nats per token; block time is a share of the "
+        "parent's, what lies outside the blocks not counted.",
+    )
+
+
+def shortlist_table(inputs: ReportInputs) -> Table:
+    """Candidates that were assembled and measured; without rows where none was."""
+    refine = inputs.refine
+    rows = [
+        (
+            f"round {candidate.round}, solution {candidate.rank}" + (" (chosen)" if number == refine.chosen else ""),
+            number_text(candidate.found.score),
+            number_text(candidate.measured_kl),
+            percent_text(derived.block_time_share(inputs, candidate.found.prediction)),
+        )
+        for number, candidate in enumerate(refine.candidates if refine else ())
+        if refine
+    ]
+    return Table(
+        title="Shortlist: predicted and measured",
+        columns=("candidate", "score predicted", "KL measured", "block time predicted"),
+        rows=tuple(rows),
+        note="Round 0 is the search over scores in the parent; later rounds score every block in the best child so "
+        "far. KL is measured on the tokens of the scores, before any distillation.",
+    )
+
+
+def limits_table(inputs: ReportInputs) -> Table:
+    """Every limit of the scenario: asked, allowed, used by the chosen architecture, and what is left."""
+    return Table(
+        title="Limits",
+        columns=LIMIT_COLUMNS,
+        rows=tuple(limit_row(use, inputs.search.prices) for use in inputs.search.chosen.limits),
+        text_columns=3,
+        note="Shares are of the parent's own predicted value. Block times leave out what lies outside the blocks.",
+    )
+
+
+def layers_table(inputs: ReportInputs) -> Table:
+    """The child layer by layer."""
+    layers = derived.layer_facts(inputs)
+    rows = [
+        (
+            str(fact.layer),
+            str(fact.block.attention),
+            str(fact.block.ffn),
+            number_text(fact.score),
+            ms_text(fact.saved_ms),
+            percent_text(fact.saved_ms / fact.parent_ms),
+        )
+        for fact in layers
+    ]
+    saved, parent = sum(fact.saved_ms for fact in layers), sum(fact.parent_ms for fact in layers)
+    sums = number_text(sum(fact.score for fact in layers)), ms_text(saved), percent_text(saved / parent)
+    rows.append(("all", *_variant_counts(inputs.child.architecture), *sums))
+    return Table(
+        title="The architecture, layer by layer",
+        columns=("layer", "attention", "FFN", "score", "time saved", "of the layer"),
+        rows=tuple(rows),
+        text_columns=3,
+        note=f"Score: what this block alone costs in the parent ({OBJECTIVE_UNITS[inputs.search.objective]}). Time "
+        "saved: prefill plus decode, predicted.",
+    )
+
+
+def predicted_table(inputs: ReportInputs) -> Table:
+    """Times predicted from single blocks against times of whole models."""
+    rows = [
+        (c.model, c.phase, ms_text(c.predicted_ms), ms_text(c.measured_ms), signed_percent_text(c.error))
+        for c in derived.comparisons(inputs)
+    ]
+    return Table(
+        title="Predicted against measured times",
+        columns=("model", "phase", "predicted", "measured", "error"),
+        rows=tuple(rows),
+        text_columns=2,
+        note="Predicted: the sum of the measured costs of the blocks and of what lies outside them. Measured: the "
+        "whole model. “With the costs” was timed in the same rounds as the blocks.",
+    )
+
+
+def bld_table(inputs: ReportInputs) -> Table:
+    """How well every variant learnt to imitate its block: medians over layers, and the best and the worst layer."""
+    by_variant: dict[Variant, list[BldRecord]] = defaultdict(list)
+    for record in inputs.bld:
+        by_variant[record.variant].append(record)
+    rows = []
+    for variant in sorted(by_variant, key=variant_order):
+        records = sorted(by_variant[variant], key=lambda record: record.final_loss)
+        initial = statistics.median(record.initial_loss for record in records)
+        final = statistics.median(record.final_loss for record in records)
+        extremes = [f"{number_text(r.final_loss)} (layer {r.layer})" for r in (records[0], records[-1])]
+        rows.append((str(variant), str(len(records)), number_text(initial), number_text(final), *extremes))
+    seconds, tokens = sum(r.seconds for r in inputs.bld), sum(r.tokens for r in inputs.bld)
+    return Table(
+        title="Blockwise local distillation",
+        columns=("variant", "layers", "first loss, median", "last loss, median", "best layer", "worst layer"),
+        rows=tuple(rows),
+        note=f"Loss: squared error of the block's output over the square of the parent's, 0 is perfect. "
+        f"{len(inputs.bld):,} trainings, {count_text(tokens)} tokens, {duration_text(seconds)} of work in all.",
+    )
+
+
+def variant_order(variant: Variant) -> tuple[str, str, int]:
+    """Sorts attention before FFN, and from the widest variant to nothing."""
+    return variant.subblock, {"sized": "0", "linear": "1", "no_op": "2"}[variant.kind], -variant.size
+
+
+def _quantities(inputs: ReportInputs) -> list[_Quantity]:
+    scenario, batch = inputs.spec.scenario, inputs.batch_size
+    prompt, steps = batch * scenario.prompt_tokens, batch * (scenario.generated_tokens - 1)
+
+    def prefill(model: ModelResult) -> float | None:
+        return model.timing.prefill_ms if model.timing else None
+
+    def decode(model: ModelResult) -> float | None:
+        return model.timing.decode_ms or None if model.timing else None
+
+    def whole(model: ModelResult) -> float | None:
+        return derived.total_ms(model.timing) if model.timing else None
+
+    def rate(tokens: int, time: Callable[[ModelResult], float | None]) -> Callable[[ModelResult], float | None]:
+        return lambda model: tokens / value * 1e3 if (value := time(model)) else None
+
+    def share(parent: float, child: float) -> str:
+        return percent_text(child / parent)
+
+    def times(parent: float, child: float) -> str:
+        return times_text(child / parent)
+
+    def speed(parent: float, child: float) -> str:
+        return speed_text(parent / child)
+
+    def kept(parent: float, child: float) -> str:
+        return kept_text(child / parent)
+
+    return [
+        _Quantity("parameters", lambda m: m.parameters, count_text, share),
+        _Quantity("memory", lambda m: m.memory_bytes, bytes_text, share),
+        _Quantity("prefill", prefill, ms_text, speed),
+        _Quantity("prefill rate", rate(prompt, prefill), rate_text, times),
+        _Quantity("decode", decode, ms_text, speed),
+        _Quantity("decode rate", rate(steps, decode), rate_text, times),
+        _Quantity("end to end", whole, ms_text, speed),
+        _Quantity("end-to-end rate", rate(batch * scenario.generated_tokens, whole), rate_text, times),
+        _Quantity("KL, nats per token", lambda m: m.evaluation.kl_nats_per_token, number_text, None),
+        _Quantity("perplexity", lambda m: m.evaluation.perplexity, number_text, times),
+        _Quantity("top-1 accuracy", lambda m: m.evaluation.top1_accuracy, percent_text, kept),
+        _Quantity("top-1 agreement", lambda m: m.evaluation.top1_agreement, percent_text, None),
+    ]
+
+
+def _found_row(inputs: ReportInputs, name: str, found: FoundArchitecture) -> tuple[str, ...]:
+    quality = _quality_cells(inputs, derived.measured(inputs, found.architecture))
+    return (
+        name,
+        number_text(found.score),
+        *quality,
+        percent_text(derived.block_time_share(inputs, found.prediction)),
+    )
+
+
+def _quality_cells(inputs: ReportInputs, model: ModelResult | None) -> tuple[str, str, str]:
+    if model is None:
+        return NONE, NONE, NONE
+    evaluation, own = model.evaluation, inputs.parent.evaluation.top1_accuracy
+    kept = kept_text(evaluation.top1_accuracy / own) if own else NONE
+    return number_text(evaluation.kl_nats_per_token), number_text(evaluation.perplexity), kept
+
+
+def limit_row(use: LimitUse, prices: Sequence[Price]) -> tuple[str, ...]:
+    """One limit: asked, allowed, used, what is left, and what a looser limit would buy in score."""
+    slack = use.allowed - use.used if use.sense == "at_most" else use.used - use.allowed
+    price = next((p for p in prices if (p.scenario, p.limit) == (use.scenario, use.name)), None)
+    return (
+        use.name.replace("_", " "),
+        use.scenario,
+        use.asked,
+        f"{'≤' if use.sense == 'at_most' else '≥'} {_in_unit(use.allowed, use.unit)}",
+        _in_unit(use.used, use.unit),
+        f"{_in_unit(slack, use.unit)} ({percent_text(slack / use.allowed)})",
+        _in_unit(price.step, price.unit) if price else NONE,
+        number_text(price.gained) if price else NONE,
+    )
+
+
+def _in_unit(value: float, unit: str) -> str:
+    texts = {"tok/s": rate_text, "ms": ms_text, "bytes": bytes_text, "params": count_text}
+    return texts[unit](value) if unit in texts else f"{number_text(value)} {unit}".rstrip()
+
+
+def _variant_counts(architecture: Architecture) -> tuple[str, str]:
+    """How many layers have which attention and which FFN: `5 kv4, 3 no_op`."""
+
+    def counted(variants: list[Variant]) -> str:
+        counts = Counter(variants)
+        return ", ".join(f"{counts[v]} × {str(v).partition(':')[2]}" for v in sorted(counts, key=variant_order))
+
+    layers = architecture.layers
+    return counted([block.attention for block in layers]), counted([block.ffn for block in layers])

@@ -1,0 +1,147 @@
+"""What in a run looks suspicious: sentences for whoever decides about the child. Nothing here is an error."""
+
+from collections.abc import Callable
+
+from puzzle_core.report import derived
+from puzzle_core.report.report_inputs import ReportInputs
+from puzzle_core.report.units import duration_text, number_text, percent_text, signed_percent_text, times_text
+from puzzle_core.search.search_record import Prediction
+from puzzle_core.work import Timing
+
+EMPTY_SHARE, TIME_ERROR, TIME_SPREAD, KL_MARGIN = 0.5, 0.15, 0.15, 0.05
+"""More layers empty, predictions further off, rounds further apart, a baseline better by more: worth a sentence."""
+
+_MEASURED: dict[str, Callable[[Timing], float]] = {
+    "time_to_first_token": lambda timing: timing.prefill_ms,
+    "time_per_output_token": lambda timing: timing.decode_ms,
+    "latency": derived.total_ms,
+    "throughput": derived.total_ms,
+}
+
+
+def flags(inputs: ReportInputs) -> list[str]:
+    """Every sentence that applies, the gravest first."""
+    return [
+        *_child_not_faster(inputs),
+        *_measured_limits(inputs),
+        *_worse_after_gkd(inputs),
+        *_better_baselines(inputs),
+        *_empty_layers(inputs),
+        *_predictions_off(inputs),
+        *_noisy_times(inputs),
+        *_bld_learnt_nothing(inputs),
+        *_search_not_proved(inputs),
+        *inputs.search.flags,
+        *(f"Left out: {what}. {reason}" for what, reason in inputs.search.skipped.items()),
+    ]
+
+
+def _child_not_faster(inputs: ReportInputs) -> list[str]:
+    speedup = derived.headline(inputs).get("speedup_end_to_end")
+    if speedup is None or speedup > 1:
+        return []
+    return [
+        f"The child is not faster than its parent: measured end to end, it runs at {times_text(speedup)} the parent's "
+        "speed."
+    ]
+
+
+def _measured_limits(inputs: ReportInputs) -> list[str]:
+    """Limits that measured times do not hold; shares of the parent's refer to its measured time."""
+    timing, parent = inputs.child.timing, inputs.parent.timing
+    if timing is None or parent is None:
+        return []
+    found = []
+    for use in inputs.search.chosen.limits:
+        time_of = _MEASURED.get(use.name)
+        if time_of is None or use.scenario != inputs.spec.scenario.name:
+            continue
+        predicted = inputs.search.chosen.prediction
+        used = time_of(timing) / time_of(_as_timing(predicted))
+        allowed = use.allowed / use.used if use.sense == "at_most" else use.used / use.allowed
+        if use.asked.rstrip().endswith("%"):
+            allowed *= time_of(parent) / time_of(_as_timing(inputs.search.parent))
+        if used > allowed:
+            found.append(
+                f"The limit on {use.name.replace('_', ' ')} holds as predicted, and not as measured: the child takes "
+                f"{percent_text(used / allowed - 1)} more time than allowed."
+            )
+    return found
+
+
+def _as_timing(predicted: Prediction) -> Timing:
+    return Timing(prefill_ms=predicted.prefill_ms, decode_ms=predicted.decode_ms, prefill_spread=0.0, decode_spread=0.0)
+
+
+def _worse_after_gkd(inputs: ReportInputs) -> list[str]:
+    before, after = inputs.children[0].evaluation, inputs.child.evaluation
+    if inputs.gkd is None or len(inputs.children) < 2 or after.kl_nats_per_token <= before.kl_nats_per_token:
+        return []
+    return [
+        f"GKD made the child worse: its KL to the parent went from {number_text(before.kl_nats_per_token)} to "
+        f"{number_text(after.kl_nats_per_token)} nats per token. Lower its learning rate, or raise its tokens."
+    ]
+
+
+def _better_baselines(inputs: ReportInputs) -> list[str]:
+    chosen = derived.measured(inputs, inputs.search.chosen.architecture)
+    if chosen is None:
+        return []
+    own = chosen.evaluation.kl_nats_per_token
+    better = [model for model in inputs.baselines if model.evaluation.kl_nats_per_token < (1 - KL_MARGIN) * own]
+    return [
+        f"The baseline {model.name} has a lower measured KL ({number_text(model.evaluation.kl_nats_per_token)}) than "
+        f"the architecture that the search chose ({number_text(own)}), both before distillation: the library is weak, "
+        "or scores do not add up here."
+        for model in better
+    ]
+
+
+def _empty_layers(inputs: ReportInputs) -> list[str]:
+    layers = inputs.child.architecture.layers
+    empty = sum(block.attention.kind == block.ffn.kind == "no_op" for block in layers)
+    if empty <= EMPTY_SHARE * len(layers):
+        return []
+    return [f"{empty} of {len(layers)} layers are empty: for such limits, a smaller parent may be the better start."]
+
+
+def _predictions_off(inputs: ReportInputs) -> list[str]:
+    off = [c for c in derived.comparisons(inputs) if abs(c.error) > TIME_ERROR]
+    if not off:
+        return []
+    some = ", ".join(f"{c.phase} of {c.model} {signed_percent_text(c.error)}" for c in off)
+    return [
+        f"Predicted times are more than {TIME_ERROR:.0%} off what was measured ({some}): the search decided with costs "
+        "that do not hold for whole models."
+    ]
+
+
+def _noisy_times(inputs: ReportInputs) -> list[str]:
+    noisy = [
+        f"{phase} of {model.name} {percent_text(spread)}"
+        for model in (inputs.parent, *inputs.children)
+        if (timing := model.timing)
+        for phase, spread in (("prefill", timing.prefill_spread), ("decode", timing.decode_spread))
+        if spread > TIME_SPREAD
+    ]
+    if not noisy:
+        return []
+    return [f"Measured times spread widely over the rounds ({', '.join(noisy)}): measure again on a quiet machine."]
+
+
+def _bld_learnt_nothing(inputs: ReportInputs) -> list[str]:
+    idle = [f"layer {r.layer} {r.variant}" for r in inputs.bld if r.final_loss >= r.initial_loss]
+    if not idle:
+        return []
+    some = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
+    return [f"BLD did not lower the loss of {len(idle)} of {len(inputs.bld)} variants ({some})."]
+
+
+def _search_not_proved(inputs: ReportInputs) -> list[str]:
+    chosen = inputs.search.chosen
+    if chosen.optimal:
+        return []
+    return [
+        f"The search stopped after {duration_text(chosen.seconds)} with a gap of {percent_text(chosen.gap)}: a better "
+        "architecture may exist. Raise search.time_limit_s."
+    ]

@@ -1,0 +1,122 @@
+"""The tables of a run: scores and costs from the records of its stages. No torch."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.errors import CoverageError
+from puzzle_core.search.tables import OUTSIDE, CostRow, CostTable, Option, ScoreTable
+from puzzle_core.sizes import outside_parameters, variant_size
+from puzzle_core.spec import VariantsSpec
+from puzzle_core.work import CostRecord, ScoreRecord, Timing
+
+NOTHING = "attn:no_op+ffn:no_op"
+OBJECTIVES: dict[str, Callable[[ScoreRecord], float]] = {
+    "kl": lambda score: score.kl_nats_per_token,
+    "lm_loss": lambda score: score.lm_loss_increase_nats_per_token,
+    "disagreement": lambda score: 1 - score.top1_agreement,
+}
+
+
+def score_table(
+    scores: Sequence[ScoreRecord],
+    composition: str,
+    objective: str,
+    variants: VariantsSpec,
+    shape: ModelShape,
+    base: Architecture | None = None,
+) -> ScoreTable:
+    """Scores by layer and block variant; with single subblocks, a block's score is the sum of its halves'.
+
+    Args:
+        base: the child that blocks were scored in, instead of the parent: scores are then what a block adds to those of
+            the child itself, and may be negative.
+
+    Raises:
+        CoverageError: a block variant of the space has no score.
+    """
+    base = base or Architecture.of_parent(shape)
+    return ScoreTable(
+        parent=shape.parent_block,
+        layers=_layers(scores, composition, objective, variants, shape, base),
+        objective=objective,
+        lm_loss=None if objective == "lm_loss" else _layers(scores, composition, "lm_loss", variants, shape, base),
+    )
+
+
+def _layers(
+    scores: Sequence[ScoreRecord],
+    composition: str,
+    objective: str,
+    variants: VariantsSpec,
+    shape: ModelShape,
+    base: Architecture,
+) -> tuple[dict[Option, float], ...]:
+    measured = {(score.layer, score.block): OBJECTIVES[objective](score) for score in scores}
+    of_base = measured.get((0, base.layers[0]), 0.0)
+
+    def of_block(layer: int, block: BlockVariant) -> float:
+        if block == base.layers[layer]:
+            return 0.0
+        if (layer, block) not in measured:
+            raise CoverageError(f"layer {layer} {block} has no score: score it, or take it out of `variants`")
+        return measured[layer, block] - of_base
+
+    def of_halves(layer: int, block: BlockVariant) -> float:
+        own = base.layers[layer]
+        alone = [own.model_copy(update={"attention": block.attention}), own.model_copy(update={"ffn": block.ffn})]
+        return sum(of_block(layer, half) for half in alone)
+
+    score = of_block if composition == "pairs" else of_halves
+    return tuple(
+        {Option(block): score(layer, block) for block in variants.blocks_of_layer(layer, shape)}
+        for layer in range(shape.layers)
+    )
+
+
+def unscored_table(variants: VariantsSpec, shape: ModelShape) -> ScoreTable:
+    """The space with no scores: enough to ask whether the limits can hold."""
+    blocks = [variants.blocks_of_layer(layer, shape) for layer in range(shape.layers)]
+    return ScoreTable(shape.parent_block, tuple({Option(block): 0.0 for block in space} for space in blocks))
+
+
+def cost_table(variants: VariantsSpec, shape: ModelShape, costs: Mapping[tuple[str, int], CostRecord]) -> CostTable:
+    """Costs by subblock variant: sizes exact from shapes, times from the records of (scenario, batch size).
+
+    Raises:
+        CoverageError: a record lacks a variant of the space.
+    """
+    record = next(iter(costs.values()))
+    distinct = {half for layer in range(shape.layers) for found in variants.of_layer(layer, shape) for half in found}
+    rows = [CostRow(OUTSIDE, _sizes(outside_parameters(shape), 0, record))]
+    for variant in sorted(distinct):
+        size = variant_size(shape, variant)
+        rows.append(CostRow(str(variant), _sizes(size.parameters, size.kv_entries_per_token, record)))
+    for (scenario, batch_size), record in costs.items():
+        rows.append(CostRow(OUTSIDE, _times(record.outside), batch_size=batch_size, scenario=scenario))
+        for variant in sorted(distinct):
+            times = _times(_timing(record, variant, scenario, batch_size))
+            rows.append(CostRow(str(variant), times, batch_size=batch_size, scenario=scenario))
+        if record.no_ffn:
+            rows.append(CostRow(NOTHING, _times(None), batch_size=batch_size, scenario=scenario))
+    return CostTable(tuple(rows))
+
+
+def _sizes(parameters: int, kv_entries: int, record: CostRecord) -> dict[str, float]:
+    return {
+        "parameters": parameters,
+        "parameter_bytes": parameters * record.weight_bytes,
+        "kv_bytes_per_token": kv_entries * record.kv_bytes,
+    }
+
+
+def _times(timing: Timing | None) -> dict[str, float]:
+    return {"prefill_ms": timing.prefill_ms if timing else 0.0, "decode_ms": timing.decode_ms if timing else 0.0}
+
+
+def _timing(record: CostRecord, variant: Variant, scenario: str, batch_size: int) -> Timing | None:
+    """None for a no-op, which takes no time, unless the engine spends some."""
+    if variant.kind == "no_op":
+        return record.no_ffn if variant.subblock == "ffn" else None
+    if str(variant) not in record.variants:
+        raise CoverageError(f"no cost of {variant} in scenario {scenario} at batch size {batch_size}")
+    return record.variants[str(variant)]

@@ -1,0 +1,1 @@
+"""Where a run happens: its places, its locks and its processes."""

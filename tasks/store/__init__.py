@@ -1,0 +1,1 @@
+"""The artifact store: a directory or a bucket, whole artifacts only."""

@@ -1,0 +1,1 @@
+"""MLflow: runs, models, and the lineage from parent to child."""

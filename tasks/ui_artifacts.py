@@ -1,0 +1,168 @@
+"""What Prefect's UI shows of a run beside its tasks: what the store had, the library, the answer, the child, progress.
+
+Artifacts of one name are versions of one thing in the UI, so names hold the specification's name and, for a search, the
+target and the scenario. None of this is anything but a view: where the server does not take an artifact, the run logs
+that and goes on.
+"""
+
+import base64
+import functools
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, cast
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from puzzle_core.plan import Plan
+from puzzle_core.records import Work
+from puzzle_core.search.search_record import SearchRecord
+from puzzle_core.work import BldRecord, ScoreRecord
+from tasks.runtime.context import RunContext
+from tasks.tracking.tracking import TrackedRun
+
+log = logging.getLogger("puzzle")
+MOST_ROWS = 2000
+FRONTIER = "quality_against_speed"
+MLFLOW_UI = "PUZZLE_MLFLOW_UI"
+"""Environment variable with the address of MLflow's UI, where the tracking URI itself is none (`make up` sets it)."""
+P = ParamSpec("P")
+
+
+def _only_a_view(show: Callable[P, None]) -> Callable[P, None]:
+    """Log what goes wrong, and let the run go on."""
+
+    @functools.wraps(show)
+    def try_to_show(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            show(*args, **kwargs)
+        except Exception as error:
+            log.warning("Prefect did not take an artifact (%s), the run goes on: %s", show.__name__, error)
+
+    return try_to_show
+
+
+@_only_a_view
+def show_found(what: str, plan: Plan, works: Sequence[Work], context: RunContext) -> None:
+    """Work that is not done again since the store has it: what, under which key, and which run made it when."""
+    rows = []
+    for work, manifest in zip(works, context.store().manifests(work.key for work in works).values(), strict=True):
+        asked = work.model_dump(mode="json", include={"layer", "variant", "block"})
+        rows.append(asked | {"key": work.key, "made by": manifest.made_by, "made at": manifest.made_at})
+    if rows:
+        _table(f"found-{what}-{plan.spec.name}", rows, f"{what}: {len(rows)} results were in the store")
+
+
+@_only_a_view
+def show_library(plan: Plan, context: RunContext) -> None:
+    """Every trained variant with its final loss, and every scored block with its KL."""
+    store, about = context.store(), f"Block library of {plan.spec.parent.path}"
+    trained = store.manifests(work.key for work in plan.all_bld()).values()
+    scored = store.manifests(work.key for work in plan.all_scores()).values()
+    rows = []
+    for manifest in trained:
+        bld = BldRecord.model_validate(manifest.record)
+        losses = {"initial loss": bld.initial_loss, "final loss": bld.final_loss}
+        rows.append({"layer": bld.layer, "variant": str(bld.variant)} | losses | {"seconds": round(bld.seconds, 2)})
+    _table(f"library-{plan.spec.name}", rows, f"{about}: normalised MSE before and after BLD")
+    rows = []
+    for manifest in scored:
+        score = ScoreRecord.model_validate(manifest.record)
+        kl, agreement = score.kl_nats_per_token, score.top1_agreement
+        rows.append({"layer": score.layer, "block": str(score.block), "KL, nats per token": kl, "agreement": agreement})
+    _table(f"scores-{plan.spec.name}", rows, f"{about}: what each block costs, alone in the parent")
+
+
+@_only_a_view
+def show_architecture(plan: Plan, context: RunContext, key: str) -> None:
+    """What the search chose, with its limits and what it stands beside."""
+    from puzzle_core.report.search_text import answer_text
+
+    answer = answer_text(SearchRecord.model_validate(context.store().manifest(key).record))
+    spec = plan.spec
+    create_markdown_artifact(
+        f"```text\n{answer}\n```\n\nArtifact `{key}`\n",
+        key=_name(f"architecture-{spec.name}-{spec.target.name}-{spec.scenario.name}"),
+        description=f"Architecture for {spec.scenario.name} on {spec.target.name}",
+    )
+
+
+@_only_a_view
+def show_report(plan: Plan, context: RunContext, key: str) -> None:
+    """The child beside its parent, and the frontier that it was chosen from."""
+    from puzzle_core.report.report import CAPTIONS
+    from puzzle_core.report.report_inputs import ReportInputs
+    from puzzle_core.report.report_tables import format_final_table
+
+    directory, name = context.store().fetch(key), plan.spec.name
+    table = format_final_table(ReportInputs.read(directory / "report.json"))
+    text = f"```text\n{table}\n```\n\nArtifact `{key}`\n"
+    create_markdown_artifact(text, key=_name(f"child-{name}"), description="The child beside its parent")
+    picture = directory / "figures" / f"{FRONTIER}.png"
+    if picture.exists():
+        data = base64.b64encode(picture.read_bytes()).decode()
+        address = f"data:image/png;base64,{data}"
+        create_image_artifact(address, key=_name(f"frontier-{name}"), description=CAPTIONS[FRONTIER])
+
+
+@_only_a_view
+def show_tracked(plan: Plan, run: TrackedRun) -> None:
+    """Where MLflow has this run."""
+    if run.run_id is None:
+        return
+    key, about = _name(f"mlflow-{plan.spec.name}"), "This run in MLflow"
+    address = run.uri if run.uri.startswith("http") else os.environ.get(MLFLOW_UI)
+    if address:
+        link = f"{address.rstrip('/')}/#/experiments/{run.experiment_id()}/runs/{run.run_id}"
+        create_link_artifact(link, key=key, link_text=f"MLflow run {run.run_id}", description=about)
+    else:
+        look = f"Run `{run.run_id}`; `mlflow ui --backend-store-uri {run.uri}` shows it.\n"
+        create_markdown_artifact(look, key=key, description=about)
+
+
+class Bar:
+    """How far a long stage is, as a progress artifact of the run at hand; made when it is first shown."""
+
+    def __init__(self, what: str, name: str, least_seconds: float = 5.0) -> None:
+        self._key, self._what, self._least_seconds = (
+            _name(f"progress-{what}-{name}"),
+            f"{what} of {name}",
+            least_seconds,
+        )
+        self._artifact: UUID | None = None
+        self._shown = 0.0
+
+    def show(self, done: int, total: int) -> None:
+        """Show that so many of all are done, unless something was shown a moment ago."""
+        if done == total or time.monotonic() - self._shown > self._least_seconds:
+            self._update(100 * done / max(1, total), f"{self._what}: {done} of {total}")
+            self._shown = time.monotonic()
+
+    @_only_a_view
+    def _update(self, percent: float, description: str) -> None:
+        if self._artifact is None:
+            made = create_progress_artifact(percent, key=self._key, description=description)
+            self._artifact = cast(UUID, made)
+        else:
+            update_progress_artifact(self._artifact, percent, description=description)
+
+
+def _table(key: str, rows: list[dict[str, Any]], description: str) -> None:
+    if len(rows) > MOST_ROWS:
+        description += f" (the first {MOST_ROWS} of {len(rows)})"
+    create_table_artifact(rows[:MOST_ROWS], key=_name(key), description=description)
+
+
+def _name(text: str) -> str:
+    """A key that Prefect takes: small letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

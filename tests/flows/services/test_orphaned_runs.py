@@ -1,0 +1,112 @@
+"""Runs that no process is at any more are found, however deep they lie; those of a command that lives are left."""
+
+import time
+
+import pytest
+from prefect import flow, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.states import Completed, Running
+
+from flows.services.orphaned_runs import PROCESS, crash_orphans, label_process
+from tasks.runtime.process import this_process
+
+
+@task(task_run_name="work")
+def work():
+    return 1
+
+
+@flow(name="innermost", flow_run_name="innermost")
+def innermost():
+    return work()
+
+
+@flow(name="middle", flow_run_name="middle")
+def middle():
+    return innermost()
+
+
+@flow(name="outermost", flow_run_name="outermost", on_running=[label_process])
+def outermost():
+    return middle()
+
+
+@pytest.fixture
+def runs(prefect_server):
+    """The client, and three runs within each other by name; all have ended."""
+    outermost()
+    with get_client(sync_client=True) as client:
+        named = FlowRunFilter.model_validate({"name": {"any_": ["outermost", "middle", "innermost"]}})
+        found = client.read_flow_runs(flow_run_filter=named)
+        yield client, {run.name: run.id for run in sorted(found, key=lambda run: run.created)}
+
+
+def process_with(field, value):
+    """What a process says of itself that is this one but for a field."""
+    fields = this_process().split()
+    fields[field] = value
+    return " ".join(fields)
+
+
+def states(client, ids):
+    return {name: client.read_flow_run(run).state_type.value for name, run in ids.items()}
+
+
+@pytest.mark.parametrize(
+    ("left_running", "buried"),
+    [
+        (["innermost"], ["innermost"]),
+        (["middle", "innermost"], ["middle", "innermost"]),
+        (["outermost", "middle", "innermost"], []),
+        (["outermost", "innermost"], []),
+        ([], []),
+    ],
+)
+def test_what_a_run_left_running_within_it_is_found_dead_once_it_has_ended(runs, prefect_server, left_running, buried):
+    client, ids = runs
+    for name in left_running:
+        client.set_flow_run_state(ids[name], Running(), force=True)
+    try:
+        assert crash_orphans(prefect_server) == len(buried)
+        expected = dict.fromkeys(left_running, "RUNNING") | dict.fromkeys(buried, "CRASHED")
+        assert states(client, ids) == dict.fromkeys(ids, "COMPLETED") | expected
+    finally:
+        for name in left_running:
+            client.set_flow_run_state(ids[name], Completed(), force=True)
+
+
+def test_runs_and_tasks_of_a_process_that_is_gone_are_found_dead_and_those_of_others_are_left(runs, prefect_server):
+    client, ids = runs
+    labels = {name: client.read_flow_run(run).labels.get(PROCESS) for name, run in ids.items()}
+    assert labels == {"outermost": this_process(), "middle": None, "innermost": None}
+    (task_run,) = recorded(client, ids["innermost"])
+    for process, dead in (
+        (this_process(), False),
+        (process_with(0, "another-host"), False),
+        (process_with(5, "1"), True),
+        (process_with(2, "another-boot"), True),
+    ):
+        client.update_flow_run_labels(ids["outermost"], {PROCESS: process})
+        for run in ids.values():
+            client.set_flow_run_state(run, Running(), force=True)
+        client.set_task_run_state(task_run.id, Running(), force=True)
+        try:
+            assert crash_orphans(prefect_server) == (3 if dead else 0)
+            expected = "CRASHED" if dead else "RUNNING"
+            assert states(client, ids) == dict.fromkeys(ids, expected)
+            assert client.read_task_run(task_run.id).state_type.value == expected
+        finally:
+            for run in ids.values():
+                client.set_flow_run_state(run, Completed(), force=True)
+
+
+def recorded(client, run, longest_seconds=20):
+    """The task runs of a flow run, which the server writes down a moment after they end."""
+    deadline, only = time.monotonic() + longest_seconds, FlowRunFilter.model_validate({"id": {"any_": [run]}})
+    while time.monotonic() < deadline:
+        found = client.read_task_runs(flow_run_filter=only)
+        if found and all(task_run.state_type.value == "COMPLETED" for task_run in found):
+            return found
+        time.sleep(0.2)
+    raise AssertionError("the task run was not recorded")

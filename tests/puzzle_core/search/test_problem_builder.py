@@ -1,0 +1,352 @@
+"""From tables and a request to problems: limits, units, shares, several scenarios, rules of form, spanning blocks."""
+
+from typing import Any
+
+import pytest
+
+from puzzle_core.architecture import Architecture, BlockVariant
+from puzzle_core.errors import CoverageError, InfeasibleError, NonFiniteError, SpecError
+from puzzle_core.search import run_search
+from puzzle_core.search.problem_builder import ProblemBuilder
+from puzzle_core.search.tables import CostRow, CostTable, Option, ScoreTable
+from puzzle_core.spec import SearchRequest
+
+LAYERS = 4
+OWN = BlockVariant.parse("attn:kv4+ffn:i512")
+HALVES = {
+    # parameters, KV bytes per token, prefill and decode at batch size 1
+    "attn:kv4": (100, 8, 2.0, 20.0),
+    "attn:kv2": (80, 4, 1.5, 15.0),
+    "attn:linear": (50, 0, 0.5, 5.0),
+    "attn:no_op": (0, 0, 0.0, 0.0),
+    "ffn:i512": (200, 0, 4.0, 30.0),
+    "ffn:i256": (100, 0, 2.0, 16.0),
+    "ffn:i96": (40, 0, 1.0, 8.0),
+    "ffn:no_op": (0, 0, 0.0, 0.0),
+}
+LOST = {"attn:kv4": 0.0, "attn:kv2": 1.0, "attn:linear": 3.0, "attn:no_op": 4.0}
+LOST |= {"ffn:i512": 0.0, "ffn:i256": 1.5, "ffn:i96": 3.5, "ffn:no_op": 9.0}
+
+
+def scores(layers: int = LAYERS, scale: float = 1.0) -> ScoreTable:
+    blocks = [BlockVariant.parse(f"{a}+{f}") for a in HALVES if a[0] == "a" for f in HALVES if f[0] == "f"]
+    return ScoreTable(
+        OWN,
+        tuple(
+            {Option(b): scale * (1 + layer) * (LOST[str(b.attention)] + LOST[str(b.ffn)]) for b in blocks}
+            for layer in range(layers)
+        ),
+    )
+
+
+def costs(extra: tuple[CostRow, ...] = (), batch_sizes: tuple[int, ...] = (1, 2)) -> CostTable:
+    """Prefill grows with the batch, decode with its root: larger batches have more throughput."""
+    rows = [CostRow("outside", {"parameters": 1000, "parameter_bytes": 4000})]
+    rows += [
+        CostRow(part, {"parameters": p, "parameter_bytes": 4 * p, "kv_bytes_per_token": kv})
+        for part, (p, kv, *_) in HALVES.items()
+    ]
+    for batch in batch_sizes:
+        outside = {"prefill_ms": 1.0 * batch, "decode_ms": 10.0}
+        rows.append(CostRow("outside", outside, batch_size=batch))
+        rows += [
+            CostRow(part, {"prefill_ms": prefill * batch, "decode_ms": decode * batch**0.5}, batch_size=batch)
+            for part, (_, _, prefill, decode) in HALVES.items()
+        ]
+    return CostTable((*rows, *extra))
+
+
+def request(limits: dict[str, Any], **changes: Any) -> SearchRequest:
+    scenario = {"name": "chat", "prompt_tokens": 10, "generated_tokens": 11, "limits": limits}
+    scenario |= changes.pop("scenario", {})
+    search = {"frontier_points": 2, "baselines": []} | changes.pop("search", {})
+    return SearchRequest.model_validate({"scenario": scenario, "search": search, **changes})
+
+
+def instance(limits: dict[str, Any], **changes: Any) -> ProblemBuilder:
+    return ProblemBuilder(request(limits, **changes), scores(), costs())
+
+
+def capacity(limits: dict[str, Any], **changes: Any) -> float:
+    """Of the one limit, for the blocks alone, at batch size 2."""
+    (limit,) = instance(limits, **changes).problem({"chat": 2}).limits
+    return limit.capacity
+
+
+PARENT_PREFILL, PARENT_DECODE = LAYERS * 12 + 2, LAYERS * 50 * 2**0.5 + 10
+
+
+@pytest.mark.parametrize(
+    ("limit", "text", "expected"),
+    [
+        ("memory", "9000B", 9000 - 4000),
+        ("memory", "50%", 0.5 * (4000 + LAYERS * (1200 + 2 * 21 * 8)) - 4000),
+        ("parameters", "1.5kparams", 500),
+        ("active_parameters", "1.5kparams", 500),
+        ("kv_bytes_per_token", "24B", 24),
+        ("time_to_first_token", "30ms", 28),
+        ("time_per_output_token", "20ms", 20 * 10 - 10),
+        ("latency", "0.2s", 200 - 12),
+        ("latency", "50%", 0.5 * (PARENT_PREFILL + PARENT_DECODE) - 12),
+        ("throughput", "100 tok/s", 2 * 11 / 100 * 1e3 - 12),
+        ("throughput", "200%", (PARENT_PREFILL + PARENT_DECODE) / 2 - 12),
+        ("block_prefill_time", "50%", LAYERS * 6),
+        ("block_decode_time", "50%", LAYERS * 25 * 2**0.5),
+    ],
+)
+def test_limits_become_capacities_of_the_blocks(limit: str, text: str, expected: float) -> None:
+    assert capacity({limit: text}) == pytest.approx(expected)
+
+
+def test_throughput_may_count_the_prompt() -> None:
+    assert capacity({"throughput": "100 tok/s"}, scenario={"throughput_counts": "total"}) == pytest.approx(
+        2 * 21 / 100 * 1e3 - 12
+    )
+
+
+def test_limits_on_any_column_by_the_unit_its_name_ends_in() -> None:
+    energy = tuple(CostRow(part, {"energy_mj": p}) for part, (p, *_) in HALVES.items())
+    made = ProblemBuilder(request({"columns": {"energy_mj": "0.5J"}}), scores(), costs(energy))
+    assert made.problem({"chat": 1}).limits[0].capacity == 500
+
+
+@pytest.mark.parametrize("limits", [{"memory": "78_000"}, {"latency": "300"}, {"columns": {"energy": "5"}}])
+def test_a_limit_without_a_unit_is_refused(limits: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"unit|share"):
+        request(limits)
+
+
+def test_a_limit_on_a_column_that_is_not_there_names_it() -> None:
+    with pytest.raises(SpecError, match=r"needs the column energy_mj.*columns: decode_ms"):
+        instance({"columns": {"energy_mj": "1J"}})
+
+
+def test_uses_and_predictions_agree_with_hand_counts() -> None:
+    made = instance({"memory": "1GB", "throughput": "1 tok/s", "time_per_output_token": "1s"})
+    blocks = ["attn:kv2+ffn:i256", "attn:no_op+ffn:i96", "attn:kv4+ffn:i512", "attn:no_op+ffn:no_op"]
+    architecture = Architecture.parse(blocks)
+    prefill, decode = 1 + 3.5 + 1 + 6, 10 + 31 + 8 + 50
+    memory = 4 * (1000 + 180 + 40 + 300) + 21 * (4 + 8)
+    prediction = made.predict(architecture, {"chat": 1})["chat"]
+    assert (prediction.prefill_ms, prediction.decode_ms) == (prefill, decode)
+    assert (prediction.parameters, prediction.memory_bytes) == (1520, memory)
+    uses = {use.name: use for use in made.limit_uses(architecture, {"chat": 1})}
+    assert uses["memory"].used == memory
+    assert uses["throughput"].used == pytest.approx(11 / (prefill + decode) * 1e3)
+    assert uses["throughput"].sense == "at_least"
+    assert uses["time_per_output_token"].used == pytest.approx(decode / 10)
+
+
+def test_the_batch_size_is_chosen_and_each_one_explained() -> None:
+    # A larger batch serves more tokens per second, and needs more memory for its cache.
+    by_rate = run_search.run(instance({"throughput": "140 tok/s"}, scenario={"batch_sizes": [1, 2]}))
+    assert by_rate.batch_sizes == {"chat": 2}
+    assert by_rate.chosen.prediction.batch_size == 2
+    by_memory = run_search.run(instance({"memory": "7600B"}, scenario={"batch_sizes": [1, 2]}))
+    assert by_memory.batch_sizes == {"chat": 1}
+    outcomes = {tried.batch_sizes["chat"]: (tried.score, tried.outcome) for tried in by_memory.tried}
+    assert outcomes[1] == (by_memory.chosen.score, "solved")
+    assert outcomes[2][0] is None
+    assert float(outcomes[2][1].removeprefix("left out: it scores ").split()[0]) > by_memory.chosen.score
+
+
+def test_a_batch_size_that_cannot_fit_says_so() -> None:
+    record = run_search.run(instance({"time_to_first_token": "1.5ms"}, scenario={"batch_sizes": [1, 2]}))
+    (large,) = [tried for tried in record.tried if tried.batch_sizes == {"chat": 2}]
+    assert large.score is None
+    assert "time_to_first_token was 1.5ms, and at least 2" in large.outcome
+
+
+def test_ties_go_to_the_larger_batch() -> None:
+    record = run_search.run(instance({"parameters": "2kparams"}, scenario={"batch_sizes": [1, 2]}))
+    assert record.batch_sizes == {"chat": 2}
+
+
+def test_several_scenarios_hold_together_each_at_its_own_batch() -> None:
+    rag = {"name": "rag", "prompt_tokens": 100, "generated_tokens": 2, "batch_sizes": [1, 2]}
+    rag["limits"] = {"time_to_first_token": "10ms"}
+    both = run_search.run(instance({"block_decode_time": "60%"}, more_scenarios=[rag]))
+    alone = run_search.run(instance({"block_decode_time": "60%"}))
+    assert both.chosen.score > alone.chosen.score
+    assert both.batch_sizes == {"chat": 1, "rag": 1}
+    assert {(use.scenario, use.name) for use in both.chosen.limits} == {
+        ("chat", "block_decode_time"),
+        ("rag", "time_to_first_token"),
+    }
+    assert all(use.used <= use.allowed for use in both.chosen.limits)
+
+
+def test_a_mix_weighs_scenarios() -> None:
+    rag = {"name": "rag", "weight": 3, "prompt_tokens": 100, "generated_tokens": 1, "limits": {}}
+    made = instance({}, more_scenarios=[rag], mix={"latency": "50%", "throughput": "90%"})
+    problem = made.problem({"chat": 1, "rag": 2})
+    chat, rag_ms = 1 + LAYERS * 6 + 10 + LAYERS * 50, 2 + LAYERS * 12 + 10 + LAYERS * 50 * 2**0.5
+    limits = {limit.name: limit for limit in problem.limits}
+    outside = 0.25 * 11 + 0.75 * 12
+    assert limits["mix/latency"].capacity == pytest.approx(0.5 * (0.25 * chat + 0.75 * rag_ms) - outside)
+    outside = 0.25 * 11 + 0.75 * 12 / 2
+    assert limits["mix/throughput"].capacity == pytest.approx((0.25 * chat + 0.75 * rag_ms / 2) / 0.9 - outside)
+
+
+@pytest.mark.parametrize(
+    ("form", "broken"),
+    [
+        ({"keep": {"attention": [0, -1]}}, lambda blocks: any(blocks[i].attention != OWN.attention for i in (0, 3))),
+        ({"keep": {"ffn": [3]}}, lambda blocks: blocks[3].ffn != OWN.ffn),
+        ({"linear": False}, lambda blocks: any(b.attention.kind == "linear" for b in blocks)),
+        ({"no_op": False}, lambda blocks: any("no_op" in (b.attention.kind, b.ffn.kind) for b in blocks)),
+        ({"ffn_multiple_of": 256}, lambda blocks: any(b.ffn.size % 256 for b in blocks)),
+        ({"tensor_parallel": 64}, lambda blocks: any(b.ffn.size % 64 for b in blocks)),
+        ({"max_ffn_widths": 1}, lambda blocks: len({b.ffn for b in blocks if b.ffn.kind == "sized"}) > 1),
+        ({"uniform_kv_heads": True}, lambda blocks: len({b.attention.size for b in blocks if b.attention.size}) > 1),
+    ],
+)
+def test_rules_of_form_hold_and_cost_something(form: dict[str, Any], broken: Any) -> None:
+    limits = [{"block_time": "75%"}, {"block_time": "40%"}, {"parameters": "2000params"}, {"kv_bytes_per_token": "20B"}]
+    scored = []
+    for limit in limits:
+        free, formed = run_search.run(instance(limit)).chosen, run_search.run(instance(limit, form=form)).chosen
+        assert not broken(formed.architecture.layers)
+        assert formed.score >= free.score
+        scored.append((free, formed))
+    assert any(broken(free.architecture.layers) and formed.score > free.score for free, formed in scored), "never binds"
+
+
+def test_a_form_that_rules_out_the_parent_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"rules out the parent's own ffn:i512.*ffn_multiple_of \(96\)"):
+        instance({"block_time": "50%"}, form={"ffn_multiple_of": 96})
+    with pytest.raises(SpecError, match=r"keep\.attention names layer 4, and there are 4 layers"):
+        instance({"block_time": "50%"}, form={"keep": {"attention": [4]}})
+
+
+def test_a_block_that_spans_layers_empties_those_after_it() -> None:
+    table = scores()
+    spanning = Option(BlockVariant.parse("attn:kv4+ffn:i512"), 2)
+    layers = [dict(layer) for layer in table.layers]
+    layers[1][spanning] = 0.25
+    made = ProblemBuilder(request({"block_time": "75%"}), ScoreTable(OWN, tuple(layers)), costs())
+    chosen = run_search.run(made).chosen
+    assert chosen.spans == {1: 2}
+    assert [str(block) for block in chosen.architecture.layers] == [
+        str(OWN),
+        str(OWN),
+        "attn:no_op+ffn:no_op",
+        str(OWN),
+    ]
+    assert chosen.score == 0.25
+    assert chosen.prediction.prefill_ms == 1 + 3 * 6
+    kept = ProblemBuilder(
+        request({"block_time": "75%"}, form={"keep": {"ffn": [2]}}), ScoreTable(OWN, tuple(layers)), costs()
+    )
+    assert run_search.run(kept).chosen.spans == {}
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_scores_of_any_magnitude_give_the_same_architecture(scale: float) -> None:
+    made = ProblemBuilder(request({"block_time": "55%", "memory": "80%"}), scores(scale=scale), costs())
+    plain = run_search.run(instance({"block_time": "55%", "memory": "80%"}))
+    record = run_search.run(made)
+    assert record.chosen.architecture == plain.chosen.architecture
+    assert record.chosen.score == pytest.approx(scale * plain.chosen.score)
+
+
+def test_what_loosening_a_limit_buys_is_what_a_new_search_gains() -> None:
+    record = run_search.run(instance({"block_time": "50%", "memory": "100%"}))
+    prices = {price.limit: price for price in record.prices}
+    assert prices["memory"].gained == 0
+    allowed = next(use.allowed for use in record.chosen.limits if use.name == "block_time")
+    share = 0.5 * (1 + prices["block_time"].step / allowed)
+    looser = run_search.run(instance({"block_time": f"{100 * share:.9f}%"}))
+    assert prices["block_time"].gained == pytest.approx(record.chosen.score - looser.chosen.score)
+
+
+def test_runner_ups_name_what_else_a_layer_would_take() -> None:
+    record = run_search.run(instance({"block_time": "60%"}))
+    for runner_up in record.runner_ups:
+        assert runner_up.chosen == str(record.chosen.architecture.layers[runner_up.layer])
+        assert runner_up.other != runner_up.chosen
+        assert runner_up.rise is not None
+        assert runner_up.rise >= 0
+
+
+def test_infeasible_names_the_least_that_can_be_had_and_that_can_be_met() -> None:
+    with pytest.raises(InfeasibleError, match=r"latency was 10ms, and at least 11\.0ms") as error:
+        run_search.run(instance({"latency": "10ms"}))
+    assert "batch size 1" in str(error.value)
+    run_search.run(instance({"latency": "11.0ms"}))
+    with pytest.raises(InfeasibleError, match=r"parameters was 900params, and at least 1,000 params"):
+        run_search.check_feasible(instance({"parameters": "900params"}))
+
+
+def test_flags_say_what_is_suspicious() -> None:
+    record = run_search.run(instance({"block_time": "2%"}))
+    assert "4 of 4 layers are left empty" in record.flags[0]
+    assert "is above every score that was measured" in record.flags[1]
+    assert run_search.run(instance({"block_time": "90%"})).flags == ()
+
+
+def test_a_missing_cost_names_layer_variant_and_column() -> None:
+    known = costs()
+    lacking = CostTable(tuple(row for row in known.rows if row.part != "ffn:i96" or "decode_ms" not in row.values))
+    with pytest.raises(CoverageError, match=r"no prefill_ms of ffn:i96 for layer 0"):
+        run_search.run(ProblemBuilder(request({"block_time": "50%"}), scores(), lacking))
+
+
+def test_tables_refuse_what_is_no_cost_or_score() -> None:
+    with pytest.raises(SpecError, match=r"decode_ms of ffn:i96, batch size 3 is -1"):
+        costs((CostRow("ffn:i96", {"decode_ms": -1.0}, batch_size=3),))
+    with pytest.raises(NonFiniteError, match="decode_ms of ffn:i96, layer 2 is nan"):
+        costs((CostRow("ffn:i96", {"decode_ms": float("nan")}, layer=2),))
+    with pytest.raises(SpecError, match="parameters of ffn:i96 is given twice"):
+        costs((CostRow("ffn:i96", {"parameters": 1.0}),))
+    with pytest.raises(NonFiniteError, match=r"score of layer 0 attn:kv4\+ffn:i512 is inf"):
+        ScoreTable(OWN, ({Option(OWN): float("inf")},))
+
+
+def test_the_most_specific_row_wins_column_by_column() -> None:
+    table = costs((CostRow("ffn:i512", {"decode_ms": 7.0}, layer=2, batch_size=1),))
+    attention = HALVES["attn:kv4"][3]
+    assert table.block("decode_ms", 2, OWN, "chat", 1) == 7.0 + attention
+    assert table.block("decode_ms", 1, OWN, "chat", 1) == 30.0 + attention
+    whole = costs((CostRow(str(OWN), {"decode_ms": 1.0}),))
+    assert whole.block("decode_ms", 1, OWN, "chat", 1) == 1.0
+
+
+def test_the_frontier_of_a_limit_goes_over_all_batch_sizes() -> None:
+    asked = {"search": {"frontier_points": 9, "frontier_limit": "throughput"}, "scenario": {"batch_sizes": [1, 2]}}
+    record = run_search.run(instance({"throughput": "60 tok/s", "memory": "7800B"}, **asked))
+    rates = [next(use.used for use in point.limits if use.name == "throughput") for point in record.frontier]
+    scored = [point.score for point in record.frontier]
+    assert len(scored) > 3
+    assert scored == sorted(scored, reverse=True)
+    assert rates == sorted(rates, reverse=True)
+    assert {point.prediction.batch_size for point in record.frontier} == {1, 2}
+    for point, rate in zip(record.frontier, rates, strict=True):
+        again = run_search.run(instance({"throughput": f"{rate * (1 - 1e-9):.12f} tok/s", "memory": "7800B"}, **asked))
+        assert again.chosen.score <= point.score + 1e-9
+    with pytest.raises(SpecError, match="frontier_limit is 'latency', and scenario chat has no such limit"):
+        run_search.run(instance({"memory": "1GB"}, search={"frontier_limit": "latency"}))
+
+
+def test_other_ways_to_choose_are_searched_over_the_same_problem() -> None:
+    names = ("mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters")
+    table = scores()
+    # By the next-token loss, the last layers are the fragile ones, as they are the first by the score.
+    lm_loss = tuple(
+        {option: (LAYERS - layer) * s for option, s in found.items()} for layer, found in enumerate(table.layers)
+    )
+    asked = request({"block_time": "60%", "memory": "95%"}, search={"baselines": names})
+    record = run_search.run(ProblemBuilder(asked, ScoreTable(OWN, table.layers, "kl", lm_loss), costs()))
+    found = {baseline.method: baseline for baseline in record.baselines}
+    assert {*found, *(name.removeprefix("baseline ") for name in record.skipped)} == set(names)
+    assert all(baseline.score >= record.chosen.score for baseline in found.values())
+    kinds = {half for block in found["mip_no_op_only"].architecture.layers for half in (block.attention, block.ffn)}
+    assert all(half in (OWN.attention, OWN.ffn) or half.kind == "no_op" for half in kinds)
+    assert found["mip_lm_loss"].architecture != record.chosen.architecture
+
+    def lost(architecture: Architecture) -> float:
+        return sum(lm_loss[layer][Option(block)] for layer, block in enumerate(architecture.layers))
+
+    assert lost(found["mip_lm_loss"].architecture) < lost(record.chosen.architecture)
+    without = run_search.run(instance({"block_time": "60%"}, search={"baselines": ["mip_lm_loss"]}))
+    assert "no increase of the next-token loss" in without.skipped["baseline mip_lm_loss"]

@@ -1,0 +1,69 @@
+"""Operations by formula against those that torch counts while the real thing runs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from puzzle_core import resources, scoring
+from puzzle_core.architecture import Architecture, BlockVariant, Variant
+from puzzle_core.distill import bld
+from puzzle_core.distill.gkd import loss_terms
+from puzzle_core.model.child import load_child, load_parent
+from puzzle_core.plan import Inputs, Plan
+from puzzle_core.spec import GkdSpec, parse_spec
+from tests.conftest import CPU, MIXED
+
+CLOSE = 0.03  # torch's reference attention computes nothing again: going both ways is 3 times its forward, and not 3.5
+
+
+@pytest.fixture
+def plan(parent):
+    content = {
+        "parent": {"path": "p"},
+        "data": {"sequence_length": 16},
+        "variants": {"kv_heads": [1], "ffn_ratios": [0.5]},
+        "bld": {"tokens": 96, "batch_tokens": 48, "epochs": 2},
+        "scoring": {"tokens": 96},
+        "scenario": {"prompt_tokens": 8, "generated_tokens": 8, "limits": {"memory": "60%"}},
+    }
+    inputs = {name: name for name in ("parent", "tokenizer", "train_texts", "held_out_texts", "hardware")}
+    return Plan(parse_spec(content, "test"), Inputs(shape=parent.shape, **inputs))
+
+
+@pytest.fixture
+def counted():
+    """Count the operations of an act."""
+
+    def count(act):
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        ):
+            act()
+        return counter.get_total_flops()
+
+    return count
+
+
+@pytest.mark.parametrize("variant", ["attn:kv1", "attn:linear", "ffn:i24", "ffn:linear"])
+def test_bld(variant, plan, counted, activations, contributions_of, tmp_path):
+    work, contributions = plan.bld(2, Variant.parse(variant)), contributions_of("llama")
+    counts = counted(lambda: bld.run(work, activations, contributions, tmp_path))
+    counts -= counted(lambda: bld.initial_state(activations, work, contributions))
+    assert 192 * resources.bld_flops(plan, work) == pytest.approx(counts, rel=CLOSE)
+
+
+@pytest.mark.parametrize("block", ["attn:kv4+ffn:no_op", "attn:no_op+ffn:i48", "attn:no_op+ffn:no_op"])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_scores(block, layer, plan, counted, activations):
+    activations.capture_log_probabilities()
+    work = plan.score(layer, BlockVariant.parse(block))
+    counts = counted(lambda: scoring.run(work, activations, {}))
+    assert 96 * resources.score_flops(plan, work) == pytest.approx(counts, rel=CLOSE)
+
+
+def test_gkd(plan, counted, parent, assemble, ids_NT):
+    teacher, child = load_parent(parent, torch.float32, CPU), load_child(assemble("llama", MIXED), torch.float32, CPU)
+    counts = counted(lambda: sum(loss_terms(teacher, child, ids_NT.long(), GkdSpec()).values()).backward())
+    expected = 96 * resources.gkd_flops(plan, Architecture.parse(MIXED), computed_again=False)
+    assert expected == pytest.approx(counts, rel=CLOSE)

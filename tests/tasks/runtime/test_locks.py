@@ -1,0 +1,303 @@
+"""Turns on one machine: side by side, alone, never starved, a GPU for each task, and free again after kill -9."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from puzzle_core.architecture import Architecture
+from puzzle_core.device import default_device, visible_gpus
+from puzzle_core.errors import SpecError
+from tasks import stage_tasks
+from tasks.runtime import locks
+from tasks.runtime.locks import artifact_lock, gpus, machine_lock, place
+from tasks.stage_tasks import find_costs, on_gpu
+from tasks.store.store import Store
+from tests.workflow import artifacts, plan_of
+
+ROOT = Path(__file__).parents[3]
+HOLD = """
+import sys, time
+from tasks.runtime.locks import turn
+
+with turn(sys.argv[1] == "alone"):
+    print("in", flush=True)
+    time.sleep(600)
+"""
+HOLD_GPUS = """
+import sys, time
+from tasks import turns
+
+turns.gpu_names = lambda: ["a", "b", "c"]
+with turns.gpus(int(sys.argv[1])) as numbers:
+    print(*numbers, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_place(tmp_path, monkeypatch):
+    """Locks of this test only."""
+    monkeypatch.setenv("PUZZLE_LOCK_DIR", str(tmp_path / "turns"))
+
+
+@pytest.fixture
+def hold():
+    """Hold a turn in a process of its own."""
+    started = []
+
+    def begin(how, script=HOLD, says=b"in\n"):
+        process = subprocess.Popen([sys.executable, "-c", script, how], cwd=ROOT, stdout=subprocess.PIPE)
+        started.append(process)
+        assert process.stdout.readline() == says
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+class Task(threading.Thread):
+    """A task that takes its turn, until it is let go."""
+
+    def __init__(self, alone):
+        super().__init__(daemon=True)
+        self.alone, self.inside, self.leave = alone, threading.Event(), threading.Event()
+        self.start()
+
+    def run(self):
+        with machine_lock(self.alone):
+            self.inside.set()
+            self.leave.wait(30)
+
+    def gets_in(self, within=5.0):
+        return self.inside.wait(within)
+
+
+@pytest.fixture
+def three_gpus(monkeypatch):
+    """A machine with three GPUs, as far as turns are concerned."""
+    monkeypatch.setattr(locks, "gpu_names", lambda: ["a", "b", "c"])
+
+
+class GpuTask(Task):
+    """A task that takes GPUs, until it is let go."""
+
+    def __init__(self, count):
+        self.count, self.numbers = count, None
+        super().__init__(False)
+
+    def run(self):
+        with gpus(self.count) as self.numbers:
+            self.inside.set()
+            self.leave.wait(30)
+
+
+def test_every_task_has_a_gpu_of_its_own(three_gpus):
+    tasks = [GpuTask(1) for _ in range(3)]
+    assert all(task.gets_in() for task in tasks)
+    assert sorted(task.numbers for task in tasks) == [[0], [1], [2]]
+    fourth = GpuTask(1)
+    assert not fourth.gets_in(0.4)
+    tasks[1].leave.set()
+    assert fourth.gets_in()
+    assert fourth.numbers == tasks[1].numbers
+    for task in (*tasks, fourth):
+        task.leave.set()
+
+
+def test_gpus_are_shared_with_other_processes_and_free_after_a_kill(three_gpus, hold):
+    other = hold("2", HOLD_GPUS, b"0 1\n")
+    task, waiting = GpuTask(1), None
+    assert task.gets_in()
+    assert task.numbers == [2]
+    waiting = GpuTask(2)
+    assert not waiting.gets_in(0.4)
+    later = GpuTask(1)
+    task.leave.set()
+    assert not later.gets_in(0.4)  # it waits behind the one that wants two
+    other.send_signal(signal.SIGKILL)
+    assert waiting.gets_in()
+    assert later.gets_in()
+    assert sorted(waiting.numbers + later.numbers) == [0, 1, 2]
+    waiting.leave.set()
+    later.leave.set()
+
+
+def test_a_task_computes_on_its_gpu_and_comes_back_to_it(three_gpus):
+    barrier = threading.Barrier(3, timeout=10)
+
+    @on_gpu
+    def where():
+        barrier.wait()
+        device = default_device()
+        barrier.wait()
+        return device.type, device.index
+
+    def twice():
+        return where(), where()
+
+    with ThreadPoolExecutor(3) as pool:
+        seen = [future.result() for future in [pool.submit(twice) for _ in range(3)]]
+    assert sorted(first for first, _ in seen) == [("cuda", 0), ("cuda", 1), ("cuda", 2)]
+    assert sorted(second for _, second in seen) == [("cuda", 0), ("cuda", 1), ("cuda", 2)]
+
+
+def test_every_task_that_computes_is_on_a_gpu(three_gpus, spec_of, monkeypatch):
+    plan, context = plan_of(spec_of())
+    child = Architecture.of_parent(plan.inputs.shape)
+    monkeypatch.setattr(Store, "fetch", lambda store, key: Path(key))  # nothing has been made that could be fetched
+    with locks.gpus(3):
+        for task, arguments in (
+            (stage_tasks.measure_importance, (plan.importance(), context)),
+            (stage_tasks.capture_layer, (plan.tokens("bld").key, "float32", 0, True, context)),
+            (stage_tasks.capture_log_probabilities, (plan.tokens("scoring").key, "float32", context)),
+            (stage_tasks.train_variant, (plan.all_bld()[0], context)),
+            (stage_tasks.score_block, (plan.all_scores()[0], context)),
+            (stage_tasks.evaluate_model, (plan.evaluate(None), "parent", context)),
+            (stage_tasks.distil_child, (plan.gkd(child), None, context)),
+        ):
+            monkeypatch.setattr(locks, "_wait", lambda *_: pytest.fail("waits"))
+            with pytest.raises(pytest.fail.Exception, match="waits"):
+                task.fn(*arguments)
+
+
+def test_more_gpus_than_there_are_is_refused(three_gpus):
+    with pytest.raises(SpecError, match=r"4 GPUs are asked for, but this machine has 3: lower runtime"), gpus(4):
+        pass
+
+
+def test_other_processes_see_the_same_gpus(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus([]) == {}
+    assert visible_gpus([2, 0]) == {"CUDA_VISIBLE_DEVICES": "2,0"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-7f")
+    assert visible_gpus([1]) == {"CUDA_VISIBLE_DEVICES": "GPU-7f"}
+
+
+def test_others_run_side_by_side_and_a_measurement_alone(hold):
+    held = hold("beside")
+    beside, alone = Task(False), None
+    assert beside.gets_in()
+    alone = Task(True)
+    assert not alone.gets_in(0.4)
+    beside.leave.set()
+    assert not alone.gets_in(0.4)
+    held.send_signal(signal.SIGKILL)
+    assert alone.gets_in()
+    after = Task(False)
+    assert not after.gets_in(0.4)
+    alone.leave.set()
+    assert after.gets_in()
+    after.leave.set()
+
+
+def test_a_killed_measurement_leaves_no_lock(hold):
+    measuring = hold("alone")
+    waiting = Task(False)
+    assert not waiting.gets_in(0.4)
+    measuring.send_signal(signal.SIGKILL)
+    assert waiting.gets_in(2)
+    waiting.leave.set()
+
+
+def test_what_comes_later_waits_behind_a_measurement():
+    first = Task(False)
+    assert first.gets_in()
+    alone = Task(True)
+    time.sleep(0.3)
+    later = Task(False)
+    assert not later.gets_in(0.4)
+    first.leave.set()
+    assert alone.gets_in()
+    assert not later.inside.is_set()
+    alone.leave.set()
+    assert later.gets_in()
+    later.leave.set()
+
+
+def test_a_turn_ends_with_an_error():
+    with pytest.raises(KeyError), machine_lock(alone=True):
+        raise KeyError
+    with machine_lock(alone=True):
+        pass
+
+
+def test_costs_are_measured_alone_and_looked_up_at_once(spec_of, tmp_path):
+    plan, context = plan_of(spec_of())
+    (work,) = plan.costs().values()
+    other = Task(False)
+    assert other.gets_in()
+    measuring = threading.Thread(target=find_costs.fn, args=(work, context), daemon=True)
+    measuring.start()
+    measuring.join(1)
+    assert artifacts(tmp_path / "store") == {}
+    other.leave.set()
+    measuring.join(60)
+    assert artifacts(tmp_path / "store").keys() == {work.key}
+    other = Task(False)
+    assert other.gets_in()
+    assert find_costs.fn(work, context) == work.key
+    other.leave.set()
+
+
+CLAIM = """
+import sys
+from tasks.runtime.locks import claim
+
+with claim(sys.argv[1]):
+    print("in", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "done"])
+def test_the_same_work_is_left_to_who_is_at_it_and_free_once_that_process_ended(end):
+    start = [sys.executable, "-c", CLAIM, "this work"]
+    with subprocess.Popen(start, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"in\n"
+        with artifact_lock("other work"):
+            pass
+        got = threading.Event()
+
+        def wait_for_it():
+            with artifact_lock("this work"):
+                got.set()
+
+        waiting = threading.Thread(target=wait_for_it, daemon=True)
+        waiting.start()
+        assert not got.wait(0.3)
+        if end == "killed":
+            holder.kill()
+        else:
+            holder.stdin.write(b"\n")
+            holder.stdin.flush()
+        assert got.wait(10)
+        waiting.join()
+    assert not list(place().glob("claim-*"))
+
+
+def test_many_who_want_the_same_work_are_at_it_one_after_another():
+    inside, most = [], []
+
+    def take():
+        for _ in range(20):
+            with artifact_lock("this work"):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.0005)
+                inside.pop()
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(most), max(most)) == (80, 1)

@@ -1,0 +1,78 @@
+"""Tasks: named, keyed by content, retried where a retry can help and nowhere else."""
+
+import pytest
+
+from puzzle_core import data
+from puzzle_core.architecture import Architecture
+from puzzle_core.cost import llama_engine
+from puzzle_core.errors import DataError, MeasurementError, NonFiniteError, SpecError
+from puzzle_core.spec import TargetSpec
+from tasks import stage_tasks
+from tests.workflow import plan_of
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture
+def pack(spec_of, monkeypatch):
+    """Pack the calibration tokens; the body fails with these errors, one after the other, and then passes."""
+    spec = spec_of()
+    plan, context = plan_of(spec)
+    task, run = stage_tasks.pack_tokens.with_options(retry_delay_seconds=0, refresh_cache=True), data.run
+
+    def packing(*errors):
+        left = list(errors)
+
+        def fail_first(*arguments):
+            if left:
+                raise left.pop(0)
+            return run(*arguments)
+
+        monkeypatch.setattr(data, "run", fail_first)
+        return task(
+            work=plan.tokens("calibration"), sources=spec.data.train_texts, context=context, return_state=True
+        ), left
+
+    return packing
+
+
+@pytest.mark.parametrize("error", [OSError("connection lost"), TimeoutError(), MeasurementError("too noisy")])
+def test_what_may_pass_is_tried_again(pack, error):
+    state, left = pack(error, error)
+    assert state.is_completed()
+    assert left == []
+
+
+@pytest.mark.parametrize("error", [DataError("too few tokens"), NonFiniteError("NaN"), KeyError("our mistake")])
+def test_what_will_not_pass_is_not_tried_again(pack, error):
+    state, left = pack(error, error)
+    assert state.is_failed()
+    assert left == [error]
+    with pytest.raises(type(error)):
+        state.result()
+
+
+def test_retries_come_to_an_end(pack):
+    state, left = pack(*[OSError("connection lost")] * 10)
+    assert state.is_failed()
+    assert len(left) == 10 - 1 - stage_tasks.pack_tokens.retries
+
+
+def test_a_target_in_llama_cpp_is_timed_there(spec_of, monkeypatch):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make engines")
+    spec = spec_of()
+    plan, context = plan_of(spec.model_copy(update={"target": TargetSpec(engine="llama.cpp", rounds=3)}))
+    monkeypatch.setattr(stage_tasks.latency, "run_timing", None)
+    work = plan.timing({"parent": Architecture.of_parent(plan.inputs.shape)}, 2)
+    key = stage_tasks.time_models.fn(work, context)
+    assert context.store().manifest(key).record["models"]["parent"]["decode_ms"] > 0
+
+
+def test_an_engine_that_is_not_installed_is_refused_before_any_work(spec_of, monkeypatch):
+    def missing(_):
+        raise llama_engine.importlib.metadata.PackageNotFoundError
+
+    plan, _ = plan_of(spec_of())
+    monkeypatch.setattr(llama_engine.importlib.metadata, "version", missing)
+    with pytest.raises(SpecError, match="llama-cpp-python is not installed: `make engines` builds it"):
+        stage_tasks.for_target(plan.inputs, TargetSpec(engine="llama.cpp"))
