@@ -46,7 +46,7 @@ def _tolerate_missing(note: Callable[P, None]) -> Callable[P, None]:
         except ArtifactError as error:
             if isinstance(error, DamagedError):
                 raise
-            log.warning("MLflow is not told all of this run: %s", error)
+            log.warning("the lineage of this run in MLflow is incomplete: %s", error)
 
     return try_to_note
 

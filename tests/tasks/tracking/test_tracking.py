@@ -366,7 +366,7 @@ def test_a_run_goes_on_where_only_its_lineage_lacks_an_artifact(again, caplog):
     shutil.rmtree(Path(spec.runtime.store) / gone)
     with caplog.at_level(logging.WARNING, "puzzle"):
         train_child(spec)
-    assert f"MLflow is not told all of this run: {gone} is not in the store" in caplog.text
+    assert f"the lineage of this run in MLflow is incomplete: {gone} is not in the store" in caplog.text
 
 
 def test_a_run_goes_on_where_mlflow_cannot_be_reached_and_says_so(content, caplog, tmp_path):
