@@ -1,5 +1,6 @@
-"""Turns on one machine: side by side, alone, never starved, a GPU for each task, and free again after kill -9."""
+"""Locks on one machine: side by side, alone, never starved, a GPU for each task, and free again after kill -9."""
 
+import fcntl
 import signal
 import subprocess
 import sys
@@ -15,26 +16,29 @@ from puzzle_core.device import default_device, visible_gpus
 from puzzle_core.errors import SpecError
 from tasks import stage_tasks
 from tasks.runtime import locks
-from tasks.runtime.locks import artifact_lock, gpus, machine_lock, place
-from tasks.stage_tasks import find_costs, on_gpu
+from tasks.runtime.locks import artifact_lock, gpu_lock, lock_directory, machine_lock
+from tasks.stage_tasks import find_costs
 from tasks.store.store import Store
+from tasks.task_policies import with_gpu
 from tests.workflow import artifacts, plan_of
 
 ROOT = Path(__file__).parents[3]
+LONG_SECONDS = 120
+"""Longer than anything takes that comes; what must not come is looked for far less long."""
 HOLD = """
 import sys, time
-from tasks.runtime.locks import turn
+from tasks.runtime.locks import machine_lock
 
-with turn(sys.argv[1] == "alone"):
+with machine_lock(sys.argv[1]):
     print("in", flush=True)
     time.sleep(600)
 """
 HOLD_GPUS = """
 import sys, time
-from tasks import turns
+from tasks.runtime import locks
 
-turns.gpu_names = lambda: ["a", "b", "c"]
-with turns.gpus(int(sys.argv[1])) as numbers:
+locks.gpu_names = lambda: ["a", "b", "c"]
+with locks.gpu_lock(int(sys.argv[1])) as numbers:
     print(*numbers, flush=True)
     time.sleep(600)
 """
@@ -43,12 +47,12 @@ with turns.gpus(int(sys.argv[1])) as numbers:
 @pytest.fixture(autouse=True)
 def own_place(tmp_path, monkeypatch):
     """Locks of this test only."""
-    monkeypatch.setenv("PUZZLE_LOCK_DIR", str(tmp_path / "turns"))
+    monkeypatch.setenv("PUZZLE_LOCK_DIR", str(tmp_path / "locks"))
 
 
 @pytest.fixture
 def hold():
-    """Hold a turn in a process of its own."""
+    """Hold a lock in another process."""
     started = []
 
     def begin(how, script=HOLD, says=b"in\n"):
@@ -65,26 +69,39 @@ def hold():
 
 
 class Task(threading.Thread):
-    """A task that takes its turn, until it is let go."""
+    """A task that holds the machine lock until it is released."""
 
-    def __init__(self, alone):
+    def __init__(self, mode):
         super().__init__(daemon=True)
-        self.alone, self.inside, self.leave = alone, threading.Event(), threading.Event()
+        self.mode, self.inside, self.leave = mode, threading.Event(), threading.Event()
         self.start()
 
     def run(self):
-        with machine_lock(self.alone):
+        with machine_lock(self.mode):
             self.inside.set()
-            self.leave.wait(30)
+            self.leave.wait(LONG_SECONDS)
 
-    def gets_in(self, within=5.0):
+    def gets_in(self, within=LONG_SECONDS):
         return self.inside.wait(within)
 
 
 @pytest.fixture
 def three_gpus(monkeypatch):
-    """A machine with three GPUs, as far as turns are concerned."""
+    """A machine with three GPUs, as far as locks are concerned."""
     monkeypatch.setattr(locks, "gpu_names", lambda: ["a", "b", "c"])
+
+
+def wait_until_held(name):
+    """Wait until a task holds a lock alone."""
+    deadline = time.monotonic() + LONG_SECONDS
+    while time.monotonic() < deadline:
+        with (lock_directory() / name).open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"nobody holds the lock {name}")
 
 
 class GpuTask(Task):
@@ -92,12 +109,12 @@ class GpuTask(Task):
 
     def __init__(self, count):
         self.count, self.numbers = count, None
-        super().__init__(False)
+        super().__init__("shared")
 
     def run(self):
-        with gpus(self.count) as self.numbers:
+        with gpu_lock(self.count) as self.numbers:
             self.inside.set()
-            self.leave.wait(30)
+            self.leave.wait(LONG_SECONDS)
 
 
 def test_every_task_has_a_gpu_of_its_own(three_gpus):
@@ -119,6 +136,7 @@ def test_gpus_are_shared_with_other_processes_and_free_after_a_kill(three_gpus, 
     assert task.gets_in()
     assert task.numbers == [2]
     waiting = GpuTask(2)
+    wait_until_held("gpu-queue")
     assert not waiting.gets_in(0.4)
     later = GpuTask(1)
     task.leave.set()
@@ -132,9 +150,9 @@ def test_gpus_are_shared_with_other_processes_and_free_after_a_kill(three_gpus, 
 
 
 def test_a_task_computes_on_its_gpu_and_comes_back_to_it(three_gpus):
-    barrier = threading.Barrier(3, timeout=10)
+    barrier = threading.Barrier(3, timeout=LONG_SECONDS)
 
-    @on_gpu
+    @with_gpu
     def where():
         barrier.wait()
         device = default_device()
@@ -154,7 +172,7 @@ def test_every_task_that_computes_is_on_a_gpu(three_gpus, spec_of, monkeypatch):
     plan, context = plan_of(spec_of())
     child = Architecture.of_parent(plan.inputs.shape)
     monkeypatch.setattr(Store, "fetch", lambda store, key: Path(key))  # nothing has been made that could be fetched
-    with locks.gpus(3):
+    with locks.gpu_lock(3):
         for task, arguments in (
             (stage_tasks.measure_importance, (plan.importance(), context)),
             (stage_tasks.capture_layer, (plan.tokens("bld").key, "float32", 0, True, context)),
@@ -170,7 +188,7 @@ def test_every_task_that_computes_is_on_a_gpu(three_gpus, spec_of, monkeypatch):
 
 
 def test_more_gpus_than_there_are_is_refused(three_gpus):
-    with pytest.raises(SpecError, match=r"4 GPUs are asked for, but this machine has 3: lower runtime"), gpus(4):
+    with pytest.raises(SpecError, match=r"4 GPUs are asked for, but this machine has 3: lower runtime"), gpu_lock(4):
         pass
 
 
@@ -183,16 +201,16 @@ def test_other_processes_see_the_same_gpus(monkeypatch):
 
 
 def test_others_run_side_by_side_and_a_measurement_alone(hold):
-    held = hold("beside")
-    beside, alone = Task(False), None
+    held = hold("shared")
+    beside, alone = Task("shared"), None
     assert beside.gets_in()
-    alone = Task(True)
+    alone = Task("exclusive")
     assert not alone.gets_in(0.4)
     beside.leave.set()
     assert not alone.gets_in(0.4)
     held.send_signal(signal.SIGKILL)
     assert alone.gets_in()
-    after = Task(False)
+    after = Task("shared")
     assert not after.gets_in(0.4)
     alone.leave.set()
     assert after.gets_in()
@@ -200,20 +218,20 @@ def test_others_run_side_by_side_and_a_measurement_alone(hold):
 
 
 def test_a_killed_measurement_leaves_no_lock(hold):
-    measuring = hold("alone")
-    waiting = Task(False)
+    measuring = hold("exclusive")
+    waiting = Task("shared")
     assert not waiting.gets_in(0.4)
     measuring.send_signal(signal.SIGKILL)
-    assert waiting.gets_in(2)
+    assert waiting.gets_in()
     waiting.leave.set()
 
 
 def test_what_comes_later_waits_behind_a_measurement():
-    first = Task(False)
+    first = Task("shared")
     assert first.gets_in()
-    alone = Task(True)
-    time.sleep(0.3)
-    later = Task(False)
+    alone = Task("exclusive")
+    wait_until_held("machine-queue")
+    later = Task("shared")
     assert not later.gets_in(0.4)
     first.leave.set()
     assert alone.gets_in()
@@ -223,26 +241,26 @@ def test_what_comes_later_waits_behind_a_measurement():
     later.leave.set()
 
 
-def test_a_turn_ends_with_an_error():
-    with pytest.raises(KeyError), machine_lock(alone=True):
+def test_a_lock_ends_with_an_error():
+    with pytest.raises(KeyError), machine_lock("exclusive"):
         raise KeyError
-    with machine_lock(alone=True):
+    with machine_lock("exclusive"):
         pass
 
 
-def test_costs_are_measured_alone_and_looked_up_at_once(spec_of, tmp_path):
+def test_costs_are_measured_alone_and_looked_up_at_once(spec_of, tmp_path, ticking):
     plan, context = plan_of(spec_of())
     (work,) = plan.costs().values()
-    other = Task(False)
+    other = Task("shared")
     assert other.gets_in()
     measuring = threading.Thread(target=find_costs.fn, args=(work, context), daemon=True)
     measuring.start()
     measuring.join(1)
     assert artifacts(tmp_path / "store") == {}
     other.leave.set()
-    measuring.join(60)
+    measuring.join(LONG_SECONDS)
     assert artifacts(tmp_path / "store").keys() == {work.key}
-    other = Task(False)
+    other = Task("shared")
     assert other.gets_in()
     assert find_costs.fn(work, context) == work.key
     other.leave.set()
@@ -250,9 +268,9 @@ def test_costs_are_measured_alone_and_looked_up_at_once(spec_of, tmp_path):
 
 CLAIM = """
 import sys
-from tasks.runtime.locks import claim
+from tasks.runtime.locks import artifact_lock
 
-with claim(sys.argv[1]):
+with artifact_lock(sys.argv[1]):
     print("in", flush=True)
     sys.stdin.readline()
 """
@@ -279,9 +297,9 @@ def test_the_same_work_is_left_to_who_is_at_it_and_free_once_that_process_ended(
         else:
             holder.stdin.write(b"\n")
             holder.stdin.flush()
-        assert got.wait(10)
+        assert got.wait(LONG_SECONDS)
         waiting.join()
-    assert not list(place().glob("claim-*"))
+    assert not list(lock_directory().glob("artifact-*"))
 
 
 def test_many_who_want_the_same_work_are_at_it_one_after_another():
