@@ -184,7 +184,7 @@ DAMAGE = {
     "a library of version 2": (
         LIBRARY,
         lambda c: {"version": 2, "entries": c},
-        "of version 2: read are libraries of version 1",
+        "has version 2; only version 1, a list, is supported",
     ),
     "a replacement of another width": (
         LIBRARY,
@@ -229,12 +229,12 @@ DAMAGE = {
     "times without those outside": (
         STATS,
         lambda c: c[BF16_PROFILE]["non_block"].update(runtime_ms=None),
-        f"profile {BF16_PROFILE} times its subblocks and not what lies outside: non_block has no runtime_ms",
+        f"profile {BF16_PROFILE} times its subblocks, and its non_block has no runtime_ms",
     ),
     "two profiles for one batch size": (
         STATS,
         lambda c: c.append(c[BF16_PROFILE]),
-        "its batch size and sequence lengths were in a prof",
+        "an earlier profile has the same batch size and sequence lengths",
     ),
     "several widths of the whole model": (
         STATS,
