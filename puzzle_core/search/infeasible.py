@@ -71,8 +71,8 @@ def _fewest_impossible(problem: Problem, parts: tuple[Part, ...], deadline: floa
     Step 1, the deletion filter: drop each part without which the rest is still impossible. The result is a set that is
     impossible and becomes possible without any of its parts. Step 2, conflicts and corrections: a choice breaks some
     parts (a correction), and every impossible set has a part of each correction. Take the smallest set that hits all
-    corrections known so far. Either it is impossible, and no smaller set is; or some choice holds it, and the parts that
-    this choice breaks are another correction.
+    corrections known so far. Either it is impossible, and no smaller set is; or some choice holds it, and the parts
+    that this choice breaks are another correction.
     """
     corrections: list[Parts] = []
 
