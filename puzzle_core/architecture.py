@@ -67,9 +67,9 @@ class Variant:
         return self.row.ffn_width(self.size)
 
     @property
-    def rank(self) -> tuple[int, int]:
+    def rank(self) -> tuple[int, int, str]:
         """Sorts the variants of a subblock: from the most capable to nothing, larger ones first."""
-        return self.row.order, -self.size
+        return self.row.order, -self.size, self.kind
 
 
 VariantId = Annotated[

@@ -157,14 +157,10 @@ def shared_reasons(source: Source) -> list[str]:
         reasons.append(
             f"its family {source.shape.family} normalises queries and keys, which the format has no place for"
         )
-    homeless = [
-        f"layer {n} {v}"
-        for n, b in enumerate(source.architecture.layers)
-        for v in b.subblocks
-        if v.row.published_entry is None
-    ]
-    if homeless:
-        reasons.append(f"the format has no place for {', '.join(homeless)}")
+    numbered = enumerate(source.architecture.layers)
+    unknown = [f"layer {n} {v}" for n, block in numbered for v in block.subblocks if v.row.published_entry is None]
+    if unknown:
+        reasons.append(f"the format has no place for {', '.join(unknown)}")
     if layers := source.without_rotary():
         reasons.append(f"layers {layers} attend without rotary positions, which the format cannot say")
     if source.config.hidden_act not in ("silu", "swish"):

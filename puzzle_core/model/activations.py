@@ -1,6 +1,6 @@
 """Activations of the parent, captured layer after layer into scratch files (METHOD section 3).
 
-`entry-i` is what enters layer i, `middle-i` what leaves its attention half, and `entry-(i+1)` what leaves the layer:
+`entry-i` is what enters layer i, `middle-i` what leaves its attention, and `entry-(i+1)` what leaves the layer:
 the target of every variant of layer i. The parent is never needed whole: layer i runs on `entry-i` alone. Files are
 raw and memory-mapped, so training reads the rows of a batch and nothing more. They are scratch, not artifacts.
 
@@ -40,7 +40,7 @@ class Activations:
         return self._open(f"entry-{layer:03d}")
 
     def middle(self, layer: int) -> torch.Tensor:
-        """What leaves the attention half of a layer, mapped, (N, T, D)."""
+        """What leaves the attention of a layer, mapped, (N, T, D)."""
         return self._open(f"middle-{layer:03d}")
 
     def block(self, layer: int) -> Subblocks:

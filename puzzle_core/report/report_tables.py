@@ -230,7 +230,7 @@ def bld_table(inputs: ReportInputs) -> Table:
     )
 
 
-def variant_order(variant: Variant) -> tuple[str, int, int]:
+def variant_order(variant: Variant) -> tuple[str, int, int, str]:
     """Sorts attention before FFN, and from the widest variant to nothing."""
     return variant.subblock, *variant.rank
 

@@ -299,4 +299,4 @@ def parse_id(text: str) -> tuple[VariantKind, int]:
 
 def id_pattern() -> str:
     """The regular expression of all variant ids."""
-    return "|".join(row.pattern for row in KINDS.values())
+    return f"^({'|'.join(row.pattern for row in KINDS.values())})$"

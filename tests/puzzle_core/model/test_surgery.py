@@ -20,8 +20,8 @@ def test_block_replaced_by_a_copy_of_itself_is_bitwise_the_parents(name, activat
     for layer in range(parent.shape.layers):
         block = Subblocks(
             *(
-                variant_block(parent, layer, half, initial_state(name, layer, str(half)), torch.float32, CPU)
-                for half in (own.attention, own.ffn)
+                variant_block(parent, layer, variant, initial_state(name, layer, str(variant)), torch.float32, CPU)
+                for variant in own.subblocks
             )
         )
         assert torch.equal(block(activations.entry(layer), **context), activations.entry(layer + 1))
