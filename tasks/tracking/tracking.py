@@ -18,6 +18,9 @@ import fcntl
 import functools
 import logging
 import os
+import sqlite3
+import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -32,11 +35,13 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")  # seconds; the defau
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
+import mlflow
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, LoggedModelOutput, Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.db.utils import _get_latest_schema_revision
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from prefect.runtime import flow_run
 
@@ -392,22 +397,49 @@ def _bury_runs(client: MlflowClient) -> None:
 @functools.lru_cache(maxsize=4)
 def _client(uri: str) -> MlflowClient:
     if uri.startswith("sqlite:///"):
-        _make_database(Path(uri.removeprefix("sqlite:///")))
+        _prepare_database(Path(uri.removeprefix("sqlite:///")))
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def _make_database(file: Path) -> None:
-    """Have a whole database or none, however many commands start at once, and whenever one of them is killed."""
+def _prepare_database(file: Path) -> None:
+    """Have a whole database of this MLflow, however many commands start at once, and whenever one of them is killed.
+
+    Raises:
+        MlflowException: the database is of a newer MLflow.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists():
-        return
     with file.with_name(f".{file.name}.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not file.exists():
+        if file.exists():
+            _upgrade_database(file)
+        else:
             fresh = file.with_name(f".{file.name}.new")
             fresh.unlink(missing_ok=True)
             MlflowClient(f"sqlite:///{fresh}", f"sqlite:///{fresh}").search_experiments()
             fresh.rename(file)
+
+
+def _upgrade_database(file: Path) -> None:
+    """Migrate the database of an older MLflow, which MLflow refuses to open; a copy from before stays beside it."""
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        try:
+            [(revision,)] = database.execute("SELECT version_num FROM alembic_version").fetchall()
+        except (sqlite3.Error, ValueError):
+            return  # no database of MLflow's: MLflow says what is wrong when it opens it
+        if revision == _get_latest_schema_revision():
+            return
+        copy = file.with_name(f"{file.name}.{revision}")
+        if not copy.exists():
+            partial = copy.with_name(f".{copy.name}")
+            with contextlib.closing(sqlite3.connect(partial)) as target:
+                database.backup(target)
+            partial.rename(copy)
+    log.info("%s is of another version of MLflow: it is upgraded now, and the copy from before is %s", file, copy)
+    command = [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{file}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().rpartition("\n")[2]
+        raise MlflowException(f"{file} cannot be upgraded; is it of a newer MLflow than {mlflow.__version__}? {reason}")
 
 
 def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
