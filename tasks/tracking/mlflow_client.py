@@ -122,7 +122,7 @@ def _upgrade_database(file: Path) -> None:
             [(revision,)] = database.execute("SELECT version_num FROM alembic_version").fetchall()
         except (sqlite3.Error, ValueError):
             return  # no database of MLflow's: MLflow says what is wrong when it opens it
-        if revision == _get_latest_schema_revision():
+        if revision == _get_latest_schema_revision():  # type: ignore[no-untyped-call]
             return
         copy = file.with_name(f"{file.name}.{revision}")
         if not copy.exists():
