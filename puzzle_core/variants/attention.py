@@ -8,9 +8,9 @@ Legend: D hidden width, H heads, K KV heads, G heads per KV head, d head width.
 
 import torch
 
+from puzzle_core.state_dict import State
 from puzzle_core.variants.kinds import ParentShape
 
-State = dict[str, torch.Tensor]
 PREFIXES = ("self_attn.", "input_layernorm.")
 
 

@@ -7,9 +7,9 @@ Legend: D hidden width, I intermediate width, C kept channels.
 
 import torch
 
+from puzzle_core.state_dict import State
 from puzzle_core.variants.kinds import ParentShape
 
-State = dict[str, torch.Tensor]
 PREFIXES = ("mlp.", "post_attention_layernorm.")
 
 

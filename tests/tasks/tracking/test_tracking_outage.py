@@ -37,7 +37,7 @@ class Server:
             self._process = subprocess.Popen(
                 command, cwd=self._place, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2):
@@ -67,10 +67,10 @@ def impatient(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.5)
-    monkeypatch.setattr(outbox, "PATIENCE_SECONDS", 3.0)
+    monkeypatch.setattr(outbox, "FLUSH_SECONDS", 3.0)
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not (answer := condition()) and time.monotonic() < deadline:
         time.sleep(0.1)
