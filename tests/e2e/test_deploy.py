@@ -90,8 +90,9 @@ class Up(NamedTuple):
 
 def act(action, place, ports):
     """`make up` and `make down`, which are one line each."""
-    command = [sys.executable, "-m", "flows.services.up", action]
-    command += ["--prefect-port", str(ports.prefect), "--mlflow-port", str(ports.mlflow)]
+    command = [sys.executable, "-m", "flows.cli", action]
+    if action == "up":
+        command += ["--prefect-port", str(ports.prefect), "--mlflow-port", str(ports.mlflow)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
 
@@ -102,10 +103,10 @@ def up(tmp_path_factory):
     place, ports = tmp_path_factory.mktemp("up"), Ports(free_port(), free_port())
     for name in ("prefect.yaml", "deployments"):
         (place / name).symlink_to(ROOT / name)
-    done = act("start", place, ports)
+    done = act("up", place, ports)
     assert done.returncode == 0, done.stderr
     yield Up(place, ports, done.stdout)
-    act("stop", place, ports)
+    act("down", place, ports)
     assert processes(place) == {}
 
 
@@ -159,7 +160,7 @@ def test_every_flow_is_there_to_be_started(up):
 
 def test_a_second_start_is_refused_and_changes_nothing(up):
     before = processes(up.place).keys()
-    done = act("start", up.place, up.ports)
+    done = act("up", up.place, up.ports)
     assert done.returncode == 1
     assert "running already" in done.stderr
     assert processes(up.place).keys() >= {pid for pid in before if (Path("/proc") / str(pid)).exists()}
@@ -262,11 +263,11 @@ def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, v
     before = up.call("POST", "/flow_runs/count", {})[1]
     assert running_api(home) == f"http://127.0.0.1:{up.ports.prefect}/api"
     cancelled = start_training(up, endless)
-    done = act("stop", up.place, up.ports)
+    done = act("down", up.place, up.ports)
     assert done.stdout.startswith("stopped ")
     assert processes(up.place) == {}
     assert running_api(home) is None
-    assert act("start", up.place, up.ports).returncode == 0
+    assert act("up", up.place, up.ports).returncode == 0
     assert up.state(cancelled)["type"] == "CANCELLED"
     assert up.call("POST", "/flow_runs/count", {})[1] > before
 
@@ -276,7 +277,7 @@ def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, v
             os.kill(pid, signal.SIGKILL)
     assert wait_for(lambda: not processes(up.place), 10)
     restarted = datetime.datetime.now(datetime.UTC)
-    assert "marked as crashed" in act("start", up.place, up.ports).stderr
+    assert "marked as crashed" in act("up", up.place, up.ports).stderr
     assert up.state(crashed)["type"] == "CRASHED"
     open_since = [datetime.datetime.fromisoformat(run["state"]["timestamp"]) for run in up.running()]
     assert [moment for moment in open_since if moment < restarted] == []  # the schedule may have begun another run
