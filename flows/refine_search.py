@@ -32,8 +32,19 @@ def refine_search(spec: RunSpec) -> None:
         spec: The run specification; its search must be in the store.
     """
     context = RunContext.of(spec)
-    plan = plan_run(spec, context)
-    work = plan.refine()
+    refine_planned_search.fn(plan_run(spec, context), context)
+
+
+@flow(
+    name="refine-search",
+    flow_run_name="shortlist of {plan.spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    validate_parameters=False,
+)
+def refine_planned_search(plan: Plan, context: RunContext) -> None:
+    """As `refine_search`, with the plan of the run that it is part of."""
+    spec, work = plan.spec, plan.refine()
     if work is None:
         return
     with tracked("refine", spec) as run:
@@ -43,7 +54,7 @@ def refine_search(spec: RunSpec) -> None:
         for number in range(1, spec.search.iterations + 1):
             around = best.found.architecture
             with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
-                side_by_side(score_variants, context)(spec, plan, context, around)
+                side_by_side(score_variants, context)(plan, context, around)
             again = plan.search(around, first.batch_sizes)
             ensure(stage_tasks.search_architecture, again, context, target=spec.target)
             found = _measured(number, _answer(context, again.key), plan, context, best.measured_kl)

@@ -69,10 +69,7 @@ def submit(task: Task[Any, str], work: Work, context: RunContext, **arguments: A
 def ensure_tokens(plan: Plan, context: RunContext, *splits: str) -> None:
     """Pack splits of the texts; too few tokens are refused here."""
     for split in splits:
-        work = plan.tokens(split)
-        train = work.texts == plan.inputs.train_texts
-        sources = plan.spec.data.train_texts if train else plan.spec.data.held_out_texts
-        ensure(pack_tokens, work, context, sources=sources)
+        ensure(pack_tokens, plan.tokens(split), context, sources=plan.text_sources(split))
 
 
 def retry_after_damage(spec: RunSpec, act: Callable[[], T]) -> T:

@@ -25,6 +25,7 @@ from puzzle_core.distill.launch import GkdRequest, launch
 from puzzle_core.distill.loop import Progress
 from puzzle_core.errors import LostProcessError, MeasurementError
 from puzzle_core.model import child
+from puzzle_core.model.activations import drop_layer
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.plan import Inputs
 from puzzle_core.records import Work, digest_file
@@ -196,15 +197,12 @@ def capture_log_probabilities(tokens: str, dtype: Dtype, context: RunContext) ->
 
 
 @uncached(name="drop activations", task_run_name="drop activations")
-def drop_activations(
-    tokens: str, dtype: Dtype, layer: int | None, context: RunContext, base: AssembleWork | None = None
-) -> None:
-    """Drop the states that only this layer's tasks needed, or all of them."""
-    activations = context.activations(tokens, dtype, base)
+def drop_activations(directory: Path, layer: int | None = None) -> None:
+    """Delete the states in a directory that only this layer's tasks read, or the whole directory."""
     if layer is None:
-        shutil.rmtree(activations.directory, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
     else:
-        activations.release(layer)
+        drop_layer(directory, layer)
 
 
 @cached(name="bld", task_run_name="bld layer {work.layer} {work.variant}")

@@ -41,11 +41,11 @@ def check_pair(_type: object, value: str) -> None:
         raise ValueError("say KEY=VALUE")
 
 
-def check_name(_type: object, value: str) -> None:
+def check_name(_type: object, value: str | None) -> None:
     """Validate a name that becomes part of a file's name.
 
     Raises:
         ValueError: the name is a path.
     """
-    if Path(value).name != value or "\\" in value:
+    if value is not None and (Path(value).name != value or "\\" in value):
         raise ValueError(f"{value!r} is a path: give the model's name here, and the directory with --out")

@@ -75,9 +75,9 @@ class RunContext(Record):
 
     def activations(self, tokens: str, dtype: Dtype, base: AssembleWork | None = None) -> Activations:
         """The captured states of a split of tokens under the parent, or under a child."""
-        name = hashlib.sha256(f"{tokens} {dtype} {self.parent_digest()}".encode()).hexdigest()[:16]
-        windows, places = read_windows(self.store().fetch(tokens)), self.scratch / "activations"
-        parents = Activations(places / name, self.open_parent(), windows, torch_dtype(dtype), default_device())
+        windows, digest = read_windows(self.store().fetch(tokens)), self.parent_digest()
+        directory = self.activations_directory(digest, tokens, dtype)
+        parents = Activations(directory, self.open_parent(), windows, torch_dtype(dtype), default_device())
         if base is None:
             return parents
         library = base.library
@@ -85,7 +85,13 @@ class RunContext(Record):
         def weights(layer: int) -> dict[Variant, State]:
             return {Variant.parse(variant): load_weights(self.store().fetch(key)) for variant, key in library[layer]}
 
-        return ChildActivations(places / f"{name}-{base.digest()[:16]}", parents, base.architecture, weights)
+        directory = self.activations_directory(digest, tokens, dtype, base)
+        return ChildActivations(directory, parents, base.architecture, weights)
+
+    def activations_directory(self, parent: str, tokens: str, dtype: Dtype, base: AssembleWork | None = None) -> Path:
+        """The directory of `activations`, from the parent's digest: opens neither the parent nor the store."""
+        name = hashlib.sha256(f"{tokens} {dtype} {parent}".encode()).hexdigest()[:16]
+        return self.scratch / "activations" / (f"{name}-{base.digest()[:16]}" if base else name)
 
     def lock_activations(self, tokens: str, dtype: Dtype) -> contextlib.AbstractContextManager[None]:
         """Keep other runs on this machine from these states while they are captured, used and dropped."""

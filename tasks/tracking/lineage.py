@@ -228,8 +228,7 @@ def _version(plan: Plan, child: Model, numbers: dict[str, float]) -> Version:
 def _texts(plan: Plan, context: RunContext, *splits: str) -> list[Texts]:
     found = []
     for split in splits:
-        work, data = plan.tokens(split), plan.spec.data
-        sources = data.train_texts if work.texts == plan.inputs.train_texts else data.held_out_texts
+        work, sources = plan.tokens(split), plan.text_sources(split)
         record = context.store().manifest(work.key).record
         found.append(
             Texts(

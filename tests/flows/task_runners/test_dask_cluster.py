@@ -78,7 +78,7 @@ def test_a_cluster_of_our_own_lasts_as_long_as_the_flow(finished, again, prefect
     gone = [work.key for work in plan.all_bld() if work.layer == 0]
     remove(spec, *gone)
     before = _children()
-    side_by_side(train_variants, context)(spec, plan, context)
+    side_by_side(train_variants, context)(plan, context)
     assert contents(spec.runtime.store, tmp_path) == contents(finished.content["runtime"]["store"], tmp_path)
     assert _children() <= before
     assert len([name for name in recorded.computed(at_least=4) if name.startswith("bld layer 0 ")]) == len(gone) == 2
