@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import psutil
 
-from flows.services.orphaned_runs import cancel_runs, crash_orphans
+from flows.services.orphaned_runs import cancel_runs, crash_orphans, mark_cancelled
 from flows.services.prefect_server import PREFECT_HOME, RUNNING, SETTINGS, running_api, server_command
 from puzzle_core.errors import PuzzleError
 
@@ -25,6 +25,8 @@ log = logging.getLogger("puzzle")
 START_SECONDS = 240
 STOP_SECONDS = 20
 POOL = "puzzle"
+WORKER_COMMAND, RUN_COMMAND = " worker start ", " -m prefect.engine "
+"""Parts of the command lines of a worker, and of the processes that it starts for runs."""
 MARK = "PUZZLE_SERVICES_OF"
 """Environment variable of every service: the directory that it belongs to."""
 TRACKING = Path(".puzzle/mlflow.db")
@@ -106,19 +108,20 @@ def up(directory: Path, ports: Ports) -> None:
 
 
 def down(directory: Path) -> int:
-    """Cancel every run, and stop every service; the worker first, so that it can report the state of its runs.
+    """Cancel the worker's runs, and stop the worker, the processes of its runs and the servers, in this order.
 
     Returns:
         The number of stopped processes.
     """
     commands = processes(directory)
     api = running_api(directory / PREFECT_HOME)
-    if api and commands:
-        cancel_runs(api, STOP_SECONDS)
+    uncancelled = cancel_runs(api, STOP_SECONDS) if api and commands else []
     (directory / PREFECT_HOME / RUNNING).unlink(missing_ok=True)
-    workers = [pid for pid, command in commands.items() if " worker start " in command]
-    _end(directory, workers)
-    _end(directory, [pid for pid in processes(directory) if pid not in workers])
+    for part in (WORKER_COMMAND, RUN_COMMAND):
+        _end(directory, [pid for pid, command in processes(directory).items() if part in f"{command} "])
+    if api and uncancelled:
+        mark_cancelled(api, uncancelled)
+    _end(directory, list(processes(directory)))
     return len(commands)
 
 
