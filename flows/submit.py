@@ -4,7 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from prefect import Flow, Task
 from prefect.client.orchestration import get_client
@@ -25,7 +25,8 @@ log = logging.getLogger("puzzle")
 PROGRESS_SECONDS = 5.0
 ATTEMPTS = 3
 """Of a run that finds damaged artifacts (`retry_after_damage`)."""
-T = TypeVar("T")
+P, T = ParamSpec("P"), TypeVar("T")
+# `Any` below stands for the parameters of tasks of every signature, and for the results of their futures.
 
 
 def plan_run(spec: RunSpec, context: RunContext) -> Plan:
@@ -45,7 +46,7 @@ def plan_run(spec: RunSpec, context: RunContext) -> Plan:
     return plan
 
 
-def side_by_side(flow: Flow[Any, Any], context: RunContext) -> Flow[Any, Any]:
+def side_by_side(flow: Flow[P, T], context: RunContext) -> Flow[P, T]:
     """The flow with one task slot per core or GPU of this machine, or per worker of the run's cluster."""
     return flow.with_options(task_runner=task_runner(context))
 
@@ -56,14 +57,18 @@ def ensure(task: Task[Any, str], work: Work, context: RunContext, **arguments: A
     if stored:
         mark_cached(task, work)
     try:
-        return _with_timeout(task, context, refresh=not stored)(work=work, context=context, **arguments)
+        key: str = _with_timeout(task, context, refresh=not stored)(work=work, context=context, **arguments)
     except TimeoutError as error:
         raise timeout_error(f"{task.name} ({work.key})", error) from error
+    return key
 
 
 def submit(task: Task[Any, str], work: Work, context: RunContext, **arguments: Any) -> PrefectFuture[str]:
     """Submit one task whose artifact the store lacks."""
-    return _with_timeout(task, context, refresh=True).submit(work=work, context=context, **arguments)
+    future: PrefectFuture[str] = _with_timeout(task, context, refresh=True).submit(
+        work=work, context=context, **arguments
+    )
+    return future
 
 
 def ensure_tokens(plan: Plan, context: RunContext, *splits: str) -> None:
@@ -140,7 +145,8 @@ def _distinct(errors: Iterable[PuzzleError]) -> list[str]:
 
 def mark_cached(task: Task[Any, str], work: Work) -> None:
     """Write a task's result to Prefect's result storage, as if Prefect had run the task that made this artifact."""
-    results, key = get_result_store().update_for_task(task, _sync=True), cache_key(work)
+    run_results: Any = get_result_store()  # Prefect types its methods as coroutines, also where they are called in sync
+    results, key = run_results.update_for_task(task, _sync=True), cache_key(work)
     if not results.exists(key):
         results.write(work.key, key=key)
 

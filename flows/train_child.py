@@ -30,7 +30,7 @@ PARENT, ASSEMBLED, TRAINED = "parent", "child after assembly", "child after GKD"
     on_running=[label_process],
 )
 def train_child(spec: RunSpec) -> None:
-    """Assemble the chosen architecture, distil it (GKD), and evaluate it beside the parent and the baselines.
+    """Assemble the chosen architecture, distil it (GKD), and evaluate it, the parent and the baselines.
 
     Args:
         spec: The run specification; its search must be in the store.

@@ -1,4 +1,4 @@
-"""What a run or a re-search would do, without doing it: `puzzle check` and `puzzle targets`."""
+"""The plan of a run and the searches of all targets, as text: `puzzle check` and `puzzle targets`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ def describe_targets(spec: RunSpec, directory: Path) -> str:
     """Every target file, and its search if the store has it, as text.
 
     Raises:
-        PuzzleError: whatever is wrong with the spec, the parent or the texts, or there are no target files.
+        PuzzleError: the specification, the parent or the texts are invalid, or there are no target files.
     """
     context = RunContext.of(spec)
     plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target))
@@ -47,10 +47,10 @@ def describe_targets(spec: RunSpec, directory: Path) -> str:
 
 
 def describe_plan(spec: RunSpec) -> str:
-    """The plan as text: for every stage what is in the store and what is missing, and the disk and tokens it takes.
+    """The plan as text: stored and missing artifacts of every stage, and the disk space and tokens of the whole run.
 
     Raises:
-        PuzzleError: whatever is wrong with the spec, the parent or the texts, or its task runner is not installed.
+        PuzzleError: the specification, the parent or the texts are invalid, or the task runner is not installed.
     """
     context = RunContext.of(spec)
     check_installed(context)

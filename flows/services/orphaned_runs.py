@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -34,11 +33,11 @@ PROCESS = "puzzle.process"
 """The label of an outermost run that names its process."""
 
 
-def label_process(_flow: object, run: FlowRun, _state: object) -> None:
+def label_process(flow: object, flow_run: FlowRun, state: object) -> None:
     """Label a starting run with its process; a hook of every flow that users start."""
-    if run.parent_task_run_id is None and (process := this_process()):
+    if flow_run.parent_task_run_id is None and (process := this_process()):
         with get_client(sync_client=True) as client:
-            client.update_flow_run_labels(run.id, {PROCESS: process})
+            client.update_flow_run_labels(flow_run.id, {PROCESS: process})
 
 
 def cancel_runs(api: str, seconds: float) -> list[UUID]:
@@ -58,7 +57,7 @@ def cancel_runs(api: str, seconds: float) -> list[UUID]:
 
 def mark_cancelled(api: str, runs: list[UUID]) -> None:
     """Mark runs whose processes were stopped as cancelled, except those that completed or failed before."""
-    cancelled: State[Any] = Cancelled(message="The services are stopped.")
+    cancelled: State[None] = Cancelled(message="The services are stopped.")
     with _client(api) as client:
         for run in runs:
             if client.read_flow_run(run).state_type not in (StateType.COMPLETED, StateType.FAILED):
@@ -75,7 +74,7 @@ def crash_orphans(api: str, no_worker: bool = False) -> int:
     Returns:
         The number of flow runs marked.
     """
-    dead: State[Any] = Crashed(message="The process of this run ended without reporting a final state.")
+    dead: State[None] = Crashed(message="The process of this run ended without reporting a final state.")
     with _client(api) as client:
         orphans = [run for run in _open(client) if _is_dead(_outermost(client, run), run, no_worker)]
         for run in orphans:
@@ -114,7 +113,7 @@ def _orphaned_tasks(client: SyncPrefectClient, crashed: list[UUID]) -> set[UUID]
     The server stores no end of a task whose end time is before its start time, which happens if a clock is set back.
     """
     long_ago = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=NOTING_SECONDS)
-    flow_runs: list[Any] = [{"state": {"type": {"any_": ENDED}}, "end_time": {"before_": long_ago}}]
+    flow_runs: list[dict[str, object]] = [{"state": {"type": {"any_": ENDED}}, "end_time": {"before_": long_ago}}]
     if crashed:
         flow_runs.append({"id": {"any_": crashed}})
     chosen, orphans = TaskRunFilter.model_validate({"state": OPEN_TASKS}), set[UUID]()

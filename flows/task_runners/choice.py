@@ -9,7 +9,7 @@ from puzzle_core.errors import PuzzleError
 from tasks.runtime.context import RunContext
 
 
-def task_runner(context: RunContext) -> TaskRunner[Any]:
+def task_runner(context: RunContext) -> TaskRunner[Any]:  # Any: each runner has its own type of future
     """The task runner that the run's specification names."""
     if context.runtime.task_runner == "threads":
         return CancellableThreadTaskRunner(max_workers=context.workers)  # type: ignore[return-value]

@@ -14,13 +14,14 @@ from typing import Any
 
 import distributed
 from prefect.settings import PREFECT_API_URL
-from prefect_dask import DaskTaskRunner
+from prefect_dask.task_runners import DaskTaskRunner
 
 from flows.task_runners.threads import stop_thread
 from puzzle_core.errors import PuzzleError
 from tasks.runtime.context import RunContext
 
 CONNECT_SECONDS = 20
+# `Any` below stands for objects of distributed, which has no types, and for arguments that only pass through.
 logging.getLogger("distributed").setLevel(logging.WARNING)  # it logs every connection
 
 

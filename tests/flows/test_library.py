@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from flows.build_library import build_library, score_variants, train_variants
+from flows.submit import ensure_tokens
 from puzzle_core.distill import bld
 from puzzle_core.errors import PuzzleError
 from puzzle_core.model.activations import Activations
@@ -15,7 +16,7 @@ from puzzle_core.model.surgery import WEIGHTS
 from puzzle_core.spec import ParentSpec
 from puzzle_core.work import ScoreRecord
 from tasks.runtime.context import RunContext
-from tasks.stage_tasks import capture_layer, drop_activations, pack_tokens
+from tasks.stage_tasks import capture_layer, drop_activations
 from tests.workflow import TRAINED, Recorded, artifacts, changed, of_stage, plan_of
 
 
@@ -93,7 +94,7 @@ def test_states_are_dropped_without_their_parent(spec_of, copy_of, prefect_serve
     spec = spec_of(parent={"path": str(copy_of("llama"))})
     plan, context = plan_of(spec)
     work = plan.tokens("bld")
-    pack_tokens(work=work, sources=plan.text_sources("bld"), context=context)
+    ensure_tokens(plan, context, "bld")
     for layer in range(2):
         capture_layer(work.key, "float32", layer, True, context)
     directory = context.activations(work.key, "float32").directory
