@@ -43,7 +43,7 @@ class ClusterTaskRunner(DaskTaskRunner):  # type: ignore[misc]
 
     def __enter__(self) -> "ClusterTaskRunner":
         self._submitted: list[Any] = []
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     def submit(self, *args: Any, **kwargs: Any) -> Any:
         """Submit a task, and keep its future for `__exit__`."""
