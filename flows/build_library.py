@@ -22,7 +22,7 @@ from tasks.stage_tasks import (
 )
 from tasks.tracking.lineage import record_library, record_trained
 from tasks.tracking.tracking import tracked
-from tasks.ui_artifacts import Bar, show_found, show_library, show_tracked
+from tasks.ui_artifacts import ProgressArtifact, show_cached, show_library, show_tracked
 
 log = logging.getLogger("puzzle")
 
@@ -85,12 +85,16 @@ def train_variants(plan: Plan, context: RunContext) -> None:
     untrained_layers = [layer for layer in plan.layers if missing[layer]]
     done = len(works) - sum(map(len, missing.values()))
     log.info("block library: %d variants, %d in the store, %d to train", len(works), done, len(works) - done)
-    show_found("bld", plan, [work for work in works if work.key in stored_keys], context)
+    show_cached("bld", plan, [work for work in works if work.key in stored_keys], context)
     if not untrained_layers:
         return
     tokens, dtype = plan.tokens("bld").key, plan.spec.bld.dtype
     states = context.activations_directory(plan.inputs.parent, tokens, dtype)
-    last, bar, running = untrained_layers[-1], Bar("bld", plan.spec.name), dict[int, list[PrefectFuture[str]]]()
+    last, bar, running = (
+        untrained_layers[-1],
+        ProgressArtifact("bld", plan.spec.name),
+        dict[int, list[PrefectFuture[str]]](),
+    )
 
     def finish(layer: int) -> int:
         """Wait for a layer's variants, drop its states, and return how many variants are done."""
@@ -131,7 +135,7 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
     missing = [work for work in works if work.key not in stored_keys]
     done = len(works) - len(missing)
     log.info("scores: %d block variants, %d in the store, %d to score", len(works), done, len(missing))
-    show_found("scores", plan, [work for work in works if work.key in stored_keys], context)
+    show_cached("scores", plan, [work for work in works if work.key in stored_keys], context)
     if not missing:
         return
     tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
@@ -142,6 +146,6 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
     for layer in plan.layers if base else ():
         capture_layer(tokens, dtype, layer, layer >= first, context, base)
     futures = [submit(score_block, work, context) for work in missing]
-    wait_all("scores", futures, done, len(works), Bar("scores", plan.spec.name))
+    wait_all("scores", futures, done, len(works), ProgressArtifact("scores", plan.spec.name))
     for captured in (None, base) if base else (None,):
         drop_activations(context.activations_directory(plan.inputs.parent, tokens, dtype, captured))

@@ -65,7 +65,7 @@ def refine_planned_search(plan: Plan, context: RunContext) -> None:
                 break
             best = best_of_round
         record = RefineRecord(chosen=candidates.index(best), candidates=tuple(candidates))
-        ensure(stage_tasks.keep_refined, work, context, record=record)
+        ensure(stage_tasks.store_refinement, work, context, record=record)
         record_refined(plan, context, run, record)
 
 
@@ -78,11 +78,11 @@ def find_answer(plan: Plan, context: RunContext) -> SearchRecord:
     record, work = _search_record(context, plan.search().key), plan.refine()
     if work is None:
         return record
-    return with_refinement(record, RefineRecord.model_validate(context.store().manifest(work.key).record))
+    return with_refinement(record, context.store().record(RefineRecord, work.key))
 
 
 def _search_record(context: RunContext, key: str) -> SearchRecord:
-    return SearchRecord.model_validate(context.store().manifest(key).record)
+    return context.store().record(SearchRecord, key)
 
 
 def _measured(
@@ -98,14 +98,14 @@ def _measured(
     side_by_side(measure_candidates, context)([solution.architecture for solution in shortlist], plan, context)
     candidates = []
     for rank, solution in enumerate(shortlist, start=1):
-        manifest = context.store().manifest(plan.measure(solution.architecture).key)
+        evaluation = context.store().record(EvaluationRecord, plan.measure(solution.architecture).key)
         relative_to_parent = {"score": base_kl + solution.score, "bound": base_kl + solution.bound}
         candidates.append(
             Candidate(
                 round=number,
                 rank=rank,
                 found=solution.model_copy(update=relative_to_parent),
-                measured_kl=EvaluationRecord.model_validate(manifest.record).kl_nats_per_token,
+                measured_kl=evaluation.kl_nats_per_token,
             )
         )
     return candidates

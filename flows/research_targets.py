@@ -107,5 +107,5 @@ def _target_search(plan: Plan, context: RunContext, file: Path) -> TargetSearch:
     except PuzzleError as error:
         return TargetSearch(file.name, file.stem, None, "", None, str(error))
     store = context.store()
-    record = SearchRecord.model_validate(store.manifest(key).record) if store.has(key) else None
+    record = store.record(SearchRecord, key) if store.has(key) else None
     return TargetSearch(file.name, target.name, target_plan, key, record, "")

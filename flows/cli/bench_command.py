@@ -57,7 +57,7 @@ def bench(
     sweep = run_bench.Sweep(batch, context, generate)
     logging.getLogger("gguf").setLevel(logging.ERROR)
     with new_directory(out) as staged:
-        with machine_lock(alone=True):
+        with machine_lock("exclusive"):
             record = run_bench.run(directory, engine, target, sweep, python, lambda point: log.info("%s", point))
         (staged / "bench.csv").write_text(as_csv(record))
         (staged / "bench.png").write_bytes(bench_figure(record))

@@ -62,7 +62,11 @@ def export(
         raise SpecError("--dtype q8_0 is of --format gguf: engines quantise a Hugging Face directory themselves")
     model_name = name or out.resolve().name
     directory, opened, key = open_child(child, store)
-    provenance = _provenance(opened, key) if opened else None
+    provenance = None
+    if opened:
+        from tasks.store.provenance import stored_provenance
+
+        provenance = stored_provenance(opened, key)
     with new_directory(out) as staged:
         if format == "hf":
             record = _write_hf(directory, staged, model_name, widths, dtype, provenance)
@@ -143,27 +147,6 @@ def _track(uri: str, child: str, out: Path, record: "ExportRecord", summary: str
         return
     if not recorded:
         log.info("the export is not recorded: MLflow does not have %s", child)
-
-
-def _provenance(store: "Store", key: str) -> "Provenance":
-    """Provenance of a stored child, with its evaluation and its parent's on the same tokens, where they are stored."""
-    from puzzle_core.export.card import Provenance
-    from puzzle_core.work import EvaluationRecord
-
-    manifest = store.manifest(key)
-    evaluations = list(store.manifests(store.keys("evaluation")).values())
-    child = next((evaluation for evaluation in evaluations if evaluation.work["child"] == key), None)
-    of_parent = {"parent": manifest.work["parent"], "child": None, "tokens": child.work["tokens"] if child else None}
-    parent = next((evaluation for evaluation in evaluations if of_parent.items() <= evaluation.work.items()), None)
-    return Provenance(
-        key=key,
-        made_by=manifest.made_by,
-        made_at=manifest.made_at,
-        parent=manifest.work["parent"],
-        distilled_tokens=manifest.record.get("tokens"),
-        evaluation=EvaluationRecord.model_validate(child.record) if child else None,
-        parent_evaluation=EvaluationRecord.model_validate(parent.record) if parent else None,
-    )
 
 
 @contextlib.contextmanager

@@ -59,8 +59,9 @@ def list_artifacts(
 def show(key: Annotated[str, Parameter(help="stage/vN/digest")], /, *, store: StoreUrl = STORE) -> None:
     """Show one artifact: its work, its record, its files, what it refers to and what refers to it."""
     from puzzle_core.records import canonical_json
-    from tasks.store.garbage import Inventory, references
+    from tasks.store.garbage import Inventory
     from tasks.store.manifest import check_key
+    from tasks.store.references import references
 
     opened, checked = _open(store), check_key(key)
     manifest = opened.manifest(checked)

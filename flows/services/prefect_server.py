@@ -6,7 +6,6 @@ SETTINGS are those under which no task rows were lost (benchmarks/task_overhead.
 """
 
 import contextlib
-import ctypes
 import datetime
 import fcntl
 import importlib
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from puzzle_core.errors import PuzzleError
+from puzzle_core.parent_death import end_with_parent
 
 log = logging.getLogger("puzzle")
 PREFECT_HOME = Path(".puzzle/prefect")
@@ -143,8 +143,7 @@ def free_port() -> int:
 def _die_with_parent() -> None:
     """On Linux, let the kernel end the server when the command ends; a new session keeps SIGINT from the server."""
     os.setsid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -84,8 +84,7 @@ def up(directory: Path, ports: Ports) -> None:
     Raises:
         PuzzleError: services are running already, a port is taken, or a service did not start; names its log.
     """
-    # slow to import, and `down` does not need it
-    from tasks.tracking.tracking import crash_orphans as fail_orphans
+    from tasks.tracking.mlflow_client import end_orphaned_runs  # slow to import, and `down` does not need it
 
     directory = directory.resolve()
     if processes(directory):
@@ -93,7 +92,7 @@ def up(directory: Path, ports: Ports) -> None:
     logs = directory / ".puzzle" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     started = services(directory, ports)
-    fail_orphans(f"sqlite:///{directory / TRACKING}")
+    end_orphaned_runs(f"sqlite:///{directory / TRACKING}")
     try:
         for service in started[:-1]:
             _start(service, directory, logs / f"{service.name}.log")
