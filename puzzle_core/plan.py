@@ -26,6 +26,8 @@ from puzzle_core.work import (
     Traffic,
 )
 
+HELD_OUT_SPLITS = ("scoring", "evaluation")
+
 
 class Inputs(Record):
     """What a plan needs to know of the outside world: the parent, the texts, the machine, and an imported cost table.
@@ -89,7 +91,7 @@ class Plan:
         spec = self.spec
         train = (("calibration", spec.importance.tokens), ("bld", spec.bld.tokens), ("gkd", spec.gkd.tokens))
         held_out = (("scoring", spec.scoring.tokens), ("evaluation", spec.evaluation.tokens))
-        order = train if split in dict(train) else held_out
+        order = held_out if split in HELD_OUT_SPLITS else train
         position = [name for name, _ in order].index(split)
         return TokensWork(
             split=split,
@@ -101,6 +103,11 @@ class Plan:
             tokenizer=self.inputs.tokenizer,
         )
 
+    def text_sources(self, split: str) -> tuple[str, ...]:
+        """The texts that a split is packed from."""
+        data = self.spec.data
+        return data.held_out_texts if split in HELD_OUT_SPLITS else data.train_texts
+
     def importance(self) -> ImportanceWork:
         """Channel contributions of the parent's FFNs."""
         return ImportanceWork(parent=self.inputs.parent, tokens=self.tokens("calibration").key)
@@ -108,27 +115,26 @@ class Plan:
     def trained(self, layer: int) -> list[Variant]:
         """The variants of a layer that need training: neither the parent's own nor no-ops."""
         attentions, ffns = self.variants.of_layer(layer, self.inputs.shape)
-        return [variant for variant in attentions[1:] + ffns[1:] if variant.kind != "no_op"]
+        return [variant for variant in attentions[1:] + ffns[1:] if not variant.is_empty]
 
     def bld(self, layer: int, variant: Variant) -> BldWork:
         """The training of one variant."""
-        pruned = variant.subblock == "ffn" and variant.kind == "sized"
         return BldWork(
             parent=self.inputs.parent,
             layer=layer,
             variant=variant,
             tokens=self.tokens("bld").key,
-            contributions=self.importance().key if pruned else None,
+            contributions=self.importance().key if variant.row.needs_contributions else None,
             spec=self.spec.bld,
         )
 
     def library_key(self, layer: int, variant: Variant) -> str | None:
-        """Where a half's weights lie; none for the parent's own and for no-ops."""
+        """Where a variant's weights lie; none for the parent's own and for no-ops."""
         work = self._library.get((layer, variant))
         return work.key if work else None
 
     def scored(self, layer: int, base: Architecture | None = None) -> list[BlockVariant]:
-        """The blocks of a layer that need a score: all pairs, or the base's block with one half changed.
+        """The blocks of a layer that need a score: all pairs, or the base's block with one subblock changed.
 
         The base is the parent, or a child; the child itself is scored too, by its own block in layer 0.
         """
@@ -181,7 +187,7 @@ class Plan:
             for layer in self.layers
             for found in self.variants.of_layer(layer, self.inputs.shape)
             for variant in found
-            if variant.kind != "no_op"
+            if not variant.is_empty
         }
         return {
             (scenario.name, batch_size): CostWork(
@@ -223,7 +229,7 @@ class Plan:
         """The child of one architecture."""
         library = []
         for layer, block in enumerate(architecture.layers):
-            keys = ((str(half), self.library_key(layer, half)) for half in (block.attention, block.ffn))
+            keys = ((str(variant), self.library_key(layer, variant)) for variant in block.subblocks)
             library.append(tuple((variant, key) for variant, key in keys if key))
         return AssembleWork(
             parent=self.inputs.parent,

@@ -128,7 +128,7 @@ def gkd_flops(plan: Plan, child: Architecture, recompute: bool) -> float:
     total = shape.layers * _block_forward(shape, shape.parent_block, length)
     total += _head(shape) * (FORWARD + FORWARD_BACKWARD)
     for block in child.layers:
-        for variant in (block.attention, block.ffn):
+        for variant in block.subblocks:
             weights, products = _forward(shape, variant, length)
             total += FORWARD_BACKWARD * weights + ATTENTION_FORWARD_BACKWARD * products
             total += recompute * (weights + products)
@@ -141,16 +141,13 @@ def _log_probability_bytes(plan: Plan) -> int:
 
 def _block_forward(shape: ModelShape, block: BlockVariant, length: int) -> float:
     """Operations per token of a block's forward pass."""
-    return sum(_forward(shape, block.attention, length)) + sum(_forward(shape, block.ffn, length))
+    return sum(sum(_forward(shape, variant, length)) for variant in block.subblocks)
 
 
 def _forward(shape: ModelShape, variant: Variant, length: int) -> tuple[float, float]:
     """Operations per token of a subblock's forward pass: with its weights, and between the tokens of a window."""
-    if variant.kind == "no_op":
-        return 0, 0
-    attends = variant.subblock == "attn" and variant.kind == "sized"
-    products = 4 * length * shape.heads * shape.head_dim if attends else 0
-    return 2 * (variant_size(shape, variant).parameters - shape.hidden), products
+    row, size = variant.row, variant.size
+    return 2 * row.parameters(shape, size), length * row.context_operations(shape, size)
 
 
 def _head(shape: ModelShape) -> int:

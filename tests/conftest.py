@@ -28,8 +28,6 @@ from puzzle_core.model.parent import Parent
 from puzzle_core.model.surgery import WEIGHTS
 from puzzle_core.spec import Dtype, ParentSpec
 from puzzle_core.state_dict import State
-from puzzle_core.variants.attention import initial_attention
-from puzzle_core.variants.ffn import initial_ffn
 from puzzle_core.work import AssembleWork, ImportanceWork
 from tests.pico import PICOS, SIZES, write_pico
 
@@ -159,10 +157,9 @@ def initial_state(
 
     def state(name: str, layer: int, variant_id: str) -> State:
         variant, parent = Variant.parse(variant_id), parent_of(name)
-        if variant.subblock == "attn":
-            return initial_attention(parent.layer_tensors(layer), parent.shape, variant)
-        contribution_I = importance.load_contribution(contributions_of(name), layer)
-        return initial_ffn(parent.layer_tensors(layer), variant, contribution_I)
+        pruned = variant.row.needs_contributions
+        contribution_I = importance.load_contribution(contributions_of(name), layer) if pruned else None
+        return variant.row.initial_state(parent.layer_tensors(layer), parent.shape, variant.size, contribution_I)
 
     return state
 
@@ -195,8 +192,7 @@ def assemble(
 
 def trained_variants(block: BlockVariant, shape: ModelShape) -> list[str]:
     """Ids of the subblocks of a block that the library has: neither the parent's own nor no-ops."""
-    own = shape.parent_block
-    return [str(v) for v in (block.attention, block.ffn) if v.kind != "no_op" and v not in (own.attention, own.ffn)]
+    return [str(v) for v in block.subblocks if not v.is_empty and v not in shape.parent_block.subblocks]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -103,7 +103,7 @@ def _child_tensors(
         for variant, prefixes in ((block.attention, attention.PREFIXES), (block.ffn, ffn.PREFIXES)):
             if str(variant) in trained:
                 state |= load_weights(trained[str(variant)])
-            elif variant.kind != "no_op":
+            elif not variant.is_empty:
                 state |= {name: tensor for name, tensor in own.items() if name.startswith(prefixes)}
         for name, tensor in state.items():
             yield f"model.layers.{layer}.{name}", tensor

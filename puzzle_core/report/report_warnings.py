@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
+from puzzle_core.architecture import EMPTY_BLOCK
 from puzzle_core.report import derived
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.report.units import duration_text, number_text, percent_text, signed_percent_text, times_text
-from puzzle_core.search.problem_builder import EMPTY
 from puzzle_core.search.search_record import Prediction, SearchRecord
 from puzzle_core.work import Timing
 
@@ -39,7 +39,7 @@ def search_warnings(search: SearchRecord) -> list[str]:
     best = search.best
     layers = len(best.architecture.layers)
     covered = sum(span - 1 for span in best.spans.values())
-    empty = sum(block == EMPTY for block in best.architecture.layers) - covered
+    empty = sum(block == EMPTY_BLOCK for block in best.architecture.layers) - covered
     warnings = []
     if empty > EMPTY_SHARE * layers:
         warnings.append(

@@ -1,5 +1,6 @@
 """Search from tables alone: no parent, no torch, no server (`puzzle search --scores --costs --scenario`)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from puzzle_core.yaml_file import RENAMED_KEYS, parse_record, read_keys
 SCENARIO_KEYS = ("scenario", "more_scenarios")
 
 
-def read_request(paths: list[Path]) -> SearchRequest:
+def read_request(paths: Sequence[Path]) -> SearchRequest:
     """The input of a search, from scenario files.
 
     A file holds one scenario (`name`, `prompt_tokens`, `limits`, ...), or keys of a run specification. Of these,

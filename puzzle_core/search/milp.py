@@ -40,7 +40,7 @@ class GroupLimit(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of the model as entries (row, column, value) and bounds; columns from N on are the y of AtMostDistinct rules."""
+    """Rows of the model as entries (row, column, value) and bounds; columns from N on are y of AtMostDistinct rules."""
 
     row: Indices
     column: Indices
@@ -212,8 +212,8 @@ def keep_useful(problem: Problem, costs: Column) -> list[Indices] | None:
     An option goes when it alone exceeds the headroom of a limit, or when another option of its layer costs no
     more, uses no more of any limited resource, and counts in no other group of an AtMostDistinct rule: the other option
     keeps every limit and rule and never costs more. This holds with limits made by `Problem.avoiding` too, since shared
-    layers are a resource like any other. Members of an AllOrNone neither beat nor are beaten, and go when one of them goes. Of
-    two equal options the parent's own stays, else the first.
+    layers are a resource like any other. Members of an AllOrNone neither beat nor are beaten, and go when one of them
+    goes. Of two equal options the parent's own stays, else the first.
     """
     columns = [problem.resources[limit.resource] for limit in problem.limits]
     room_K = np.array([headroom(limit, column) for limit, column in zip(problem.limits, columns, strict=True)])

@@ -9,11 +9,10 @@ Legend: L layers, J options of a layer. A column is a tuple of L arrays (J,), as
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
-from puzzle_core.architecture import Architecture, BlockVariant, Variant
+from puzzle_core.architecture import EMPTY_BLOCK, Architecture, BlockVariant
 from puzzle_core.errors import SpecError
 from puzzle_core.quantities import (
     Quantity,
@@ -33,7 +32,6 @@ from puzzle_core.spec import ConstraintsSpec, ScenarioSpec, SearchRequest
 
 MIX = "mix"
 """The weighted mix of all scenarios, in the names of limits and resources."""
-EMPTY = BlockVariant(attention=Variant("attn", "no_op"), ffn=Variant("ffn", "no_op"))
 DERIVED = {
     "memory_bytes": ("parameter_bytes", "kv_bytes_per_token"),
     "runtime_ms": ("prefill_ms", "decode_ms"),
@@ -224,7 +222,7 @@ class ProblemBuilder:
                 parts = [
                     self._cost(column, layer, block, scenario, batch)
                     for layer, block in enumerate(architecture.layers)
-                    if block != EMPTY
+                    if block != EMPTY_BLOCK
                 ]
                 totals[column] = sum(parts) + self._outside(column, scenario, batch)
             predictions[scenario.name] = Prediction(batch_size=batch, totals=totals)
@@ -235,12 +233,7 @@ class ProblemBuilder:
         main = self.request.scenario
         parts = {
             OUTSIDE,
-            *(
-                str(variant)
-                for options in self.layers
-                for option in options
-                for variant in (option.block.attention, option.block.ffn)
-            ),
+            *(str(v) for options in self.layers for option in options for v in option.block.subblocks),
         }
         times = {}
         for part in sorted(parts):
@@ -258,7 +251,7 @@ class ProblemBuilder:
             blocks = [
                 self._resource_of(limit.resource, layer, block, batch_sizes)
                 for layer, block in enumerate(architecture.layers)
-                if block != EMPTY
+                if block != EMPTY_BLOCK
             ]
             uses.append(limit.use(sum(blocks)))
         return tuple(uses)
@@ -370,9 +363,9 @@ class ProblemBuilder:
     def _rules(self, covering: list[list[tuple[int, Option]]]) -> list[Rule]:
         constraints, rules = self.constraints, list[Rule]()
         if constraints.max_ffn_widths:
-            rules.append(self._distinct("different FFN widths", "ffn", constraints.max_ffn_widths, covering))
+            rules.append(self._distinct("different FFN widths", _ffn_width, constraints.max_ffn_widths, covering))
         if constraints.uniform_kv_heads:
-            rules.append(self._distinct("different numbers of KV heads", "attention", 1, covering))
+            rules.append(self._distinct("different numbers of KV heads", _kv_heads, 1, covering))
         for first, options in enumerate(self.layers):
             for index, option in enumerate(options):
                 members = [(first, index)] + [
@@ -384,14 +377,10 @@ class ProblemBuilder:
         return rules
 
     def _distinct(
-        self, name: str, subblock: Literal["attention", "ffn"], at_most: int, covering: list[list[tuple[int, Option]]]
+        self, name: str, size: Callable[[BlockVariant], int], at_most: int, covering: list[list[tuple[int, Option]]]
     ) -> AtMostDistinct:
-        def group(option: Option) -> int:
-            variant: Variant = getattr(option.block, subblock)
-            return variant.size if variant.kind == "sized" else -1
-
         groups = tuple(
-            np.array([*(group(option) for option in options), *(-1 for _ in more)])
+            np.array([*(size(option.block) or -1 for option in options), *(-1 for _ in more)])
             for options, more in zip(self.layers, covering, strict=True)
         )
         return AtMostDistinct(name, groups, at_most)
@@ -403,19 +392,17 @@ class ProblemBuilder:
             changed = getattr(option.block, subblock) != getattr(parent, subblock)
             if any(index % count in covered for index in kept) and (changed or option.span > 1):
                 return False
-        if constraints.attention_first and layer == 0 and option.block.attention.kind != "sized":
+        if constraints.attention_first and layer == 0 and not option.block.attention.kv_heads:
             return False
-        return all(_fits(constraints, variant) for variant in (option.block.attention, option.block.ffn))
+        return all(constraints.allows(variant, self.request.engines) for variant in option.block.subblocks)
 
 
-def _fits(constraints: ConstraintsSpec, variant: Variant) -> bool:
-    """Whether the constraints allow a subblock variant in any layer."""
-    if variant.kind != "sized":
-        return constraints.linear if variant.kind == "linear" else constraints.no_op
-    devices = constraints.tensor_parallel
-    if variant.subblock == "ffn":
-        return variant.size % devices == 0 and variant.size % constraints.ffn_multiple_of == 0
-    return variant.size % devices == 0 or devices % variant.size == 0
+def _kv_heads(block: BlockVariant) -> int:
+    return block.attention.kv_heads
+
+
+def _ffn_width(block: BlockVariant) -> int:
+    return block.ffn.ffn_width
 
 
 def _check_constraints(request: SearchRequest, constraints: ConstraintsSpec, scores: ScoreTable) -> None:
@@ -424,8 +411,8 @@ def _check_constraints(request: SearchRequest, constraints: ConstraintsSpec, sco
         for layer in layers:
             if not -count <= layer < count:
                 raise SpecError(f"constraints.keep.{subblock} names layer {layer}, and there are {count} layers")
-    for variant in (scores.parent.attention, scores.parent.ffn):
-        if not _fits(constraints, variant):
+    for variant in scores.parent.subblocks:
+        if not constraints.allows(variant, request.engines):
             of_engines = f", for engines {', '.join(request.engines)}" if request.engines else ""
             raise SpecError(
                 f"constraints rule out the parent's own {variant}: see ffn_multiple_of "

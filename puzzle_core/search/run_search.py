@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from puzzle_core.architecture import Architecture
+from puzzle_core.architecture import EMPTY_BLOCK, Architecture
 from puzzle_core.errors import InfeasibleError, SpecError, TimeLimitError
 from puzzle_core.search.baselines import greedy, maximise, random_choice, uniform
 from puzzle_core.search.best_of import Alternative, solve_best
@@ -15,7 +15,7 @@ from puzzle_core.search.infeasible import explain_infeasible
 from puzzle_core.search.messages import batch_text, infeasible_text
 from puzzle_core.search.mip import runner_up, solve, solve_diverse, solve_or_none
 from puzzle_core.search.problem import Limit, Problem, Solution, describe
-from puzzle_core.search.problem_builder import EMPTY, BatchSizes, ProblemBuilder, ResolvedLimit
+from puzzle_core.search.problem_builder import BatchSizes, ProblemBuilder, ResolvedLimit
 from puzzle_core.search.search_record import BatchSizeOutcome, FoundArchitecture, LimitPrice, RunnerUp, SearchRecord
 from puzzle_core.search.sensitivity import RELATIVE_STEP, prices
 
@@ -142,8 +142,8 @@ def _baselines(
 def _no_op_only(builder: ProblemBuilder, problem: Problem) -> Solution:
     """The exact search where every subblock is the parent's or a no-op."""
     parent = builder.scores.parent
-    attentions = (parent.attention, EMPTY.attention)
-    ffns = (parent.ffn, EMPTY.ffn)
+    attentions = (parent.attention, EMPTY_BLOCK.attention)
+    ffns = (parent.ffn, EMPTY_BLOCK.ffn)
 
     def kept(layer: int, option_id: str) -> bool:
         blocks = (option.block for option in builder.layers[layer] if str(option) == option_id)
@@ -238,7 +238,7 @@ def _runner_ups(problem: Problem, best: Solution) -> list[RunnerUp]:
 def _architecture(builder: ProblemBuilder, solution: Solution, batch_sizes: BatchSizes) -> FoundArchitecture:
     """A solution as an architecture; the layers that a spanning block covers are empty."""
     options = builder.options_of(solution.choice)
-    architecture = Architecture(layers=tuple(option.block if option else EMPTY for option in options))
+    architecture = Architecture(layers=tuple(option.block if option else EMPTY_BLOCK for option in options))
     return FoundArchitecture(
         method=solution.method,
         architecture=architecture,
