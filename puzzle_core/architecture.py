@@ -81,6 +81,9 @@ class BlockVariant(Record):
         return f"{self.attention}+{self.ffn}"
 
 
+EMPTY_BLOCK = BlockVariant(attention=Variant("attn", "no_op"), ffn=Variant("ffn", "no_op"))
+
+
 class Architecture(Record):
     """One block variant per layer."""
 

@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from puzzle_core.architecture import BlockVariant, ModelShape, Variant
-from puzzle_core.engines import Engine, restrictions
-from puzzle_core.formats.block_configs import WIDTH_GRID
+from puzzle_core.engines import ServingEngine, constraints
 from puzzle_core.quantities import (
     parse_bytes,
     parse_column,
@@ -276,18 +275,11 @@ class FormSpec(Record):
     )
 
 
-def served_form(form: FormSpec, engines: tuple[Engine, ...]) -> FormSpec:
+def served_form(form: FormSpec, engines: tuple[ServingEngine, ...]) -> FormSpec:
     """The form, narrowed to what every one of these engines runs (puzzle_core/engines.py)."""
-    asked = restrictions(engines)
-    grid = WIDTH_GRID if "width_grid" in asked else 1
-    return form.model_copy(
-        update={
-            "linear": form.linear and "no_linear" not in asked,
-            "ffn_multiple_of": math.lcm(form.ffn_multiple_of, grid),
-            "uniform_kv_heads": form.uniform_kv_heads or "one_kv_heads" in asked,
-            "attention_first": form.attention_first or "attention_first" in asked,
-        }
-    )
+    update = constraints(engines)
+    multiple = math.lcm(form.ffn_multiple_of, update.get("ffn_multiple_of", 1))
+    return form.model_copy(update=update | {"ffn_multiple_of": multiple})
 
 
 Baseline = Literal["mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"]
@@ -326,7 +318,7 @@ class SearchRequest(Record):
     more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
     mix: MixSpec | None = None
     form: FormSpec = FormSpec()
-    engines: tuple[Engine, ...] = Field(
+    engines: tuple[ServingEngine, ...] = Field(
         (), description="Serving engines that must all run the child: what one of them cannot is left out"
     )
     search: SearchSpec = SearchSpec()
@@ -474,7 +466,7 @@ class RunSpec(Record):
     more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
     mix: MixSpec | None = Field(None, description="Limits on the weighted mix of all scenarios")
     form: FormSpec = FormSpec()
-    engines: tuple[Engine, ...] = Field(
+    engines: tuple[ServingEngine, ...] = Field(
         (), description="Serving engines that must all run the child: what one of them cannot is left out"
     )
     search: SearchSpec = SearchSpec()

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.cli.export_command import open_child
+from puzzle_core.engines import engines_with
 from puzzle_core.errors import SpecError
-from puzzle_core.spec import RuntimeSpec, TargetSpec
+from puzzle_core.spec import RuntimeSpec
 
 BENCH_HELP = "run a child against its parent in torch, llama.cpp or vLLM: rates, time to first token, memory"
 log = logging.getLogger("puzzle")
@@ -17,9 +18,8 @@ log = logging.getLogger("puzzle")
 def add_bench_options(bench: argparse.ArgumentParser) -> None:
     """Give `puzzle bench` its options."""
     bench.add_argument("child", metavar="CHILD", help="directory of a child, or a key in --store")
-    bench.add_argument(
-        "--engine", choices=("torch", "llama.cpp", "vllm"), default="torch", help="(default %(default)s)"
-    )
+    engines = engines_with(lambda row: row.bench_module)
+    bench.add_argument("--engine", choices=engines, default="torch", help="(default %(default)s)")
     bench.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory: bench.json, .csv, .png")
     bench.add_argument("--batch", type=_count, nargs="+", default=[1, 4], help="batch sizes (default 1 4)")
     bench.add_argument("--context", type=_count, nargs="+", default=[128], help="prompt tokens (default 128)")
@@ -36,24 +36,20 @@ def bench(options: Any) -> None:
     """Run `puzzle bench`."""
     if options.out.exists():
         raise SpecError(f"--out {options.out} exists: name a new directory, or remove it")
-    if options.gguf_type and options.engine != "llama.cpp":
-        raise SpecError(f"--gguf-type is of --engine llama.cpp, and the engine is {options.engine}: leave it out")
     if options.rounds < 3:
         raise SpecError(f"--rounds is {options.rounds}: medians and spreads take 3 or more")
     directory, _, _ = open_child(options.child, options.store)
     from puzzle_core.bench.bench_record import as_csv
-    from puzzle_core.bench.run_bench import run_bench as core
+    from puzzle_core.bench.run_bench import Sweep, bench_target, run_bench
     from puzzle_core.report.bench_report import bench_figure, bench_text
     from tasks.runtime.locks import machine_lock
 
     settings = {"dtype": options.dtype, "threads": options.threads, "rounds": options.rounds}
-    if options.engine == "llama.cpp":
-        settings |= {"engine": "llama.cpp", "gguf_type": options.gguf_type}
-    sweep = core.Sweep(options.batch, options.context, options.generate)
+    target = bench_target(options.engine, options.gguf_type, settings)
+    sweep = Sweep(options.batch, options.context, options.generate)
     logging.getLogger("gguf").setLevel(logging.ERROR)
     with machine_lock(alone=True):
-        target = TargetSpec.model_validate(settings)
-        record = core.run(directory, options.engine, target, sweep, options.python, lambda place: log.info("%s", place))
+        record = run_bench(directory, options.engine, target, sweep, options.python, lambda line: log.info("%s", line))
     options.out.mkdir(parents=True)
     (options.out / "bench.csv").write_text(as_csv(record))
     (options.out / "bench.png").write_bytes(bench_figure(record))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from puzzle_core.architecture import BlockVariant, Variant
+from puzzle_core.architecture import EMPTY_BLOCK, BlockVariant, Variant
 from puzzle_core.model.parent import Parent, block_config
 from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock
 
@@ -42,8 +42,7 @@ def variant_block(
     parent: Parent, layer: int, variant: Variant, state: State, dtype: torch.dtype, device: torch.device
 ) -> PuzzleBlock:
     """A block that holds one subblock variant with the given weights, and nothing in the place of the other."""
-    empty = BlockVariant(attention=Variant("attn", "no_op"), ffn=Variant("ffn", "no_op"))
-    own = empty.model_copy(update={"attention" if variant.subblock == "attn" else "ffn": variant})
+    own = EMPTY_BLOCK.model_copy(update={"attention" if variant.subblock == "attn" else "ffn": variant})
     config = parent.puzzle_config()
     config.block_configs = [block_config(own)] * parent.shape.layers
     with torch.device("meta"):
