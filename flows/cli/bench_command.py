@@ -4,14 +4,14 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from flows.cli.export_command import open_child
-from puzzle_core.engines import engines_with
+from puzzle_core.engines import GgufType, engines_with
 from puzzle_core.errors import SpecError
 from puzzle_core.spec import RuntimeSpec
 
-BENCH_HELP = "run a child against its parent in torch, llama.cpp or vLLM: rates, time to first token, memory"
+BENCH_HELP = "run a child against its parent in one engine: rates, time to first token, memory"
 log = logging.getLogger("puzzle")
 
 
@@ -25,7 +25,7 @@ def add_bench_options(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--context", type=_count, nargs="+", default=[128], help="prompt tokens (default 128)")
     bench.add_argument("--generate", type=_count, default=64, help="generated tokens (default %(default)s)")
     bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default %(default)s)")
-    bench.add_argument("--gguf-type", choices=("f32", "f16", "bf16", "q8_0"), help="llama.cpp: type of the weights")
+    bench.add_argument("--gguf-type", choices=get_args(GgufType), help="llama.cpp: type of the weights")
     bench.add_argument("--threads", type=_count, default=1, help="CPU threads (default %(default)s)")
     bench.add_argument("--rounds", type=_count, default=5, help="interleaved rounds (default %(default)s)")
     bench.add_argument("--python", type=Path, metavar="PYTHON", help="vllm: interpreter of an environment that has it")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from puzzle_core.engines import obstacles
 from puzzle_core.errors import SpecError
 from puzzle_core.spec import RuntimeSpec
 
@@ -59,6 +60,9 @@ def export(options: Any) -> None:
     with new_directory(options.out) as staged:
         written = _write_hf if options.format == "hf" else _write_gguf
         record = written(directory, provenance, staged, name, options)
+    for engine, reasons in obstacles(record.architecture, options.format).items():
+        if reasons:
+            log.warning("%s will not run it: it %s", engine, "; it ".join(reasons))
     for remark in record.remarks:
         log.info("%s", remark)
     size = f"{record.parameters:,} parameters, {record.bytes / 2**20:,.1f} MiB"
@@ -86,7 +90,6 @@ def _note(options: Any, child: str, record: Any, said: str) -> None:
 
 
 def _write_hf(directory: Path, provenance: Any, staged: Path, name: str, options: Any) -> Any:
-    from puzzle_core.engines import obstacles
     from puzzle_core.export.card import model_card
     from puzzle_core.export.hf import export_hf
     from puzzle_core.export.source import Source
@@ -94,9 +97,6 @@ def _write_hf(directory: Path, provenance: Any, staged: Path, name: str, options
     source = Source(directory)
     record = export_hf(source, staged, widths=options.widths, dtype=HF_DTYPES.get(options.dtype))
     (staged / "README.md").write_text(model_card(name, source, record, provenance))
-    for engine, reasons in obstacles(record.architecture).items():
-        if reasons:
-            log.warning("%s will not run it: it %s", engine, "; it ".join(reasons))
     return record
 
 
@@ -137,15 +137,8 @@ def _provenance(store: Any, key: str) -> Any:
     own = next((found for found in evaluations if found.work["child"] == key), None)
     same = {"parent": manifest.work["parent"], "child": None, "tokens": own.work["tokens"] if own else None}
     parent = next((found for found in evaluations if same.items() <= found.work.items()), None)
-    return Provenance(
-        key=key,
-        made_by=manifest.made_by,
-        made_at=manifest.made_at,
-        parent=manifest.work["parent"],
-        distilled_tokens=manifest.record.get("tokens"),
-        evaluation=EvaluationRecord.model_validate(own.record) if own else None,
-        parent_evaluation=EvaluationRecord.model_validate(parent.record) if parent else None,
-    )
+    records = [EvaluationRecord.model_validate(found.record) if found else None for found in (own, parent)]
+    return Provenance.of_child(key, manifest, *records)
 
 
 @contextlib.contextmanager

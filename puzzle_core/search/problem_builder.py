@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from puzzle_core.architecture import Architecture, BlockVariant, Variant
+from puzzle_core.architecture import EMPTY_BLOCK, Architecture, BlockVariant, Variant
 from puzzle_core.errors import SpecError
 from puzzle_core.quantities import (
     Quantity,
@@ -33,7 +33,6 @@ from puzzle_core.spec import FormSpec, ScenarioSpec, SearchRequest
 
 MIX = "mix"
 """In the names of limits and resources: the weighted mix of all scenarios."""
-EMPTY = BlockVariant(attention=Variant("attn", "no_op"), ffn=Variant("ffn", "no_op"))
 DERIVED = {
     "memory_bytes": ("parameter_bytes", "kv_bytes_per_token"),
     "runtime_ms": ("prefill_ms", "decode_ms"),
@@ -217,7 +216,7 @@ class ProblemBuilder:
                 parts = [
                     self._cost(column, layer, block, scenario, batch)
                     for layer, block in enumerate(architecture.layers)
-                    if block != EMPTY
+                    if block != EMPTY_BLOCK
                 ]
                 totals[column] = sum(parts) + self._outside(column, scenario, batch)
             predictions[scenario.name] = Prediction(batch_size=batch, totals=totals)
@@ -246,7 +245,7 @@ class ProblemBuilder:
             blocks = [
                 self._resource_of(asked.resource, layer, block, batch_sizes)
                 for layer, block in enumerate(architecture.layers)
-                if block != EMPTY
+                if block != EMPTY_BLOCK
             ]
             uses.append(asked.use(sum(blocks)))
         return tuple(uses)

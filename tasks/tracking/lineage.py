@@ -199,15 +199,7 @@ def _card(steps: Steps, work: ReportWork, inputs: Any, said: str) -> str:
     from puzzle_core.export.card import Provenance, child_card
 
     manifest = steps._store.manifest(work.gkd)
-    provenance = Provenance(
-        key=work.gkd,
-        made_by=manifest.made_by,
-        made_at=manifest.made_at,
-        parent=manifest.work["parent"],
-        distilled_tokens=manifest.record["tokens"],
-        evaluation=inputs.child.evaluation,
-        parent_evaluation=inputs.parent.evaluation,
-    )
+    provenance = Provenance.of_child(work.gkd, manifest, inputs.child.evaluation, inputs.parent.evaluation)
     return child_card(f"child-{work.spec.name}", said, inputs.child.architecture, provenance, steps.descent)
 
 
