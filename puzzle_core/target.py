@@ -109,10 +109,14 @@ class TargetSpec(Record):
         "measured", description="Measured here, computed from the figures of `hardware`, or read from `table`"
     )
     engine: TargetEngine = Field(
-        "torch", description="What serves: costs are measured in torch and llama.cpp, and imported for others"
+        "torch",
+        description=f"What serves: costs are measured in {' and '.join(engines_with(lambda row: row.costs_module))}, "
+        "and imported for other engines",
     )
     gguf_type: GgufType | None = Field(
-        None, description="For engine llama.cpp: type of the weights in the file; that of `dtype` if left out"
+        None,
+        description=f"For engine {' or '.join(engines_with(lambda row: row.gguf_types))}: type of the weights in the "
+        "file; that of `dtype` if left out",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="What to measure on; auto takes a GPU that is here"
