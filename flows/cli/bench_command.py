@@ -48,7 +48,7 @@ def bench(options: Any) -> None:
     target = bench_target(options.engine, options.gguf_type, settings)
     sweep = Sweep(options.batch, options.context, options.generate)
     logging.getLogger("gguf").setLevel(logging.ERROR)
-    with machine_lock(alone=True):
+    with machine_lock("exclusive"):
         record = run_bench(directory, options.engine, target, sweep, options.python, lambda line: log.info("%s", line))
     options.out.mkdir(parents=True)
     (options.out / "bench.csv").write_text(as_csv(record))

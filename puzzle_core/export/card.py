@@ -1,8 +1,6 @@
 """The model card of a child: its layers, how to load it, which engines run it, its provenance and its quality."""
 
-from collections.abc import Mapping
 from itertools import groupby
-from typing import Any, Protocol
 
 from puzzle_core.architecture import Architecture
 from puzzle_core.engines import obstacles
@@ -29,19 +27,6 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 """
 
 
-class StoredArtifact(Protocol):
-    """What the provenance reads of an artifact in the store."""
-
-    @property
-    def made_by(self) -> str: ...
-    @property
-    def made_at(self) -> str: ...
-    @property
-    def work(self) -> Mapping[str, Any]: ...
-    @property
-    def record(self) -> Mapping[str, Any]: ...
-
-
 class Provenance(Record):
     """The origin of a child according to the artifact store, and its figures on held-out tokens."""
 
@@ -52,25 +37,6 @@ class Provenance(Record):
     distilled_tokens: int | None = None
     evaluation: EvaluationRecord | None = None
     parent_evaluation: EvaluationRecord | None = None
-
-    @classmethod
-    def of_child(
-        cls,
-        key: str,
-        child: StoredArtifact,
-        evaluation: EvaluationRecord | None,
-        parent_evaluation: EvaluationRecord | None,
-    ) -> "Provenance":
-        """The provenance of a child's artifact, distilled or only assembled."""
-        return cls(
-            key=key,
-            made_by=child.made_by,
-            made_at=child.made_at,
-            parent=child.work["parent"],
-            distilled_tokens=child.record.get("tokens"),
-            evaluation=evaluation,
-            parent_evaluation=parent_evaluation,
-        )
 
 
 def model_card(name: str, source: Source, written: ExportRecord, provenance: Provenance | None) -> str:

@@ -18,8 +18,9 @@ from puzzle_core.model.checkpoint import Checkpoint, write_checkpoint
 from puzzle_core.model.parent import Parent, build_model, served_as, torch_dtype
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
-from puzzle_core.model.surgery import State, load_weights
+from puzzle_core.model.surgery import load_weights
 from puzzle_core.spec import Dtype
+from puzzle_core.state_dict import State
 from puzzle_core.variants import attention, ffn
 from puzzle_core.work import AssembleWork, ChildRecord
 

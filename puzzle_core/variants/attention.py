@@ -7,8 +7,8 @@ Legend: D hidden width, H heads, K KV heads, G heads per KV head, d head width.
 import torch
 
 from puzzle_core.architecture import ModelShape, Variant
+from puzzle_core.state_dict import State
 
-State = dict[str, torch.Tensor]
 PREFIXES = ("self_attn.", "input_layernorm.")
 
 

@@ -6,8 +6,8 @@ Legend: D hidden width, I intermediate width, C kept channels.
 import torch
 
 from puzzle_core.architecture import Variant
+from puzzle_core.state_dict import State
 
-State = dict[str, torch.Tensor]
 PREFIXES = ("mlp.", "post_attention_layernorm.")
 
 
