@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from puzzle_core.architecture import Architecture
-from puzzle_core.formats.block_configs import WIDTH_GRID
+from puzzle_core.architecture import EMPTY_BLOCK, Architecture
+from puzzle_core.variants.entries import WIDTH_GRID
 
 Format = Literal["checkpoint", "hf", "gguf"]
 """What an engine reads: our own checkpoint, a DeciLM directory (export/hf.py), a GGUF file (export/gguf_file.py)."""
@@ -28,11 +28,12 @@ class Restriction(NamedTuple):
     """Something that an engine cannot run.
 
     `broken` gives the part of a sentence that says how an architecture breaks it, or none. `constraints` are the values
-    of a search's `form` under which no architecture breaks it.
+    of a search's `form` under which no architecture breaks it. A restriction that excludes a whole kind of variants has
+    none: the kind's row names it (`restricted_by`).
     """
 
     broken: Callable[[Architecture], str | None]
-    constraints: dict[str, Any]
+    constraints: dict[str, Any] = {}
 
 
 class Rule(NamedTuple):
@@ -71,32 +72,32 @@ class Engine:
 
 
 def _linear(architecture: Architecture) -> str | None:
-    subblocks = [(n, v) for n, b in enumerate(architecture.layers) for v in (b.attention, b.ffn)]
-    linear = [f"layer {layer} {variant}" for layer, variant in subblocks if variant.kind == "linear"]
+    variants = [(n, v) for n, b in enumerate(architecture.layers) for v in b.subblocks]
+    linear = [f"layer {layer} {variant}" for layer, variant in variants if "no_linear" in variant.row.restricted_by]
     return f"has no linear subblocks ({', '.join(linear)})" if linear else None
 
 
 def _off_grid(architecture: Architecture) -> str | None:
-    off_grid = [f"layer {n} {b.ffn}" for n, b in enumerate(architecture.layers) if b.ffn.size % WIDTH_GRID]
+    off_grid = [f"layer {n} {b.ffn}" for n, b in enumerate(architecture.layers) if b.ffn.ffn_width % WIDTH_GRID]
     return f"takes FFN widths in steps of {WIDTH_GRID} ({', '.join(off_grid)})" if off_grid else None
 
 
 def _no_attention_first(architecture: Architecture) -> str | None:
     blocks = enumerate(architecture.layers)
-    first = next(((n, b) for n, b in blocks if (b.attention.kind, b.ffn.kind) != ("no_op", "no_op")), None)
-    if first and first[1].attention.kind != "no_op":
+    first = next(((n, b) for n, b in blocks if b != EMPTY_BLOCK), None)
+    if first and not first[1].attention.is_empty:
         return None
     return f"fails where the first layer that is not empty (layer {first[0] if first else 0}) has no attention"
 
 
 def _several_kv_heads(architecture: Architecture) -> str | None:
-    kv_heads = sorted({block.attention.size for block in architecture.layers if block.attention.kind == "sized"})
+    kv_heads = sorted({block.attention.kv_heads for block in architecture.layers} - {0})
     listed = ", ".join(map(str, kv_heads))
     return f"wants one number of KV heads in all layers that attend (here {listed})" if len(kv_heads) > 1 else None
 
 
 RESTRICTIONS: dict[str, Restriction] = {
-    "no_linear": Restriction(_linear, {"linear": False}),
+    "no_linear": Restriction(_linear),
     "width_grid": Restriction(_off_grid, {"ffn_multiple_of": WIDTH_GRID}),
     "attention_first": Restriction(_no_attention_first, {"attention_first": True}),
     "one_kv_heads": Restriction(_several_kv_heads, {"uniform_kv_heads": True}),

@@ -29,8 +29,9 @@ from puzzle_core.cost.measuring import (
     timing_of,
 )
 from puzzle_core.device import use_threads
+from puzzle_core.formats.block_configs import block_config
 from puzzle_core.model.child import random_child
-from puzzle_core.model.parent import Parent, block_config, build_model, served_as, torch_dtype
+from puzzle_core.model.parent import Parent, build_model, served_as, torch_dtype
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.sizes import DTYPE_BYTES, variant_size
@@ -55,12 +56,11 @@ def measure_costs(work: CostWork, parent: Parent, report: ReportRound | None = N
 def cost_models(work: CostWork, parent: Parent) -> dict[str, PuzzleForCausalLM]:
     """The models that a cost record is made from: a stack per variant, one with no blocks, and the parent."""
     device, dtype = target_device(work.target), torch_dtype(work.target.dtype)
-    depth = parent.shape.layers
-    layers = {OUTSIDE: (EMPTY_BLOCK,) * depth, PARENT: Architecture.of_parent(parent.shape).layers}
+    layers = {OUTSIDE: (EMPTY_BLOCK,) * parent.shape.layers, PARENT: Architecture.of_parent(parent.shape).layers}
     for variant in work.variants:
-        block = EMPTY_BLOCK.model_copy(update={"attention" if variant.subblock == "attn" else "ffn": variant})
         copies = _copies(work, parent.shape, variant)
-        layers[str(variant)] = (block,) * copies + (EMPTY_BLOCK,) * (depth - copies)
+        rest = (EMPTY_BLOCK,) * (parent.shape.layers - copies)
+        layers[str(variant)] = (EMPTY_BLOCK.with_variant(variant),) * copies + rest
     return {name: random_child(parent, Architecture(layers=stack), dtype, device) for name, stack in layers.items()}
 
 

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.architecture import NO_ATTENTION, Architecture, BlockVariant, ModelShape, Variant
 from puzzle_core.cost.engine_module import BenchRequest, BenchTimes, traffic_label
 from puzzle_core.cost.llama_engine import LlamaModel, engine_version
 from puzzle_core.cost.measuring import (
@@ -46,7 +46,7 @@ from puzzle_core.target import TargetSpec
 from puzzle_core.work import CostRecord, CostWork, TimingRecord, TimingWork, Traffic
 
 ONE_LAYER = "one layer"
-NO_ATTENTION, NARROWEST = Variant("attn", "no_op"), Variant("ffn", "sized", ZERO_WIDTH)
+NARROWEST = Variant("ffn", "sized", ZERO_WIDTH)
 BYTES: dict[GgufType, float] = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32}
 CACHE_BYTES = 2.0
 """Bytes of an entry of the cache, which is float16 by llama.cpp's default."""
@@ -195,7 +195,7 @@ def _first_lengths(traffic: Traffic) -> list[int]:
 def _depth(work: CostWork, shape: ModelShape) -> int:
     """Layers of a stack: as many as the parent has, unless these are too large, and at least two."""
     block = shape.parent_block
-    size = sum(variant_size(shape, subblock).parameters for subblock in (block.attention, block.ffn))
+    size = sum(variant_size(shape, variant).parameters for variant in block.subblocks)
     return max(2, min(shape.layers, int(STACK_BYTES / (size * BYTES[gguf_type(work.target)]))))
 
 

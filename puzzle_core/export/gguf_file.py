@@ -110,8 +110,8 @@ def _describe(
     writer.add_embedding_length(shape.hidden)
     writer.add_vocab_size(shape.vocabulary)
     writer.add_head_count([shape.heads if layer.attention else 0 for layer in layers])
-    writer.add_head_count_kv([layer.attention.variant.size if layer.attention else 0 for layer in layers])
-    writer.add_feed_forward_length([layer.ffn.variant.size for layer in layers])
+    writer.add_head_count_kv([layer.attention.variant.kv_heads if layer.attention else 0 for layer in layers])
+    writer.add_feed_forward_length([layer.ffn.variant.ffn_width for layer in layers])
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -186,7 +186,7 @@ def _attention_tensors(source: Source, subblock: PlacedSubblock) -> list[Written
     prefix = f"model.layers.{subblock.layer}"
     norm = "input_layernorm" if subblock.variant.subblock == "attn" else "post_attention_layernorm"
     tensors = [source.tensor(f"{prefix}.{norm}.weight")._replace(name="attn_norm.weight")]
-    if subblock.variant.kind == "linear":
+    if subblock.variant.row.linear_bias is not None:
         return [*tensors, source.tensor(f"{_linear(subblock)}.weight")._replace(name="attn_output.weight")]
     for part, written in _PROJECTIONS.items():
         for end in ("weight", "bias"):
@@ -213,8 +213,8 @@ def _ffn_tensors(source: Source, layer: LoweredLayer) -> list[WrittenTensor]:
 def _zero_attention(source: Source, subblock: PlacedSubblock) -> list[WrittenTensor]:
     """A linear layer or an attention of zeros, which adds nothing."""
     shape, hidden = source.shape, source.shape.hidden
-    rows, kv_rows = shape.heads * shape.head_dim, subblock.variant.size * shape.head_dim
-    attends = subblock.variant.kind == "sized"
+    rows, kv_rows = shape.heads * shape.head_dim, subblock.variant.kv_heads * shape.head_dim
+    attends = subblock.variant.kv_heads > 0
     tensors = [_filled("attn_norm.weight", (hidden,), 1.0)]
     tensors.append(_filled("attn_output.weight", (hidden, rows if attends else hidden), 0.0))
     if attends:

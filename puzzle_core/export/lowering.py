@@ -41,13 +41,13 @@ def lower(architecture: Architecture, shape: ModelShape) -> list[LoweredLayer]:
     """The layers to write, in order, at least one."""
     slots: list[tuple[PlacedSubblock | None, PlacedSubblock | None]] = []
     for subblock in _subblocks(architecture):
-        takes_second = subblock.variant.subblock == "ffn" and subblock.variant.kind == "sized"
+        takes_second = subblock.variant.ffn_width > 0
         open_layer = bool(slots) and slots[-1][1] is None and not biased(slots[-1][0], shape)
         if takes_second and open_layer:
             slots[-1] = (slots[-1][0], subblock)
         else:
             slots.append((None, subblock) if takes_second else (subblock, None))
-    attends = any(block.attention.kind == "sized" for block in architecture.layers)
+    attends = any(block.attention.kv_heads for block in architecture.layers)
     if not slots or (slots[0][0] and not attends):
         slots.insert(0, (None, None))
     if slots[0][0] is None:
@@ -57,12 +57,12 @@ def lower(architecture: Architecture, shape: ModelShape) -> list[LoweredLayer]:
 
 def biased(subblock: PlacedSubblock | None, shape: ModelShape) -> bool:
     """Whether this is a linear layer with a bias, which only an FFN of zeros behind it can hold (as its own bias)."""
-    if subblock is None or subblock.layer is None or subblock.variant.kind != "linear":
+    if subblock is None or subblock.layer is None or subblock.variant.row.linear_bias is None:
         return False
-    return shape.mlp_bias if subblock.variant.subblock == "ffn" else shape.qkv_bias or shape.attention_out_bias
+    return subblock.variant.row.linear_bias(shape)
 
 
 def _subblocks(architecture: Architecture) -> list[PlacedSubblock]:
     """All subblocks that add to the residual stream, in order."""
     pairs = [(n, v) for n, block in enumerate(architecture.layers) for v in (block.attention, block.ffn)]
-    return [PlacedSubblock(layer, variant) for layer, variant in pairs if variant.kind != "no_op"]
+    return [PlacedSubblock(layer, variant) for layer, variant in pairs if not variant.is_empty]

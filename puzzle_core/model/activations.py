@@ -1,6 +1,6 @@
 """Activations of the parent, captured layer after layer into scratch files (METHOD section 3).
 
-`entry-i` is what enters layer i, `middle-i` what leaves its attention half, and `entry-(i+1)` what leaves the layer:
+`entry-i` is what enters layer i, `middle-i` what leaves its attention, and `entry-(i+1)` what leaves the layer:
 the target of every variant of layer i. The parent is never needed whole: layer i runs on `entry-i` alone. Files are
 raw and memory-mapped, so training reads the rows of a batch and nothing more. They are scratch, not artifacts.
 
@@ -18,7 +18,7 @@ import torch
 from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import StorageError
 from puzzle_core.model.parent import Parent
-from puzzle_core.model.surgery import Subblocks, halves
+from puzzle_core.model.surgery import Subblocks, load_subblocks
 from puzzle_core.plan import LARGEST_LOG_PROBABILITIES_BYTES
 from puzzle_core.state_dict import State
 
@@ -41,7 +41,7 @@ class Activations:
         return self._open(f"entry-{layer:03d}")
 
     def middle(self, layer: int) -> torch.Tensor:
-        """What leaves the attention half of a layer, mapped, (N, T, D)."""
+        """What leaves the attention of a layer, mapped, (N, T, D)."""
         return self._open(f"middle-{layer:03d}")
 
     def block(self, layer: int) -> Subblocks:
@@ -151,7 +151,7 @@ class ChildActivations(Activations):
     def block(self, layer: int) -> Subblocks:
         if layer not in self._blocks:
             block, weights = self._architecture.layers[layer], self._weights(layer)
-            self._blocks[layer] = halves(self.parent, layer, block, weights, self.dtype, self.device)
+            self._blocks[layer] = load_subblocks(self.parent, layer, block, weights, self.dtype, self.device)
         return self._blocks[layer]
 
     def attention(self, layer: int) -> Variant:

@@ -91,9 +91,8 @@ def random_child(
 
 
 def trained_variants(block: BlockVariant, shape: ModelShape) -> list[str]:
-    """Ids of the halves of a block that come from the library: neither the parent's own nor no-ops."""
-    own = shape.parent_block
-    return [str(v) for v in (block.attention, block.ffn) if v.kind != "no_op" and v not in (own.attention, own.ffn)]
+    """Ids of the subblocks of a block that come from the library: neither the parent's own nor no-ops."""
+    return [str(v) for v in block.subblocks if not v.is_empty and v not in shape.parent_block.subblocks]
 
 
 def _child_tensors(
@@ -109,7 +108,7 @@ def _child_tensors(
         for variant, prefixes in ((block.attention, attention.PREFIXES), (block.ffn, ffn.PREFIXES)):
             if str(variant) in trained:
                 state |= load_weights(trained[str(variant)])
-            elif variant.kind != "no_op":
+            elif not variant.is_empty:
                 state |= {name: tensor for name, tensor in own.items() if name.startswith(prefixes)}
         for name, tensor in state.items():
             yield f"model.layers.{layer}.{name}", tensor

@@ -149,9 +149,9 @@ def _no_op_only(instance: ProblemBuilder, problem: Problem) -> Solution:
     def kept(layer: int, option: str) -> bool:
         blocks = (found.block for found in instance.layers[layer] if str(found) == option)
         return any(
-            block.attention.kind == "no_op" or block.attention == own.attention
+            block.attention.is_empty or block.attention == own.attention
             for block in blocks
-            if block.ffn.kind == "no_op" or block.ffn == own.ffn
+            if block.ffn.is_empty or block.ffn == own.ffn
         )
 
     return _as_choice(problem, solve(problem.restrict(kept), time_limit_s=_limit_s(instance)))

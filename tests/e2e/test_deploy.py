@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 FLOWS = {"puzzle", "build-library", "search-architecture", "train-child", "research-targets"}
 ENDLESS = 1_000_000  # epochs
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 class Up(NamedTuple):
@@ -71,7 +71,7 @@ class Up(NamedTuple):
     def state(self, run):
         return self.call("GET", f"/flow_runs/{run}")[1]["state"]
 
-    def ended(self, run, seconds=240):
+    def ended(self, run, seconds=900):
         deadline = time.monotonic() + seconds
         while self.state(run)["type"] not in ENDED and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -337,7 +337,7 @@ def of_run(run):
     return found
 
 
-def wait_for(condition, seconds=180):
+def wait_for(condition, seconds=900):
     """The condition's answer once it holds, or at the end."""
     deadline = time.monotonic() + seconds
     while not (answer := condition()) and time.monotonic() < deadline:
