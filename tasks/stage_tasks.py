@@ -175,15 +175,20 @@ def measure_importance(work: ImportanceWork, context: RunContext) -> str:
 @uncached(task_run_name="capture layer {layer} ({tokens})")
 @on_gpu
 def capture_layer(
-    tokens: str, dtype: Dtype, layer: int, keep_middle: bool, context: RunContext, base: AssembleWork | None = None
+    tokens: str,
+    dtype: Dtype,
+    layer: int,
+    keep_post_attention: bool,
+    context: RunContext,
+    base: AssembleWork | None = None,
 ) -> None:
     """Run one layer of the parent, or of a child, on its stored inputs and keep what leaves it."""
     use_threads(context.threads_per_task)
     activations = context.activations(tokens, dtype, base)
     with machine_lock(alone=False):
-        if layer == 0 and not activations.has_entry(0):
+        if layer == 0 and not activations.has_layer_input(0):
             activations.capture_embedding()
-        activations.capture_layer(layer, keep_middle)
+        activations.capture_layer(layer, keep_post_attention)
 
 
 @uncached(name="capture log-probabilities", task_run_name="capture log-probabilities")

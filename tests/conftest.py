@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
-from puzzle_core.architecture import Architecture, Variant
+from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
 from puzzle_core.distill import importance
 from puzzle_core.model import child
 from puzzle_core.model.activations import Activations
@@ -42,6 +42,12 @@ MIXED = (
     "attn:kv4+ffn:linear",
     "attn:linear+ffn:i48",
 )
+
+
+def trained_variants(block: BlockVariant, shape: ModelShape) -> list[str]:
+    """Ids of the subblocks of a block that come from the library: neither the parent's nor no-ops."""
+    parent_block = (shape.parent_block.attention, shape.parent_block.ffn)
+    return [str(v) for v in (block.attention, block.ffn) if v.kind != "no_op" and v not in parent_block]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -157,7 +163,7 @@ def assemble(
         architecture = Architecture.parse(blocks) if blocks else Architecture.of_parent(parent.shape)
         library: list[dict[str, Path]] = []
         for layer, block in enumerate(architecture.layers):
-            trained = child.trained_variants(block, parent.shape)
+            trained = trained_variants(block, parent.shape)
             library.append({variant: library_dir / f"{layer}-{variant}" for variant in trained})
             for variant, directory in library[layer].items():
                 directory.mkdir()

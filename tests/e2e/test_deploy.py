@@ -296,7 +296,7 @@ def start_training(up, spec):
     """A run of the library that is at its first trainings."""
     run, states = up.run("build-library", spec), Path(spec["runtime"]["scratch"]) / "activations"
     shutil.rmtree(states, ignore_errors=True)
-    assert wait_for(lambda: list(states.glob("*/middle-001.bin")))
+    assert wait_for(lambda: list(states.glob("*/post-attention-001.bin")))
     time.sleep(3)
     assert of_run(run)
     return run

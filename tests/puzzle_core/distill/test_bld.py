@@ -55,9 +55,9 @@ def test_the_first_loss_is_that_of_the_training_free_weights(variant, distil, ac
         activations.parent, LAYER, Variant.parse(variant), initial_state("llama", LAYER, variant), torch.float32, CPU
     )
     middle = (swapped if variant.startswith("attn") else block).attend(
-        activations.entry(LAYER), **activations.context()
+        activations.layer_input(LAYER), **activations.context()
     )
-    output, left = (block if variant.startswith("attn") else swapped).feed(middle), activations.entry(LAYER + 1)
+    output, left = (block if variant.startswith("attn") else swapped).feed(middle), activations.layer_input(LAYER + 1)
     expected = (output - left).square().mean() / left.square().mean()
     assert distil(variant, {"batch_tokens": 96}).initial_loss == pytest.approx(expected.item(), rel=1e-5)
 
