@@ -18,6 +18,7 @@ down:
 	$(VENV)/bin/python -m flows.services.up stop
 
 # One process more than cores, for many tests wait for servers; tests marked `long` are left out (`make faults`, -m long).
+# Tests run in a random order: the first lines name its seed, and `pytest -p no:randomly` or `--randomly-seed=N` sets it.
 test: $(VENV)/.installed lint
 	$(VENV)/bin/python -m pytest --numprocesses $$(( $(shell nproc) + 1 )) --dist loadfile --no-loadscope-reorder
 

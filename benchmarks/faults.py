@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between its marks in this file")
     options = parser.parse_args()
     plugin = Rows(options.only)
-    quiet = ["-qq", "-m", "fault", "-p", "no:terminalreporter", "--rootdir", str(ROOT)]
+    quiet = ["-qq", "-m", "fault", "-p", "no:terminalreporter", "-p", "no:randomly", "--rootdir", str(ROOT)]
     pytest.main([*quiet, *(str(ROOT / place) for place in PLACES)], plugins=[plugin])
     table = markdown(plugin.rows)
     sys.stdout.write(table)

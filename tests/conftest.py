@@ -16,9 +16,11 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the command line sets it
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.utils import logging as transformers_logging
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.cost import latency
 from puzzle_core.distill import importance
 from puzzle_core.model import child
 from puzzle_core.model.activations import Activations
@@ -55,6 +57,26 @@ def _no_turns_left() -> Iterator[None]:
     """Remove the locks of this session's runs (tasks/runtime/locks.py)."""
     yield
     shutil.rmtree(os.environ["PUZZLE_LOCK_DIR"], ignore_errors=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have workers begin with the longest files; the order that pytest-randomly gave stays as it is otherwise."""
+    items.sort(key=lambda item: (item.path.name != "test_deploy.py", item.path.parent.name != "e2e"))
+
+
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A clock of measurements that ticks one millisecond for every parameter of every module that is called."""
+    used = [0]
+
+    def use(module: torch.nn.Module, _: object) -> None:
+        used[0] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+    hook = register_module_forward_pre_hook(use)
+    monkeypatch.setattr(latency, "_now", lambda _: used[0] / 1e3)
+    yield
+    hook.remove()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,14 @@ def outcome(record_property: Callable[[str, object], None]) -> Callable[..., Non
 
 
 @pytest.fixture
-def next_command(prefect_server: str) -> Iterator[Callable[..., None]]:
+def next_command(prefect_server: str, own_environment: None) -> Callable[..., None]:
     """Run the next command, in this process, against the server of this session; it must end well."""
     from flows.cli.main import main
-
-    environment = dict(os.environ)
 
     def run(*arguments: Any) -> None:
         assert main([str(argument) for argument in arguments]) == 0
 
-    yield run
-    os.environ.clear()
-    os.environ.update(environment)
+    return run
 
 
 def start(place: Path, *arguments: Any, **environment: str) -> subprocess.Popen[bytes]:
@@ -71,7 +67,7 @@ def kill_when(process: subprocess.Popen[bytes], condition: Callable[[], Any], pl
     assert process.wait() == -signal.SIGKILL
 
 
-def shown_running(spec: RunSpec, longest_seconds: float = 30) -> list[str]:
+def shown_running(spec: RunSpec, longest_seconds: float = 120) -> list[str]:
     """Flow, task and MLflow runs of a spec that are shown as if they ran, once none is, or after so many seconds.
 
     The server writes down what becomes of task runs a moment after it happens.

@@ -56,7 +56,7 @@ def test_no_source_unpickles_or_runs_text():
     """Benchmarks, and `puzzle bench` in vLLM, load what they have just exported, by the code that travels with it."""
     found = {
         str(file.relative_to(ROOT)): offences(
-            file.read_text(), remote_code=file.parent.name == "benchmarks" or file.name == "bench_vllm.py"
+            file.read_text(), remote_code=file.parent.name == "benchmarks" or file.name == "vllm_script.py"
         )
         for file in SOURCES
     }

@@ -1,15 +1,22 @@
 """Whole runs on a pico parent: one Prefect server per session, specs of tiny budgets, and looks at what a run leaves.
 
 A pytest plugin (named in conftest.py), so that flow tests and end-to-end tests share one server and one finished run.
+Every spec has a store, scratch and MLflow of its own; the finished run is read only, which is checked after each test.
 Costs are published beside the run and not measured, where a test is not about measuring: the shapes here are so small
 that noise would decide the architecture.
 """
 
+import contextlib
 import datetime
+import functools
+import hashlib
 import json
 import logging
+import os
 import shutil
+import sqlite3
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +44,8 @@ TINY: dict[str, Any] = {
     "runtime": {"workers": 2},
 }
 TRAINED, SCORED = 10, 20  # variants and blocks of five layers
+TRACKING = Path("mlflow/mlflow.db")
+_templates = tempfile.TemporaryDirectory(prefix="puzzle-tests-")
 
 
 class Finished(NamedTuple):
@@ -81,7 +90,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def content(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A spec as plain values: the plain pico parent, texts of common words, tiny budgets; places are to be added."""
+    """A spec as plain values: the plain pico parent, texts of common words, tiny budgets; `placed` adds the places."""
     place = tmp_path_factory.mktemp("texts")
     for name, documents in (("train", 40), ("held-out", 20)):
         (place / name).mkdir()
@@ -91,14 +100,28 @@ def content(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempP
     outside = {
         "parent": {"path": str(checkpoint_of("llama"))},
         "data": {"train_texts": [str(place / "train")], "held_out_texts": [str(place / "held-out")]},
-        "runtime": {"mlflow_uri": f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"},
     }
     return merged(TINY, outside)
 
 
 def placed(content: dict[str, Any], place: Path) -> dict[str, Any]:
-    """The spec with its store and scratch under a directory."""
-    return merged(content, {"runtime": {"store": str(place / "store"), "scratch": str(place / "scratch")}})
+    """The spec with its store, scratch and MLflow under a directory; MLflow is empty where it is not there yet."""
+    tracking = place / TRACKING
+    if not tracking.exists():
+        tracking.parent.mkdir(parents=True)
+        shutil.copy(_empty_tracking(), tracking)
+    places = {"store": str(place / "store"), "scratch": str(place / "scratch"), "mlflow_uri": f"sqlite:///{tracking}"}
+    return merged(content, {"runtime": places})
+
+
+@functools.cache
+def _empty_tracking() -> Path:
+    """A new MLflow database: MLflow takes seconds to make one, and a copy takes none."""
+    from mlflow import MlflowClient
+
+    directory = Path(_templates.name)
+    MlflowClient(f"sqlite:///{directory}/mlflow.db").search_experiments()
+    return directory / "mlflow.db"
 
 
 @pytest.fixture
@@ -121,8 +144,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def finished(content: dict[str, Any], prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A whole run, done once; its places are shared, so never changed."""
+def _finished_run(content: dict[str, Any], prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A whole run, done once per session."""
     from flows.puzzle import puzzle
 
     done = placed(content, tmp_path_factory.mktemp("finished"))
@@ -135,15 +158,54 @@ def finished(content: dict[str, Any], prefect_server: str, tmp_path_factory: pyt
 
 
 @pytest.fixture
+def finished(_finished_run: Finished) -> Iterator[Finished]:
+    """A whole run; its places are shared, so a test that changes them fails."""
+    before = _places(_finished_run)
+    yield _finished_run
+    assert _places(_finished_run) == before, "the test changed the finished run, which is for reading only"
+
+
+def _places(run: Finished) -> tuple[dict[str, int], str]:
+    """What a run has in its store, and the digest of its MLflow database."""
+    database = Path(run.content["runtime"]["mlflow_uri"].removeprefix("sqlite:///"))
+    return artifacts(run.content["runtime"]["store"]), hashlib.sha256(database.read_bytes()).hexdigest()
+
+
+@pytest.fixture
 def again(finished: Finished, tmp_path: Path) -> Callable[..., RunSpec]:
-    """The spec of the finished run, with changes, over a copy of its store."""
+    """The spec of the finished run, with changes, over a copy of its store and of its MLflow."""
 
     def change(**changes: Any) -> RunSpec:
         if not (tmp_path / "store").exists():
             shutil.copytree(finished.content["runtime"]["store"], tmp_path / "store")
+            _copy_tracking(Path(finished.content["runtime"]["store"]).parent, tmp_path)
         return parse_spec(merged(placed(finished.content, tmp_path), changes), "test")
 
     return change
+
+
+def _copy_tracking(place: Path, to: Path) -> None:
+    """Copy MLflow's database and files; the database names the files by absolute URIs."""
+    shutil.copytree((place / TRACKING).parent, (to / TRACKING).parent)
+    with contextlib.closing(sqlite3.connect(to / TRACKING)) as database, database:
+        for table, column in (
+            ("experiments", "artifact_location"),
+            ("runs", "artifact_uri"),
+            ("logged_models", "artifact_location"),
+            ("model_versions", "storage_location"),
+        ):
+            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(place), str(to)))
+
+
+@pytest.fixture
+def own_environment() -> Iterator[None]:
+    """Undo what a test leaves in the environment: commands that run in this process set variables."""
+    import tasks.tracking.tracking  # noqa: F401  # an import that sets variables, which have to stay
+
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def publish_costs(spec: RunSpec) -> None:
@@ -228,7 +290,7 @@ class Recorded:
         self.since = datetime.datetime.now(datetime.UTC)
         self.found: list[Any] = []
 
-    def task_runs(self, at_least: int = 1, ended: bool = True, longest_seconds: float = 30) -> list[Any]:
+    def task_runs(self, at_least: int = 1, ended: bool = True, longest_seconds: float = 120) -> list[Any]:
         """Task runs, once there are as many as expected and all have ended: rows come a moment after the runs."""
         from prefect.client.orchestration import get_client
         from prefect.client.schemas.filters import FlowRunFilter

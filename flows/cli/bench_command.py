@@ -41,8 +41,8 @@ def bench(options: Any) -> None:
     if options.rounds < 3:
         raise SpecError(f"--rounds is {options.rounds}: medians and spreads take 3 or more")
     directory, _, _ = open_child(options.child, options.store)
+    from puzzle_core.bench import run_bench as core
     from puzzle_core.bench.bench_record import as_csv
-    from puzzle_core.bench.run_bench import run_bench as core
     from puzzle_core.report.bench_report import bench_figure, bench_text
     from tasks.runtime.locks import machine_lock
 

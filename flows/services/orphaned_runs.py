@@ -16,9 +16,9 @@ from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelling, Crashed
+from prefect.states import Cancelled, Cancelling, Crashed
 
 from tasks.runtime.process import is_gone, this_process
 
@@ -41,14 +41,28 @@ def label_process(_flow: object, run: FlowRun, _state: object) -> None:
             client.update_flow_run_labels(run.id, {PROCESS: process})
 
 
-def cancel_runs(api: str, seconds: float) -> None:
-    """Ask the worker to cancel what it runs, and wait until it has, as long as that."""
+def cancel_runs(api: str, seconds: float) -> list[UUID]:
+    """Ask the worker to cancel what it runs, and wait until it has, as long as that.
+
+    Returns:
+        The runs that the worker has not cancelled in that time.
+    """
     with _client(api) as client:
         for run in _of_deployments(client):
             client.set_flow_run_state(run.id, Cancelling(message="The services are stopped."))
         deadline = time.monotonic() + seconds
-        while _of_deployments(client) and time.monotonic() < deadline:
+        while (left := _of_deployments(client)) and time.monotonic() < deadline:
             time.sleep(0.3)
+    return [run.id for run in left]
+
+
+def mark_cancelled(api: str, runs: list[UUID]) -> None:
+    """Mark runs as cancelled whose processes were stopped, unless they came to their own end before."""
+    cancelled: State[Any] = Cancelled(message="The services are stopped.")
+    with _client(api) as client:
+        for run in runs:
+            if client.read_flow_run(run).state_type not in (StateType.COMPLETED, StateType.FAILED):
+                client.set_flow_run_state(run, cancelled, force=True)
 
 
 def crash_orphans(api: str, no_worker: bool = False) -> int:

@@ -16,7 +16,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from flows.services.orphaned_runs import cancel_runs, crash_orphans
+from flows.services.orphaned_runs import cancel_runs, crash_orphans, mark_cancelled
 from flows.services.prefect_server import PREFECT_HOME, RUNNING, SETTINGS, running_api, server_command
 from puzzle_core.errors import PuzzleError
 
@@ -24,6 +24,8 @@ log = logging.getLogger("puzzle")
 START_SECONDS = 240
 STOP_SECONDS = 20
 POOL = "puzzle"
+RUN_COMMAND = " -m prefect.engine "
+"""In the command line of a process that a worker starts for a run."""
 MARK = "PUZZLE_SERVICES_OF"
 TRACKING = Path(".puzzle/mlflow.db")
 
@@ -105,19 +107,21 @@ def up(place: Path, ports: Ports) -> None:
 
 
 def down(place: Path) -> int:
-    """Cancel every run, and stop every service; the worker first, so that it can say what it stopped.
+    """Cancel every run, and stop every service: the worker first, so that it can say what it stopped, then what it
+    left, and the servers last.
 
     Returns:
         How many processes were stopped.
     """
     found = processes(place)
     api = running_api(place / PREFECT_HOME)
-    if api and found:
-        cancel_runs(api, STOP_SECONDS)
+    left = cancel_runs(api, STOP_SECONDS) if api and found else []
     (place / PREFECT_HOME / RUNNING).unlink(missing_ok=True)
-    workers = [pid for pid, command in found.items() if " worker start " in command]
-    _end(place, workers)
-    _end(place, [pid for pid in processes(place) if pid not in workers])
+    for part in (" worker start ", RUN_COMMAND):
+        _end(place, [pid for pid, command in processes(place).items() if part in f"{command} "])
+    if api and left:
+        mark_cancelled(api, left)
+    _end(place, list(processes(place)))
     return len(found)
 
 

@@ -170,7 +170,6 @@ def block_context(parent: Parent, tokens: int, dtype: torch.dtype, device: torch
         "position_embeddings": outside.model.rotary_emb(embedded, position_ids=positions),
         "position_ids": positions,
         "attention_mask": None,
-        "past_key_values": None,
     }
 
 

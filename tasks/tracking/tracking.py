@@ -323,7 +323,7 @@ def _start(name: str, uri: str, experiment: str, scratch: str, around: TrackedRu
     def create() -> None:
         client = _client(uri)
         if not around:
-            _bury_runs(client)
+            _fail_orphans(client)
         own = _experiment_id(client, uri, experiment)
         if around and around.token in _known:
             tags["mlflow.parentRunId"] = _known[around.token].run
@@ -371,12 +371,12 @@ def _outbox(uri: str) -> Outbox:
 def crash_orphans(uri: str) -> None:
     """Close runs as KILLED whose process, one of this machine, has ended without closing them."""
     try:
-        _bury_runs(_client(uri))
+        _fail_orphans(_client(uri))
     except (MlflowException, OSError) as error:
         log.warning("MLflow at %s was not asked for runs whose process is gone: %s", uri, error)
 
 
-def _bury_runs(client: MlflowClient) -> None:
+def _fail_orphans(client: MlflowClient) -> None:
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     token = None
     while True:

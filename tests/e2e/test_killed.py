@@ -2,7 +2,6 @@
 
 import logging
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def servers(home):
 
 
 def wait_until_gone(home):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while servers(home) and time.monotonic() < deadline:
         time.sleep(0.1)
     return servers(home) == []
@@ -66,7 +65,7 @@ def test_after_a_kill_during_bld_the_next_run_goes_on_bitwise_and_no_server_is_l
     variants = {"kv_heads": [2], "ffn_ratios": [0.5], "linear": False, "no_op": True}
     values = {name: part for name, part in content.items() if name != "runtime"} | {
         "variants": variants,
-        "bld": {"tokens": 512, "batch_tokens": 128, "epochs": 15},
+        "bld": {"tokens": 512, "batch_tokens": 128, "epochs": 8},
         "scenario": {"prompt_tokens": 32, "generated_tokens": 16, "batch_sizes": [4], "limits": {"parameters": "90%"}},
         "runtime": {"workers": 2, "checkpoint_seconds": 0},
     }
@@ -105,17 +104,12 @@ def test_after_a_kill_during_bld_the_next_run_goes_on_bitwise_and_no_server_is_l
 
 @pytest.mark.fault("kill -9 during GKD", "SIGKILL to `puzzle train-child` once a checkpoint is there")
 def test_after_a_kill_during_gkd_the_next_run_gives_the_uninterrupted_child_bitwise(
-    finished, prefect_server, tmp_path, caplog, outcome, next_command
+    again, prefect_server, tmp_path, caplog, outcome, next_command
 ):
     """On the API that is given, which outlives the command that is killed."""
     store, scratch = tmp_path / "store", tmp_path / "scratch"
-    shutil.copytree(finished.content["runtime"]["store"], store)
-    changes = {
-        "name": "killed-gkd",
-        "gkd": {"epochs": 30},
-        "runtime": {"store": str(store), "scratch": str(scratch), "checkpoint_seconds": 0, "mlflow_experiment": "gkd"},
-    }
-    spec = parse_spec(merged(finished.content, changes), "test")
+    runtime = {"checkpoint_seconds": 0, "mlflow_experiment": "gkd"}
+    spec = again(name="killed-gkd", gkd={"epochs": 30}, runtime=runtime)
     file, before, recorded = write_spec(spec, tmp_path / "spec.yaml"), artifacts(store), Recorded()
     running = start(tmp_path, "train-child", file, PREFECT_API_URL=prefect_server)
     kill_when(running, lambda: checkpoints(scratch, "gkd"), tmp_path)

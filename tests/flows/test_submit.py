@@ -43,7 +43,7 @@ def test_nothing_to_wait_for_is_well():
 
 
 def test_a_task_that_takes_too_long_is_named_and_the_store_stays_whole(spec_of, prefect_server, tmp_path):
-    spec = spec_of(bld={"epochs": 1_000_000}, runtime={"task_timeout_s": 4})
+    spec = spec_of(bld={"epochs": 1_000_000}, runtime={"task_timeout_s": 8})
     with pytest.raises(PuzzleError, match=r"2 of 10 BLD tasks failed:\n(bld layer 0 \S+: .*task_timeout_s.*\n?){2}"):
         build_library(spec)
     assert of_stage(artifacts(tmp_path / "store"), "bld") == set()

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from puzzle_core import data
+from puzzle_core import data, text_sources
 from puzzle_core.data import batch_rows, pack
 from puzzle_core.errors import DataError
 from puzzle_core.text_sources import Document, digest_documents, read_documents, stdlib_documents
@@ -164,7 +164,7 @@ def stdlib(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "package/latin.py").write_bytes(b"caf\xe9")
-    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(text_sources.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     return set(modules)
 
 

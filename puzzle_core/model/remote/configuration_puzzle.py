@@ -16,7 +16,7 @@ class PuzzleConfig(PreTrainedConfig):
     """
 
     model_type = "puzzle"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     parent_config: dict | None = None
     block_configs: list | None = None

@@ -9,6 +9,7 @@ Legend: B batch, T tokens, D hidden width, V vocabulary.
 """
 
 import importlib
+import inspect
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_puzzle import PuzzleConfig
+
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""The name of the KV cache in transformers: `past_key_values` before 5.24, `cache` since."""
 
 
 def family_class(family: dict, part: str) -> type[nn.Module]:
@@ -127,7 +131,7 @@ class PuzzlePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
     _no_split_modules = ["PuzzleBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -166,29 +170,32 @@ class PuzzleModel(PuzzlePreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **context,
     ) -> BaseModelOutputWithPast:
         """As in transformers, except for two things.
 
         `inputs_embeds` are what enters the first layer, so they are not scaled; `hidden_states` are the outputs of all
-        layers, before the final norm.
+        layers, before the final norm. The cache is accepted as `past_key_values` and as `cache`, in every version of
+        transformers.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + past).unsqueeze(0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
-        context |= {"attention_mask": mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        context |= {"attention_mask": mask, "position_ids": position_ids, CACHE: cache}
         context["position_embeddings"] = self.rotary_emb(hidden, position_ids=position_ids)
         states = []
         for block in self.layers:
@@ -196,8 +203,8 @@ class PuzzleModel(PuzzlePreTrainedModel):
             states.append(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden),
-            past_key_values=past_key_values,
             hidden_states=tuple(states) if output_hidden_states else None,
+            **{CACHE: cache},
         )
 
 
@@ -234,6 +241,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **context,
     ) -> CausalLMOutputWithPast:
         output = self.model(
@@ -243,6 +251,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **context,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
@@ -251,6 +260,5 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
-        )
+        filled = {CACHE: getattr(output, CACHE)}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=output.hidden_states, **filled)

@@ -6,9 +6,9 @@ import pytest
 from prefect import flow, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
-from prefect.states import Completed, Running
+from prefect.states import Completed, Crashed, Running
 
-from flows.services.orphaned_runs import PROCESS, crash_orphans, label_process
+from flows.services.orphaned_runs import PROCESS, crash_orphans, label_process, mark_cancelled
 from tasks.runtime.process import this_process
 
 
@@ -35,6 +35,7 @@ def outermost():
 @pytest.fixture
 def runs(prefect_server):
     """The client, and three runs within each other by name; all have ended."""
+    crash_orphans(prefect_server)  # of the tests before
     outermost()
     with get_client(sync_client=True) as client:
         named = FlowRunFilter.model_validate({"name": {"any_": ["outermost", "middle", "innermost"]}})
@@ -101,7 +102,15 @@ def test_runs_and_tasks_of_a_process_that_is_gone_are_found_dead_and_those_of_ot
                 client.set_flow_run_state(run, Completed(), force=True)
 
 
-def recorded(client, run, longest_seconds=20):
+def test_what_was_stopped_before_its_worker_said_so_is_cancelled_and_what_had_ended_stays(runs, prefect_server):
+    client, ids = runs
+    client.set_flow_run_state(ids["innermost"], Running(), force=True)
+    client.set_flow_run_state(ids["middle"], Crashed(), force=True)  # as a process says that is stopped
+    mark_cancelled(prefect_server, list(ids.values()))
+    assert states(client, ids) == {"outermost": "COMPLETED", "middle": "CANCELLED", "innermost": "CANCELLED"}
+
+
+def recorded(client, run, longest_seconds=120):
     """The task runs of a flow run, which the server writes down a moment after they end."""
     deadline, only = time.monotonic() + longest_seconds, FlowRunFilter.model_validate({"id": {"any_": [run]}})
     while time.monotonic() < deadline:

@@ -28,7 +28,7 @@ def test_a_scheduled_run_appears(prefect_server):
         scheduled = FlowRunFilter.model_validate(
             {"deployment_id": {"any_": [str(name)]}, "state": {"type": {"any_": ["SCHEDULED"]}}}
         )
-        deadline, runs = time.monotonic() + 90, []
+        deadline, runs = time.monotonic() + 240, []
         while not runs and time.monotonic() < deadline:
             time.sleep(0.5)
             runs = client.read_flow_runs(flow_run_filter=scheduled)

@@ -89,29 +89,29 @@ def _children():
 
 
 @task
-def sleep_long(started, stopped):
+def sleep_for_ever(started, stopped):
     Path(started).touch()
     try:
-        for _ in range(600):
+        while True:
             time.sleep(0.1)
     finally:
         Path(stopped).touch()
 
 
-def test_a_flow_that_ends_early_stops_its_tasks_within_seconds(again, address, prefect_server, tmp_path):
+def test_a_flow_that_ends_early_stops_its_tasks(again, address, prefect_server, tmp_path):
     started, stopped = tmp_path / "started", tmp_path / "stopped"
 
     @flow
     def ends_early():
-        sleep_long.submit(str(started), str(stopped))
+        sleep_for_ever.submit(str(started), str(stopped))
         while not started.exists():
             time.sleep(0.05)
         raise KeyError("early")
 
-    begun = time.monotonic()
     with pytest.raises(KeyError):
         side_by_side(ends_early, RunContext.of(on_dask(again, address)))()
-    while not stopped.exists() and time.monotonic() - begun < 20:
+    deadline = time.monotonic() + 120
+    while not stopped.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert stopped.exists()
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.cost import latency
@@ -19,20 +18,6 @@ VARIANTS = tuple(map(Variant.parse, ("attn:kv1", "attn:linear", "ffn:i12", "ffn:
 def work(variants=VARIANTS, generated_tokens=3):
     traffic = Traffic(prompt_tokens=5, generated_tokens=generated_tokens, batch_size=2)
     return CostWork(shape="s", variants=variants, traffic=traffic, target=TARGET, hardware="abacus")
-
-
-@pytest.fixture
-def ticking(monkeypatch):
-    """One millisecond for every parameter of every module that is called."""
-    used = [0]
-
-    def use(module, _):
-        used[0] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
-
-    hook = register_module_forward_pre_hook(use)
-    monkeypatch.setattr(latency, "_now", lambda _: used[0] / 1e3)
-    yield
-    hook.remove()
 
 
 @pytest.mark.parametrize("stack_bytes", [latency.STACK_BYTES, 1], ids=["in every layer", "in one layer"])

@@ -51,7 +51,7 @@ class Cancelled(BaseException):
 
 
 def none_left(file):
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while processes(file) and time.monotonic() < deadline:
         time.sleep(0.05)
     return processes(file) == []

@@ -70,10 +70,11 @@ def test_a_child_loads_where_this_project_is_not(assemble, tokens_dir, checkpoin
     assert torch.equal(load_file(arguments[2])["logits"], expected)
 
 
-def test_logits_are_the_same_with_the_cache_and_without(model, ids_NT):
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])  # before transformers 5.24, and since
+def test_logits_are_the_same_with_the_cache_and_without(name, model, ids_NT):
     ids_BT, cache, steps = ids_NT.long(), None, []
     for start, stop in [(0, 7), (7, 8), (8, 9), (9, 16)]:
-        output = model(input_ids=ids_BT[:, start:stop], past_key_values=cache, use_cache=True)
+        output = model(input_ids=ids_BT[:, start:stop], use_cache=True, **{name: cache})
         cache = output.past_key_values
         steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), model(input_ids=ids_BT).logits, rtol=1e-4, atol=1e-5)

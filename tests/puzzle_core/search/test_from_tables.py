@@ -1,7 +1,6 @@
 """Search from files: every format, units, and each way a table can be wrong, named by row and column."""
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -174,7 +173,7 @@ def test_scenarios_of_several_files_hold_together(tmp_path: Path) -> None:
     assert read_request([run_spec]).form.no_op is False
 
 
-def test_the_command_needs_neither_torch_nor_prefect_and_starts_at_once(tmp_path: Path) -> None:
+def test_the_command_imports_neither_torch_nor_prefect_nor_mlflow(tmp_path: Path) -> None:
     scores, costs, scenario = write(tmp_path)
     probe = (
         "import sys, json; from flows.cli.main import main; code = main(sys.argv[1:]); "
@@ -182,15 +181,9 @@ def test_the_command_needs_neither_torch_nor_prefect_and_starts_at_once(tmp_path
     )
     command = [sys.executable, "-c", probe, "search", "--scores", str(scores), "--costs", str(costs)]
     command += ["--scenario", str(scenario), "--out", str(tmp_path / "out")]
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stderr.splitlines()[-1]) == [0, []]
     assert "Architectures within the limits" in done.stdout
-    assert min(seconds) < 2, f"took {seconds}"
 
 
 def test_a_cost_table_names_its_columns(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from puzzle_core.errors import ArtifactError, SpecError, StorageError
 from puzzle_core.records import Record, Work
+from tasks.store import store as store_module
 from tasks.store.store import MANIFEST, Store
-from tasks.store.store import store as store_module
 
 TEXT = "weights" * 1000
 

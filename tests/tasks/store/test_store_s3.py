@@ -14,10 +14,11 @@ import pytest
 
 from puzzle_core.errors import ArtifactError, DamagedError, SpecError, StorageError
 from puzzle_core.spec import RuntimeSpec
+from tasks.store import bucket as store_bucket
+from tasks.store import store as store_module
 from tasks.store.cache import reading
 from tasks.store.packs import LEAST_RECORDS, PACKS
 from tasks.store.store import MANIFEST, Store
-from tasks.store.store import store as store_module
 from tests.s3_server import BUCKET
 from tests.tasks.store.test_store import TEXT, PlainRecord, PlainWork, publish
 
@@ -186,12 +187,12 @@ def test_a_server_that_does_not_come_back_is_named(opened, proxy, impatient, out
 def test_an_endpoint_that_nobody_answers_at_is_named_soon(opened, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hidden@127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    started = time.monotonic()
+    monkeypatch.setattr(store_bucket, "PATIENCE_SECONDS", 10_000.0)  # of a server that answered before
+    monkeypatch.setattr(store_bucket, "FIRST_PATIENCE_SECONDS", 0.5)
     with pytest.raises(
         StorageError, match=r"at http://127.0.0.1:9: no good answer .* check AWS_ENDPOINT_URL"
     ) as caught:
         opened().has(WORK.key)
-    assert time.monotonic() - started < 30
     assert "hidden" not in str(caught.value)
 
 
@@ -227,11 +228,10 @@ def test_wrong_credentials_are_refused_without_repeating_them(s3, opened, name, 
 def test_refusals_of_the_server_are_said_at_once(opened, proxy, harm, said):
     store = opened()
     assert store.keys() == set()
-    proxy.inject(harm, times=99)
-    started = time.monotonic()
+    fault = proxy.inject(harm, times=99)
     with pytest.raises(StorageError, match=said):
         store.keys()
-    assert time.monotonic() - started < 5
+    assert fault.done == 1
 
 
 def test_no_credentials_at_all_are_said_with_what_to_set(opened, monkeypatch, tmp_path):

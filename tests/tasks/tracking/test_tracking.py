@@ -23,15 +23,15 @@ from tasks.runtime.process import this_process
 from tasks.tracking.lineage_steps import TABLE
 from tasks.tracking.tracked_models import FROM_TAG, KEY_TAG, NOTE_TAG, Model, Version, registered
 from tasks.tracking.tracking import PROCESS_TAG, crash_orphans, tracked
-from tests.workflow import SCORED, TRAINED, artifacts, of_stage
+from tests.workflow import SCORED, TRAINED, artifacts, of_stage, placed
 
 
-@pytest.fixture(scope="module")
-def tracked_spec(content):
-    return parse_spec(content | {"name": "tracked"}, "test")
+@pytest.fixture
+def tracked_spec(content, tmp_path):
+    return parse_spec(placed(content, tmp_path) | {"name": "tracked"}, "test")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(tracked_spec):
     return MlflowClient(tracked_spec.runtime.mlflow_uri)
 
@@ -142,15 +142,17 @@ def test_a_task_in_another_process_writes_to_the_same_run(tracked_spec, client):
     with tracked("metrics", tracked_spec) as run:
         code = "import sys; from tasks.tracking.tracking import TrackedRun, _outbox; "
         code += "run = TrackedRun.model_validate_json(sys.argv[1]); run.metrics([('gkd/loss', 0.5, 7)]); "
-        code += "sys.exit(not _outbox(run.uri).settle())"
+        code += "sys.exit(not _outbox(run.uri).flush())"
         subprocess.run([sys.executable, "-c", code, run.model_dump_json()], check=True, cwd=Path(__file__).parents[3])
     assert [metric.step for metric in client.get_metric_history(run.run_id, "gkd/loss")] == [7]
 
 
 def test_artifacts_are_uploaded(tracked_spec, client, tmp_path):
-    (tmp_path / "report.md").write_text("all well")
+    directory = tmp_path / "report"
+    directory.mkdir()
+    (directory / "report.md").write_text("all well")
     with tracked("artifacts", tracked_spec) as run:
-        run.artifacts(tmp_path, "report")
+        run.artifacts(directory, "report")
     assert [file.path for file in client.list_artifacts(run.run_id, "report")] == ["report/report.md"]
 
 
@@ -273,7 +275,7 @@ def test_the_outermost_run_has_the_spec_as_a_file_and_what_the_machine_did(track
 def test_from_the_child_one_gets_back_to_architecture_library_and_parent(finished):
     client = MlflowClient(finished.content["runtime"]["mlflow_uri"])
     experiment = client.get_experiment_by_name("puzzle").experiment_id
-    child = client.search_logged_models([experiment], filter_string="name = 'child-pico'")[0]
+    (child,) = client.search_logged_models([experiment], filter_string="name = 'child-pico'")
 
     def made_from(model):
         inputs = client.get_run(model.source_run_id).inputs.model_inputs
@@ -294,8 +296,7 @@ def runs(finished):
     """MLflow's runs of the finished flow, by name, and a client."""
     client = MlflowClient(finished.content["runtime"]["mlflow_uri"])
     experiment = client.get_experiment_by_name("puzzle").experiment_id
-    oldest_first = {"order_by": ["attributes.start_time"]}
-    whole = client.search_runs([experiment], "attributes.run_name = 'pico'", max_results=1, **oldest_first)[0]
+    (whole,) = client.search_runs([experiment], "attributes.run_name = 'pico'")
     within = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{whole.info.run_id}'")
     return client, {run.info.run_name: run for run in (whole, *within)}
 
@@ -351,10 +352,11 @@ def test_the_child_is_registered_with_a_card_and_a_second_run_makes_no_second_ve
     assert child.params["architecture"] in card
     assert "| perplexity |" in card
     assert {row["stage"] for row in rows(place / TABLE)} == {"tokens", "gkd", "evaluation", "timing"}
-    before = len(client.search_model_versions(f"name = '{name}'"))
-    train_child(again())
-    assert len(client.search_model_versions(f"name = '{name}'")) == before
-    assert str(client.get_model_version_by_alias(name, "this-machine-chatbot").version) >= number
+    spec = again()
+    train_child(spec)
+    client = MlflowClient(spec.runtime.mlflow_uri)
+    assert [str(version.version) for version in client.search_model_versions(f"name = '{name}'")] == [str(number)]
+    assert str(client.get_model_version_by_alias(name, "this-machine-chatbot").version) == str(number)
 
 
 def test_a_run_goes_on_where_only_its_lineage_lacks_an_artifact(again, caplog):
@@ -369,7 +371,6 @@ def test_a_run_goes_on_where_only_its_lineage_lacks_an_artifact(again, caplog):
 def test_a_run_goes_on_where_mlflow_cannot_be_reached_and_says_so(content, caplog, tmp_path):
     runtime = {"mlflow_uri": "http://127.0.0.1:11", "scratch": str(tmp_path)}
     spec = parse_spec(content | {"runtime": runtime}, "test")
-    started = time.monotonic()
     with (
         caplog.at_level(logging.WARNING, "puzzle"),
         tracked("unreachable", spec) as run,
@@ -382,7 +383,6 @@ def test_a_run_goes_on_where_mlflow_cannot_be_reached_and_says_so(content, caplo
     said = "MLflow at http://127.0.0.1:11 cannot be reached, the run goes on without it"
     assert all(line.startswith(said) for line in cannot)  # a busy machine may not have found out before the end
     assert re.match(r"\d+ records of this run are not in MLflow at http://127.0.0.1:11: run it again", lost)
-    assert time.monotonic() - started < 20
     assert len(list(tmp_path.rglob("*.json"))) == 1  # a word to the next run
 
 
