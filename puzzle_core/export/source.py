@@ -153,6 +153,8 @@ def refuse(source: Source, form: str, reasons: list[str]) -> None:
 def shared_reasons(source: Source) -> list[str]:
     """Why neither form can carry a child: what a Llama's block does not have."""
     reasons = []
+    if fields := FAMILIES[source.shape.family].unlike_llama:
+        reasons.append(f"its family {source.shape.family} has {', '.join(fields)}, which the format has no place for")
     if source.shape.qk_norm:
         reasons.append(
             f"its family {source.shape.family} normalises queries and keys, which the format has no place for"

@@ -72,6 +72,20 @@ class Family(Record):
         """How names of an FFN subblock's tensors start, within a layer."""
         return ("mlp.", *(f"{name}." for name in self.ffn_norms.names))
 
+    @property
+    def unlike_llama(self) -> list[str]:
+        """Fields of norms and scalars that differ from Llama's: what a format made for Llamas has no place for."""
+        fields = (
+            "attention_norms",
+            "ffn_norms",
+            "embedding_scale_key",
+            "embedding_sqrt_hidden",
+            "residual_scale_key",
+            "logits_divisor_key",
+            "logits_softcap_key",
+        )
+        return [field for field in fields if getattr(self, field) != getattr(FAMILIES["llama"], field)]
+
     def description(self) -> dict[str, Any]:
         """The family as a child's config.json carries it: plain values, without what only opening a parent needs."""
         return self.model_dump(mode="json", exclude={"attention_kinds", "window_key", "config_keys"})

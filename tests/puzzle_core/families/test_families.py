@@ -9,6 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from puzzle_core.errors import ArtifactError, ParentError
+from puzzle_core.export.source import Source, shared_reasons
 from puzzle_core.families import family as family_module
 from puzzle_core.families.config_keys import COMMON_KEYS, is_neutral
 from puzzle_core.families.family import FAMILIES, Family, SubblockNorms
@@ -279,6 +280,25 @@ def test_an_attention_kind_that_the_row_lacks_is_refused_by_name(copy_of):
     edit_config(directory, layer_types=["chunked_attention", *FULL[1:]])
     with pytest.raises(ParentError, match="uses attention of kind 'chunked_attention'"):
         Parent(ParentSpec(path=str(directory)))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("granite", "embedding_scale_key, residual_scale_key, logits_divisor_key"),
+        ("gemma", "embedding_sqrt_hidden"),
+        ("olmo2", "attention_norms, ffn_norms"),
+        ("gemma2", "attention_norms, ffn_norms, embedding_sqrt_hidden, logits_softcap_key"),
+    ],
+)
+def test_an_export_refuses_what_its_format_cannot_carry(name, fields, with_rows, other_checkpoint):
+    with_rows(name)
+    reasons = shared_reasons(Source(other_checkpoint[name]))
+    assert f"its family {name} has {fields}, which the format has no place for" in reasons
+
+
+def test_an_export_has_nothing_against_the_norms_and_scalars_of_supported_families():
+    assert {name: row.unlike_llama for name, row in FAMILIES.items()} == {name: [] for name in FAMILIES}
 
 
 def drop_family(directory: Path) -> None:
