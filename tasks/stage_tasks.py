@@ -278,7 +278,7 @@ def keep_refined(work: RefineWork, record: RefineRecord, context: RunContext) ->
 def assemble_child(work: AssembleWork, label: str, context: RunContext) -> str:
     """Put library blocks into a child's checkpoint."""
     directories = [{variant: context.store().fetch(key) for variant, key in layer} for layer in work.library]
-    return context.produce(work, lambda out: child.run(work, context.open_parent(), directories, out))
+    return context.produce(work, lambda out: child.assemble(work, context.open_parent(), directories, out))
 
 
 @cached(name="gkd", task_run_name="gkd")

@@ -192,7 +192,7 @@ def assemble(
                 save_file(initial_state(name, layer, variant), directory / WEIGHTS)
         out_dir = tmp_path_factory.mktemp("child")
         work = AssembleWork(parent=name, architecture=architecture, library=(), dtype=dtype)
-        child.run(work, parent, library, out_dir)
+        child.assemble(work, parent, library, out_dir)
         return out_dir
 
     return write

@@ -32,7 +32,7 @@ AUTO_MAP = {
 }
 
 
-def run(work: AssembleWork, parent: Parent, weights_dirs: list[dict[str, Path]], out_dir: Path) -> ChildRecord:
+def assemble(work: AssembleWork, parent: Parent, weights_dirs: list[dict[str, Path]], out_dir: Path) -> ChildRecord:
     """Write the child's checkpoint to `out_dir`.
 
     Args:

@@ -7,6 +7,7 @@ from puzzle_core.architecture import Variant
 from puzzle_core.distill import bld
 from puzzle_core.distill.loop import Checkpoints
 from puzzle_core.errors import NonFiniteError
+from puzzle_core.families.family import FAMILIES
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.remote.modeling_puzzle import family_class
 from puzzle_core.model.surgery import load_weights
@@ -84,7 +85,11 @@ def test_no_gradient_leaves_the_variant(distil, parent):
 
 
 def test_an_ffn_variant_never_runs_an_attention(distil, monkeypatch):
-    monkeypatch.setattr(family_class("llama", "Attention"), "forward", lambda *_, **__: pytest.fail("attention ran"))
+    monkeypatch.setattr(
+        family_class(FAMILIES["llama"].description(), "Attention"),
+        "forward",
+        lambda *_, **__: pytest.fail("attention ran"),
+    )
     distil("ffn:i12")
 
 

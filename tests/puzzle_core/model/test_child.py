@@ -105,7 +105,7 @@ def test_the_cache_holds_what_was_counted(assemble, parent, ids_NT):
 @pytest.mark.parametrize("name", ["llama", "tied"])
 def test_the_record_counts_what_lies_on_disk(name, assemble, parent_of, tmp_path, monkeypatch):
     records = []
-    monkeypatch.setattr(child, "run", lambda *args, run=child.run: records.append(run(*args)))
+    monkeypatch.setattr(child, "assemble", lambda *args, write=child.assemble: records.append(write(*args)))
     directory, architecture = assemble(name, MIXED, "bfloat16"), Architecture.parse(MIXED)
     headers = Checkpoint(directory, ArtifactError).headers
     parameters = architecture_parameters(parent_of(name).shape, architecture)
