@@ -87,9 +87,9 @@ def compare(name: str, parent: Parent, options: argparse.Namespace) -> str:
     shape, own = parent.shape, Architecture.of_parent(parent.shape)
     target = TargetSpec(engine="llama.cpp", gguf_type=options.type, rounds=options.rounds)
     traffic = Traffic(prompt_tokens=options.prompt, generated_tokens=options.generate, batch_size=options.batch)
-    halves = {half for found in SPACE.of_layer(0, shape) for half in found if half.kind != "no_op"}
+    variants = {variant for found in SPACE.of_layer(0, shape) for variant in found if not variant.is_empty}
     work = CostWork(
-        shape=shape.digest(), variants=tuple(sorted(halves)), traffic=traffic, target=target, hardware="here"
+        shape=shape.digest(), variants=tuple(sorted(variants)), traffic=traffic, target=target, hardware="here"
     )
     costs = llama_cpp.run(work, parent, lambda number, rounds: logging.info("costs: round %d of %d", number, rounds))
     scenario = traffic.model_dump(exclude={"batch_size"}) | {"batch_sizes": [options.batch]}
@@ -140,7 +140,7 @@ def made_up_scores(shape: ModelShape, seed: int) -> ScoreTable:
 
 def size_of(shape: ModelShape, block: BlockVariant) -> int:
     """Parameters of a block."""
-    return sum(variant_size(shape, half).parameters for half in (block.attention, block.ffn))
+    return sum(variant_size(shape, variant).parameters for variant in block.subblocks)
 
 
 def spread(timings: Any) -> str:

@@ -8,8 +8,8 @@ happened. llama.cpp reads the GGUF, which carries everything; the others read th
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from puzzle_core.architecture import Architecture
-from puzzle_core.formats.block_configs import WIDTH_GRID
+from puzzle_core.architecture import EMPTY_BLOCK, Architecture
+from puzzle_core.variants.entries import WIDTH_GRID
 
 Engine = Literal["transformers", "vllm", "sglang", "tensorrt-llm", "llama.cpp"]
 Restriction = Literal["no_linear", "width_grid", "attention_first", "one_kv_heads"]
@@ -59,26 +59,26 @@ def obstacles(architecture: Architecture) -> dict[str, list[str]]:
 
 
 def _linear(architecture: Architecture) -> str | None:
-    halves = [(n, v) for n, b in enumerate(architecture.layers) for v in (b.attention, b.ffn)]
-    linear = [f"layer {layer} {variant}" for layer, variant in halves if variant.kind == "linear"]
+    variants = [(n, v) for n, b in enumerate(architecture.layers) for v in b.subblocks]
+    linear = [f"layer {layer} {variant}" for layer, variant in variants if "no_linear" in variant.row.restricted_by]
     return f"has no linear subblocks ({', '.join(linear)})" if linear else None
 
 
 def _off_grid(architecture: Architecture) -> str | None:
-    off_grid = [f"layer {n} {b.ffn}" for n, b in enumerate(architecture.layers) if b.ffn.size % WIDTH_GRID]
+    off_grid = [f"layer {n} {b.ffn}" for n, b in enumerate(architecture.layers) if b.ffn.ffn_width % WIDTH_GRID]
     return f"takes FFN widths in steps of {WIDTH_GRID} ({', '.join(off_grid)})" if off_grid else None
 
 
 def _no_attention_first(architecture: Architecture) -> str | None:
     blocks = enumerate(architecture.layers)
-    first = next(((n, b) for n, b in blocks if (b.attention.kind, b.ffn.kind) != ("no_op", "no_op")), None)
-    if first and first[1].attention.kind != "no_op":
+    first = next(((n, b) for n, b in blocks if b != EMPTY_BLOCK), None)
+    if first and not first[1].attention.is_empty:
         return None
     return f"fails where the first layer that is not empty (layer {first[0] if first else 0}) has no attention"
 
 
 def _several_kv_heads(architecture: Architecture) -> str | None:
-    kv_heads = sorted({block.attention.size for block in architecture.layers if block.attention.kind == "sized"})
+    kv_heads = sorted({block.attention.kv_heads for block in architecture.layers} - {0})
     listed = ", ".join(map(str, kv_heads))
     return f"wants one number of KV heads in all layers that attend (here {listed})" if len(kv_heads) > 1 else None
 

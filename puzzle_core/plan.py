@@ -123,27 +123,26 @@ class Plan:
     def trained(self, layer: int) -> list[Variant]:
         """The variants of a layer that need training: neither the parent's own nor no-ops."""
         attentions, ffns = self.variants.of_layer(layer, self.inputs.shape)
-        return [variant for variant in attentions[1:] + ffns[1:] if variant.kind != "no_op"]
+        return [variant for variant in attentions[1:] + ffns[1:] if not variant.is_empty]
 
     def bld(self, layer: int, variant: Variant) -> BldWork:
         """The training of one variant."""
-        pruned = variant.subblock == "ffn" and variant.kind == "sized"
         return BldWork(
             parent=self.inputs.parent,
             layer=layer,
             variant=variant,
             tokens=self.tokens("bld").key,
-            contributions=self.importance().key if pruned else None,
+            contributions=self.importance().key if variant.row.needs_contributions else None,
             spec=self.spec.bld,
         )
 
     def library_key(self, layer: int, variant: Variant) -> str | None:
-        """Where a half's weights lie; none for the parent's own and for no-ops."""
+        """Where a variant's weights lie; none for the parent's own and for no-ops."""
         work = self._library.get((layer, variant))
         return work.key if work else None
 
     def scored(self, layer: int, base: Architecture | None = None) -> list[BlockVariant]:
-        """The blocks of a layer that need a score: all pairs, or the base's block with one half changed.
+        """The blocks of a layer that need a score: all pairs, or the base's block with one subblock changed.
 
         The base is the parent, or a child; the child itself is scored too, by its own block in layer 0.
         """
@@ -196,7 +195,7 @@ class Plan:
             for layer in self.layers
             for found in self.variants.of_layer(layer, self.inputs.shape)
             for variant in found
-            if variant.kind != "no_op"
+            if not variant.is_empty
         }
         return {
             (scenario.name, batch_size): CostWork(
@@ -238,7 +237,7 @@ class Plan:
         """The child of one architecture."""
         library = []
         for layer, block in enumerate(architecture.layers):
-            keys = ((str(half), self.library_key(layer, half)) for half in (block.attention, block.ffn))
+            keys = ((str(variant), self.library_key(layer, variant)) for variant in block.subblocks)
             library.append(tuple((variant, key) for variant, key in keys if key))
         return AssembleWork(
             parent=self.inputs.parent,

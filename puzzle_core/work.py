@@ -86,7 +86,7 @@ class BldRecord(Record):
 
 
 class AssembleWork(Work):
-    """One architecture; `library` has the keys of the trained halves of each layer, by variant id."""
+    """One architecture; `library` has the keys of the trained variants of each layer, by variant id."""
 
     stage: ClassVar[str] = "child"
     version: ClassVar[int] = 1
@@ -98,7 +98,7 @@ class AssembleWork(Work):
 
 
 class ScoreWork(Work):
-    """One block variant in one layer; the library keys of its trained halves, none for parent and no-op halves.
+    """One block variant in one layer; the library keys of its trained variants, none for the parent's own and no-ops.
 
     The block replaces one of the parent's, or of the child `base`.
     """

@@ -27,8 +27,6 @@ from puzzle_core.model.activations import Activations
 from puzzle_core.model.parent import Parent
 from puzzle_core.model.surgery import WEIGHTS, State
 from puzzle_core.spec import Dtype, ParentSpec
-from puzzle_core.variants.attention import initial_attention
-from puzzle_core.variants.ffn import initial_ffn
 from puzzle_core.work import AssembleWork, ImportanceWork
 from tests.pico import PICOS, SIZES, write_pico
 
@@ -164,10 +162,9 @@ def initial_state(
 
     def state(name: str, layer: int, variant_id: str) -> State:
         variant, parent = Variant.parse(variant_id), parent_of(name)
-        if variant.subblock == "attn":
-            return initial_attention(parent.layer_tensors(layer), parent.shape, variant)
-        contribution_I = importance.load_contribution(contributions_of(name), layer)
-        return initial_ffn(parent.layer_tensors(layer), variant, contribution_I)
+        pruned = variant.row.needs_contributions
+        contribution_I = importance.load_contribution(contributions_of(name), layer) if pruned else None
+        return variant.row.initial_state(parent.layer_tensors(layer), parent.shape, variant.size, contribution_I)
 
     return state
 

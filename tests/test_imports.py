@@ -16,6 +16,9 @@ FILES = {
     for file in sorted((ROOT / package).rglob("*.py"))
 }
 WITHOUT_TORCH = [f"puzzle_core.{module}" for module in ("spec_file", "work", "plan", "resources", "sizes", "target")]
+WITHOUT_TORCH += [
+    f"puzzle_core.{module}" for module in ("architecture", "engines", "variants.kinds", "variants.entries")
+]
 WITHOUT_TORCH += [f"puzzle_core.cost.{module}" for module in ("roofline", "calibrate")]
 WITHOUT_TORCH += [f"puzzle_core.{part}" for part in ("search", "interop", "formats")]
 WITHOUT_TORCH = [module for module in FILES if module.startswith(tuple(WITHOUT_TORCH))]

@@ -21,8 +21,9 @@ from puzzle_core.cost.llama_engine import engine_version
 from puzzle_core.errors import MeasurementError, SpecError
 from puzzle_core.export.hf import export_hf
 from puzzle_core.export.source import RandomSource, Source
+from puzzle_core.formats.block_configs import block_config
 from puzzle_core.model.child_config import child_config
-from puzzle_core.model.parent import block_config, build_model, served_as, torch_dtype
+from puzzle_core.model.parent import build_model, served_as, torch_dtype
 from puzzle_core.sizes import DTYPE_BYTES, kv_entries_per_token
 from puzzle_core.spec import TargetSpec
 from puzzle_core.work import Timing, Traffic

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import DynamicCache
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.architecture import EMPTY_BLOCK, Architecture, ModelShape, Variant
 from puzzle_core.device import use_threads
 from puzzle_core.errors import MeasurementError, SpecError
 from puzzle_core.model.child import random_child
@@ -29,7 +29,6 @@ from puzzle_core.work import CostRecord, CostWork, Timing, TimingRecord, TimingW
 OUTSIDE, PARENT = "outside", "parent"
 DECODE_POINTS, STEPS_PER_POINT = 4, 8
 STACK_BYTES = 512 * 2**20
-NO_ATTENTION, NO_FFN = Variant("attn", "no_op"), Variant("ffn", "no_op")
 
 Rounds = dict[str, list[float]]
 """Milliseconds of every round, by phase."""
@@ -74,12 +73,11 @@ def run(work: CostWork, parent: Parent, report: Callable[[int, int], None] | Non
 def cost_models(work: CostWork, parent: Parent) -> dict[str, PuzzleForCausalLM]:
     """The models that a cost record is made from: a stack per variant, one with no blocks, and the parent."""
     device, dtype = target_device(work.target), torch_dtype(work.target.dtype)
-    empty = BlockVariant(attention=NO_ATTENTION, ffn=NO_FFN)
-    layers = {OUTSIDE: (empty,) * parent.shape.layers, PARENT: Architecture.of_parent(parent.shape).layers}
+    layers = {OUTSIDE: (EMPTY_BLOCK,) * parent.shape.layers, PARENT: Architecture.of_parent(parent.shape).layers}
     for variant in work.variants:
-        update = {"attention" if variant.subblock == "attn" else "ffn": variant}
         copies = _copies(work, parent.shape, variant)
-        layers[str(variant)] = (empty.model_copy(update=update),) * copies + (empty,) * (parent.shape.layers - copies)
+        rest = (EMPTY_BLOCK,) * (parent.shape.layers - copies)
+        layers[str(variant)] = (EMPTY_BLOCK.with_variant(variant),) * copies + rest
     return {name: random_child(parent, Architecture(layers=stack), dtype, device) for name, stack in layers.items()}
 
 

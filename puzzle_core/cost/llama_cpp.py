@@ -6,9 +6,9 @@ layers with attention a and FFN f, but for the first, which keeps the parent's a
     attention a   (T(a, f) - T(none, f)) / (n - 1)      the mean over f: the parent's, and the narrowest
     FFN v         (T(a, v) - T(a, narrowest)) / n       the mean over a: the parent's, and none; plus a narrowest FFN
     narrowest     (T(none, narrowest) - one layer of it) / (n - 1)
-    outside       that one layer, less its two halves
+    outside       that one layer, less its two subblocks
 
-A subblock takes longer beside its other half than alone, by a tenth on small parents, for it finds less in the
+A subblock takes longer beside the other subblock than alone, by a tenth on small parents, for it finds less in the
 processor's cache: hence the means, which share between the two what both cause together.
 
 Exports are lowered to llama.cpp's own layers (model/export/lowering.py). None lacks an FFN: an attention without one
@@ -21,10 +21,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.architecture import NO_ATTENTION, Architecture, BlockVariant, ModelShape, Variant
 from puzzle_core.cost.latency import (
     DECODE_POINTS,
-    NO_ATTENTION,
     OUTSIDE,
     PARENT,
     STACK_BYTES,
@@ -181,7 +180,7 @@ def _lengths(traffic: Traffic) -> list[int]:
 def _depth(work: CostWork, shape: ModelShape) -> int:
     """Layers of a stack: the parent's, unless that would take too much memory, and never fewer than two."""
     block = shape.parent_block
-    size = sum(variant_size(shape, half).parameters for half in (block.attention, block.ffn))
+    size = sum(variant_size(shape, variant).parameters for variant in block.subblocks)
     return max(2, min(shape.layers, int(STACK_BYTES / (size * BYTES[gguf_type(work.target)]))))
 
 

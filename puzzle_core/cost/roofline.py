@@ -90,11 +90,11 @@ def roofline(shape: ModelShape, variants: Iterable[Variant], traffic: Traffic, t
     outside, blocks = _timing(traffic, partial(outside_s, device, shape)), [timing(own.attention), timing(own.ffn)]
     return CostRecord(
         source="roofline",
-        variants={str(variant): timing(variant) for variant in variants if variant.kind != "no_op"},
+        variants={str(variant): timing(variant) for variant in variants if not variant.is_empty},
         outside=outside,
         parent=Timing(
-            prefill_ms=outside.prefill_ms + shape.layers * sum(half.prefill_ms for half in blocks),
-            decode_ms=outside.decode_ms + shape.layers * sum(half.decode_ms for half in blocks),
+            prefill_ms=outside.prefill_ms + shape.layers * sum(subblock.prefill_ms for subblock in blocks),
+            decode_ms=outside.decode_ms + shape.layers * sum(subblock.decode_ms for subblock in blocks),
         ),
         hardware=f"{hardware.tensor_parallel} x {hardware.device}",
         weight_bytes=PRECISION_BYTES[hardware.weights],
@@ -106,7 +106,7 @@ def subblock_s(device: Device, shape: ModelShape, variant: Variant, work: Pass) 
     """Seconds of one subblock in one pass."""
     hardware, size = device.hardware, variant_size(shape, variant)
     weight_bytes, channel_bytes = PRECISION_BYTES[hardware.weights], PRECISION_BYTES[hardware.activations]
-    channels = 2 * shape.hidden + _inner_channels(shape, variant)
+    channels = 2 * shape.hidden + variant.row.inner_channels(shape, variant.size)
     seconds = device.kernel_s(
         operations=2 * size.parameters * work.tokens,
         moved_bytes=size.parameters * weight_bytes + work.tokens * channels * channel_bytes,
@@ -134,25 +134,16 @@ def outside_s(device: Device, shape: ModelShape, work: Pass) -> float:
 
 def _attend_s(device: Device, shape: ModelShape, variant: Variant, work: Pass) -> float:
     """Seconds of softmax(Q K) V: the cache is read once per pass, and new entries are written."""
-    hardware, query = device.hardware, shape.heads * shape.head_dim
-    entries = variant_size(shape, variant).kv_entries_per_token
-    copies = max(1.0, hardware.tensor_parallel / variant.size)  # fewer KV heads than devices: each needs one
+    hardware, row = device.hardware, variant.row
+    entries = row.kv_entries(shape, variant.size)
+    copies = max(1.0, hardware.tensor_parallel / variant.kv_heads)  # fewer KV heads than devices: each needs one
     cached = work.context if work.decoding else work.new_tokens
     return device.kernel_s(
-        operations=4 * work.tokens * query * work.context,
+        operations=work.tokens * row.context_operations(shape, variant.size) * work.context,
         moved_bytes=work.batch_size * cached * entries * copies * PRECISION_BYTES[hardware.kv_cache],
         precision=hardware.attention_precision,
         decoding=work.decoding,
     )
-
-
-def _inner_channels(shape: ModelShape, variant: Variant) -> int:
-    """Activations per token between the products of a subblock, each written once and read once."""
-    if variant.kind == "linear":
-        return 0
-    if variant.subblock == "ffn":
-        return 2 * variant.size
-    return 2 * 2 * (shape.heads + variant.size) * shape.head_dim
 
 
 def _timing(traffic: Traffic, seconds: Callable[[Pass], float]) -> Timing:

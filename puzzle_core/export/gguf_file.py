@@ -107,8 +107,8 @@ def _describe(
     writer.add_embedding_length(shape.hidden)
     writer.add_vocab_size(shape.vocabulary)
     writer.add_head_count([shape.heads if layer.attention else 0 for layer in layers])
-    writer.add_head_count_kv([layer.attention.variant.size if layer.attention else 0 for layer in layers])
-    writer.add_feed_forward_length([layer.ffn.variant.size for layer in layers])
+    writer.add_head_count_kv([layer.attention.variant.kv_heads if layer.attention else 0 for layer in layers])
+    writer.add_feed_forward_length([layer.ffn.variant.ffn_width for layer in layers])
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -184,7 +184,7 @@ def _attention_tensors(source: Source, half: Half) -> list[WrittenTensor]:
     prefix = f"model.layers.{half.layer}"
     norm = "input_layernorm" if half.variant.subblock == "attn" else "post_attention_layernorm"
     found = [source.tensor(f"{prefix}.{norm}.weight")._replace(name="attn_norm.weight")]
-    if half.variant.kind == "linear":
+    if half.variant.row.linear_bias is not None:
         return [*found, source.tensor(f"{_linear(half)}.weight")._replace(name="attn_output.weight")]
     for part, written in _PROJECTIONS.items():
         for end in ("weight", "bias"):
@@ -211,8 +211,8 @@ def _ffn_tensors(source: Source, layer: LoweredLayer) -> list[WrittenTensor]:
 def _zero_attention(source: Source, half: Half) -> list[WrittenTensor]:
     """A linear layer or an attention that adds nothing."""
     shape, hidden = source.shape, source.shape.hidden
-    rows, kv_rows = shape.heads * shape.head_dim, half.variant.size * shape.head_dim
-    attends = half.variant.kind == "sized"
+    rows, kv_rows = shape.heads * shape.head_dim, half.variant.kv_heads * shape.head_dim
+    attends = half.variant.kv_heads > 0
     found = [_filled("attn_norm.weight", (hidden,), 1.0)]
     found.append(_filled("attn_output.weight", (hidden, rows if attends else hidden), 0.0))
     if attends:

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,9 @@ from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.export import deci_remote
 from puzzle_core.export.source import ExportRecord, Source, WrittenTensor, refuse, shared_reasons
-from puzzle_core.formats.block_configs import WIDTH_GRID, BlockConfig, to_block_configs
+from puzzle_core.formats.block_configs import BlockConfig, block_config, to_block_configs
 from puzzle_core.model.checkpoint import write_checkpoint
+from puzzle_core.variants.entries import WIDTH_GRID
 
 Widths = Literal["grid", "pad", "any"]
 """What becomes of FFN widths that are no multiple of 256: refused, padded with zero channels (exact), or written as
@@ -108,7 +110,7 @@ def padded(architecture: Architecture) -> Architecture:
     """The architecture with FFN widths rounded up to the grid."""
 
     def up(variant: Variant) -> Variant:
-        return Variant("ffn", "sized", -(-variant.size // WIDTH_GRID) * WIDTH_GRID) if _off_grid(variant) else variant
+        return replace(variant, size=-(-variant.size // WIDTH_GRID) * WIDTH_GRID) if _off_grid(variant) else variant
 
     return Architecture(layers=tuple(b.model_copy(update={"ffn": up(b.ffn)}) for b in architecture.layers))
 
@@ -140,12 +142,12 @@ def _block_configs(source: Source, architecture: Architecture) -> list[BlockConf
     entries = to_block_configs(padded(architecture), source.shape)
     for block, entry in zip(architecture.layers, entries, strict=True):
         if _off_grid(block.ffn):
-            entry["ffn"] = {"intermediate_size": block.ffn.size, "no_op": False, "replace_with_linear": False}
+            entry["ffn"] = block_config(block)["ffn"]
     return entries
 
 
 def _off_grid(variant: Variant) -> bool:
-    return variant.kind == "sized" and variant.size % WIDTH_GRID != 0
+    return variant.ffn_width % WIDTH_GRID != 0
 
 
 def _widened(entry: WrittenTensor, architecture: Architecture) -> torch.Tensor:

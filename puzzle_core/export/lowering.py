@@ -40,13 +40,13 @@ def lower(architecture: Architecture, shape: ModelShape) -> list[LoweredLayer]:
     """The layers to write, in order, at least one."""
     slots: list[tuple[Half | None, Half | None]] = []
     for half in _halves(architecture):
-        takes_second = half.variant.subblock == "ffn" and half.variant.kind == "sized"
+        takes_second = half.variant.ffn_width > 0
         open_layer = bool(slots) and slots[-1][1] is None and not biased(slots[-1][0], shape)
         if takes_second and open_layer:
             slots[-1] = (slots[-1][0], half)
         else:
             slots.append((None, half) if takes_second else (half, None))
-    attends = any(block.attention.kind == "sized" for block in architecture.layers)
+    attends = any(block.attention.kv_heads for block in architecture.layers)
     if not slots or (slots[0][0] and not attends):
         slots.insert(0, (None, None))
     if slots[0][0] is None:
@@ -56,12 +56,12 @@ def lower(architecture: Architecture, shape: ModelShape) -> list[LoweredLayer]:
 
 def biased(half: Half | None, shape: ModelShape) -> bool:
     """Whether it is a linear layer with a bias, which only an FFN of zeros behind it can carry (as its own bias)."""
-    if half is None or half.layer is None or half.variant.kind != "linear":
+    if half is None or half.layer is None or half.variant.row.linear_bias is None:
         return False
-    return shape.mlp_bias if half.variant.subblock == "ffn" else shape.qkv_bias or shape.attention_out_bias
+    return half.variant.row.linear_bias(shape)
 
 
 def _halves(architecture: Architecture) -> list[Half]:
     """Everything that adds to the residual stream, in order."""
     pairs = [(n, v) for n, block in enumerate(architecture.layers) for v in (block.attention, block.ffn)]
-    return [Half(layer, variant) for layer, variant in pairs if variant.kind != "no_op"]
+    return [Half(layer, variant) for layer, variant in pairs if not variant.is_empty]

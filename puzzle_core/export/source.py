@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from puzzle_core.architecture import Architecture
 from puzzle_core.errors import ArtifactError, ExportError
 from puzzle_core.families.family import FAMILIES
-from puzzle_core.formats.block_configs import from_block_configs
+from puzzle_core.formats.block_configs import block_config, from_block_configs
 from puzzle_core.model.checkpoint import Checkpoint
 from puzzle_core.model.child_config import child_config, read_child_config
-from puzzle_core.model.parent import Parent, block_config, tensor_shapes
+from puzzle_core.model.parent import Parent, tensor_shapes
 from puzzle_core.model.parent_config import TOKENIZER_FILES, first_line, shape_of
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.records import Record
@@ -111,7 +111,7 @@ class Source:
         """Layers whose attention is kept and does not know positions (SmolLM3 has such)."""
         key = FAMILIES[self.shape.family].rotary_layers_key
         rotary = getattr(self.config, key) if key else [1] * self.shape.layers
-        kept = enumerate(block.attention.kind == "sized" for block in self.architecture.layers)
+        kept = enumerate(block.attention.kv_heads > 0 for block in self.architecture.layers)
         return [layer for layer, attends in kept if attends and not rotary[layer]]
 
 
@@ -159,6 +159,10 @@ def shared_reasons(source: Source) -> list[str]:
         reasons.append(
             f"its family {source.shape.family} normalises queries and keys, which the format has no place for"
         )
+    numbered = enumerate(source.architecture.layers)
+    unknown = [f"layer {n} {v}" for n, block in numbered for v in block.subblocks if v.row.published_entry is None]
+    if unknown:
+        reasons.append(f"the format has no place for {', '.join(unknown)}")
     if layers := source.without_rotary():
         reasons.append(f"layers {layers} attend without rotary positions, which the format cannot say")
     if source.config.hidden_act not in ("silu", "swish"):

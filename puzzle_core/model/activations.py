@@ -19,7 +19,7 @@ import torch
 from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import StorageError
 from puzzle_core.model.parent import Parent
-from puzzle_core.model.surgery import State, Subblocks, halves
+from puzzle_core.model.surgery import State, Subblocks, load_subblocks
 from puzzle_core.plan import LARGEST_LOG_PROBABILITIES_BYTES
 
 FORWARD_TOKENS = 4096
@@ -151,7 +151,7 @@ class ChildActivations(Activations):
     def block(self, layer: int) -> Subblocks:
         if layer not in self._blocks:
             block, weights = self._architecture.layers[layer], self._weights(layer)
-            self._blocks[layer] = halves(self.parent, layer, block, weights, self.dtype, self.device)
+            self._blocks[layer] = load_subblocks(self.parent, layer, block, weights, self.dtype, self.device)
         return self._blocks[layer]
 
     def attention(self, layer: int) -> Variant:

@@ -105,7 +105,7 @@ def _child_tensors(
         for variant, subblock_prefixes in zip((block.attention, block.ffn), prefixes, strict=True):
             if str(variant) in trained:
                 state |= load_weights(trained[str(variant)])
-            elif variant.kind != "no_op":
+            elif not variant.is_empty:
                 state |= {name: t for name, t in parent_tensors.items() if name.startswith(subblock_prefixes)}
         for name, tensor in state.items():
             yield f"model.layers.{layer}.{name}", tensor

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.architecture import Architecture, ModelShape
 from puzzle_core.errors import NonFiniteError, ParentError, PuzzleError
+from puzzle_core.formats.block_configs import block_config
 from puzzle_core.model.checkpoint import Checkpoint
 from puzzle_core.model.child_config import child_config
 from puzzle_core.model.parent_config import (
@@ -179,22 +180,6 @@ class Parent:
                     self._cache.popitem(last=False)
             self._cache.move_to_end(key)
             return self._cache[key]
-
-
-def block_config(block: BlockVariant) -> dict[str, dict[str, Any]]:
-    """A block variant as an entry of `block_configs`."""
-
-    def entry(variant: Variant, size: str) -> dict[str, Any]:
-        return {
-            size: variant.size or None,
-            "no_op": variant.kind == "no_op",
-            "replace_with_linear": variant.kind == "linear",
-        }
-
-    return {
-        "attention": entry(block.attention, "num_key_value_heads"),
-        "ffn": entry(block.ffn, "intermediate_size"),
-    }
 
 
 _BUILDING = threading.Lock()

@@ -29,8 +29,8 @@ SPACE = VariantsSpec(kv_heads=(1,), ffn_ratios=(0.5,))
 
 
 def work(shape, target=TARGET):
-    halves = {half for found in SPACE.of_layer(0, shape) for half in found if half.kind != "no_op"}
-    return CostWork(shape="s", variants=tuple(sorted(halves)), traffic=TRAFFIC, target=target, hardware="abacus")
+    variants = {variant for found in SPACE.of_layer(0, shape) for variant in found if not variant.is_empty}
+    return CostWork(shape="s", variants=tuple(sorted(variants)), traffic=TRAFFIC, target=target, hardware="abacus")
 
 
 def counted(shape, architecture):

@@ -15,8 +15,6 @@ from puzzle_core.model.child import load_child
 from puzzle_core.model.parent import Parent
 from puzzle_core.model.surgery import WEIGHTS
 from puzzle_core.spec import ParentSpec
-from puzzle_core.variants.attention import initial_attention
-from puzzle_core.variants.ffn import initial_ffn
 from puzzle_core.work import AssembleWork
 from tests.conftest import CPU, trained_variants
 
@@ -66,14 +64,9 @@ def stdlib_child(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[st
         for layer, block in enumerate(architecture.layers):
             own, trained = parent.layer_tensors(layer), trained_variants(block, parent.shape)
             library.append({variant: library_dir / f"{layer}-{variant}" for variant in trained})
-            for variant in (block.attention, block.ffn):
+            for variant in block.subblocks:
                 if str(variant) in trained:
-                    of_attention = variant.subblock == "attn"
-                    state = (
-                        initial_attention(own, parent.shape, variant)
-                        if of_attention
-                        else initial_ffn(own, variant, contribution_I)
-                    )
+                    state = variant.row.initial_state(own, parent.shape, variant.size, contribution_I)
                     library[layer][str(variant)].mkdir()
                     save_file(state, library[layer][str(variant)] / WEIGHTS)
         work = AssembleWork(parent="stdlib", architecture=architecture, library=(), dtype="float32")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from puzzle_core.architecture import Variant
 from puzzle_core.errors import ArtifactError, ParentError
 from puzzle_core.export.source import Source, shared_reasons
 from puzzle_core.families import family as family_module
@@ -17,6 +18,7 @@ from puzzle_core.model.activations import Activations
 from puzzle_core.model.child import load_child, load_parent
 from puzzle_core.model.child_config import read_child_config
 from puzzle_core.model.parent import Parent
+from puzzle_core.model.surgery import variant_block
 from puzzle_core.spec import ParentSpec
 from tests.conftest import CPU, MIXED
 from tests.pico import PICOS, SIZES, Pico, edit_config, write_pico
@@ -182,6 +184,20 @@ def test_fields_of_the_next_families_give_the_logits_of_transformers_bitwise(
         activations.capture_layer(layer)
     final = activations.layer_input(parent.shape.layers)
     assert torch.equal(activations.log_softmax(final), expected.log_softmax(-1))
+
+
+@pytest.mark.parametrize("variant", ["attn:linear", "ffn:i24", "ffn:linear"])
+@pytest.mark.parametrize("name", ["olmo2", "gemma2"])
+def test_variants_keep_the_norms_of_their_subblock_where_the_row_says(name, variant, with_rows, other_checkpoint):
+    with_rows(name)
+    parent, kind = Parent(ParentSpec(path=str(other_checkpoint[name]))), Variant.parse(variant)
+    contribution_I = torch.arange(float(parent.shape.ffn_width))
+    state = kind.row.initial_state(parent.layer_tensors(1), parent.shape, kind.size, contribution_I)
+    block = variant_block(parent, 1, kind, state, torch.float32, CPU)
+    norms = OTHER_ROWS[name].attention_norms if kind.subblock == "attn" else OTHER_ROWS[name].ffn_norms
+    assert {*norms.names} < {tensor.split(".")[0] for tensor in block.state_dict()}
+    for norm in norms.names:
+        assert torch.equal(getattr(block, norm).weight, parent.layer_tensors(1)[f"{norm}.weight"])
 
 
 @pytest.mark.parametrize(("name", "change"), LEFT_OUT.values(), ids=LEFT_OUT)

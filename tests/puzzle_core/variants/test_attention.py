@@ -5,7 +5,7 @@ import torch
 
 from puzzle_core.architecture import Variant
 from puzzle_core.model.surgery import variant_block
-from puzzle_core.variants.attention import initial_attention, mean_pool
+from puzzle_core.variants.attention import linear_attention, mean_pool
 from tests.conftest import CPU
 from tests.reference.variants import pooled_heads
 
@@ -58,6 +58,6 @@ def test_linear_attention_is_not_attention_of_whole_windows(linear_block, activa
 
 def test_linear_keeps_the_norm_and_no_op_keeps_nothing(parent):
     layer = parent.layer_tensors(0)
-    linear = initial_attention(layer, parent.shape, Variant("attn", "linear"))
+    linear = linear_attention(layer, parent.shape, 0)
     assert torch.equal(linear["input_layernorm.weight"], layer["input_layernorm.weight"])
-    assert initial_attention(layer, parent.shape, Variant("attn", "no_op")) == {}
+    assert Variant("attn", "no_op").row.initial_state(layer, parent.shape, 0) == {}
