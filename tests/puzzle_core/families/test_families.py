@@ -304,7 +304,6 @@ def test_an_attention_kind_that_the_row_lacks_is_refused_by_name(copy_of):
         ("granite", "embedding_scale_key, residual_scale_key, logits_divisor_key"),
         ("gemma", "embedding_sqrt_hidden"),
         ("olmo2", "attention_norms, ffn_norms"),
-        ("gemma2", "attention_norms, ffn_norms, embedding_sqrt_hidden, logits_softcap_key"),
     ],
 )
 def test_an_export_refuses_what_its_format_cannot_carry(name, fields, with_rows, other_checkpoint):
