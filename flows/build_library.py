@@ -22,7 +22,7 @@ from tasks.stage_tasks import (
 )
 from tasks.tracking.lineage import record_library, record_trained
 from tasks.tracking.tracking import tracked
-from tasks.ui_artifacts import Bar, show_found, show_library, show_tracked
+from tasks.ui_artifacts import ProgressArtifact, show_cached, show_library, show_tracked
 
 log = logging.getLogger("puzzle")
 
@@ -73,11 +73,11 @@ def train_variants(spec: RunSpec, plan: Plan, context: RunContext) -> None:
     needed = [layer for layer in plan.layers if missing[layer]]
     done = len(works) - sum(map(len, missing.values()))
     log.info("block library: %d variants, %d in the store, %d to train", len(works), done, len(works) - done)
-    show_found("bld", plan, [work for work in works if work.key in there], context)
+    show_cached("bld", plan, [work for work in works if work.key in there], context)
     if not needed:
         return
     tokens, dtype = plan.tokens("bld").key, plan.spec.bld.dtype
-    bar, running = Bar("bld", spec.name), dict[int, list[PrefectFuture[str]]]()
+    bar, running = ProgressArtifact("bld", spec.name), dict[int, list[PrefectFuture[str]]]()
     capture = capture_layer.submit(tokens, dtype, 0, bool(missing[0]), context)
     for layer in range(needed[-1] + 1):
         capture.result()
@@ -109,7 +109,7 @@ def score_variants(spec: RunSpec, plan: Plan, context: RunContext, child: Archit
     missing = [work for work in works if work.key not in there]
     done = len(works) - len(missing)
     log.info("scores: %d block variants, %d in the store, %d to score", len(works), done, len(missing))
-    show_found("scores", plan, [work for work in works if work.key in there], context)
+    show_cached("scores", plan, [work for work in works if work.key in there], context)
     if not missing:
         return
     tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
@@ -120,7 +120,7 @@ def score_variants(spec: RunSpec, plan: Plan, context: RunContext, child: Archit
     for layer in plan.layers if base else ():
         capture_layer(tokens, dtype, layer, layer >= first, context, base)
     futures = [submit(score_block, work, context) for work in missing]
-    wait_all("scores", futures, done, len(works), Bar("scores", spec.name))
+    wait_all("scores", futures, done, len(works), ProgressArtifact("scores", spec.name))
     drop_activations(tokens, dtype, None, context)
     if base:
         drop_activations(tokens, dtype, None, context, base)
@@ -131,7 +131,7 @@ def _finish(
     running: dict[int, list[PrefectFuture[str]]],
     done: int,
     total: int,
-    bar: Bar,
+    bar: ProgressArtifact,
     plan: Plan,
     context: RunContext,
 ) -> int:

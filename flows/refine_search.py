@@ -53,7 +53,7 @@ def refine_search(spec: RunSpec) -> None:
                 break
             best = min(found, key=_kl)
         record = RefineRecord(chosen=candidates.index(best), candidates=tuple(candidates))
-        ensure(stage_tasks.keep_refined, work, context, record=record)
+        ensure(stage_tasks.store_refinement, work, context, record=record)
         record_refined(plan, context, run, record)
 
 
@@ -66,7 +66,7 @@ def find_answer(plan: Plan, context: RunContext) -> SearchRecord:
     answer, work = _search(plan, context), plan.refine()
     if work is None:
         return answer
-    return with_refinement(answer, RefineRecord.model_validate(context.store().manifest(work.key).record))
+    return with_refinement(answer, context.store().record(RefineRecord, work.key))
 
 
 def _search(plan: Plan, context: RunContext) -> SearchRecord:
@@ -74,7 +74,7 @@ def _search(plan: Plan, context: RunContext) -> SearchRecord:
 
 
 def _answer(context: RunContext, key: str) -> SearchRecord:
-    return SearchRecord.model_validate(context.store().manifest(key).record)
+    return context.store().record(SearchRecord, key)
 
 
 def _measured(
@@ -85,14 +85,14 @@ def _measured(
     side_by_side(measure_candidates, context)([found.architecture for found in shortlist], plan, context)
     candidates = []
     for rank, found in enumerate(shortlist, start=1):
-        manifest = context.store().manifest(plan.measure(found.architecture).key)
+        evaluation = context.store().record(EvaluationRecord, plan.measure(found.architecture).key)
         whole = {"score": base_kl + found.score, "bound": base_kl + found.bound}
         candidates.append(
             Candidate(
                 round=number,
                 rank=rank,
                 found=found.model_copy(update=whole),
-                measured_kl=EvaluationRecord.model_validate(manifest.record).kl_nats_per_token,
+                measured_kl=evaluation.kl_nats_per_token,
             )
         )
     return candidates

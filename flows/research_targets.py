@@ -98,5 +98,5 @@ def _answer(spec: RunSpec, plan: Plan, context: RunContext, file: Path) -> Answe
     except PuzzleError as error:
         return Answer(file.name, file.stem, None, "", None, str(error))
     store = context.store()
-    record = SearchRecord.model_validate(store.manifest(key).record) if store.has(key) else None
+    record = store.record(SearchRecord, key) if store.has(key) else None
     return Answer(file.name, target.name, own, key, record, "")

@@ -18,8 +18,10 @@ from puzzle_core.records import Work
 from puzzle_core.spec import RunSpec
 from puzzle_core.work import BldWork, ScoreWork
 from tasks.runtime.context import RunContext
-from tasks.stage_tasks import cache_key, open_inputs, pack_tokens
-from tasks.ui_artifacts import Bar
+from tasks.runtime.disk_space import check_disk_space
+from tasks.stage_tasks import open_inputs, pack_tokens
+from tasks.task_policies import cache_key
+from tasks.ui_artifacts import ProgressArtifact
 
 log = logging.getLogger("puzzle")
 PROGRESS_SECONDS = 5.0
@@ -38,7 +40,7 @@ def plan_run(spec: RunSpec, context: RunContext) -> Plan:
     context.drop_finished_checkpoints()
     store = context.store()
     volume = plan.volume(store.keys(BldWork.stage) | store.keys(ScoreWork.stage))
-    context.check_room(volume.scratch_bytes, volume.store_bytes)
+    check_disk_space(context, volume.scratch_bytes, volume.store_bytes)
     if volume.scratch_bytes:
         check_cluster(context)
     return plan
@@ -96,7 +98,7 @@ def wait_all(
     futures: Iterable[PrefectFuture[Any]],
     done_before: int = 0,
     total: int | None = None,
-    bar: Bar | None = None,
+    bar: ProgressArtifact | None = None,
 ) -> None:
     """Wait for all futures, show progress now and then, and raise what failed once the others are finished.
 

@@ -109,7 +109,7 @@ class Plan:
         return TokensWork(
             split=split,
             tokens=order[position][1],
-            served_before=order[:position],
+            earlier_splits=order[:position],
             sequence_length=spec.data.sequence_length,
             seed=spec.data.seed,
             texts=self.inputs.train_texts if order is train else self.inputs.held_out_texts,

@@ -20,7 +20,8 @@ import torch
 from puzzle_core.distill.losses import kl_of_log_probabilities
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import FORWARD_TOKENS, Activations
-from puzzle_core.model.surgery import State, Subblocks, load_subblocks
+from puzzle_core.model.surgery import Subblocks, load_subblocks
+from puzzle_core.state_dict import State
 from puzzle_core.work import ScoreRecord, ScoreWork
 
 COMPARED_TOKENS = 512

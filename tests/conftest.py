@@ -25,8 +25,9 @@ from puzzle_core.distill import importance
 from puzzle_core.model import child
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.parent import Parent
-from puzzle_core.model.surgery import WEIGHTS, State
+from puzzle_core.model.surgery import WEIGHTS
 from puzzle_core.spec import Dtype, ParentSpec
+from puzzle_core.state_dict import State
 from puzzle_core.work import AssembleWork, ImportanceWork
 from tests.pico import PICOS, SIZES, write_pico
 

@@ -51,7 +51,7 @@ def bench(options: Any) -> None:
         settings |= {"engine": "llama.cpp", "gguf_type": options.gguf_type}
     sweep = core.Sweep(options.batch, options.context, options.generate)
     logging.getLogger("gguf").setLevel(logging.ERROR)
-    with machine_lock(alone=True):
+    with machine_lock("exclusive"):
         target = TargetSpec.model_validate(settings)
         record = core.run(directory, options.engine, target, sweep, options.python, lambda place: log.info("%s", place))
     options.out.mkdir(parents=True)

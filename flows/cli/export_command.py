@@ -55,7 +55,11 @@ def export(options: Any) -> None:
     if Path(name).name != name or "\\" in name:
         raise SpecError(f"--name {name!r} is a path: say what the model is called, and where it goes with --out")
     directory, store, key = open_child(options.child, options.store)
-    provenance = _provenance(store, key) if store else None
+    provenance = None
+    if store:
+        from tasks.store.provenance import stored_provenance
+
+        provenance = stored_provenance(store, key)
     with new_directory(options.out) as staged:
         written = _write_hf if options.format == "hf" else _write_gguf
         record = written(directory, provenance, staged, name, options)
@@ -126,26 +130,6 @@ def open_child(child: str, location: str) -> tuple[Path, Any, str]:
         raise SpecError(f"{child!r} is neither a directory here nor a key of a child like gkd/v1/...") from error
     store = Store.of(RuntimeSpec(store=location))
     return store.fetch(key), store, key
-
-
-def _provenance(store: Any, key: str) -> Any:
-    from puzzle_core.export.card import Provenance
-    from puzzle_core.work import EvaluationRecord
-
-    manifest = store.manifest(key)
-    evaluations = list(store.manifests(store.keys("evaluation")).values())
-    own = next((found for found in evaluations if found.work["child"] == key), None)
-    same = {"parent": manifest.work["parent"], "child": None, "tokens": own.work["tokens"] if own else None}
-    parent = next((found for found in evaluations if same.items() <= found.work.items()), None)
-    return Provenance(
-        key=key,
-        made_by=manifest.made_by,
-        made_at=manifest.made_at,
-        parent=manifest.work["parent"],
-        distilled_tokens=manifest.record.get("tokens"),
-        evaluation=EvaluationRecord.model_validate(own.record) if own else None,
-        parent_evaluation=EvaluationRecord.model_validate(parent.record) if parent else None,
-    )
 
 
 @contextlib.contextmanager

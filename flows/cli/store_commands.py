@@ -87,8 +87,9 @@ def _list_stage(found: Any, stage: str) -> None:
 
 def _show(options: Any) -> None:
     from puzzle_core.records import canonical_json
-    from tasks.store.garbage import Inventory, references
+    from tasks.store.garbage import Inventory
     from tasks.store.manifest import check_key
+    from tasks.store.references import references
 
     store, key = _open(options), check_key(options.key)
     manifest = store.manifest(key)

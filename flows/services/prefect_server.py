@@ -6,7 +6,6 @@ were measured to lose no task rows (benchmarks/task_overhead.py).
 """
 
 import contextlib
-import ctypes
 import datetime
 import fcntl
 import importlib
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from puzzle_core.errors import PuzzleError
+from puzzle_core.parent_death import end_with_parent
 
 log = logging.getLogger("puzzle")
 PREFECT_HOME = Path(".puzzle/prefect")
@@ -138,8 +138,7 @@ def free_port() -> int:
 def _die_with_parent() -> None:
     """On Linux, have the kernel end the server when the command dies, however it dies; SIGINT stays the command's."""
     os.setsid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

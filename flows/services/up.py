@@ -82,9 +82,7 @@ def up(place: Path, ports: Ports) -> None:
     Raises:
         PuzzleError: services are running already, a port is taken, or something did not start; names its log.
     """
-    from tasks.tracking.tracking import (
-        crash_orphans as fail_orphans,  # slow to import, and `make down` needs none of it
-    )
+    from tasks.tracking.mlflow_client import end_orphaned_runs  # slow to import, and `make down` does not need it
 
     place = place.resolve()
     if processes(place):
@@ -92,7 +90,7 @@ def up(place: Path, ports: Ports) -> None:
     logs = place / ".puzzle" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     started = services(place, ports)
-    fail_orphans(f"sqlite:///{place / TRACKING}")
+    end_orphaned_runs(f"sqlite:///{place / TRACKING}")
     try:
         for service in started[:-1]:
             _start(service, place, logs / f"{service.name}.log")

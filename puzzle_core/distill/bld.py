@@ -19,7 +19,8 @@ from puzzle_core.distill.loop import Checkpoints, MicroBatch, Progress, train
 from puzzle_core.distill.losses import normalised_mse
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import Activations
-from puzzle_core.model.surgery import WEIGHTS, State, variant_block
+from puzzle_core.model.surgery import WEIGHTS, variant_block
+from puzzle_core.state_dict import State
 from puzzle_core.work import BldRecord, BldWork
 
 DIVERGED_LOSS = 0.05

@@ -20,8 +20,9 @@ from puzzle_core.model.checkpoint import Checkpoint, write_checkpoint
 from puzzle_core.model.child_config import read_child_config
 from puzzle_core.model.parent import Parent, build_model, served_as, torch_dtype
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
-from puzzle_core.model.surgery import State, load_weights
+from puzzle_core.model.surgery import load_weights
 from puzzle_core.spec import Dtype
+from puzzle_core.state_dict import State
 from puzzle_core.work import AssembleWork, ChildRecord
 
 CODE = ("configuration_puzzle.py", "modeling_puzzle.py")

@@ -14,8 +14,8 @@ from puzzle_core.architecture import EMPTY_BLOCK, BlockVariant, Variant
 from puzzle_core.formats.block_configs import block_config
 from puzzle_core.model.parent import Parent
 from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock
+from puzzle_core.state_dict import State
 
-State = dict[str, torch.Tensor]
 WEIGHTS = "weights.safetensors"
 """The file of a trained variant in the library."""
 

@@ -9,9 +9,8 @@ Legend: D hidden width, H heads, K KV heads, G heads per KV head, d head width.
 import torch
 
 from puzzle_core.families.family import FAMILIES
+from puzzle_core.state_dict import State
 from puzzle_core.variants.kinds import ParentShape
-
-State = dict[str, torch.Tensor]
 
 
 def pooled_attention(layer: State, shape: ParentShape, kv_heads: int, contribution_I: None = None) -> State:

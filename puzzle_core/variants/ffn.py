@@ -8,9 +8,8 @@ Legend: D hidden width, I intermediate width, C kept channels.
 import torch
 
 from puzzle_core.families.family import FAMILIES
+from puzzle_core.state_dict import State
 from puzzle_core.variants.kinds import ParentShape
-
-State = dict[str, torch.Tensor]
 
 
 def pruned_ffn(layer: State, shape: ParentShape, width: int, contribution_I: torch.Tensor | None = None) -> State:

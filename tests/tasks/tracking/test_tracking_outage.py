@@ -67,7 +67,7 @@ def impatient(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.5)
-    monkeypatch.setattr(outbox, "PATIENCE_SECONDS", 3.0)
+    monkeypatch.setattr(outbox, "FLUSH_SECONDS", 3.0)
 
 
 def wait_for(condition, seconds=60):
