@@ -284,7 +284,7 @@ def test_a_new_kind_is_assembled_and_described_and_its_export_refused(toy, paren
     save_file(initial_state("llama", 0, "attn:toy2"), tmp_path / "toy" / WEIGHTS)
     library = [{"attn:toy2": tmp_path / "toy"}, *({} for _ in range(parent.shape.layers - 1))]
     work = AssembleWork(parent="p", architecture=architecture, library=(), dtype="float32")
-    child.run(work, parent, library, tmp_path / "child")
+    child.assemble(work, parent, library, tmp_path / "child")
     model = child.load_child(tmp_path / "child", torch.float32, CPU)
     entry = model.config.block_configs[0]["attention"]
     assert entry == {"num_key_value_heads": 2, "no_op": False, "replace_with_linear": False, "toy": True}
