@@ -112,11 +112,6 @@ class Activations:
         """What the log-probabilities of all tokens take."""
         return self.ids_NT.numel() * self.parent.shape.vocabulary * 4
 
-    def release(self, layer: int) -> None:
-        """Drop what only this layer's tasks needed."""
-        for name in (f"entry-{layer:03d}", f"middle-{layer:03d}"):
-            self._path(name).unlink(missing_ok=True)
-
     def batches(self) -> Iterator[slice]:
         """Row ranges of about FORWARD_TOKENS tokens."""
         for start in range(0, len(self.ids_NT), self.rows):
@@ -131,6 +126,12 @@ class Activations:
 
     def _open(self, name: str) -> torch.Tensor:
         return _map(self._path(name), self._shape, self.dtype, writable=False)
+
+
+def drop_layer(directory: Path, layer: int) -> None:
+    """Delete the states of a directory of `Activations` that only this layer's tasks read."""
+    for name in (f"entry-{layer:03d}", f"middle-{layer:03d}"):
+        (directory / f"{name}.bin").unlink(missing_ok=True)
 
 
 class ChildActivations(Activations):

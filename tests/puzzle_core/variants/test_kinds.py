@@ -147,11 +147,11 @@ def toy(monkeypatch):
         KINDS["attn", "sized"],
         name="toy",
         word="toy",
-        order=3,
+        order=99,
         spec_field=None,
         restricted_by=frozenset({"no_linear"}),
         initial_weights=f"{__name__}:first_heads",
-        flag="first_heads",
+        flag="toy",
         published_entry=None,
     )
     monkeypatch.setitem(KINDS, ("attn", "toy"), row)
@@ -287,7 +287,7 @@ def test_a_new_kind_is_assembled_and_described_and_its_export_refused(toy, paren
     child.run(work, parent, library, tmp_path / "child")
     model = child.load_child(tmp_path / "child", torch.float32, CPU)
     entry = model.config.block_configs[0]["attention"]
-    assert entry == {"num_key_value_heads": 2, "no_op": False, "replace_with_linear": False, "first_heads": True}
+    assert entry == {"num_key_value_heads": 2, "no_op": False, "replace_with_linear": False, "toy": True}
     source = Source(tmp_path / "child")
     assert source.architecture == architecture
     with pytest.raises(ExportError, match="has no place for layer 0 attn:toy2"):
