@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from puzzle_core.architecture import BlockVariant, ModelShape, Variant, VariantId
-from puzzle_core.engines import Engine, restrictions
+from puzzle_core.engines import ServingEngine, required_constraints, restrictions
 from puzzle_core.quantities import (
     parse_bytes,
     parse_column,
@@ -26,7 +26,6 @@ from puzzle_core.records import Record
 from puzzle_core.target import Dtype as Dtype
 from puzzle_core.target import Positive, Share
 from puzzle_core.target import TargetSpec as TargetSpec
-from puzzle_core.variants.entries import WIDTH_GRID
 from puzzle_core.variants.kinds import KINDS, Subblock, kinds_of
 from puzzle_core.yaml_file import parse_record
 
@@ -127,7 +126,7 @@ class VariantsSpec(Record):
         attentions, ffns = self.of_layer(layer, shape)
         return [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
 
-    def served_by(self, engines: tuple[Engine, ...], shape: ModelShape) -> "VariantsSpec":
+    def served_by(self, engines: tuple[ServingEngine, ...], shape: ModelShape) -> "VariantsSpec":
         """The same space without the variants that one of these engines runs in no layer."""
         constraints = ConstraintsSpec().for_engines(engines)
         switches = {
@@ -297,19 +296,13 @@ class ConstraintsSpec(Record):
         description="Devices that share every layer: FFN widths are a multiple of it, KV heads too, or divide it",
     )
 
-    def for_engines(self, engines: tuple[Engine, ...]) -> "ConstraintsSpec":
+    def for_engines(self, engines: tuple[ServingEngine, ...]) -> "ConstraintsSpec":
         """These constraints and those of every engine on sizes and places (puzzle_core/engines.py)."""
-        required = restrictions(engines)
-        grid = WIDTH_GRID if "width_grid" in required else 1
-        return self.model_copy(
-            update={
-                "ffn_multiple_of": math.lcm(self.ffn_multiple_of, grid),
-                "uniform_kv_heads": self.uniform_kv_heads or "one_kv_heads" in required,
-                "attention_first": self.attention_first or "attention_first" in required,
-            }
-        )
+        required = required_constraints(engines)
+        multiple = math.lcm(self.ffn_multiple_of, required.get("ffn_multiple_of", 1))
+        return self.model_copy(update=required | {"ffn_multiple_of": multiple})
 
-    def allows(self, variant: Variant, engines: tuple[Engine, ...]) -> bool:
+    def allows(self, variant: Variant, engines: tuple[ServingEngine, ...]) -> bool:
         """Whether these constraints and these engines allow a variant in any layer."""
         row = variant.row
         if row.restricted_by and not row.restricted_by.isdisjoint(restrictions(engines)):
@@ -355,7 +348,7 @@ class SearchRequest(Record):
     more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
     mix: MixSpec | None = None
     constraints: ConstraintsSpec = ConstraintsSpec()
-    engines: tuple[Engine, ...] = Field(
+    engines: tuple[ServingEngine, ...] = Field(
         (), description="Serving engines that must all run the child: what one of them cannot is left out"
     )
     search: SearchSpec = SearchSpec()
@@ -498,7 +491,7 @@ class RunSpec(Record):
     more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
     mix: MixSpec | None = Field(None, description="Limits on the weighted mix of all scenarios")
     constraints: ConstraintsSpec = ConstraintsSpec()
-    engines: tuple[Engine, ...] = Field(
+    engines: tuple[ServingEngine, ...] = Field(
         (), description="Serving engines that must all run the child: what one of them cannot is left out"
     )
     search: SearchSpec = SearchSpec()

@@ -45,6 +45,12 @@ MIXED = (
 )
 
 
+def trained_variants(block: BlockVariant, shape: ModelShape) -> list[str]:
+    """Ids of the subblocks of a block that come from the library: neither the parent's nor no-ops."""
+    parent_block = (shape.parent_block.attention, shape.parent_block.ffn)
+    return [str(v) for v in (block.attention, block.ffn) if v.kind != "no_op" and v not in parent_block]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_turns_left() -> Iterator[None]:
     """Remove the locks of this session's runs (tasks/runtime/locks.py)."""
@@ -184,15 +190,10 @@ def assemble(
                 save_file(initial_state(name, layer, variant), directory / WEIGHTS)
         out_dir = tmp_path_factory.mktemp("child")
         work = AssembleWork(parent=name, architecture=architecture, library=(), dtype=dtype)
-        child.run(work, parent, library, out_dir)
+        child.assemble(work, parent, library, out_dir)
         return out_dir
 
     return write
-
-
-def trained_variants(block: BlockVariant, shape: ModelShape) -> list[str]:
-    """Ids of the subblocks of a block that the library has: neither the parent's own nor no-ops."""
-    return [str(v) for v in block.subblocks if not v.is_empty and v not in shape.parent_block.subblocks]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -70,7 +70,7 @@ def stdlib_child(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[st
                     library[layer][str(variant)].mkdir()
                     save_file(state, library[layer][str(variant)] / WEIGHTS)
         work = AssembleWork(parent="stdlib", architecture=architecture, library=(), dtype="float32")
-        child.run(work, parent, library, out_dir)
+        child.assemble(work, parent, library, out_dir)
         return out_dir
 
     return write
