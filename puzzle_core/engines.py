@@ -28,8 +28,8 @@ class Restriction(NamedTuple):
     """Something that an engine cannot run.
 
     `broken` gives the part of a sentence that says how an architecture breaks it, or none. `constraints` are the values
-    of a search's `constraints` under which no architecture breaks it. A restriction that excludes a whole kind of variants has
-    none: the kind's row names it (`restricted_by`).
+    of a search's `constraints` under which no architecture breaks it. A restriction that excludes a whole kind of
+    variants has none: the kind's row names it (`restricted_by`).
     """
 
     broken: Callable[[Architecture], str | None]

@@ -112,7 +112,8 @@ def test_a_row_that_is_added_is_read_by_spec_plan_search_and_export(monkeypatch,
     monkeypatch.setitem(ENGINES, "toy", toy_engine.ROW)
     assert {str(work.variant) for work in plan("toy").all_bld()} == {"attn:kv1", "ffn:i256"}
     search = {"frontier_points": 2, "explain": False, "baselines": []}
-    free, bound = (run_search.run(instance(0, engines=e, search=search)).chosen.architecture for e in ([], ["toy"]))
+    builders = (builder(0, engines=engines, search=search) for engines in ([], ["toy"]))
+    free, bound = (find_architecture(of_engines).best.architecture for of_engines in builders)
     assert len(obstacles(free)["Toy"]) > 0
     assert obstacles(bound)["Toy"] == []
 
