@@ -32,9 +32,10 @@ from puzzle_core.model.activations import Activations
 from puzzle_core.model.child import load_parent
 from puzzle_core.model.parent import Parent
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
-from puzzle_core.model.surgery import State, Subblocks, load_subblocks
+from puzzle_core.model.surgery import Subblocks, load_subblocks
 from puzzle_core.report.report_tables import Table, format_text
 from puzzle_core.spec import VariantsSpec
+from puzzle_core.state_dict import State
 from puzzle_core.work import ScoreWork
 
 COLUMNS = ("layers", "scores", "stored, s", "full, s", "ratio [least, most]", "in CPU time", "capture, s", "difference")

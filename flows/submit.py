@@ -27,7 +27,8 @@ log = logging.getLogger("puzzle")
 PROGRESS_SECONDS = 5.0
 ATTEMPTS = 3
 """Of a run that finds damaged artifacts (`retry_after_damage`)."""
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 # `Any` below stands for the parameters of tasks of every signature, and for the results of their futures.
 
 

@@ -62,8 +62,8 @@ def _through_block(
     work: ScoreWork, activations: Activations, block: Subblocks, rows: slice, context: dict[str, Any]
 ) -> torch.Tensor:
     if work.block.attention == activations.attention(work.layer):
-        return block.feed(activations.middle(work.layer)[rows].to(activations.device))
-    return block(activations.entry(work.layer)[rows].to(activations.device), **context)
+        return block.feed(activations.post_attention(work.layer)[rows].to(activations.device))
+    return block(activations.layer_input(work.layer)[rows].to(activations.device), **context)
 
 
 class _Compared:

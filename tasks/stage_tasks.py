@@ -135,7 +135,7 @@ def capture_layer(
     use_threads(context.threads_per_task)
     activations = context.activations(tokens, dtype, base)
     with machine_lock("shared"):
-        if layer == 0 and not activations.has_entry(0):
+        if layer == 0 and not activations.has_layer_input(0):
             activations.capture_embedding()
         activations.capture_layer(layer, keep_post_attention)
 
@@ -228,7 +228,7 @@ def store_refinement(work: RefineWork, record: RefineRecord, context: RunContext
 def assemble_child(work: AssembleWork, label: str, context: RunContext) -> str:
     """Assemble a child's checkpoint from library blocks and the parent."""
     directories = [{variant: context.store().fetch(key) for variant, key in layer} for layer in work.library]
-    return produce(work, context, lambda out: child.run(work, context.open_parent(), directories, out))
+    return produce(work, context, lambda out: child.assemble(work, context.open_parent(), directories, out))
 
 
 @stage_task("gkd", "gkd")

@@ -22,8 +22,8 @@ from puzzle_core.errors import MeasurementError, SpecError
 from puzzle_core.export.hf import export_hf
 from puzzle_core.export.source import RandomSource, Source
 from puzzle_core.formats.block_configs import block_config
+from puzzle_core.model.child_config import child_config
 from puzzle_core.model.parent import build_model, served_as, torch_dtype
-from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.sizes import DTYPE_BYTES, kv_entries_per_token
 from puzzle_core.spec import TargetSpec
 from puzzle_core.work import Timing, Traffic
@@ -97,7 +97,7 @@ def _in_torch(
     device, dtype, models = latency.target_device(target), torch_dtype(target.dtype), {}
     for name, source in sources.items():
         blocks = [block_config(block) for block in source.architecture.layers]
-        model = build_model(PuzzleConfig.from_parent(source.config, blocks), None)
+        model = build_model(child_config(source.config, blocks), None)
         models[name] = served_as(model, dtype, device).requires_grad_(False)
     weights = {name: sum(p.numel() * p.element_size() for p in model.parameters()) for name, model in models.items()}
 

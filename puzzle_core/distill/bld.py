@@ -46,8 +46,8 @@ def run(
     parameters = {name: parameter.requires_grad_(True) for name, parameter in block.named_parameters()}
     frozen = parent.block(work.layer, activations.dtype, activations.device)
     attends, context = work.variant.subblock == "attn", activations.context()
-    inputs = activations.entry(work.layer) if attends else activations.middle(work.layer)
-    targets, device = activations.entry(work.layer + 1), activations.device
+    inputs = activations.layer_input(work.layer) if attends else activations.post_attention(work.layer)
+    targets, device = activations.layer_input(work.layer + 1), activations.device
     windows, length = activations.ids_NT.shape
     batch = spec.batch_tokens // length
     steps = max(1, windows * spec.epochs // batch)

@@ -22,6 +22,7 @@ from puzzle_core.errors import ExportError, NonFiniteError
 from puzzle_core.export.gguf_tokenizer import GgufVocabulary, gguf_vocabulary
 from puzzle_core.export.lowering import ZERO_WIDTH, Half, LoweredLayer, biased, lower
 from puzzle_core.export.source import ExportRecord, Source, WrittenTensor, refuse, shared_reasons
+from puzzle_core.families.family import FAMILIES
 from puzzle_core.model.remote.modeling_puzzle import family_class
 from puzzle_core.target import GgufType
 
@@ -148,7 +149,8 @@ def _describe_tokenizer(writer: GGUFWriter, tokenizer: Any, vocabulary: GgufVoca
 
 def _rotary(source: Source) -> _Rotary:
     """How the parent's rotary frequencies differ from the plain ones, whatever rule they come from."""
-    rotary = family_class(source.shape.family, "RotaryEmbedding")(config=source.config)
+    family = FAMILIES[source.shape.family].description()
+    rotary = family_class(family, "RotaryEmbedding")(config=source.config)
     inverse, width = rotary.inv_freq.double(), source.shape.head_dim
     if 2 * len(inverse) != width:
         raise ExportError(

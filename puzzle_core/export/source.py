@@ -11,12 +11,13 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from puzzle_core.architecture import Architecture
 from puzzle_core.errors import ArtifactError, ExportError
+from puzzle_core.families.family import FAMILIES
 from puzzle_core.formats.block_configs import block_config, from_block_configs
 from puzzle_core.model.checkpoint import Checkpoint
-from puzzle_core.model.parent import Parent
+from puzzle_core.model.child_config import child_config, read_child_config
+from puzzle_core.model.parent import Parent, tensor_shapes
 from puzzle_core.model.parent_config import TOKENIZER_FILES, first_line, shape_of
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
-from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.records import Record
 from puzzle_core.spec import ParentSpec
 
@@ -61,12 +62,12 @@ class Source:
             self.config, self.shape, self.checkpoint = parent.config, parent.shape, parent.checkpoint
             self.architecture = Architecture.of_parent(parent.shape)
             return
-        own = PuzzleConfig.from_pretrained(directory)
-        self.config = own.parent()
+        config = read_child_config(directory)
+        self.config = config.parent()
         self.shape = shape_of(self.config, directory)
-        self.architecture = from_block_configs(own.block_configs, self.shape.hidden, self.shape.heads)
-        self.checkpoint = Checkpoint(directory)
-        _check_tensors(self.checkpoint, own)
+        self.architecture = from_block_configs(config.block_configs, self.shape.hidden, self.shape.heads)
+        self.checkpoint = Checkpoint(directory, ArtifactError)
+        self.checkpoint.check(tensor_shapes(config))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,7 +109,8 @@ class Source:
 
     def without_rotary(self) -> list[int]:
         """Layers whose attention is kept and does not know positions (SmolLM3 has such)."""
-        rotary = getattr(self.config, "no_rope_layers", None) or [1] * self.shape.layers
+        key = FAMILIES[self.shape.family].rotary_layers_key
+        rotary = getattr(self.config, key) if key else [1] * self.shape.layers
         kept = enumerate(block.attention.kv_heads > 0 for block in self.architecture.layers)
         return [layer for layer, attends in kept if attends and not rotary[layer]]
 
@@ -128,9 +130,7 @@ class RandomSource(Source):
         super().__init__(like)
         self.architecture = architecture or Architecture.of_parent(self.shape)
         blocks = [block_config(block) for block in self.architecture.layers]
-        with torch.device("meta"):
-            tensors = PuzzleForCausalLM(PuzzleConfig.from_parent(self.config, blocks)).state_dict()
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self._shapes = tensor_shapes(child_config(self.config, blocks))
         self.names = self._shapes.keys()
 
     def tensor(self, name: str) -> WrittenTensor:
@@ -153,6 +153,8 @@ def refuse(source: Source, form: str, reasons: list[str]) -> None:
 def shared_reasons(source: Source) -> list[str]:
     """Why neither form can carry a child: what a Llama's block does not have."""
     reasons = []
+    if fields := FAMILIES[source.shape.family].unlike_llama:
+        reasons.append(f"its family {source.shape.family} has {', '.join(fields)}, which the format has no place for")
     if source.shape.qk_norm:
         reasons.append(
             f"its family {source.shape.family} normalises queries and keys, which the format has no place for"
@@ -177,19 +179,3 @@ def _model_type(directory: Path) -> str | None:
             f"{directory} holds no checkpoint of a child ({type(error).__name__}: {error}): give the directory of one, "
             f"or its key with --store"
         ) from error
-
-
-def _check_tensors(checkpoint: Checkpoint, config: PuzzleConfig) -> None:
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in PuzzleForCausalLM(config).state_dict().items()}
-    found = {name: header.shape for name, header in checkpoint.headers.items()}
-    for shapes in (expected, found):
-        if config.tie_word_embeddings:
-            shapes.pop("lm_head.weight", None)
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise ArtifactError(
-            f"{checkpoint.directory} does not match its own config in {len(wrong)} tensors, the first being "
-            f"{wrong[0]!r} (config {expected.get(wrong[0], 'none')}, checkpoint {found.get(wrong[0], 'none')}): make "
-            f"it again"
-        )

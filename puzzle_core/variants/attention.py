@@ -8,10 +8,9 @@ Legend: D hidden width, H heads, K KV heads, G heads per KV head, d head width.
 
 import torch
 
+from puzzle_core.families.family import FAMILIES
 from puzzle_core.state_dict import State
 from puzzle_core.variants.kinds import ParentShape
-
-PREFIXES = ("self_attn.", "input_layernorm.")
 
 
 def pooled_attention(layer: State, shape: ParentShape, kv_heads: int, contribution_I: None = None) -> State:
@@ -22,7 +21,7 @@ def pooled_attention(layer: State, shape: ParentShape, kv_heads: int, contributi
         kv_heads: a divisor of the parent's.
         contribution_I: of no use here.
     """
-    state = _own(layer)
+    state = _attention_tensors(layer, shape)
     for projection in ("k_proj", "v_proj"):
         for part in ("weight", "bias"):
             name = f"self_attn.{projection}.{part}"
@@ -33,17 +32,17 @@ def pooled_attention(layer: State, shape: ParentShape, kv_heads: int, contributi
 
 def linear_attention(layer: State, shape: ParentShape, size: int, contribution_I: None = None) -> State:
     """W = W_O . expand(W_V): every token attends to itself alone, so its value goes straight to the output."""
-    own = _own(layer)
-    out_DHd = own["self_attn.o_proj.weight"].float()
+    parent = _attention_tensors(layer, shape)
+    out_DHd = parent["self_attn.o_proj.weight"].float()
     state = {
-        "input_layernorm.weight": own["input_layernorm.weight"],
-        "self_attn.linear_attn.weight": out_DHd @ _expand(own["self_attn.v_proj.weight"], shape),
+        **{name: tensor for name, tensor in parent.items() if not name.startswith("self_attn.")},
+        "self_attn.linear_attn.weight": out_DHd @ _expand(parent["self_attn.v_proj.weight"], shape),
     }
-    if "self_attn.v_proj.bias" in own or "self_attn.o_proj.bias" in own:
+    if "self_attn.v_proj.bias" in parent or "self_attn.o_proj.bias" in parent:
         bias_D = torch.zeros(shape.hidden)
-        if "self_attn.v_proj.bias" in own:
-            bias_D = out_DHd @ _expand(own["self_attn.v_proj.bias"], shape)
-        state["self_attn.linear_attn.bias"] = bias_D + own.get("self_attn.o_proj.bias", torch.zeros(())).float()
+        if "self_attn.v_proj.bias" in parent:
+            bias_D = out_DHd @ _expand(parent["self_attn.v_proj.bias"], shape)
+        state["self_attn.linear_attn.bias"] = bias_D + parent.get("self_attn.o_proj.bias", torch.zeros(())).float()
     return state
 
 
@@ -62,9 +61,10 @@ def mean_pool(rows: torch.Tensor, kv_heads: int, head_dim: int) -> torch.Tensor:
     return grouped.mean(1).flatten(0, 1).to(rows.dtype)
 
 
-def _own(layer: State) -> State:
-    """The tensors of the parent's attention and of the norm in front of it."""
-    return {name: tensor for name, tensor in layer.items() if name.startswith(PREFIXES)}
+def _attention_tensors(layer: State, shape: ParentShape) -> State:
+    """The tensors of the parent's attention and of its norms."""
+    prefixes = FAMILIES[shape.family].attention_prefixes
+    return {name: tensor for name, tensor in layer.items() if name.startswith(prefixes)}
 
 
 def _expand(values_Kd: torch.Tensor, shape: ParentShape) -> torch.Tensor:

@@ -7,10 +7,9 @@ Legend: D hidden width, I intermediate width, C kept channels.
 
 import torch
 
+from puzzle_core.families.family import FAMILIES
 from puzzle_core.state_dict import State
 from puzzle_core.variants.kinds import ParentShape
-
-PREFIXES = ("mlp.", "post_attention_layernorm.")
 
 
 def pruned_ffn(layer: State, shape: ParentShape, width: int, contribution_I: torch.Tensor | None = None) -> State:
@@ -21,7 +20,7 @@ def pruned_ffn(layer: State, shape: ParentShape, width: int, contribution_I: tor
         contribution_I: how much each channel contributes; the lowest are dropped.
     """
     assert contribution_I is not None, f"FFN of width {width}: nothing says which channels to keep"
-    state = _own(layer)
+    state = _ffn_tensors(layer, shape)
     kept_C = contribution_I.topk(width).indices.sort().values
     for name in ("gate_proj.weight", "gate_proj.bias", "up_proj.weight", "up_proj.bias"):
         if f"mlp.{name}" in state:
@@ -32,17 +31,19 @@ def pruned_ffn(layer: State, shape: ParentShape, width: int, contribution_I: tor
 
 def linear_ffn(layer: State, shape: ParentShape, size: int, contribution_I: torch.Tensor | None = None) -> State:
     """W = W_down . W_up, the gate ignored."""
-    own = _own(layer)
-    down_DI = own["mlp.down_proj.weight"].float()
+    parent = _ffn_tensors(layer, shape)
+    down_DI = parent["mlp.down_proj.weight"].float()
     state = {
-        "post_attention_layernorm.weight": own["post_attention_layernorm.weight"],
-        "mlp.linear_mlp.weight": down_DI @ own["mlp.up_proj.weight"].float(),
+        **{name: tensor for name, tensor in parent.items() if not name.startswith("mlp.")},
+        "mlp.linear_mlp.weight": down_DI @ parent["mlp.up_proj.weight"].float(),
     }
-    if "mlp.down_proj.bias" in own:
-        state["mlp.linear_mlp.bias"] = down_DI @ own["mlp.up_proj.bias"].float() + own["mlp.down_proj.bias"].float()
+    if "mlp.down_proj.bias" in parent:
+        bias_D = down_DI @ parent["mlp.up_proj.bias"].float()
+        state["mlp.linear_mlp.bias"] = bias_D + parent["mlp.down_proj.bias"].float()
     return state
 
 
-def _own(layer: State) -> State:
-    """The tensors of the parent's FFN and of the norm in front of it."""
-    return {name: tensor for name, tensor in layer.items() if name.startswith(PREFIXES)}
+def _ffn_tensors(layer: State, shape: ParentShape) -> State:
+    """The tensors of the parent's FFN and of its norms."""
+    prefixes = FAMILIES[shape.family].ffn_prefixes
+    return {name: tensor for name, tensor in layer.items() if name.startswith(prefixes)}

@@ -81,12 +81,16 @@ def test_at_most_three_layers_lie_in_scratch_and_none_afterwards(spec_of, prefec
     monkeypatch.setattr(bld, "run", looking(bld.run))
     monkeypatch.setattr(Activations, "capture_layer", looking(Activations.capture_layer))
     plan, _ = train(spec)
-    middles = [{name for name in names if "middle" in name} for names in seen]
+    middles = [{name for name in names if "post-attention" in name} for names in seen]
     assert max(map(len, middles)) <= 3
     assert max(map(len, middles)) > 1
     state = spec.bld.tokens * plan.inputs.shape.hidden * 4
     assert max(map(len, seen)) * state <= plan.volume().scratch_bytes
-    assert {name for names in seen for name in names} >= {"entry-000.bin", "middle-004.bin", "entry-005.bin"}
+    assert {name for names in seen for name in names} >= {
+        "layer-input-000.bin",
+        "post-attention-004.bin",
+        "layer-input-005.bin",
+    }
     assert not list((scratch / "activations").rglob("*.bin*"))
 
 

@@ -44,14 +44,16 @@ def test_pooling_keeps_the_type():
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_linear_attention_is_attention_where_every_token_sees_itself_alone(name, linear_block, activations_of):
     activations = activations_of(name)
-    tokens, context = activations.entry(1).flatten(0, 1).unsqueeze(1), activations.context()
+    tokens, context = activations.layer_input(1).flatten(0, 1).unsqueeze(1), activations.context()
     context["position_embeddings"] = tuple(part[:, :1] for part in context["position_embeddings"])
     alone = activations.parent.block(1, torch.float32, CPU).attend(tokens, **context)
     torch.testing.assert_close(linear_block(name).attend(tokens), alone)
 
 
 def test_linear_attention_is_not_attention_of_whole_windows(linear_block, activations):
-    assert not torch.allclose(linear_block("llama").attend(activations.entry(1)), activations.middle(1), atol=0.1)
+    assert not torch.allclose(
+        linear_block("llama").attend(activations.layer_input(1)), activations.post_attention(1), atol=0.1
+    )
 
 
 def test_linear_keeps_the_norm_and_no_op_keeps_nothing(parent):

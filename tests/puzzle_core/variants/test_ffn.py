@@ -32,7 +32,7 @@ def test_pruning_keeps_the_channels_that_contribute_most_in_their_order_bitwise(
 
 @pytest.mark.parametrize("name", FFNS)
 def test_pruned_ffn_is_the_dense_one_without_the_other_channels(name, activations_of):
-    parent, middle = activations_of(name).parent, activations_of(name).middle(1)
+    parent, middle = activations_of(name).parent, activations_of(name).post_attention(1)
     narrow, dense = Variant("ffn", "sized", 20), parent.shape.parent_block.ffn
     silenced = pruned_ffn(parent.layer_tensors(1), parent.shape, 48, CONTRIBUTIONS)
     dropped = [channel for channel in range(48) if channel not in KEPT]
@@ -57,7 +57,7 @@ def test_pruning_without_contributions_is_our_own_mistake(parent):
 
 @pytest.mark.parametrize("name", FFNS)
 def test_linear_ffn_is_up_then_down(name, activations_of):
-    parent, middle = activations_of(name).parent, activations_of(name).middle(1)
+    parent, middle = activations_of(name).parent, activations_of(name).post_attention(1)
     linear, dense = Variant("ffn", "linear"), parent.block(1, torch.float32, CPU)
     expected = middle + dense.mlp.down_proj(dense.mlp.up_proj(dense.post_attention_layernorm(middle)))
     state = linear_ffn(parent.layer_tensors(1), parent.shape, 0)

@@ -65,7 +65,7 @@ def test_parameters_and_kv_entries_are_those_of_the_real_module(row, name, paren
     size, cache = variant_size(parent.shape, variant), DynamicCache()
     assert sum(parameter.numel() for parameter in block.parameters()) == size.parameters
     with torch.no_grad():
-        block(activations.entry(1)[:1], **activations.context() | {"past_key_values": cache})
+        block(activations.layer_input(1)[:1], **activations.context() | {"past_key_values": cache})
     entries = sum(part.numel() for layer in cache.layers for part in (layer.keys, layer.values))
     assert entries == size.kv_entries_per_token * activations.ids_NT.shape[1]
     assert variant.is_empty == (size.parameters == 0)
@@ -284,7 +284,7 @@ def test_a_new_kind_is_assembled_and_described_and_its_export_refused(toy, paren
     save_file(initial_state("llama", 0, "attn:toy2"), tmp_path / "toy" / WEIGHTS)
     library = [{"attn:toy2": tmp_path / "toy"}, *({} for _ in range(parent.shape.layers - 1))]
     work = AssembleWork(parent="p", architecture=architecture, library=(), dtype="float32")
-    child.run(work, parent, library, tmp_path / "child")
+    child.assemble(work, parent, library, tmp_path / "child")
     model = child.load_child(tmp_path / "child", torch.float32, CPU)
     entry = model.config.block_configs[0]["attention"]
     assert entry == {"num_key_value_heads": 2, "no_op": False, "replace_with_linear": False, "toy": True}
