@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.engines import ENGINES
 from puzzle_core.errors import SpecError
 from puzzle_core.records import Record
 from puzzle_core.sizes import DTYPE_BYTES, architecture_parameters, variant_size
@@ -79,7 +80,8 @@ class Plan:
                     f"variants.layers names layers {exception.first_layer} to {exception.last_layer}, but the parent "
                     f"has layers 0 to {shape.layers - 1}"
                 )
-        if shape.qk_norm and (refusing := [engine for engine in spec.engines if engine != "transformers"]):
+        refusing = [engine for engine in spec.engines if "checkpoint" not in ENGINES[engine].formats]
+        if shape.qk_norm and refusing:
             raise SpecError(
                 f"engines asks for {', '.join(refusing)}, but the parent's family {shape.family} normalises queries "
                 "and keys, which no exported format has a place for (docs/engines.md): leave engines out"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from puzzle_core.architecture import BlockVariant, ModelShape, Variant, VariantId
-from puzzle_core.engines import Engine, restrictions
+from puzzle_core.engines import ServingEngine, constraints, restrictions
 from puzzle_core.quantities import (
     parse_bytes,
     parse_column,
@@ -26,7 +26,6 @@ from puzzle_core.records import Record
 from puzzle_core.target import Dtype as Dtype
 from puzzle_core.target import Positive, Share
 from puzzle_core.target import TargetSpec as TargetSpec
-from puzzle_core.variants.entries import WIDTH_GRID
 from puzzle_core.variants.kinds import KINDS, Subblock, kinds_of
 from puzzle_core.yaml_file import parse_record
 
@@ -127,7 +126,7 @@ class VariantsSpec(Record):
         attentions, ffns = self.of_layer(layer, shape)
         return [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
 
-    def served_by(self, engines: tuple[Engine, ...], shape: ModelShape) -> "VariantsSpec":
+    def served_by(self, engines: tuple[ServingEngine, ...], shape: ModelShape) -> "VariantsSpec":
         """The same space less the variants that one of these engines runs in no layer."""
         form = served_form(FormSpec(), engines)
         switches = {
@@ -299,20 +298,14 @@ class FormSpec(Record):
     )
 
 
-def served_form(form: FormSpec, engines: tuple[Engine, ...]) -> FormSpec:
+def served_form(form: FormSpec, engines: tuple[ServingEngine, ...]) -> FormSpec:
     """The form, narrowed to the sizes and places that all these engines run (puzzle_core/engines.py)."""
-    asked = restrictions(engines)
-    grid = WIDTH_GRID if "width_grid" in asked else 1
-    return form.model_copy(
-        update={
-            "ffn_multiple_of": math.lcm(form.ffn_multiple_of, grid),
-            "uniform_kv_heads": form.uniform_kv_heads or "one_kv_heads" in asked,
-            "attention_first": form.attention_first or "attention_first" in asked,
-        }
-    )
+    update = constraints(engines)
+    multiple = math.lcm(form.ffn_multiple_of, update.get("ffn_multiple_of", 1))
+    return form.model_copy(update=update | {"ffn_multiple_of": multiple})
 
 
-def allows(form: FormSpec, engines: tuple[Engine, ...], variant: Variant) -> bool:
+def allows(form: FormSpec, engines: tuple[ServingEngine, ...], variant: Variant) -> bool:
     """Whether the form and these engines allow a variant anywhere."""
     row = variant.row
     if row.restricted_by and not row.restricted_by.isdisjoint(restrictions(engines)):
@@ -358,7 +351,7 @@ class SearchRequest(Record):
     more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
     mix: MixSpec | None = None
     form: FormSpec = FormSpec()
-    engines: tuple[Engine, ...] = Field(
+    engines: tuple[ServingEngine, ...] = Field(
         (), description="Serving engines that must all run the child: what one of them cannot is left out"
     )
     search: SearchSpec = SearchSpec()
@@ -506,7 +499,7 @@ class RunSpec(Record):
     more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
     mix: MixSpec | None = Field(None, description="Limits on the weighted mix of all scenarios")
     form: FormSpec = FormSpec()
-    engines: tuple[Engine, ...] = Field(
+    engines: tuple[ServingEngine, ...] = Field(
         (), description="Serving engines that must all run the child: what one of them cannot is left out"
     )
     search: SearchSpec = SearchSpec()

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from puzzle_core import data, evaluation, scoring
-from puzzle_core.cost import latency, llama_cpp, roofline
-from puzzle_core.cost.llama_engine import engine_version
+from puzzle_core.cost import roofline
+from puzzle_core.cost.engine_module import cost_module
+from puzzle_core.cost.measuring import hardware_name
 from puzzle_core.device import available_cores, on_first, use_threads, visible_gpus
 from puzzle_core.distill import bld, gkd, importance
 from puzzle_core.distill.launch import GkdRequest, launch
@@ -84,13 +85,13 @@ def for_target(inputs: Inputs, target: TargetSpec) -> Inputs:
     Raises:
         PuzzleError: the device or the engine is not on this machine, or the cost table cannot be read.
     """
-    if (target.engine, target.costs) == ("llama.cpp", "measured"):
-        engine_version()
+    if target.costs == "measured":
+        cost_module(target.engine).engine_version()
     if target.table:
         read_costs(Path(target.table))
     return inputs.model_copy(
         update={
-            "hardware": target.hardware.device if target.hardware else latency.hardware_name(target),
+            "hardware": target.hardware.device if target.hardware else hardware_name(target),
             "cost_table": digest_file(Path(target.table)) if target.table else None,
         }
     )
@@ -187,7 +188,7 @@ def find_costs(work: CostWork, context: RunContext) -> str:
         return produce(
             work, context, lambda _: roofline.roofline(shape, work.variants, work.traffic, work.target), lock=None
         )
-    measure = llama_cpp.run if work.target.engine == "llama.cpp" else latency.run
+    measure = cost_module(work.target.engine).measure_costs
     return produce(
         work, context, lambda _: measure(work, context.open_parent(), _log_rounds("measuring costs")), lock="exclusive"
     )
@@ -280,7 +281,7 @@ def evaluate_model(work: EvaluateWork, label: str, context: RunContext) -> str:
 @stage_task("timing", "timing", tags=["measuring"])
 def time_models(work: TimingWork, context: RunContext) -> str:
     """Time the parent and the children end to end, alternating between them."""
-    measure = llama_cpp.run_timing if work.target.engine == "llama.cpp" else latency.run_timing
+    measure = cost_module(work.target.engine).time_architectures
     return produce(
         work, context, lambda _: measure(work, context.open_parent(), _log_rounds("timing models")), lock="exclusive"
     )

@@ -17,7 +17,7 @@ from puzzle_core import scoring
 from puzzle_core.architecture import Architecture, BlockVariant, Variant
 from puzzle_core.cost.roofline import roofline
 from puzzle_core.distill import bld
-from puzzle_core.engines import RULES
+from puzzle_core.engines import RESTRICTIONS
 from puzzle_core.errors import ExportError, SpecError
 from puzzle_core.export.hf import export_hf
 from puzzle_core.export.source import Source
@@ -88,7 +88,7 @@ def test_what_tells_kinds_apart_is_given_once(subblock):
 
 
 def test_restrictions_and_fields_of_rows_are_there():
-    restrictions = {rule.restriction for rules in RULES.values() for rule in rules}
+    restrictions = RESTRICTIONS.keys()
     assert {name for row in ROWS for name in row.restricted_by} <= restrictions
     assert {row.spec_field for row in ROWS} - {None} <= VariantsSpec.model_fields.keys()
     assert {row.form_field for row in ROWS} - {None} <= FormSpec.model_fields.keys()
