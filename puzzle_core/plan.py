@@ -31,6 +31,7 @@ from puzzle_core.work import (
 BLD_STATES = 7
 """State files that lie on the disk at most while variants train: two each of three layers, and what leaves the last."""
 LARGEST_LOG_PROBABILITIES_BYTES = 2**30
+HELD_OUT_SPLITS = ("scoring", "evaluation")
 
 
 class Inputs(Record):
@@ -104,7 +105,7 @@ class Plan:
         spec = self.spec
         train = (("calibration", spec.importance.tokens), ("bld", spec.bld.tokens), ("gkd", spec.gkd.tokens))
         held_out = (("scoring", spec.scoring.tokens), ("evaluation", spec.evaluation.tokens))
-        order = train if split in dict(train) else held_out
+        order = held_out if split in HELD_OUT_SPLITS else train
         position = [name for name, _ in order].index(split)
         return TokensWork(
             split=split,
@@ -115,6 +116,11 @@ class Plan:
             texts=self.inputs.train_texts if order is train else self.inputs.held_out_texts,
             tokenizer=self.inputs.tokenizer,
         )
+
+    def text_sources(self, split: str) -> tuple[str, ...]:
+        """The texts that a split is packed from."""
+        data = self.spec.data
+        return data.held_out_texts if split in HELD_OUT_SPLITS else data.train_texts
 
     def importance(self) -> ImportanceWork:
         """Channel contributions of the parent's FFNs."""

@@ -17,6 +17,7 @@ from puzzle_core.distill import bld, gkd, importance
 from puzzle_core.distill.launch import GkdRequest, launch
 from puzzle_core.distill.loop import Progress
 from puzzle_core.model import child
+from puzzle_core.model.activations import drop_layer
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.plan import Inputs
 from puzzle_core.records import digest_file
@@ -149,15 +150,12 @@ def capture_log_probabilities(tokens: str, dtype: Dtype, context: RunContext) ->
 
 
 @stage_task("drop activations", "drop activations", cached=False)
-def drop_activations(
-    tokens: str, dtype: Dtype, layer: int | None, context: RunContext, base: AssembleWork | None = None
-) -> None:
-    """Remove the activations that only this layer's tasks needed, or all of them where `layer` is none."""
-    activations = context.activations(tokens, dtype, base)
+def drop_activations(directory: Path, layer: int | None = None) -> None:
+    """Remove the activations in a directory that only this layer's tasks read, or the whole directory."""
     if layer is None:
-        shutil.rmtree(activations.directory, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
     else:
-        activations.release(layer)
+        drop_layer(directory, layer)
 
 
 @stage_task("bld", "bld layer {work.layer} {work.variant}")

@@ -113,11 +113,6 @@ class Activations:
         """Size of the log-probabilities of all tokens."""
         return self.ids_NT.numel() * self.parent.shape.vocabulary * 4
 
-    def release(self, layer: int) -> None:
-        """Delete the files that only tasks of this layer read."""
-        for name in (_layer_input_name(layer), _post_attention_name(layer)):
-            self._path(name).unlink(missing_ok=True)
-
     def batches(self) -> Iterator[slice]:
         """Row ranges of about FORWARD_TOKENS tokens."""
         for start in range(0, len(self.ids_NT), self.rows):
@@ -132,6 +127,12 @@ class Activations:
 
     def _open(self, name: str) -> torch.Tensor:
         return _map(self._path(name), self._shape, self.dtype, writable=False)
+
+
+def drop_layer(directory: Path, layer: int) -> None:
+    """Delete the files in a directory of `Activations` that only tasks of this layer read."""
+    for name in (_layer_input_name(layer), _post_attention_name(layer)):
+        (directory / f"{name}.bin").unlink(missing_ok=True)
 
 
 class ChildActivations(Activations):

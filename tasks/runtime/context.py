@@ -79,10 +79,9 @@ class RunContext(Record):
             base: the child that they are captured from; the parent where it is none.
         """
         parent = self.open_parent()
-        digest = parent_digest(parent, self.scratch)
-        name = hashlib.sha256(f"{tokens} {dtype} {digest}".encode()).hexdigest()[:16]
-        windows, directory = read_windows(self.store().fetch(tokens)), self.scratch / "activations"
-        of_parent = Activations(directory / name, parent, windows, torch_dtype(dtype), default_device())
+        digest, windows = parent_digest(parent, self.scratch), read_windows(self.store().fetch(tokens))
+        directory = self.activations_directory(digest, tokens, dtype)
+        of_parent = Activations(directory, parent, windows, torch_dtype(dtype), default_device())
         if base is None:
             return of_parent
         library = base.library
@@ -90,7 +89,13 @@ class RunContext(Record):
         def weights(layer: int) -> dict[Variant, State]:
             return {Variant.parse(variant): load_weights(self.store().fetch(key)) for variant, key in library[layer]}
 
-        return ChildActivations(directory / f"{name}-{base.digest()[:16]}", of_parent, base.architecture, weights)
+        directory = self.activations_directory(digest, tokens, dtype, base)
+        return ChildActivations(directory, of_parent, base.architecture, weights)
+
+    def activations_directory(self, parent: str, tokens: str, dtype: Dtype, base: AssembleWork | None = None) -> Path:
+        """The directory of `activations`, from the parent's digest: opens neither the parent nor the store."""
+        name = hashlib.sha256(f"{tokens} {dtype} {parent}".encode()).hexdigest()[:16]
+        return self.scratch / "activations" / (f"{name}-{base.digest()[:16]}" if base else name)
 
     def lock_activations(self, tokens: str, dtype: Dtype) -> contextlib.AbstractContextManager[None]:
         """Lock these activations against other runs on this machine: they capture, use and drop the same files."""

@@ -212,8 +212,7 @@ def _texts(plan: Plan, context: RunContext, *splits: str) -> list[TextsInput]:
     """The token splits, as inputs of a run."""
     texts = []
     for split in splits:
-        work, data = plan.tokens(split), plan.spec.data
-        sources = data.train_texts if work.texts == plan.inputs.train_texts else data.held_out_texts
+        work, sources = plan.tokens(split), plan.text_sources(split)
         record = context.store().record(TokensRecord, work.key)
         texts.append(
             TextsInput(

@@ -7,13 +7,18 @@ import contextlib
 import fcntl
 import functools
 import logging
+import sqlite3
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, Run
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.db.utils import _get_latest_schema_revision
 
 from tasks.runtime.process import is_gone
 
@@ -26,7 +31,7 @@ PROCESS_TAG = "puzzle.process"
 def mlflow_client(uri: str) -> MlflowClient:
     """The client of a tracking URI; a SQLite database is created where there is none."""
     if uri.startswith("sqlite:///"):
-        _create_database(Path(uri.removeprefix("sqlite:///")))
+        _prepare_database(Path(uri.removeprefix("sqlite:///")))
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -90,15 +95,44 @@ def kill_orphaned_runs(client: MlflowClient) -> None:
             return
 
 
-def _create_database(file: Path) -> None:
-    """Create the database under another name and rename it: a killed process leaves none, not a part of one."""
+def _prepare_database(file: Path) -> None:
+    """Create the database, or upgrade one of an older MLflow; one process at a time, and whole if it is killed.
+
+    A new database is made under another name and renamed: a killed process leaves none, not a part of one.
+
+    Raises:
+        MlflowException: the database is of a newer MLflow.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists():
-        return
     with file.with_name(f".{file.name}.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not file.exists():
+        if file.exists():
+            _upgrade_database(file)
+        else:
             new = file.with_name(f".{file.name}.new")
             new.unlink(missing_ok=True)
             MlflowClient(f"sqlite:///{new}", f"sqlite:///{new}").search_experiments()
             new.rename(file)
+
+
+def _upgrade_database(file: Path) -> None:
+    """Migrate the database of an older MLflow, which MLflow refuses to open; a copy from before stays beside it."""
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        try:
+            [(revision,)] = database.execute("SELECT version_num FROM alembic_version").fetchall()
+        except (sqlite3.Error, ValueError):
+            return  # no database of MLflow's: MLflow says what is wrong when it opens it
+        if revision == _get_latest_schema_revision():  # type: ignore[no-untyped-call]
+            return
+        copy = file.with_name(f"{file.name}.{revision}")
+        if not copy.exists():
+            partial = copy.with_name(f".{copy.name}")
+            with contextlib.closing(sqlite3.connect(partial)) as target:
+                database.backup(target)
+            partial.rename(copy)
+    log.info("%s is of another version of MLflow: it is upgraded now, and the copy from before is %s", file, copy)
+    command = [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{file}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().rpartition("\n")[2]
+        raise MlflowException(f"{file} cannot be upgraded; is it of a newer MLflow than {mlflow.__version__}? {reason}")

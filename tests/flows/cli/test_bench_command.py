@@ -126,8 +126,26 @@ def _small(arguments: list[str]) -> list[str]:
     ]
 
 
-def test_a_child_that_is_not_there_and_a_directory_that_is(command, assemble, tmp_path):
+def test_a_missing_child_is_an_error_and_an_existing_directory_wrong_usage(command, assemble, tmp_path):
     (tmp_path / "out").mkdir()
-    directory = assemble("llama", MIXED)
-    assert "exists: name a new directory" in command(directory, "--out", "out")[1]
-    assert "neither a directory here nor a key" in command("nothing", "--out", "new")[1]
+    code, printed = command(assemble("llama", MIXED), "--out", "out")
+    assert (code, '--out. "out" already exists' in printed) == (2, True)
+    code, printed = command("nothing", "--out", "new")
+    assert (code, "neither a directory here nor a key" in printed) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--batch", "0"),
+        ("--context", "-1"),
+        ("--generate", "x"),
+        ("--threads", "0"),
+        ("--rounds", "2"),
+        ("--engine", "x"),
+    ],
+)
+def test_values_out_of_range_are_wrong_usage(option, value, capsys, tmp_path):
+    code = main(["bench", str(tmp_path), "--out", str(tmp_path / "out"), option, value])
+    assert (code, option in capsys.readouterr().err) == (2, True)
+    assert not (tmp_path / "out").exists()

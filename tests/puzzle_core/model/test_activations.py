@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from puzzle_core.errors import StorageError
 from puzzle_core.model import activations as activations_module
-from puzzle_core.model.activations import Activations
+from puzzle_core.model.activations import Activations, drop_layer
 from puzzle_core.model.child import load_parent
 from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock
 from tests.conftest import CPU
@@ -109,7 +109,7 @@ def test_log_probabilities_that_take_too_much_are_not_kept(fresh, monkeypatch):
     assert [file.name for file in fresh.directory.iterdir()] == ["layer-input-000.bin"]
 
 
-def test_release_drops_the_files_of_one_layer(fresh):
+def test_the_files_of_one_layer_are_dropped(fresh):
     fresh.capture_layer(0)
-    fresh.release(0)
+    drop_layer(fresh.directory, 0)
     assert [file.name for file in fresh.directory.iterdir()] == ["layer-input-001.bin"]

@@ -37,7 +37,7 @@ class Server:
             self._process = subprocess.Popen(
                 command, cwd=self._place, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2):
@@ -70,7 +70,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(outbox, "FLUSH_SECONDS", 3.0)
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not (answer := condition()) and time.monotonic() < deadline:
         time.sleep(0.1)
