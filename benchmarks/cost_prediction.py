@@ -12,6 +12,8 @@ from pathlib import Path
 
 from puzzle_core.architecture import Architecture
 from puzzle_core.cost import latency
+from puzzle_core.cost.measuring import hardware_name, target_device, timing_of
+from puzzle_core.model.child import random_child
 from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.report.plotting import BLACK, BLUE, ORANGE, label_axes, log_ticks, new_figure, png_bytes
 from puzzle_core.report.report_tables import Table, format_text
@@ -68,12 +70,12 @@ def measure(
         variants=tuple(sorted(variants)),
         traffic=traffic,
         target=spec.target,
-        hardware=latency.hardware_name(spec.target),
+        hardware=hardware_name(spec.target),
     )
-    device, dtype = latency.target_device(spec.target), torch_dtype(spec.target.dtype)
-    whole = {name: latency.random_child(parent, child, dtype, device) for name, child in architectures.items()}
+    device, dtype = target_device(spec.target), torch_dtype(spec.target.dtype)
+    whole = {name: random_child(parent, child, dtype, device) for name, child in architectures.items()}
     times = latency.time_models(latency.cost_models(work, parent) | whole, traffic, spec.target)
-    return latency.cost_record(work, parent, times), {name: latency.timing_of(times[name]) for name in architectures}
+    return latency.cost_record(work, parent, times), {name: timing_of(times[name]) for name in architectures}
 
 
 def predict(costs: CostRecord, architecture: Architecture) -> Timing:

@@ -23,11 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.engines import EXAMPLE
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
 from puzzle_core.cost import llama_cpp
-from puzzle_core.cost.latency import hardware_name
+from puzzle_core.cost.measuring import hardware_name
 from puzzle_core.model.parent import Parent
-from puzzle_core.search import run_search
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table
+from puzzle_core.search.run_search import find_architecture
 from puzzle_core.search.search_record import FoundArchitecture, Prediction
 from puzzle_core.search.tables import Option, ScoreTable
 from puzzle_core.sizes import architecture_parameters, variant_size
@@ -91,7 +91,9 @@ def compare(name: str, parent: Parent, options: argparse.Namespace) -> str:
     work = CostWork(
         shape=shape.digest(), variants=tuple(sorted(variants)), traffic=traffic, target=target, hardware="here"
     )
-    costs = llama_cpp.run(work, parent, lambda number, rounds: logging.info("costs: round %d of %d", number, rounds))
+    costs = llama_cpp.measure_costs(
+        work, parent, lambda number, rounds: logging.info("costs: round %d of %d", number, rounds)
+    )
     scenario = traffic.model_dump(exclude={"batch_size"}) | {"batch_sizes": [options.batch]}
     request = SearchRequest.model_validate(
         {
@@ -101,11 +103,11 @@ def compare(name: str, parent: Parent, options: argparse.Namespace) -> str:
         }
     )
     table = cost_table(SPACE, shape, {("chat", options.batch): costs})
-    found = run_search.run(ProblemBuilder(request, made_up_scores(shape, options.seed), table))
-    child = found.chosen
+    found = find_architecture(ProblemBuilder(request, made_up_scores(shape, options.seed), table))
+    child = found.best
     models = (("parent", own), ("child", child.architecture))
     timing = TimingWork(shape=shape.digest(), architectures=models, traffic=traffic, target=target, hardware="here")
-    measured = llama_cpp.run_timing(timing, parent).models
+    measured = llama_cpp.time_architectures(timing, parent).models
     parameters = [architecture_parameters(shape, architecture) for _, architecture in models]
     blocks = sorted({str(block) for block in child.architecture.layers})
     return (

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from puzzle_core import data, evaluation, scoring
-from puzzle_core.cost import latency, llama_cpp, roofline
-from puzzle_core.cost.llama_engine import engine_version
+from puzzle_core.cost import roofline
+from puzzle_core.cost.engine_module import cost_module
+from puzzle_core.cost.measuring import hardware_name
 from puzzle_core.device import available_cores, on_first, use_threads, visible_gpus
 from puzzle_core.distill import bld, gkd, importance
 from puzzle_core.distill.launch import GkdRequest, launch
@@ -21,9 +22,9 @@ from puzzle_core.model.activations import drop_layer
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.plan import Inputs
 from puzzle_core.records import digest_file
-from puzzle_core.search import run_search
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table, score_table, unscored_table
+from puzzle_core.search.run_search import check_feasible, find_architecture
 from puzzle_core.search.search_record import RefineRecord
 from puzzle_core.search.table_files import read_costs
 from puzzle_core.search.tables import CostTable
@@ -84,13 +85,13 @@ def for_target(inputs: Inputs, target: TargetSpec) -> Inputs:
     Raises:
         PuzzleError: the device or the engine is not on this machine, or the cost table cannot be read.
     """
-    if (target.engine, target.costs) == ("llama.cpp", "measured"):
-        engine_version()
+    if target.costs == "measured":
+        cost_module(target.engine).engine_version()
     if target.table:
         read_costs(Path(target.table))
     return inputs.model_copy(
         update={
-            "hardware": target.hardware.device if target.hardware else latency.hardware_name(target),
+            "hardware": target.hardware.device if target.hardware else hardware_name(target),
             "cost_table": digest_file(Path(target.table)) if target.table else None,
         }
     )
@@ -187,7 +188,7 @@ def find_costs(work: CostWork, context: RunContext) -> str:
         return produce(
             work, context, lambda _: roofline.roofline(shape, work.variants, work.traffic, work.target), lock=None
         )
-    measure = llama_cpp.run if work.target.engine == "llama.cpp" else latency.run
+    measure = cost_module(work.target.engine).measure_costs
     return produce(
         work, context, lambda _: measure(work, context.open_parent(), _log_rounds("measuring costs")), lock="exclusive"
     )
@@ -200,7 +201,7 @@ def check_limits(work: SearchWork, target: TargetSpec, context: RunContext) -> N
     Raises:
         InfeasibleError: no architecture can.
     """
-    run_search.check_feasible(
+    check_feasible(
         ProblemBuilder(work.request, unscored_table(work.variants, work.shape), _costs(work, target, context))
     )
 
@@ -213,7 +214,7 @@ def search_architecture(work: SearchWork, target: TargetSpec, context: RunContex
     base, objective = work.base.architecture if work.base else None, work.request.search.objective
     scores = score_table(records, work.composition, objective, work.variants, work.shape, base)
     return produce(
-        work, context, lambda _: run_search.run(ProblemBuilder(work.request, scores, _costs(work, target, context)))
+        work, context, lambda _: find_architecture(ProblemBuilder(work.request, scores, _costs(work, target, context)))
     )
 
 
@@ -280,7 +281,7 @@ def evaluate_model(work: EvaluateWork, label: str, context: RunContext) -> str:
 @stage_task("timing", "timing", tags=["measuring"])
 def time_models(work: TimingWork, context: RunContext) -> str:
     """Time the parent and the children end to end, alternating between them."""
-    measure = llama_cpp.run_timing if work.target.engine == "llama.cpp" else latency.run_timing
+    measure = cost_module(work.target.engine).time_architectures
     return produce(
         work, context, lambda _: measure(work, context.open_parent(), _log_rounds("timing models")), lock="exclusive"
     )
@@ -289,10 +290,11 @@ def time_models(work: TimingWork, context: RunContext) -> str:
 @stage_task("report", "report")
 def write_report(work: ReportWork, context: RunContext) -> str:
     """Write the tables and figures of the whole run."""
-    from puzzle_core.report import collect, report
+    from puzzle_core.report import collect
+    from puzzle_core.report.report import render_report
 
     inputs = collect.collect(work, lambda key: context.store().manifest(key).record)
-    return produce(work, context, lambda out: report.run(inputs, out))
+    return produce(work, context, lambda out: render_report(inputs, out))
 
 
 def _costs(work: SearchWork, target: TargetSpec, context: RunContext) -> CostTable:

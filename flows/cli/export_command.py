@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from flows.cli.arguments import MLFLOW_URI, STORE, Child, MlflowUri, NewDirectory, StoreUrl, check_name
+from puzzle_core.engines import GgufType, obstacles
 from puzzle_core.errors import SpecError
 from puzzle_core.spec import RuntimeSpec
-from puzzle_core.target import GgufType
 
 if TYPE_CHECKING:
     from puzzle_core.export.card import Provenance
@@ -72,6 +72,9 @@ def export(
             record = _write_hf(directory, staged, model_name, widths, dtype, provenance)
         else:
             record = _write_gguf(directory, staged, model_name, dtype)
+    for engine, reasons in obstacles(record.architecture, format).items():
+        if reasons:
+            log.warning("%s will not run it: it %s", engine, "; it ".join(reasons))
     for remark in record.remarks:
         log.info("%s", remark)
     summary = f"{record.format} in {record.dtype}, {record.parameters:,} parameters, {record.bytes / 2**20:,.1f} MiB"
@@ -108,7 +111,6 @@ def _write_hf(
     dtype: GgufType | None,
     provenance: "Provenance | None",
 ) -> "ExportRecord":
-    from puzzle_core.engines import obstacles
     from puzzle_core.export.card import model_card
     from puzzle_core.export.hf import export_hf
     from puzzle_core.export.source import Source
@@ -116,9 +118,6 @@ def _write_hf(
     source = Source(directory)
     record = export_hf(source, staged, widths=widths, dtype=HF_DTYPES[dtype] if dtype else None)
     (staged / "README.md").write_text(model_card(name, source, record, provenance))
-    for engine, reasons in obstacles(record.architecture).items():
-        if reasons:
-            log.warning("%s will not run it: it %s", engine, "; it ".join(reasons))
     return record
 
 

@@ -23,7 +23,7 @@ SUBCOMMANDS = {
     "report": ("report_command:report", "Print the final table of a run and the path of its report."),
     "export": ("export_command:export", "Write a child for a serving engine: Hugging Face directory or GGUF file."),
     "lineage": ("lineage_command:lineage", "Show a child's lineage, and which of its artifacts the store lacks."),
-    "bench": ("bench_command:bench", "Run a child against its parent in torch, llama.cpp or vLLM."),
+    "bench": ("bench_command:bench", "Run a child against its parent in one engine."),
     "store": ("store_commands:app", "Inspect, verify and clean the artifact store."),
     "import": ("interop_commands:app", "Read another project's files."),
     "export-config": ("interop_commands:export_config", "Write the config.json of a searched architecture."),

@@ -1,7 +1,7 @@
-"""Times from the figures of a data sheet: bytes moved and operations done, each over the rate that is reached.
+"""Times computed from the figures of a data sheet (METHOD section 5). No torch.
 
-Every subblock is one kernel or two, and a kernel takes the longer of its operations over the compute rate and its bytes
-over the memory bandwidth. docs/targets.md has every formula and assumption (METHOD section 5). No torch.
+Every subblock is one kernel or two. A kernel takes the longer of two times: its operations over the compute rate, and
+its bytes over the memory bandwidth. docs/targets.md has every formula and assumption.
 
 Legend: N tokens of one forward pass, all sequences together. Everything is per device of the tensor-parallel group.
 """
@@ -39,7 +39,7 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class Device:
-    """The figures of a hardware specification as numbers per second, with what is reached of them."""
+    """The rates of a hardware specification, with the share of them that kernels reach."""
 
     hardware: HardwareSpec
 
@@ -52,7 +52,7 @@ class Device:
         return max(operations / (devices * peak * reached), moved_bytes / (devices * bandwidth))
 
     def all_reduce_s(self, tokens: int, hidden: int) -> float:
-        """Seconds to add up the outputs of a subblock over the group: a ring, not hidden behind compute."""
+        """Seconds of the all-reduce of a subblock's outputs over the group: a ring that does not overlap compute."""
         link, devices = self.hardware.interconnect, self.hardware.tensor_parallel
         if devices == 1 or link is None:
             return 0.0
@@ -147,7 +147,7 @@ def _attend_s(device: Device, shape: ModelShape, variant: Variant, work: Pass) -
 
 
 def _timing(traffic: Traffic, seconds: Callable[[Pass], float]) -> Timing:
-    """A prefill, and all decode steps: a step's time is linear in the context, so the mean context gives the mean."""
+    """The times of a prefill and of all decode steps, each taken at the mean context: a step is linear in it."""
     batch, prompt, generated = traffic.batch_size, traffic.prompt_tokens, traffic.generated_tokens
     prefill = Pass(batch, prompt, context=(prompt + 1) / 2, decoding=False)
     step = Pass(batch, 1, context=prompt + generated / 2, decoding=True)

@@ -1,4 +1,4 @@
-"""What an export reads: the checkpoint of a child, or of a parent, which is the child that is all parent."""
+"""The checkpoint that an export reads: of a child, or of a parent, which is exported as the child of all its blocks."""
 
 import json
 from collections.abc import Callable, Collection, Iterator
@@ -23,7 +23,7 @@ from puzzle_core.spec import ParentSpec
 
 
 class ExportRecord(Record):
-    """What an export wrote. `architecture` is as engines see it; `remarks` say where that is not the child's own."""
+    """The outcome of an export. `architecture` is the written one; `remarks` list its differences from the child's."""
 
     format: str
     dtype: str
@@ -34,7 +34,7 @@ class ExportRecord(Record):
 
 
 class WrittenTensor(NamedTuple):
-    """A tensor to be written: its name, its shape (known before it is read), and how to make it."""
+    """A tensor to be written: its name, its shape (known before it is read), and the function that makes it."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,14 +42,14 @@ class WrittenTensor(NamedTuple):
 
 
 class Source:
-    """An opened checkpoint. Opening checks config and headers; tensors are read when they are asked for."""
+    """An open checkpoint. Opening checks the config and the headers; each tensor is read when it is written."""
 
     def __init__(self, directory: Path):
         """Open a child's or a parent's directory.
 
         Raises:
-            ArtifactError: it is neither, or its tensors are not those that its config asks for.
-            ParentError: it is a parent that this project does not run.
+            ArtifactError: the directory holds neither, or its tensors do not match its config.
+            ParentError: the directory holds a parent that this project cannot run.
         """
         self.directory = directory.resolve()
         self.config: PreTrainedConfig
@@ -76,7 +76,7 @@ class Source:
 
     @property
     def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files and the generation config, as far as they are there."""
+        """The tokenizer's files and the generation config, those that exist."""
         return [
             file for name in (*TOKENIZER_FILES, "generation_config.json") if (file := self.directory / name).is_file()
         ]
@@ -86,7 +86,7 @@ class Source:
         """The tokenizer.
 
         Raises:
-            ExportError: there is none, or it is code of the checkpoint's own.
+            ExportError: the checkpoint has no tokenizer, or one that is defined by its own code.
         """
         try:
             files_alone = PreTrainedConfig()  # else it asks config.json, whose model type it does not know
@@ -98,7 +98,7 @@ class Source:
             ) from error
 
     def tensors(self) -> Iterator[WrittenTensor]:
-        """All tensors by their names in the checkpoint, a head that is tied left out."""
+        """All tensors by their names in the checkpoint, without a head that is tied to the embedding."""
         for name in self.names:
             if name != "lm_head.weight" or not self.shape.tied_embeddings:
                 yield self.tensor(name)
@@ -108,7 +108,7 @@ class Source:
         return WrittenTensor(name, self.checkpoint.headers[name].shape, lambda: self.checkpoint.tensor(name))
 
     def without_rotary(self) -> list[int]:
-        """Layers whose attention is kept and does not know positions (SmolLM3 has such)."""
+        """Layers that attend without rotary positions (SmolLM3 has such layers)."""
         key = FAMILIES[self.shape.family].rotary_layers_key
         rotary = getattr(self.config, key) if key else [1] * self.shape.layers
         kept = enumerate(block.attention.kv_heads > 0 for block in self.architecture.layers)
@@ -116,13 +116,13 @@ class Source:
 
 
 class RandomSource(Source):
-    """A checkpoint's config and tokenizer with another architecture and random weights, made as they are written.
+    """A checkpoint's config and tokenizer with another architecture and random weights, for measuring speed.
 
-    It is for measuring speed, which depends on shapes alone.
+    The weights are made when they are written.
     """
 
     def __init__(self, like: Path, architecture: Architecture | None = None):
-        """Open the checkpoint; the architecture is all parent if not said.
+        """Open the checkpoint; the architecture is the parent's if none is given.
 
         Raises:
             ArtifactError, ParentError: as `Source`.
@@ -134,14 +134,14 @@ class RandomSource(Source):
         self.names = self._shapes.keys()
 
     def tensor(self, name: str) -> WrittenTensor:
-        """One tensor, other values at every call: norms and biases near 1, matrices so that states keep their size."""
+        """One tensor, random at every call: norms and biases near 1, matrices scaled to keep the size of states."""
         shape = self._shapes[name]
         scale, middle = (shape[-1] ** -0.5, 0.0) if len(shape) > 1 else (0.1, 1.0)
         return WrittenTensor(name, shape, lambda: torch.randn(shape) * scale + middle)
 
 
 def refuse(source: Source, form: str, reasons: list[str]) -> None:
-    """Raise when there are reasons not to write this form.
+    """Raise if there are reasons why this format cannot hold a child.
 
     Raises:
         ExportError: names every reason.
@@ -151,7 +151,7 @@ def refuse(source: Source, form: str, reasons: list[str]) -> None:
 
 
 def shared_reasons(source: Source) -> list[str]:
-    """Why neither form can carry a child: what a Llama's block does not have."""
+    """The reasons why neither format can hold a child: parts that Llama's block does not have."""
     reasons = []
     if fields := FAMILIES[source.shape.family].unlike_llama:
         reasons.append(f"its family {source.shape.family} has {', '.join(fields)}, which the format has no place for")

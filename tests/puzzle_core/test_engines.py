@@ -1,5 +1,7 @@
-"""The table of what engines cannot run: what export says, what a search leaves out, and what engines really do."""
+"""The registry of engines: what export says, what a search leaves out, what engines really do, and a row of its own."""
 
+import importlib
+import inspect
 import os
 import random
 from pathlib import Path
@@ -9,18 +11,21 @@ import torch
 
 from benchmarks.engines import CASES, MARKS, PARENTS, reference, run_vllm, write_child, write_parent
 from puzzle_core.architecture import Architecture, BlockVariant, Variant
-from puzzle_core.engines import RULES, obstacles, restrictions
+from puzzle_core.cost.engine_module import BenchModule, CostModule
+from puzzle_core.engines import ENGINES, RESTRICTIONS, obstacles, restrictions
 from puzzle_core.errors import InfeasibleError, SpecError
 from puzzle_core.export.hf import export_hf
 from puzzle_core.export.source import Source
 from puzzle_core.plan import Inputs, Plan
-from puzzle_core.search import run_search
 from puzzle_core.search.problem_builder import ProblemBuilder
+from puzzle_core.search.run_search import find_architecture
 from puzzle_core.search.tables import CostRow, CostTable, Option, ScoreTable
-from puzzle_core.spec import SearchRequest, VariantsSpec, parse_spec
+from puzzle_core.spec import RunSpec, SearchRequest, VariantsSpec, parse_spec
+from puzzle_core.target import TargetSpec
+from tests import toy_engine
 from tests.puzzle_core.export.conftest import MIXED, ODD_WIDTHS, OWN
 
-READERS = {"vllm": "vLLM", "sglang": "SGLang", "tensorrt-llm": "TensorRT-LLM"}
+READERS = {name: row.title for name, row in ENGINES.items() if row.rules}
 ATTENTIONS = [Variant.parse(f"attn:{name}") for name in ("kv4", "kv2", "kv1", "linear", "no_op")]
 FFNS = [Variant.parse(f"ffn:{name}") for name in ("i512", "i256", "i100", "linear", "no_op")]
 PARENT = BlockVariant(attention=ATTENTIONS[0], ffn=FFNS[0])
@@ -49,7 +54,68 @@ def test_obstacles_are_those_that_engines_have():
 def test_each_rule_alone_stops_the_engines_that_have_it(engine):
     stopped = {name for name, blocks in BREAKS.items() if obstacles(Architecture.parse(blocks))[READERS[engine]]}
     assert stopped == restrictions([engine])
-    assert all(rule.source for rule in RULES[engine])
+    assert all(rule.source for rule in ENGINES[engine].rules)
+
+
+def test_every_restriction_is_broken_by_a_case():
+    assert BREAKS.keys() == RESTRICTIONS.keys()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_modules_of_a_row_have_the_functions_of_fixed_names(engine):
+    row = ENGINES[engine]
+    for name, protocol in ((row.costs_module, CostModule), (row.bench_module, BenchModule)):
+        for function, declared in inspect.getmembers(protocol, inspect.isfunction) if name else ():
+            if not function.startswith("_"):
+                parameters = inspect.signature(getattr(importlib.import_module(name), function)).parameters
+                assert list(parameters) == [*inspect.signature(declared).parameters][1:]
+
+
+@pytest.mark.parametrize("engine", [name for name, row in ENGINES.items() if not row.costs_module])
+def test_a_target_of_an_engine_without_measured_costs_says_what_to_do(engine):
+    with pytest.raises(ValueError, match=f"engine is {engine}, which is not measured here: (measure with|say)"):
+        TargetSpec(engine=engine)
+    assert TargetSpec(engine=engine, costs="imported", table="costs.csv").engine == engine
+
+
+def test_the_documentation_names_every_engine_with_its_formats():
+    page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
+    table = page.split("## Who reads what")[1].split("\n\n")[1]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    exported = {name: row for name, row in ENGINES.items() if row.reads_exports}
+    assert len(cells) == len(exported)
+    for row, (title, form, cannot) in zip(exported.values(), cells, strict=True):
+        assert title.startswith(row.title)
+        assert form in row.formats
+        assert len([part for part in cannot.split(";") if part]) == len(row.rules)
+
+
+def choices(model, field):
+    schema = model.model_json_schema()["properties"][field]
+    return schema.get("items", schema)["enum"]
+
+
+def test_forms_offer_the_engines_of_the_registry_those_added_later_too(monkeypatch):
+    assert choices(TargetSpec, "engine") == list(ENGINES)
+    assert choices(RunSpec, "engines") == [name for name in ENGINES if name != "torch"]
+    monkeypatch.setitem(ENGINES, "toy", toy_engine.ROW)
+    assert choices(TargetSpec, "engine")[-1] == choices(RunSpec, "engines")[-1] == "toy"
+
+
+def test_an_engine_that_is_not_in_the_registry_is_refused_with_the_names_of_the_others(plan):
+    with pytest.raises(SpecError, match=r"engines\.1: no such engine; say one of: .*sglang.* \(found 'toy'\)"):
+        plan("vllm", "toy")
+
+
+def test_a_row_that_is_added_is_read_by_spec_plan_search_and_export(monkeypatch, plan):
+    """Costs and benches of the same row: tests/tasks/test_stage_tasks.py and tests/flows/cli/test_bench_command.py."""
+    monkeypatch.setitem(ENGINES, "toy", toy_engine.ROW)
+    assert {str(work.variant) for work in plan("toy").all_bld()} == {"attn:kv1", "ffn:i256"}
+    search = {"frontier_points": 2, "explain": False, "baselines": []}
+    builders = (builder(0, engines=engines, search=search) for engines in ([], ["toy"]))
+    free, bound = (find_architecture(of_engines).best.architecture for of_engines in builders)
+    assert len(obstacles(free)["Toy"]) > 0
+    assert obstacles(bound)["Toy"] == []
 
 
 def test_obstacles_are_what_stopped_vllm_when_it_ran():
@@ -82,7 +148,7 @@ def test_vllm_itself_fails_where_its_rules_are_broken_and_nowhere_else(tmp_path)
     assert {name for name, answer in answers.items() if not answer.startswith("ok")} == restrictions(["vllm"])
 
 
-def instance(seed: int, **asked) -> ProblemBuilder:
+def builder(seed: int, **asked) -> ProblemBuilder:
     """Four layers of random scores, under which what engines cannot run often is best; at most half of the time."""
     chance = random.Random(seed)
     blocks = [BlockVariant(attention=a, ffn=f) for a in ATTENTIONS for f in FFNS]
@@ -99,32 +165,32 @@ def test_every_answer_of_a_search_runs_on_its_engines(engines):
     plain = broken = 0
     for seed in range(12):
         search = {"solutions": 3, "frontier_points": 3, "explain": False}
-        record = run_search.run(instance(seed, engines=engines, search=search))
+        record = find_architecture(builder(seed, engines=engines, search=search))
         answers = (*record.solutions, *record.baselines, *record.frontier)
         for found in answers:
             said = obstacles(found.architecture)
             assert not [said[READERS[engine]] for engine in engines if engine in READERS and said[READERS[engine]]]
-        said = obstacles(run_search.run(instance(seed, search=search)).chosen.architecture)
+        said = obstacles(find_architecture(builder(seed, search=search)).best.architecture)
         plain, broken = plain + 1, broken + any(said[READERS[e]] for e in engines if e in READERS)
     assert broken > plain / 2, "engines must have ruled out what would have been best"
 
 
 @pytest.mark.parametrize("engines", [["llama.cpp"], ["transformers", "llama.cpp"], []])
 def test_engines_that_run_everything_take_nothing_from_the_search(engines):
-    assert instance(0, engines=engines).layers == instance(0).layers
+    assert builder(0, engines=engines).layers == builder(0).layers
 
 
 def test_a_parent_that_an_engine_cannot_run_is_refused_by_name():
-    found = instance(0)
+    found = builder(0)
     scores = ScoreTable(BlockVariant(attention=ATTENTIONS[0], ffn=FFNS[2]), found.scores.layers)
-    with pytest.raises(SpecError, match=r"rules out the parent's own ffn:i100.*\(256, for engines sglang\)"):
+    with pytest.raises(SpecError, match=r"rule out the parent's own ffn:i100.*\(256, for engines sglang\)"):
         ProblemBuilder(found.request.model_copy(update={"engines": ("sglang",)}), scores, found.costs)
 
 
 def test_limits_that_only_the_forbidden_could_meet_are_infeasible_and_say_what_can_be_had():
     with pytest.raises(InfeasibleError, match=r"block_decode_time was 3%.*can be had.*"):
-        run_search.run(instance(0, engines=["vllm"], scenario={"limits": {"block_decode_time": "3%"}}))
-    run_search.run(instance(0, scenario={"limits": {"block_decode_time": "3%"}}))
+        find_architecture(builder(0, engines=["vllm"], scenario={"limits": {"block_decode_time": "3%"}}))
+    find_architecture(builder(0, scenario={"limits": {"block_decode_time": "3%"}}))
 
 
 SPEC = {

@@ -9,7 +9,9 @@ import pytest
 from flows.cli.main import main
 from puzzle_core.architecture import Architecture
 from puzzle_core.bench.bench_record import BenchRecord
+from puzzle_core.engines import ENGINES
 from puzzle_core.sizes import architecture_parameters, kv_entries_per_token
+from tests import toy_engine
 from tests.conftest import MIXED
 from tests.puzzle_core.export.conftest import STDLIB
 
@@ -86,6 +88,19 @@ def test_memory_is_weights_and_cache(command, assemble, parent, tmp_path):
         found = own if point.model == "parent" else Architecture.parse(MIXED)
         entries = 2 * 16 * kv_entries_per_token(parent.shape, found)
         assert point.memory_bytes == 2 * (architecture_parameters(parent.shape, found) + entries)
+
+
+def test_an_engine_that_is_added_runs_a_bench(command, assemble, parent, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENGINES, "toy", toy_engine.ROW)
+    asked = ["--engine", "toy", "--batch", 1, 2, "--context", 8, "--generate", 8, "--out", "out"]
+    code, said = command(assemble("llama", MIXED), *asked)
+    assert code == 0, said
+    record = BenchRecord.read(tmp_path / "out" / "bench.json")
+    assert (record.engine, record.target.engine) == ("Toy 1.0", "toy")
+    assert len(record.points) == 4
+    for point in record.points:
+        architecture = Architecture.of_parent(parent.shape) if point.model == "parent" else Architecture.parse(MIXED)
+        assert point.timing.prefill_ms == architecture_parameters(parent.shape, architecture) / 1e3
 
 
 @pytest.mark.skipif("VLLM" not in os.environ, reason="VLLM does not name the interpreter of an environment with vLLM")

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
-from puzzle_core.export.lowering import ZERO_ATTENTION, ZERO_FFN, ZERO_LINEAR, Half, lower
+from puzzle_core.export.lowering import ZERO_ATTENTION, ZERO_FFN, ZERO_LINEAR, PlacedSubblock, lower
 
 SHAPE = ModelShape(
     family="llama", layers=4, hidden=16, heads=4, kv_heads=4, head_dim=4, ffn_width=64, vocabulary=8,
@@ -28,7 +28,7 @@ def halves(layers):
 @given(architectures, st.sampled_from([SHAPE, BIASED]))
 def test_what_is_added_stays_in_its_order(architecture, shape):
     expected = [
-        Half(layer, variant)
+        PlacedSubblock(layer, variant)
         for layer, block in enumerate(architecture.layers)
         for variant in (block.attention, block.ffn)
         if variant.kind != "no_op"
@@ -65,7 +65,9 @@ def test_nothing_is_filled_that_need_not_be(architecture):
 def test_the_parent_is_as_it_was():
     layers = lower(Architecture.of_parent(SHAPE), SHAPE)
     own = (Variant.parse("attn:kv4"), Variant.parse("ffn:i64"))
-    assert [(x.attention, x.ffn) for x in layers] == [(Half(n, own[0]), Half(n, own[1])) for n in range(4)]
+    assert [(x.attention, x.ffn) for x in layers] == [
+        (PlacedSubblock(n, own[0]), PlacedSubblock(n, own[1])) for n in range(4)
+    ]
 
 
 def test_halves_of_two_layers_share_one():
