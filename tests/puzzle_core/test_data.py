@@ -1,8 +1,11 @@
 """Texts in, packed windows out: disjoint, deterministic, and readable errors for what cannot be read."""
 
+import bz2
 import gzip
 import json
+import lzma
 
+import pandas
 import pytest
 import torch
 
@@ -127,7 +130,7 @@ def spoilt_gzip():
         ("latin.txt", b"caf\xe9", r"latin\.txt is not UTF-8 \(byte 3 is 0xe9\)"),
         ("bad.json", b'["one", ', r"bad\.json is not valid JSON"),
         ("bad.jsonl", b'"one"\n{', r"bad\.jsonl is not valid JSON"),
-        ("object.json", b'{"text": "one"}', "holds a JSON dict: a list of strings is wanted"),
+        ("object.json", b'{"texts": ["one"]}', "holds a JSON dict: a list of strings"),
         ("other.jsonl", b'"one"\n{"body": "two"}', r"other\.jsonl, entry 1: neither a string nor an object"),
         ("cut.txt.gz", gzip.compress(b"one" * 99, mtime=0)[:-9], r"cut\.txt\.gz is not a whole gzip file"),
         ("plain.gz", b"one", r"plain\.gz is not a whole gzip file"),
@@ -179,3 +182,55 @@ def test_held_out_standard_library_shares_no_module_with_the_rest(stdlib):
 def test_test_modules_of_the_standard_library_are_there_for_the_asking(stdlib):
     names = {name for split in (False, True) for name, _ in stdlib_documents(split, include_tests=True)}
     assert names == stdlib | {"test/test_ast.py"}
+
+
+LINES = "\n".join(json.dumps({"text": text, "url": "https://example.com"}) for text in ("one", "two", "three")) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("c4-train.00000-of-01024.json.gz", gzip.compress(LINES.encode())),
+        ("lines.json", LINES.encode()),
+        ("lines.txt", LINES.encode()),
+        ("lines", LINES.encode()),
+        ("lines.ndjson", LINES.encode()),
+        ("bom.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
+        ("windows.jsonl", LINES.replace("\n", "\r\n").encode()),
+        ("list.json", json.dumps([{"text": "one"}, {"text": "two"}, "three"], indent=1).encode()),
+        ("lines.jsonl.bz2", bz2.compress(LINES.encode())),
+        ("lines.jsonl.xz", lzma.compress(LINES.encode())),
+    ],
+)
+def test_forms_in_which_public_corpora_come(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert [document.text for document in read_documents([str(tmp_path / name)])] == ["one", "two", "three"]
+
+
+def test_a_parquet_file_is_read_by_its_text_column_and_refused_without_one(tmp_path):
+    pandas.DataFrame({"text": ["one", "two"], "url": "u"}).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    assert [document.text for document in read_documents([str(tmp_path)])] == ["one", "two"]
+    pandas.DataFrame({"content": ["one"]}).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=r"other\.parquet is a Parquet file without a column 'text' \(it has content\)"):
+        read_documents([str(tmp_path)])
+    (tmp_path / "other.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"other\.parquet is not a whole Parquet file"):
+        read_documents([str(tmp_path)])
+
+
+def test_a_directory_of_a_hub_is_read_without_what_describes_it(tmp_path):
+    (tmp_path / "train.jsonl").write_text(LINES)
+    for name in ("dataset_infos.json", "README.md", "LICENSE", ".gitattributes"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "lines.jsonl").write_text(LINES)
+    assert len(read_documents([str(tmp_path)])) == 3
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "dataset_infos.json").unlink()
+    (tmp_path / "notes.txt").write_text("a note")
+    assert len(read_documents([str(tmp_path)])) == 3  # without files of data, a README is a text like others
+
+
+def test_text_that_begins_like_json_is_text(tmp_path):
+    (tmp_path / "code.txt").write_text('{"a": 1}\n{"text": "x"}\n')
+    assert [document.text for document in read_documents([str(tmp_path)])] == ['{"a": 1}\n{"text": "x"}\n']
