@@ -12,10 +12,10 @@ puzzle: $(VENV)/.installed
 
 # Prefect's server and UI, a worker with all deployments, and MLflow, on loopback (docs/operations.md).
 up: $(VENV)/.installed
-	$(VENV)/bin/python -m flows.services.up start --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+	$(VENV)/bin/puzzle up --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
 
 down:
-	$(VENV)/bin/python -m flows.services.up stop
+	$(VENV)/bin/puzzle down
 
 # One process more than cores, for many tests wait for servers; tests marked `long` are left out (`make faults`, -m long).
 # Tests run in a random order: the first lines name its seed, and `pytest -p no:randomly` or `--randomly-seed=N` sets it.

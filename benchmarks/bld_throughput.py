@@ -106,8 +106,8 @@ def compare(activations: Activations, layer: int, variant: Variant, spec: BldSpe
     contributions.mkdir(exist_ok=True)
     save_file({f"layer.{layer}": torch.rand(parent.shape.ffn_width)}, contributions / "contributions.safetensors")
     work = BldWork(parent="", layer=layer, variant=variant, tokens="", contributions="", spec=spec)
-    inputs = activations.entry(layer) if attends else activations.middle(layer)
-    inputs_NTD, targets_NTD = (states.clone().to(device) for states in (inputs, activations.entry(layer + 1)))
+    inputs = activations.layer_input(layer) if attends else activations.post_attention(layer)
+    inputs_NTD, targets_NTD = (states.clone().to(device) for states in (inputs, activations.layer_input(layer + 1)))
     frozen, context = parent.block(layer, torch.float32, device), activations.context()
     checkpoints = Checkpoints(place / "checkpoint.safetensors", RuntimeSpec().checkpoint_seconds)
     ends: dict[str, dict[str, torch.Tensor]] = {}

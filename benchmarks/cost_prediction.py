@@ -1,7 +1,7 @@
 """How well a cost table predicts whole models: the table and random architectures, measured here end to end.
 
 Every architecture is a random block variant per layer out of the quickstart's space. Its predicted time is what lies
-outside plus the table's entries of its halves, as the search adds them up.
+outside plus the table's entries of its subblocks, as the search adds them up.
 """
 
 import argparse
@@ -12,6 +12,8 @@ from pathlib import Path
 
 from puzzle_core.architecture import Architecture
 from puzzle_core.cost import latency
+from puzzle_core.cost.measuring import hardware_name, target_device, timing_of
+from puzzle_core.model.child import random_child
 from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.report.plotting import BLACK, BLUE, ORANGE, label_axes, log_ticks, new_figure, png_bytes
 from puzzle_core.report.report_tables import Table, format_text
@@ -62,25 +64,25 @@ def measure(
 ) -> tuple[CostRecord, dict[str, Timing]]:
     """The cost table as a run measures it, and whole models; in turns, so that a drift of the machine meets both."""
     spaces = [spec.variants.of_layer(layer, parent.shape) for layer in range(parent.shape.layers)]
-    halves = {half for space in spaces for found in space for half in found if half.kind != "no_op"}
+    variants = {v for space in spaces for found in space for v in found if not v.is_empty}
     work = CostWork(
         shape=parent.shape.digest(),
-        variants=tuple(sorted(halves)),
+        variants=tuple(sorted(variants)),
         traffic=traffic,
         target=spec.target,
-        hardware=latency.hardware_name(spec.target),
+        hardware=hardware_name(spec.target),
     )
-    device, dtype = latency.target_device(spec.target), torch_dtype(spec.target.dtype)
-    whole = {name: latency.random_child(parent, child, dtype, device) for name, child in architectures.items()}
+    device, dtype = target_device(spec.target), torch_dtype(spec.target.dtype)
+    whole = {name: random_child(parent, child, dtype, device) for name, child in architectures.items()}
     times = latency.time_models(latency.cost_models(work, parent) | whole, traffic, spec.target)
-    return latency.cost_record(work, parent, times), {name: latency.timing_of(times[name]) for name in architectures}
+    return latency.cost_record(work, parent, times), {name: timing_of(times[name]) for name in architectures}
 
 
 def predict(costs: CostRecord, architecture: Architecture) -> Timing:
     """What the table says of a whole model."""
-    halves = [half for block in architecture.layers for half in (block.attention, block.ffn) if half.kind != "no_op"]
+    variants = [variant for block in architecture.layers for variant in block.subblocks if not variant.is_empty]
     return Timing(
-        **{p: getattr(costs.outside, p) + sum(getattr(costs.variants[str(h)], p) for h in halves) for p in PHASES}
+        **{p: getattr(costs.outside, p) + sum(getattr(costs.variants[str(v)], p) for v in variants) for p in PHASES}
     )
 
 

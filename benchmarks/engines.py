@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from puzzle_core.architecture import Architecture
-from puzzle_core.errors import PuzzleError
+from puzzle_core.cost.llama_engine import engine_version
+from puzzle_core.errors import PuzzleError, SpecError
 from puzzle_core.export.gguf_file import export_gguf
 from puzzle_core.export.hf import export_hf
 from puzzle_core.export.source import Source
@@ -127,9 +128,9 @@ def matrix(cases: dict[str, tuple[str, ...]], place: Path, vllm: Path | None) ->
     columns: dict[str, dict[str, str]] = {f"transformers {importlib.metadata.version('transformers')}": {}}
     runs: list[Callable[[Source, Reference, Path], float]] = [run_transformers]
     try:
-        columns[f"llama.cpp (llama-cpp-python {importlib.metadata.version('llama-cpp-python')})"] = {}
+        columns[engine_version()] = {}
         runs.append(run_llama_cpp)
-    except importlib.metadata.PackageNotFoundError:
+    except SpecError:
         logging.info("llama.cpp is not installed: its column is left out")
     references: dict[str, Reference] = {}
     for number, (name, blocks) in enumerate(cases.items()):

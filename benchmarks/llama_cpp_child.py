@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.engines import EXAMPLE
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
 from puzzle_core.cost import llama_cpp
-from puzzle_core.cost.latency import hardware_name
+from puzzle_core.cost.measuring import hardware_name
 from puzzle_core.model.parent import Parent
 from puzzle_core.search import run_search
 from puzzle_core.search.problem_builder import ProblemBuilder
@@ -87,11 +87,13 @@ def compare(name: str, parent: Parent, options: argparse.Namespace) -> str:
     shape, own = parent.shape, Architecture.of_parent(parent.shape)
     target = TargetSpec(engine="llama.cpp", gguf_type=options.type, rounds=options.rounds)
     traffic = Traffic(prompt_tokens=options.prompt, generated_tokens=options.generate, batch_size=options.batch)
-    halves = {half for found in SPACE.of_layer(0, shape) for half in found if half.kind != "no_op"}
+    variants = {variant for found in SPACE.of_layer(0, shape) for variant in found if not variant.is_empty}
     work = CostWork(
-        shape=shape.digest(), variants=tuple(sorted(halves)), traffic=traffic, target=target, hardware="here"
+        shape=shape.digest(), variants=tuple(sorted(variants)), traffic=traffic, target=target, hardware="here"
     )
-    costs = llama_cpp.run(work, parent, lambda number, rounds: logging.info("costs: round %d of %d", number, rounds))
+    costs = llama_cpp.measure_costs(
+        work, parent, lambda number, rounds: logging.info("costs: round %d of %d", number, rounds)
+    )
     scenario = traffic.model_dump(exclude={"batch_size"}) | {"batch_sizes": [options.batch]}
     request = SearchRequest.model_validate(
         {
@@ -105,7 +107,7 @@ def compare(name: str, parent: Parent, options: argparse.Namespace) -> str:
     child = found.chosen
     models = (("parent", own), ("child", child.architecture))
     timing = TimingWork(shape=shape.digest(), architectures=models, traffic=traffic, target=target, hardware="here")
-    measured = llama_cpp.run_timing(timing, parent).models
+    measured = llama_cpp.time_architectures(timing, parent).models
     parameters = [architecture_parameters(shape, architecture) for _, architecture in models]
     blocks = sorted({str(block) for block in child.architecture.layers})
     return (
@@ -140,7 +142,7 @@ def made_up_scores(shape: ModelShape, seed: int) -> ScoreTable:
 
 def size_of(shape: ModelShape, block: BlockVariant) -> int:
     """Parameters of a block."""
-    return sum(variant_size(shape, half).parameters for half in (block.attention, block.ffn))
+    return sum(variant_size(shape, variant).parameters for variant in block.subblocks)
 
 
 def spread(timings: Any) -> str:

@@ -113,12 +113,12 @@ def best_throughput(
 
 def _times_ms(shape: ModelShape, architecture: Architecture, target: TargetSpec, traffic: Traffic) -> Iterator[float]:
     """Prefill plus decode of what lies outside, and of all blocks."""
-    halves = Counter(half for block in architecture.layers for half in (block.attention, block.ffn))
-    costs = roofline(shape, halves, traffic, target)
+    counts = Counter(variant for block in architecture.layers for variant in block.subblocks)
+    costs = roofline(shape, counts, traffic, target)
     yield costs.outside.prefill_ms + costs.outside.decode_ms
-    for half, count in halves.items():
-        if half.kind != "no_op":
-            timing = costs.variants[str(half)]
+    for variant, count in counts.items():
+        if not variant.is_empty:
+            timing = costs.variants[str(variant)]
             yield count * (timing.prefill_ms + timing.decode_ms)
 
 

@@ -32,11 +32,10 @@ from puzzle_core.model.activations import Activations
 from puzzle_core.model.child import load_parent
 from puzzle_core.model.parent import Parent
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
-from puzzle_core.model.surgery import State, Subblocks, halves
+from puzzle_core.model.surgery import Subblocks, load_subblocks
 from puzzle_core.report.report_tables import Table, format_text
 from puzzle_core.spec import VariantsSpec
-from puzzle_core.variants.attention import initial_attention
-from puzzle_core.variants.ffn import initial_ffn
+from puzzle_core.state_dict import State
 from puzzle_core.work import ScoreWork
 
 COLUMNS = ("layers", "scores", "stored, s", "full, s", "ratio [least, most]", "in CPU time", "capture, s", "difference")
@@ -63,14 +62,10 @@ def deal(parent: Parent) -> list[tuple[int, BlockVariant]]:
 
 
 def initial_weights(parent: Parent, layer: int, block: BlockVariant) -> dict[str, State]:
-    """Training-free weights of the halves that are not the parent's own, by variant id."""
-    tensors, own = parent.layer_tensors(layer), parent.shape.parent_block
-    weights: dict[Variant, State] = {}
-    if block.attention != own.attention:
-        weights[block.attention] = initial_attention(tensors, parent.shape, block.attention)
-    if block.ffn != own.ffn:
-        weights[block.ffn] = initial_ffn(tensors, block.ffn, torch.rand(parent.shape.ffn_width))
-    return {str(variant): state for variant, state in weights.items()}
+    """Training-free weights of the subblocks that are not the parent's own, by variant id."""
+    tensors, shape, contribution_I = parent.layer_tensors(layer), parent.shape, torch.rand(parent.shape.ffn_width)
+    changed = [variant for variant in block.subblocks if variant not in shape.parent_block.subblocks]
+    return {str(v): v.row.initial_state(tensors, shape, v.size, contribution_I) for v in changed}
 
 
 @torch.no_grad()
@@ -82,7 +77,7 @@ def full_pass(
     trained = {Variant.parse(name): state for name, state in weights.items()}
     own, model.model.layers[layer] = (
         model.model.layers[layer],
-        Replaced(halves(activations.parent, layer, block, trained, dtype, device)),
+        Replaced(load_subblocks(activations.parent, layer, block, trained, dtype, device)),
     )
     kl = loss_increase = agreed = 0.0
     few = max(1, scoring.COMPARED_TOKENS // ids_NT.shape[1])

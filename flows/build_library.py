@@ -1,4 +1,4 @@
-"""The block library of a parent and its scores: built once per parent, whatever the targets (DESIGN section 2)."""
+"""The block library of a parent and its scores: built once per parent, for all targets (docs/design.md)."""
 
 import logging
 
@@ -22,7 +22,7 @@ from tasks.stage_tasks import (
 )
 from tasks.tracking.lineage import record_library, record_trained
 from tasks.tracking.tracking import tracked
-from tasks.ui_artifacts import Bar, show_found, show_library, show_tracked
+from tasks.ui_artifacts import ProgressArtifact, show_cached, show_library, show_tracked
 
 log = logging.getLogger("puzzle")
 
@@ -41,75 +41,101 @@ def build_library(spec: RunSpec) -> None:
         spec: The run specification; target, scenario, search, GKD and evaluation are not used.
     """
     context = RunContext.of(spec)
-    plan = plan_run(spec, context)
+    build_planned_library.fn(plan_run(spec, context), context)
+
+
+@flow(
+    name="build-library",
+    flow_run_name="library of {plan.spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    validate_parameters=False,
+)
+def build_planned_library(plan: Plan, context: RunContext) -> None:
+    """As `build_library`, with the plan of the run that it is part of."""
+    spec = plan.spec
     with tracked("library", spec) as run:
         show_tracked(plan, run)
         ensure_tokens(plan, context, "calibration", "bld", "scoring")
         ensure(measure_importance, plan.importance(), context)
         with context.lock_activations(plan.tokens("bld").key, spec.bld.dtype):
-            side_by_side(train_variants, context)(spec, plan, context)
+            side_by_side(train_variants, context)(plan, context)
         with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
-            side_by_side(score_variants, context)(spec, plan, context)
+            side_by_side(score_variants, context)(plan, context)
         record_library(plan, context, run)
         show_library(plan, context)
 
 
 @flow(
     name="train-variants",
-    flow_run_name="BLD of {spec.name}",
+    flow_run_name="BLD of {plan.spec.name}",
     persist_result=False,
     result_serializer="json",
     validate_parameters=False,
 )
-def train_variants(spec: RunSpec, plan: Plan, context: RunContext) -> None:
-    """Blockwise local distillation of what the store lacks, layer by layer.
+def train_variants(plan: Plan, context: RunContext) -> None:
+    """Blockwise local distillation of the variants that the store lacks, layer by layer.
 
     The parent's states are captured one layer ahead of the training, and a layer's states are dropped when its last
-    variant is done, so at most three layers' states lie on the disk, and what leaves the last
-    of them. Nothing is captured beyond the last missing layer.
+    variant is trained. So scratch holds the states of at most three layers, and the output of the last of these. No
+    layer after the last one with a missing variant is captured.
     """
-    works, there = plan.all_bld(), context.store().keys(BldWork.stage)
-    missing = {layer: [w for w in works if w.layer == layer and w.key not in there] for layer in plan.layers}
-    needed = [layer for layer in plan.layers if missing[layer]]
+    works, stored_keys = plan.all_bld(), context.store().keys(BldWork.stage)
+    missing = {layer: [w for w in works if w.layer == layer and w.key not in stored_keys] for layer in plan.layers}
+    untrained_layers = [layer for layer in plan.layers if missing[layer]]
     done = len(works) - sum(map(len, missing.values()))
     log.info("block library: %d variants, %d in the store, %d to train", len(works), done, len(works) - done)
-    show_found("bld", plan, [work for work in works if work.key in there], context)
-    if not needed:
+    show_cached("bld", plan, [work for work in works if work.key in stored_keys], context)
+    if not untrained_layers:
         return
     tokens, dtype = plan.tokens("bld").key, plan.spec.bld.dtype
-    bar, running = Bar("bld", spec.name), dict[int, list[PrefectFuture[str]]]()
+    states = context.activations_directory(plan.inputs.parent, tokens, dtype)
+    last, bar, running = (
+        untrained_layers[-1],
+        ProgressArtifact("bld", plan.spec.name),
+        dict[int, list[PrefectFuture[str]]](),
+    )
+
+    def finish(layer: int) -> int:
+        """Wait for a layer's variants, drop its states, and return how many variants are done."""
+        futures = running.pop(layer)
+        wait_all("BLD", futures, done, len(works), bar)
+        drop_activations(states, layer)
+        if futures:
+            log.info("BLD: layer %d done, %d of %d variants", layer, done + len(futures), len(works))
+        record_trained(missing[layer], context)
+        return done + len(futures)
+
     capture = capture_layer.submit(tokens, dtype, 0, bool(missing[0]), context)
-    for layer in range(needed[-1] + 1):
+    for layer in range(last + 1):
         capture.result()
-        if layer < needed[-1]:
+        if layer < last:
             capture = capture_layer.submit(tokens, dtype, layer + 1, bool(missing[layer + 1]), context)
         running[layer] = [submit(train_variant, work, context) for work in missing[layer]]
         if layer:
-            done = _finish(layer - 1, running, done, len(works), bar, plan, context)
-            record_trained(missing[layer - 1], context)
-    _finish(needed[-1], running, done, len(works), bar, plan, context)
-    record_trained(missing[needed[-1]], context)
-    drop_activations(tokens, dtype, None, context)
+            done = finish(layer - 1)
+    finish(last)
+    drop_activations(states)
 
 
 @flow(
     name="score-variants",
-    flow_run_name="scores of {spec.name}",
+    flow_run_name="scores of {plan.spec.name}",
     persist_result=False,
     result_serializer="json",
     validate_parameters=False,
 )
-def score_variants(spec: RunSpec, plan: Plan, context: RunContext, child: Architecture | None = None) -> None:
-    """Replace-1-block scores of what the store lacks, in the parent or in a child.
+def score_variants(plan: Plan, context: RunContext, child: Architecture | None = None) -> None:
+    """Replace-1-block scores that the store lacks, in the parent or in a child.
 
-    The model's states are captured once, through the last layer.
+    The states of the parent, and then of the child, are captured once, through the last layer.
     """
-    works, there = plan.all_scores(child), context.store().keys(ScoreWork.stage)
+    works, stored_keys = plan.all_scores(child), context.store().keys(ScoreWork.stage)
     base = plan.assemble(child) if child else None
-    missing = [work for work in works if work.key not in there]
+    missing = [work for work in works if work.key not in stored_keys]
     done = len(works) - len(missing)
     log.info("scores: %d block variants, %d in the store, %d to score", len(works), done, len(missing))
-    show_found("scores", plan, [work for work in works if work.key in there], context)
+    show_cached("scores", plan, [work for work in works if work.key in stored_keys], context)
     if not missing:
         return
     tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
@@ -120,25 +146,6 @@ def score_variants(spec: RunSpec, plan: Plan, context: RunContext, child: Archit
     for layer in plan.layers if base else ():
         capture_layer(tokens, dtype, layer, layer >= first, context, base)
     futures = [submit(score_block, work, context) for work in missing]
-    wait_all("scores", futures, done, len(works), Bar("scores", spec.name))
-    drop_activations(tokens, dtype, None, context)
-    if base:
-        drop_activations(tokens, dtype, None, context, base)
-
-
-def _finish(
-    layer: int,
-    running: dict[int, list[PrefectFuture[str]]],
-    done: int,
-    total: int,
-    bar: Bar,
-    plan: Plan,
-    context: RunContext,
-) -> int:
-    """Wait for a layer's variants and drop its states."""
-    futures = running.pop(layer)
-    wait_all("BLD", futures, done, total, bar)
-    drop_activations(plan.tokens("bld").key, plan.spec.bld.dtype, layer, context)
-    if futures:
-        log.info("BLD: layer %d done, %d of %d variants", layer, done + len(futures), total)
-    return done + len(futures)
+    wait_all("scores", futures, done, len(works), ProgressArtifact("scores", plan.spec.name))
+    for captured in (None, base) if base else (None,):
+        drop_activations(context.activations_directory(plan.inputs.parent, tokens, dtype, captured))

@@ -4,12 +4,13 @@ import logging
 
 from prefect import flow
 
-from flows.build_library import build_library
-from flows.refine_search import refine_search
-from flows.search_architecture import measure_target, search_architecture
+from flows.build_library import build_planned_library
+from flows.refine_search import refine_planned_search
+from flows.search_architecture import measure_target, search_planned_architecture
 from flows.services.orphaned_runs import label_process
 from flows.submit import ensure, ensure_tokens, plan_run, retry_after_damage
-from flows.train_child import report_work, train_child
+from flows.train_child import report_work, train_planned_child
+from puzzle_core.plan import Plan
 from puzzle_core.spec import RunSpec
 from tasks.runtime.context import RunContext
 from tasks.stage_tasks import write_report
@@ -36,26 +37,26 @@ def puzzle(spec: RunSpec) -> str:
     Returns:
         The key of the report.
     """
-    return retry_after_damage(spec, lambda: _from_parent_to_report(spec))
-
-
-def _from_parent_to_report(spec: RunSpec) -> str:
     context = RunContext.of(spec)
-    before = context.store().keys()
     plan = plan_run(spec, context)
-    with tracked(spec.name, spec) as run:
+    return retry_after_damage(spec, lambda: _from_parent_to_report(plan, context))
+
+
+def _from_parent_to_report(plan: Plan, context: RunContext) -> str:
+    stored_keys = context.store().keys()
+    with tracked(plan.spec.name, plan.spec) as run:
         show_tracked(plan, run)
         ensure_tokens(plan, context, "calibration", "bld", "gkd", "scoring", "evaluation")
         measure_target(plan, context)
-        build_library(spec)
-        search_architecture(spec)
+        build_planned_library(plan, context)
+        search_planned_architecture(plan, context)
         if plan.refine():
-            refine_search(spec)
-        train_child(spec)
+            refine_planned_search(plan, context)
+        train_planned_child(plan, context)
         work = report_work(plan, context)
         key = ensure(write_report, work, context)
         record_report(plan, context, run, work)
         show_report(plan, context, key)
-    made = len(context.store().keys() - before)
+    made = len(context.store().keys() - stored_keys)
     log.info("made %s", f"{made} artifacts" if made else "nothing: every artifact was in the store")
     return key

@@ -1,8 +1,8 @@
-"""Beyond the published method: measure what the search found, and search again around the best.
+"""Beyond the published method: measure the solutions of a search, and search again around the best one.
 
-A search adds up scores; here the sum is tested. The shortlist, diverse architectures of one search, is assembled and
-measured, and the least measured KL wins. Then every block is scored in that child instead of the parent, the program
-is solved again, and its shortlist measured, for as long as the measured KL falls.
+A search predicts the KL of an architecture as a sum of scores. This flow assembles the shortlist (diverse architectures
+of one search), measures the KL of each, and takes the least. It then scores every block in that child instead of the
+parent, searches again and measures the new shortlist, as long as the measured KL falls.
 """
 
 import logging
@@ -26,73 +26,86 @@ log = logging.getLogger("puzzle")
 
 @flow(name="refine-search", flow_run_name="shortlist of {spec.name}", persist_result=False, result_serializer="json")
 def refine_search(spec: RunSpec) -> None:
-    """Assemble and measure the shortlist, and iterate the search, as far as the spec asks for it.
+    """Assemble and measure the shortlist, and repeat the search, as `search.shortlist` and `search.iterations` say.
 
     Args:
         spec: The run specification; its search must be in the store.
     """
     context = RunContext.of(spec)
-    plan = plan_run(spec, context)
-    work = plan.refine()
+    refine_planned_search.fn(plan_run(spec, context), context)
+
+
+@flow(
+    name="refine-search",
+    flow_run_name="shortlist of {plan.spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    validate_parameters=False,
+)
+def refine_planned_search(plan: Plan, context: RunContext) -> None:
+    """As `refine_search`, with the plan of the run that it is part of."""
+    spec, work = plan.spec, plan.refine()
     if work is None:
         return
     with tracked("refine", spec) as run:
-        first = _search(plan, context)
+        first = _search_record(context, plan.search().key)
         candidates = _measured(0, first, plan, context)
         best = min(candidates, key=_kl)
         for number in range(1, spec.search.iterations + 1):
-            around = best.found.architecture
+            base = best.found.architecture
             with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
-                side_by_side(score_variants, context)(spec, plan, context, around)
-            again = plan.search(around, first.batch_sizes)
-            ensure(stage_tasks.search_architecture, again, context, target=spec.target)
-            found = _measured(number, _answer(context, again.key), plan, context, best.measured_kl)
-            candidates += found
-            log.info("round %d: measured KL %.4f, before %.4f", number, _kl(min(found, key=_kl)), best.measured_kl)
-            if _kl(min(found, key=_kl)) >= best.measured_kl:
+                side_by_side(score_variants, context)(plan, context, base)
+            search = plan.search(base, first.batch_sizes)
+            ensure(stage_tasks.search_architecture, search, context, target=spec.target)
+            measured = _measured(number, _search_record(context, search.key), plan, context, best.measured_kl)
+            candidates += measured
+            best_of_round = min(measured, key=_kl)
+            log.info("round %d: measured KL %.4f, before %.4f", number, _kl(best_of_round), best.measured_kl)
+            if _kl(best_of_round) >= best.measured_kl:
                 break
-            best = min(found, key=_kl)
+            best = best_of_round
         record = RefineRecord(chosen=candidates.index(best), candidates=tuple(candidates))
-        ensure(stage_tasks.keep_refined, work, context, record=record)
+        ensure(stage_tasks.store_refinement, work, context, record=record)
         record_refined(plan, context, run, record)
 
 
 def find_answer(plan: Plan, context: RunContext) -> SearchRecord:
-    """The answer of a plan's search, the best measured candidate first among its solutions where any was measured.
+    """The record of a plan's search; a refinement puts the candidate with the least measured KL first.
 
     Raises:
-        ArtifactError: the search was not run, or not refined.
+        ArtifactError: the store lacks the search, or its refinement.
     """
-    answer, work = _search(plan, context), plan.refine()
+    record, work = _search_record(context, plan.search().key), plan.refine()
     if work is None:
-        return answer
-    return with_refinement(answer, RefineRecord.model_validate(context.store().manifest(work.key).record))
+        return record
+    return with_refinement(record, context.store().record(RefineRecord, work.key))
 
 
-def _search(plan: Plan, context: RunContext) -> SearchRecord:
-    return _answer(context, plan.search().key)
-
-
-def _answer(context: RunContext, key: str) -> SearchRecord:
-    return SearchRecord.model_validate(context.store().manifest(key).record)
+def _search_record(context: RunContext, key: str) -> SearchRecord:
+    return context.store().record(SearchRecord, key)
 
 
 def _measured(
     number: int, search: SearchRecord, plan: Plan, context: RunContext, base_kl: float = 0.0
 ) -> list[Candidate]:
-    """The best solutions of a search, assembled and measured; scores in a child add up to its own KL."""
+    """The best solutions of a search, assembled and measured.
+
+    Args:
+        number: the round of the search.
+        base_kl: measured KL of the child that the search's scores are relative to, in nats per token; 0 for the parent.
+    """
     shortlist = search.solutions[: plan.spec.search.shortlist]
-    side_by_side(measure_candidates, context)([found.architecture for found in shortlist], plan, context)
+    side_by_side(measure_candidates, context)([solution.architecture for solution in shortlist], plan, context)
     candidates = []
-    for rank, found in enumerate(shortlist, start=1):
-        manifest = context.store().manifest(plan.measure(found.architecture).key)
-        whole = {"score": base_kl + found.score, "bound": base_kl + found.bound}
+    for rank, solution in enumerate(shortlist, start=1):
+        evaluation = context.store().record(EvaluationRecord, plan.measure(solution.architecture).key)
+        relative_to_parent = {"score": base_kl + solution.score, "bound": base_kl + solution.bound}
         candidates.append(
             Candidate(
                 round=number,
                 rank=rank,
-                found=found.model_copy(update=whole),
-                measured_kl=EvaluationRecord.model_validate(manifest.record).kl_nats_per_token,
+                found=solution.model_copy(update=relative_to_parent),
+                measured_kl=evaluation.kl_nats_per_token,
             )
         )
     return candidates

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from prefect import flow
 
-from flows.search_architecture import search_architecture
+from flows.search_architecture import search_planned_architecture
 from flows.services.orphaned_runs import label_process
 from flows.submit import plan_run
 from puzzle_core.errors import PuzzleError
@@ -21,15 +21,18 @@ log = logging.getLogger("puzzle")
 TARGETS = "deployments/targets"
 
 
-class Answer(NamedTuple):
-    """What is known of one target file: its search's key, and the answer if there is one, or what is wrong with it."""
+class TargetSearch(NamedTuple):
+    """One target file: the plan for it with its search, and that search's record if the store has it.
+
+    A file with an error has no plan, and the error's text.
+    """
 
     file: str
     target: str
-    spec: RunSpec | None
+    plan: Plan | None
     key: str
     record: SearchRecord | None
-    trouble: str
+    error: str
 
 
 @flow(
@@ -40,10 +43,10 @@ class Answer(NamedTuple):
     on_running=[label_process],
 )
 def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
-    """Search every target that has no answer, or whose file, library or scenario changed since it was answered.
+    """Search every target without a search for its file, the parent's library and the scenario as they are now.
 
     Args:
-        spec: The run specification; its own target is not used. The library of its parent must be in the store.
+        spec: The run specification; its target is not used. The library of its parent must be in the store.
         targets: Directory of target files.
 
     Returns:
@@ -53,50 +56,56 @@ def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
         PuzzleError: names every target that failed, once all others are done.
     """
     context = RunContext.of(spec)
-    answers = find_answers(spec, plan_run(spec, context), context, Path(targets))
-    found, failed = {}, []
-    for answer in answers:
-        if answer.record is None and answer.spec is not None:
+    searches = find_searches(plan_run(spec, context), context, Path(targets))
+    keys, errors = {}, []
+    for search in searches:
+        error = search.error
+        if search.record is None and search.plan is not None:
             try:
-                search_architecture(answer.spec)
-            except PuzzleError as error:
-                answer = answer._replace(trouble=str(error))
+                search_planned_architecture(search.plan, context)
+            except PuzzleError as raised:
+                error = str(raised)
         else:
-            log.info("target %s: %s", answer.target, answer.trouble or f"answered before ({answer.key})")
-        if answer.trouble:
-            failed.append(f"{answer.file}: {answer.trouble}")
+            log.info("target %s: %s", search.target, error or f"searched before ({search.key})")
+        if error:
+            errors.append(f"{search.file}: {error}")
         else:
-            found[answer.target] = answer.key
-    if failed:
-        raise PuzzleError(f"{len(failed)} of {len(answers)} targets have no answer:\n" + "\n".join(failed))
-    return found
+            keys[search.target] = search.key
+    if errors:
+        raise PuzzleError(f"{len(errors)} of {len(searches)} targets have no search:\n" + "\n".join(errors))
+    return keys
 
 
-def find_answers(spec: RunSpec, plan: Plan, context: RunContext, directory: Path) -> list[Answer]:
-    """Every target file of a directory with the answer that the store has for it.
+def find_searches(plan: Plan, context: RunContext, directory: Path) -> list[TargetSearch]:
+    """Every target file of a directory with its search, if the store has it.
+
+    Args:
+        plan: the plan of a run specification; its target is replaced by that of each file.
+        context: the context of that specification.
+        directory: holds the target files.
 
     Raises:
         PuzzleError: there are no target files, or two of one name.
     """
     files = sorted(directory.glob("*.yaml"))
     if not files:
-        raise PuzzleError(f"{directory} holds no target files (*.yaml): say where they are")
-    answers = [_answer(spec, plan, context, file) for file in files]
-    names = [answer.target for answer in answers]
+        raise PuzzleError(f"{directory} holds no target files (*.yaml): name another directory")
+    searches = [_target_search(plan, context, file) for file in files]
+    names = [search.target for search in searches]
     for name in names:
         if names.count(name) > 1:
             raise PuzzleError(f"two files of {directory} have targets called {name!r}: give every target its own name")
-    return answers
+    return searches
 
 
-def _answer(spec: RunSpec, plan: Plan, context: RunContext, file: Path) -> Answer:
-    """One file; what is wrong with it stays its own trouble."""
+def _target_search(plan: Plan, context: RunContext, file: Path) -> TargetSearch:
+    """The search of one file; an error in the file does not end the search of the others."""
     try:
         target = load_target(file)
-        own = spec.model_copy(update={"target": target})
-        key = Plan(own, for_target(plan.inputs, target)).search().key
+        target_plan = Plan(plan.spec.model_copy(update={"target": target}), for_target(plan.inputs, target))
+        key = target_plan.search().key
     except PuzzleError as error:
-        return Answer(file.name, file.stem, None, "", None, str(error))
+        return TargetSearch(file.name, file.stem, None, "", None, str(error))
     store = context.store()
-    record = SearchRecord.model_validate(store.manifest(key).record) if store.has(key) else None
-    return Answer(file.name, target.name, own, key, record, "")
+    record = store.record(SearchRecord, key) if store.has(key) else None
+    return TargetSearch(file.name, target.name, target_plan, key, record, "")

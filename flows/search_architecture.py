@@ -27,18 +27,34 @@ log = logging.getLogger("puzzle")
     result_serializer="json",
 )
 def search_architecture(spec: RunSpec) -> None:
-    """Measure what the target costs, if it was not, and solve the mixed-integer program.
+    """Measure the target's costs, where the store lacks them, and solve the mixed-integer program.
 
     Args:
         spec: The run specification; the library of its parent and variants must be in the store.
+
+    Raises:
+        CoverageError: the store lacks scores.
+        InfeasibleError: no architecture meets the limits.
     """
     context = RunContext.of(spec)
-    plan = plan_run(spec, context)
+    search_planned_architecture.fn(plan_run(spec, context), context)
+
+
+@flow(
+    name="search-architecture",
+    flow_run_name="search {plan.spec.scenario.name} of {plan.spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    validate_parameters=False,
+)
+def search_planned_architecture(plan: Plan, context: RunContext) -> None:
+    """As `search_architecture`, with the plan of the run that it is part of."""
+    spec = plan.spec
     with tracked("search", spec) as run:
         show_tracked(plan, run)
         measure_target(plan, context)
-        there = context.store().keys(ScoreWork.stage)
-        missing = [work for work in plan.all_scores() if work.key not in there]
+        stored_keys = context.store().keys(ScoreWork.stage)
+        missing = [work for work in plan.all_scores() if work.key not in stored_keys]
         if missing:
             raise CoverageError(
                 f"{len(missing)} scores are not in the store {spec.runtime.store}, the first being layer "
@@ -50,7 +66,7 @@ def search_architecture(spec: RunSpec) -> None:
 
 
 def measure_target(plan: Plan, context: RunContext) -> None:
-    """Costs of all scenarios and batch sizes, and a check that some architecture meets the limits."""
+    """Ensure the costs of all scenarios and batch sizes, and check that an architecture can meet the limits."""
     for work in plan.costs().values():
         ensure(stage_tasks.find_costs, work, context)
     stage_tasks.check_limits(plan.search(), plan.spec.target, context)

@@ -1,10 +1,10 @@
-"""What all flows share: planning a run, submitting what the store lacks, and waiting with progress."""
+"""What all flows share: planning a run, submitting missing work, and waiting for it with progress."""
 
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from prefect import Flow, Task
 from prefect.client.orchestration import get_client
@@ -18,76 +18,85 @@ from puzzle_core.records import Work
 from puzzle_core.spec import RunSpec
 from puzzle_core.work import BldWork, ScoreWork
 from tasks.runtime.context import RunContext
-from tasks.stage_tasks import cache_key, open_inputs, pack_tokens
-from tasks.ui_artifacts import Bar
+from tasks.runtime.disk_space import check_disk_space
+from tasks.stage_tasks import open_inputs, pack_tokens
+from tasks.task_policies import cache_key
+from tasks.ui_artifacts import ProgressArtifact
 
 log = logging.getLogger("puzzle")
 PROGRESS_SECONDS = 5.0
-MENDINGS = 3
+ATTEMPTS = 3
+"""Of a run that finds damaged artifacts (`retry_after_damage`)."""
+P = ParamSpec("P")
 T = TypeVar("T")
+# `Any` below stands for the parameters of tasks of every signature, and for the results of their futures.
 
 
 def plan_run(spec: RunSpec, context: RunContext) -> Plan:
-    """Open the inputs, plan the work, and see that disks and workers can do it; bad input is refused here.
+    """Open the inputs, plan the work, and check disks and workers.
 
     Raises:
-        PuzzleError: what is wrong, and what to do.
+        PuzzleError: the parent, the texts or the target are invalid, a disk is too small, or a worker lacks something.
     """
     check_installed(context)
     plan = Plan(spec, open_inputs(context, spec.data, spec.target))
     context.drop_finished_checkpoints()
     store = context.store()
     volume = plan.volume(store.keys(BldWork.stage) | store.keys(ScoreWork.stage))
-    context.check_room(volume.scratch_bytes, volume.store_bytes)
+    check_disk_space(context, volume.scratch_bytes, volume.store_bytes)
     if volume.scratch_bytes:
         check_cluster(context)
     return plan
 
 
-def side_by_side(flow: Flow[Any, Any], context: RunContext) -> Flow[Any, Any]:
-    """The flow with as many task slots as the site has cores or GPUs, or as its cluster has."""
+def side_by_side(flow: Flow[P, T], context: RunContext) -> Flow[P, T]:
+    """The flow with one task slot per core or GPU of this machine, or per worker of the run's cluster."""
     return flow.with_options(task_runner=task_runner(context))
 
 
 def ensure(task: Task[Any, str], work: Work, context: RunContext, **arguments: Any) -> str:
-    """Run one task now unless its artifact is there already; Prefect then shows it as cached."""
-    there = context.store().has(work.key)
-    if there:
+    """Run one task and wait for it; where the store has its artifact, Prefect shows the task as cached."""
+    stored = context.store().has(work.key)
+    if stored:
         mark_cached(task, work)
-    fresh = _within(task, context, refresh=not there)
     try:
-        return fresh(work=work, context=context, **arguments)
+        key: str = _with_timeout(task, context, refresh=not stored)(work=work, context=context, **arguments)
     except TimeoutError as error:
         raise timeout_error(f"{task.name} ({work.key})", error) from error
+    return key
 
 
 def submit(task: Task[Any, str], work: Work, context: RunContext, **arguments: Any) -> PrefectFuture[str]:
-    """Submit one task whose artifact is missing."""
-    return _within(task, context, refresh=True).submit(work=work, context=context, **arguments)
+    """Submit one task whose artifact the store lacks."""
+    future: PrefectFuture[str] = _with_timeout(task, context, refresh=True).submit(
+        work=work, context=context, **arguments
+    )
+    return future
 
 
 def ensure_tokens(plan: Plan, context: RunContext, *splits: str) -> None:
-    """Pack splits of the texts; too few tokens are refused here."""
+    """Pack splits of the texts.
+
+    Raises:
+        DataError: the texts have fewer tokens than a split needs.
+    """
     for split in splits:
-        work = plan.tokens(split)
-        train = work.texts == plan.inputs.train_texts
-        sources = plan.spec.data.train_texts if train else plan.spec.data.held_out_texts
-        ensure(pack_tokens, work, context, sources=sources)
+        ensure(pack_tokens, plan.tokens(split), context, sources=plan.text_sources(split))
 
 
 def retry_after_damage(spec: RunSpec, act: Callable[[], T]) -> T:
-    """Act, and again after an artifact was found damaged and removed, which `runtime.on_corruption` has to allow.
+    """Call `act`, and again, up to ATTEMPTS times, after it finds a damaged artifact, which the store then removes.
 
     Raises:
-        DamagedError: damage is to be refused, or there was more of it every time.
+        DamagedError: `runtime.on_corruption` is `refuse`, or every attempt found a damaged artifact.
     """
-    for left in reversed(range(MENDINGS)):
+    for remaining in reversed(range(ATTEMPTS)):
         try:
             return act()
         except DamagedError as error:
-            if spec.runtime.on_corruption == "refuse" or not left:
+            if spec.runtime.on_corruption == "refuse" or not remaining:
                 raise
-            log.warning("%s\ngoing through the run once more: what is whole is not computed again", error)
+            log.warning("%s\nthe run starts again; it computes only what the store lacks", error)
     raise AssertionError("unreachable")
 
 
@@ -96,12 +105,19 @@ def wait_all(
     futures: Iterable[PrefectFuture[Any]],
     done_before: int = 0,
     total: int | None = None,
-    bar: Bar | None = None,
+    bar: ProgressArtifact | None = None,
 ) -> None:
-    """Wait for all futures, show progress now and then, and raise what failed once the others are finished.
+    """Wait for all futures and show progress; failures are raised when every future has ended.
+
+    Args:
+        what: the name of the tasks in log lines and errors.
+        futures: the tasks' futures.
+        done_before: tasks of the same kind that were done before.
+        total: all tasks of this kind; the number of futures by default.
+        bar: a progress artifact to update.
 
     Raises:
-        PuzzleError: one line per kind of failure; a DamagedError where one was.
+        PuzzleError: tasks failed; its text has one line per distinct failure. A DamagedError if one of them is.
     """
     waiting = list(futures)
     total, logged = total or len(waiting), time.monotonic()
@@ -120,36 +136,39 @@ def wait_all(
             logged = time.monotonic()
     if failed:
         damaged = any(isinstance(error, DamagedError) for error in failed)
-        said = f"{len(failed)} of {total} {what} tasks failed:\n" + "\n".join(_each_once(failed))
-        raise (DamagedError if damaged else PuzzleError)(said)
+        message = f"{len(failed)} of {total} {what} tasks failed:\n" + "\n".join(_distinct(failed))
+        raise (DamagedError if damaged else PuzzleError)(message)
 
 
-def _each_once(errors: Iterable[PuzzleError]) -> list[str]:
-    """What errors say: a store that is away says the same of every task."""
-    return [said if times == 1 else f"{said} ({times} times)" for said, times in Counter(map(str, errors)).items()]
+def _distinct(errors: Iterable[PuzzleError]) -> list[str]:
+    """The distinct messages of errors with their counts: an unreachable store fails every task with one message."""
+    counts = Counter(map(str, errors))
+    return [message if count == 1 else f"{message} ({count} times)" for message, count in counts.items()]
 
 
 def mark_cached(task: Task[Any, str], work: Work) -> None:
-    """Let Prefect know of an artifact that the store has and this Prefect never saw made."""
-    results, key = get_result_store().update_for_task(task, _sync=True), cache_key(work)
+    """Write a task's result to Prefect's result storage, as if Prefect had run the task that made this artifact."""
+    run_results: Any = get_result_store()  # Prefect types its methods as coroutines, also where they are called in sync
+    results, key = run_results.update_for_task(task, _sync=True), cache_key(work)
     if not results.exists(key):
         results.write(work.key, key=key)
 
 
-def _within(task: Task[Any, str], context: RunContext, refresh: bool) -> Task[Any, str]:
-    """The task with the run's timeout; to be run whatever Prefect remembers, where the store lacks its artifact."""
+def _with_timeout(task: Task[Any, str], context: RunContext, refresh: bool) -> Task[Any, str]:
+    """The task with the run's timeout; `refresh` ignores Prefect's cached result, as the store lacks the artifact."""
     return task.with_options(refresh_cache=refresh, timeout_seconds=context.runtime.task_timeout_s)
 
 
 def timeout_error(name: str, error: TimeoutError) -> PuzzleError:
+    """The error of a task that ran longer than `runtime.task_timeout_s`."""
     return PuzzleError(
-        f"{name}: {error} The task is stuck, or runtime.task_timeout_s is too short for it; run again to go on from "
+        f"{name}: {error} The task is stuck, or runtime.task_timeout_s is too short for it; run again to continue from "
         "its last checkpoint"
     )
 
 
 def _name_of(future: PrefectFuture[Any]) -> str:
-    """A task's name in the UI, which the server may not know yet."""
+    """The name of a task run, or its id where the server has no name yet."""
     try:
         with get_client(sync_client=True) as client:
             return client.read_task_run(future.task_run_id).name

@@ -30,35 +30,46 @@ PARENT, ASSEMBLED, TRAINED = "parent", "child after assembly", "child after GKD"
     on_running=[label_process],
 )
 def train_child(spec: RunSpec) -> None:
-    """Assemble the chosen architecture, distil it (GKD), and evaluate it beside the parent and the baselines.
+    """Assemble the chosen architecture, distil it (GKD), and evaluate it, the parent and the baselines.
 
     Args:
         spec: The run specification; its search must be in the store.
     """
     context = RunContext.of(spec)
-    plan = plan_run(spec, context)
-    found = find_answer(plan, context)
-    with tracked("child", spec) as run:
+    train_planned_child.fn(plan_run(spec, context), context)
+
+
+@flow(
+    name="train-child",
+    flow_run_name="child of {plan.spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    validate_parameters=False,
+)
+def train_planned_child(plan: Plan, context: RunContext) -> None:
+    """As `train_child`, with the plan of the run that it is part of."""
+    search = find_answer(plan, context)
+    with tracked("child", plan.spec) as run:
         show_tracked(plan, run)
         ensure_tokens(plan, context, "gkd", "evaluation")
-        architectures = children(found)
+        architectures = children(search)
         for label, architecture in architectures.items():
             ensure(stage_tasks.assemble_child, plan.assemble(architecture), context, label=label)
-        ensure(stage_tasks.distil_child, plan.gkd(found.chosen.architecture), context, run=run)
-        if timing := plan.timing(timed(plan, found), found.chosen.prediction.batch_size):
+        ensure(stage_tasks.distil_child, plan.gkd(search.chosen.architecture), context, run=run)
+        if timing := plan.timing(timed(plan, search), search.chosen.prediction.batch_size):
             ensure(stage_tasks.time_models, timing, context)
-        side_by_side(evaluate_models, context)(spec, plan, context)
+        side_by_side(evaluate_models, context)(plan, context)
         record_child(plan, context, run, report_work(plan, context))
 
 
 @flow(
     name="evaluate-models",
-    flow_run_name="evaluation of {spec.name}",
+    flow_run_name="evaluation of {plan.spec.name}",
     persist_result=False,
     result_serializer="json",
     validate_parameters=False,
 )
-def evaluate_models(spec: RunSpec, plan: Plan, context: RunContext) -> None:
+def evaluate_models(plan: Plan, context: RunContext) -> None:
     """Quality of the parent, the child before and after GKD, and the baselines, on the same held-out tokens."""
     evaluations = {label: plan.evaluate(key) for label, key in evaluated(plan, find_answer(plan, context)).items()}
     missing = {label: work for label, work in evaluations.items() if not context.store().has(work.key)}
@@ -68,31 +79,33 @@ def evaluate_models(spec: RunSpec, plan: Plan, context: RunContext) -> None:
     )
 
 
-def children(found: SearchRecord) -> dict[str, Architecture]:
+def children(search: SearchRecord) -> dict[str, Architecture]:
     """The chosen architecture and the baselines, by label."""
-    return {ASSEMBLED: found.chosen.architecture} | {other.method: other.architecture for other in found.baselines}
+    return {ASSEMBLED: search.chosen.architecture} | {
+        baseline.method: baseline.architecture for baseline in search.baselines
+    }
 
 
-def timed(plan: Plan, found: SearchRecord) -> dict[str, Architecture]:
-    """The architectures that are timed beside the parent."""
-    return {PARENT: Architecture.of_parent(plan.inputs.shape)} | children(found)
+def timed(plan: Plan, search: SearchRecord) -> dict[str, Architecture]:
+    """The architectures that are timed, by label: the parent, the child and the baselines."""
+    return {PARENT: Architecture.of_parent(plan.inputs.shape)} | children(search)
 
 
-def evaluated(plan: Plan, found: SearchRecord) -> dict[str, str | None]:
+def evaluated(plan: Plan, search: SearchRecord) -> dict[str, str | None]:
     """Artifact keys of all evaluated models by label; none for the parent."""
-    assembled = {label: plan.assemble(architecture).key for label, architecture in children(found).items()}
-    return {PARENT: None, TRAINED: plan.gkd(found.chosen.architecture).key, **assembled}
+    assembled = {label: plan.assemble(architecture).key for label, architecture in children(search).items()}
+    return {PARENT: None, TRAINED: plan.gkd(search.chosen.architecture).key, **assembled}
 
 
 def report_work(plan: Plan, context: RunContext) -> ReportWork:
-    """The report of a plan whose other work is done."""
-    found = find_answer(plan, context)
-    own = Architecture.of_parent(plan.inputs.shape)
-    architectures = {PARENT: own, ASSEMBLED: found.chosen.architecture, TRAINED: found.chosen.architecture}
-    architectures |= children(found)
+    """The report of a plan; the search must be in the store, and refined if the specification says so."""
+    search = find_answer(plan, context)
+    parent = Architecture.of_parent(plan.inputs.shape)
+    architectures = {PARENT: parent, ASSEMBLED: search.chosen.architecture, TRAINED: search.chosen.architecture}
+    architectures |= children(search)
     kinds = {PARENT: "parent", ASSEMBLED: "child", TRAINED: "child"}
-    keys = evaluated(plan, found)
-    batch_size = found.chosen.prediction.batch_size
+    keys = evaluated(plan, search)
+    batch_size = search.chosen.prediction.batch_size
     refine = plan.refine()
     costs = plan.costs().get((plan.spec.scenario.name, batch_size))
     return ReportWork(
@@ -103,8 +116,8 @@ def report_work(plan: Plan, context: RunContext) -> ReportWork:
         scores=tuple(work.key for work in plan.all_scores()),
         costs=costs.key if costs else None,
         refine=refine.key if refine else None,
-        gkd=plan.gkd(found.chosen.architecture).key,
-        timing=plan.timing(timed(plan, found), batch_size),
+        gkd=plan.gkd(search.chosen.architecture).key,
+        timing=plan.timing(timed(plan, search), batch_size),
         models=tuple(
             ReportedModel(
                 name=label,

@@ -5,29 +5,29 @@ A layer has two subblocks, attention and FFN. A variant is one alternative for a
     attn:kv4  attn:linear  attn:no_op        grouped-query attention with 4 KV heads, one linear layer, nothing
     ffn:i8704 ffn:linear   ffn:no_op         gated FFN of intermediate width 8704, one linear layer, nothing
 
-A block variant is a pair of them (`attn:kv4+ffn:i8704`), an architecture one block variant per layer.
+Every kind is a row of variants/kinds.py. A block variant is a pair of variants (`attn:kv4+ffn:i8704`), an architecture
+one block variant per layer.
 """
 
-import re
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from puzzle_core.errors import SpecError
 from puzzle_core.records import Record
-
-Subblock = Literal["attn", "ffn"]
-Kind = Literal["sized", "linear", "no_op"]
-_ID = re.compile(r"(attn|ffn):(linear|no_op|(?:kv|i)(\d+))")
+from puzzle_core.variants.kinds import KINDS, Subblock, VariantKind, id_pattern, parse_id
 
 
 @dataclass(frozen=True, order=True)
 class Variant:
-    """One alternative for a subblock; `size` is the number of KV heads or the intermediate width."""
+    """One alternative for a subblock: a kind (variants/kinds.py), and a size where the kind has one, else 0.
+
+    The size of an attention is its number of KV heads, that of an FFN its intermediate width.
+    """
 
     subblock: Subblock
-    kind: Kind
+    kind: str
     size: int = 0
 
     @classmethod
@@ -39,23 +39,44 @@ class Variant:
         """
         if isinstance(value, Variant):
             return value
-        match = _ID.fullmatch(value)
-        subblock, kind, size = match.groups() if match else ("", "", None)
-        prefix = "kv" if subblock == "attn" else "i"
-        if not match or (size is not None and (not kind.startswith(prefix) or int(size) == 0)):
-            raise ValueError(f"{value!r} is no variant id: say attn:kv4, attn:linear, attn:no_op, ffn:i512 and so on")
-        return cls(subblock, "sized", int(size)) if size else cls(subblock, kind)  # type: ignore[arg-type]
+        row, size = parse_id(value)
+        return cls(row.subblock, row.name, size)
 
     def __str__(self) -> str:
-        size = f"{'kv' if self.subblock == 'attn' else 'i'}{self.size}"
-        return f"{self.subblock}:{size if self.kind == 'sized' else self.kind}"
+        row = self.row
+        return f"{self.subblock}:{row.word}{self.size if row.sized else ''}"
+
+    @property
+    def row(self) -> VariantKind:
+        """What its kind is."""
+        return KINDS[self.subblock, self.kind]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it leaves the subblock out."""
+        return self.row.initial_weights is None
+
+    @property
+    def kv_heads(self) -> int:
+        """Its KV heads; 0 where it does not attend."""
+        return self.row.kv_heads(self.size)
+
+    @property
+    def ffn_width(self) -> int:
+        """Its intermediate width; 0 where it is no gated FFN."""
+        return self.row.ffn_width(self.size)
+
+    @property
+    def rank(self) -> tuple[int, int, str]:
+        """Sorts the variants of a subblock: from the most capable to nothing, larger ones first."""
+        return self.row.order, -self.size, self.kind
 
 
 VariantId = Annotated[
     Variant,
     BeforeValidator(Variant.parse),
     PlainSerializer(str, return_type=str),
-    WithJsonSchema({"type": "string", "pattern": _ID.pattern}),
+    WithJsonSchema({"type": "string", "pattern": id_pattern()}),
 ]
 
 
@@ -66,7 +87,7 @@ class BlockVariant(Record):
     ffn: VariantId
 
     @model_validator(mode="after")
-    def _halves_in_their_places(self) -> Self:
+    def _subblocks_in_their_places(self) -> Self:
         if (self.attention.subblock, self.ffn.subblock) != ("attn", "ffn"):
             raise ValueError(f"{str(self)!r} is no block variant: say attn:kv4+ffn:i512 and so on")
         return self
@@ -77,8 +98,21 @@ class BlockVariant(Record):
         attention, _, ffn = text.partition("+")
         return cls(attention=Variant.parse(attention), ffn=Variant.parse(ffn))
 
+    @property
+    def subblocks(self) -> tuple[Variant, Variant]:
+        """The attention variant and the FFN variant."""
+        return self.attention, self.ffn
+
+    def with_variant(self, variant: Variant) -> Self:
+        """This block with one subblock variant in the place of its own."""
+        return self.model_copy(update={"attention" if variant.subblock == "attn" else "ffn": variant})
+
     def __str__(self) -> str:
         return f"{self.attention}+{self.ffn}"
+
+
+NO_ATTENTION, NO_FFN = Variant("attn", "no_op"), Variant("ffn", "no_op")
+EMPTY_BLOCK = BlockVariant(attention=NO_ATTENTION, ffn=NO_FFN)
 
 
 class Architecture(Record):
@@ -132,12 +166,6 @@ class ModelShape(Record):
         Raises:
             SpecError: the KV heads do not divide the parent's, or the FFN is wider than the parent's.
         """
-        if variant.kind == "sized" and variant.subblock == "attn" and self.kv_heads % variant.size:
-            divisors = [n for n in range(1, self.kv_heads + 1) if self.kv_heads % n == 0]
-            raise SpecError(
-                f"variant {variant}: {variant.size} KV heads do not divide the parent's {self.kv_heads}; "
-                f"use one of {divisors}"
-            )
-        if variant.kind == "sized" and variant.subblock == "ffn" and variant.size > self.ffn_width:
-            raise SpecError(f"variant {variant} is wider than the parent's FFN ({self.ffn_width}): use a smaller width")
+        if problem := variant.row.problem(self, variant.size):
+            raise SpecError(f"variant {variant} {problem}")
         return variant

@@ -81,7 +81,7 @@ def _with_start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
 
 def run(work: TokensWork, documents: list[Document], tokenizer: Tokenizer, out_dir: Path) -> TokensRecord:
     """Pack one split and write `tokens.safetensors`, int32 (N, T)."""
-    asked = dict(work.served_before) | {work.split: work.tokens}
+    asked = dict(work.earlier_splits) | {work.split: work.tokens}
     windows_NT = pack(documents, tokenizer, work.sequence_length, asked, work.seed)[work.split]
     save_file({"tokens": windows_NT}, out_dir / "tokens.safetensors")
     sample = tokenizer.decode(windows_NT[:64].flatten().tolist(), skip_special_tokens=True)

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.engines import ENGINES
 from puzzle_core.errors import SpecError
 from puzzle_core.records import Record
 from puzzle_core.sizes import DTYPE_BYTES, architecture_parameters, variant_size
@@ -31,6 +32,7 @@ from puzzle_core.work import (
 BLD_STATES = 7
 """State files that lie on the disk at most while variants train: two each of three layers, and what leaves the last."""
 LARGEST_LOG_PROBABILITIES_BYTES = 2**30
+HELD_OUT_SPLITS = ("scoring", "evaluation")
 
 
 class Inputs(Record):
@@ -78,7 +80,8 @@ class Plan:
                     f"variants.layers names layers {exception.first_layer} to {exception.last_layer}, but the parent "
                     f"has layers 0 to {shape.layers - 1}"
                 )
-        if shape.qk_norm and (refusing := [engine for engine in spec.engines if engine != "transformers"]):
+        refusing = [engine for engine in spec.engines if "checkpoint" not in ENGINES[engine].formats]
+        if shape.qk_norm and refusing:
             raise SpecError(
                 f"engines asks for {', '.join(refusing)}, but the parent's family {shape.family} normalises queries "
                 "and keys, which no exported format has a place for (docs/engines.md): leave engines out"
@@ -104,17 +107,22 @@ class Plan:
         spec = self.spec
         train = (("calibration", spec.importance.tokens), ("bld", spec.bld.tokens), ("gkd", spec.gkd.tokens))
         held_out = (("scoring", spec.scoring.tokens), ("evaluation", spec.evaluation.tokens))
-        order = train if split in dict(train) else held_out
+        order = held_out if split in HELD_OUT_SPLITS else train
         position = [name for name, _ in order].index(split)
         return TokensWork(
             split=split,
             tokens=order[position][1],
-            served_before=order[:position],
+            earlier_splits=order[:position],
             sequence_length=spec.data.sequence_length,
             seed=spec.data.seed,
             texts=self.inputs.train_texts if order is train else self.inputs.held_out_texts,
             tokenizer=self.inputs.tokenizer,
         )
+
+    def text_sources(self, split: str) -> tuple[str, ...]:
+        """The texts that a split is packed from."""
+        data = self.spec.data
+        return data.held_out_texts if split in HELD_OUT_SPLITS else data.train_texts
 
     def importance(self) -> ImportanceWork:
         """Channel contributions of the parent's FFNs."""
@@ -123,27 +131,26 @@ class Plan:
     def trained(self, layer: int) -> list[Variant]:
         """The variants of a layer that need training: neither the parent's own nor no-ops."""
         attentions, ffns = self.variants.of_layer(layer, self.inputs.shape)
-        return [variant for variant in attentions[1:] + ffns[1:] if variant.kind != "no_op"]
+        return [variant for variant in attentions[1:] + ffns[1:] if not variant.is_empty]
 
     def bld(self, layer: int, variant: Variant) -> BldWork:
         """The training of one variant."""
-        pruned = variant.subblock == "ffn" and variant.kind == "sized"
         return BldWork(
             parent=self.inputs.parent,
             layer=layer,
             variant=variant,
             tokens=self.tokens("bld").key,
-            contributions=self.importance().key if pruned else None,
+            contributions=self.importance().key if variant.row.needs_contributions else None,
             spec=self.spec.bld,
         )
 
     def library_key(self, layer: int, variant: Variant) -> str | None:
-        """Where a half's weights lie; none for the parent's own and for no-ops."""
+        """Where a variant's weights lie; none for the parent's own and for no-ops."""
         work = self._library.get((layer, variant))
         return work.key if work else None
 
     def scored(self, layer: int, base: Architecture | None = None) -> list[BlockVariant]:
-        """The blocks of a layer that need a score: all pairs, or the base's block with one half changed.
+        """The blocks of a layer that need a score: all pairs, or the base's block with one subblock changed.
 
         The base is the parent, or a child; the child itself is scored too, by its own block in layer 0.
         """
@@ -196,7 +203,7 @@ class Plan:
             for layer in self.layers
             for found in self.variants.of_layer(layer, self.inputs.shape)
             for variant in found
-            if variant.kind != "no_op"
+            if not variant.is_empty
         }
         return {
             (scenario.name, batch_size): CostWork(
@@ -238,7 +245,7 @@ class Plan:
         """The child of one architecture."""
         library = []
         for layer, block in enumerate(architecture.layers):
-            keys = ((str(half), self.library_key(layer, half)) for half in (block.attention, block.ffn))
+            keys = ((str(variant), self.library_key(layer, variant)) for variant in block.subblocks)
             library.append(tuple((variant, key) for variant, key in keys if key))
         return AssembleWork(
             parent=self.inputs.parent,

@@ -85,31 +85,28 @@ def score_flops(plan: Plan, work: ScoreWork) -> float:
     it, the head, and the parent's own head again where its predictions are too large to be kept."""
     shape, length = plan.inputs.shape, plan.spec.data.sequence_length
     own = shape.parent_block
-    halves = [work.block.ffn] if work.block.attention == own.attention else [work.block.attention, work.block.ffn]
-    halves += [own.attention, own.ffn] * (shape.layers - 1 - work.layer)
+    variants = [work.block.ffn] if work.block.attention == own.attention else list(work.block.subblocks)
+    variants += list(own.subblocks) * (shape.layers - 1 - work.layer)
     kept = plan.spec.scoring.tokens * shape.vocabulary * 4 <= LARGEST_LOG_PROBABILITIES_BYTES
-    return sum(sum(_forward(shape, half, length)) for half in halves) + _head(shape) * (1 if kept else 2)
+    return sum(sum(_forward(shape, variant, length)) for variant in variants) + _head(shape) * (1 if kept else 2)
 
 
 def gkd_flops(plan: Plan, child: Architecture, computed_again: bool) -> float:
     """Operations per token of GKD; sharded over processes, every block of the child is computed again going back."""
     shape, length = plan.inputs.shape, plan.spec.data.sequence_length
-    parent = [_forward(shape, half, length) for half in (shape.parent_block.attention, shape.parent_block.ffn)]
+    parent = [_forward(shape, variant, length) for variant in shape.parent_block.subblocks]
     total = shape.layers * sum(map(sum, parent)) + _head(shape) * (FORWARD + BOTH_WAYS)
     for block in child.layers:
-        for half in (block.attention, block.ffn):
-            weights, products = _forward(shape, half, length)
+        for variant in block.subblocks:
+            weights, products = _forward(shape, variant, length)
             total += BOTH_WAYS * weights + ATTENTION_BOTH_WAYS * products + computed_again * (weights + products)
     return total
 
 
 def _forward(shape: ModelShape, variant: Variant, length: int) -> tuple[float, float]:
-    """Operations per token of a half's forward pass: with its weights, and between the tokens of a window."""
-    if variant.kind == "no_op":
-        return 0, 0
-    attends = variant.subblock == "attn" and variant.kind == "sized"
-    products = 4 * length * shape.heads * shape.head_dim if attends else 0
-    return 2 * (variant_size(shape, variant).parameters - shape.hidden), products
+    """Operations per token of a subblock's forward pass: with its weights, and between the tokens of a window."""
+    row, size = variant.row, variant.size
+    return 2 * row.parameters(shape, size), length * row.context_operations(shape, size)
 
 
 def _head(shape: ModelShape) -> int:

@@ -20,7 +20,8 @@ import torch
 from puzzle_core.distill.losses import kl_of_log_probabilities
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import FORWARD_TOKENS, Activations
-from puzzle_core.model.surgery import State, Subblocks, halves
+from puzzle_core.model.surgery import Subblocks, load_subblocks
+from puzzle_core.state_dict import State
 from puzzle_core.work import ScoreRecord, ScoreWork
 
 COMPARED_TOKENS = 512
@@ -40,7 +41,7 @@ def run(work: ScoreWork, activations: Activations, weights: dict[str, State]) ->
     """
     parent, dtype, device = activations.parent, activations.dtype, activations.device
     trained = {v: weights[str(v)] for v in (work.block.attention, work.block.ffn) if str(v) in weights}
-    block = halves(parent, work.layer, work.block, trained, dtype, device)
+    block = load_subblocks(parent, work.layer, work.block, trained, dtype, device)
     suffix = [activations.block(layer) for layer in range(work.layer + 1, parent.shape.layers)]
     context, compared = activations.context(), _Compared()
     for rows in _few_windows(activations):
@@ -61,8 +62,8 @@ def _through_block(
     work: ScoreWork, activations: Activations, block: Subblocks, rows: slice, context: dict[str, Any]
 ) -> torch.Tensor:
     if work.block.attention == activations.attention(work.layer):
-        return block.feed(activations.middle(work.layer)[rows].to(activations.device))
-    return block(activations.entry(work.layer)[rows].to(activations.device), **context)
+        return block.feed(activations.post_attention(work.layer)[rows].to(activations.device))
+    return block(activations.layer_input(work.layer)[rows].to(activations.device), **context)
 
 
 class _Compared:

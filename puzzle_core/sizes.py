@@ -16,19 +16,9 @@ class VariantSize(NamedTuple):
 
 def variant_size(shape: ModelShape, variant: Variant) -> VariantSize:
     """Parameters (norm and biases included) and KV entries per token of one subblock variant."""
-    if variant.kind == "no_op":
-        return VariantSize(0, 0)
-    width = shape.hidden
-    if variant.kind == "linear":
-        bias = shape.qkv_bias or shape.attention_out_bias if variant.subblock == "attn" else shape.mlp_bias
-        return VariantSize(width + width * width + bias * width, 0)
-    if variant.subblock == "ffn":
-        biases = shape.mlp_bias * (2 * variant.size + width)
-        return VariantSize(width + 3 * width * variant.size + biases, 0)
-    query, key_value = shape.heads * shape.head_dim, variant.size * shape.head_dim
-    weights = 2 * width * query + 2 * width * key_value
-    biases = shape.qkv_bias * (query + 2 * key_value) + shape.attention_out_bias * width
-    return VariantSize(width + weights + biases + shape.qk_norm * 2 * shape.head_dim, 2 * key_value)
+    row, size = variant.row, variant.size
+    parameters = row.parameters(shape, size) + row.keeps_norm * shape.hidden
+    return VariantSize(parameters, row.kv_entries(shape, size))
 
 
 def outside_parameters(shape: ModelShape) -> int:
@@ -39,8 +29,8 @@ def outside_parameters(shape: ModelShape) -> int:
 
 def architecture_parameters(shape: ModelShape, architecture: Architecture) -> int:
     """Parameters of a whole child."""
-    halves = (half for block in architecture.layers for half in (block.attention, block.ffn))
-    return outside_parameters(shape) + sum(variant_size(shape, half).parameters for half in halves)
+    variants = (variant for block in architecture.layers for variant in block.subblocks)
+    return outside_parameters(shape) + sum(variant_size(shape, variant).parameters for variant in variants)
 
 
 def kv_entries_per_token(shape: ModelShape, architecture: Architecture) -> int:

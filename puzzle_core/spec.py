@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from puzzle_core.architecture import BlockVariant, ModelShape, Variant
-from puzzle_core.engines import Engine, restrictions
-from puzzle_core.formats.block_configs import WIDTH_GRID
+from puzzle_core.architecture import BlockVariant, ModelShape, Variant, VariantId
+from puzzle_core.engines import ServingEngine, constraints, restrictions
 from puzzle_core.quantities import (
     parse_bytes,
     parse_column,
@@ -27,6 +26,7 @@ from puzzle_core.records import Record
 from puzzle_core.target import Dtype as Dtype
 from puzzle_core.target import Positive, Share
 from puzzle_core.target import TargetSpec as TargetSpec
+from puzzle_core.variants.kinds import KINDS, Subblock, kinds_of
 from puzzle_core.yaml_file import parse_record
 
 Bytes = Annotated[str, BeforeValidator(parse_bytes.check), Field(json_schema_extra=parse_bytes.form)]
@@ -76,6 +76,9 @@ class VariantRange(Record):
     ffn_widths: tuple[Positive, ...] | None = Field(None, description="Instead of those for all layers")
     linear: bool | None = Field(None, description="Offer one linear layer in place of each subblock here")
     no_op: bool | None = Field(None, description="Offer to leave out each subblock here")
+    ids: tuple[VariantId, ...] | None = Field(
+        None, description="Instead of those for all layers", exclude_if=lambda ids: ids is None
+    )
 
     @model_validator(mode="after")
     def _some_layer(self) -> "VariantRange":
@@ -93,6 +96,9 @@ class VariantsSpec(Record):
     ffn_multiple_of: Positive = Field(1, description="Widths from ratios are rounded to a multiple of this")
     linear: bool = Field(True, description="Offer one linear layer in place of each subblock")
     no_op: bool = Field(True, description="Offer to leave out each subblock")
+    ids: tuple[VariantId, ...] = Field(
+        (), description="Further variants of any kind, for instance attn:kv2", exclude_if=lambda ids: not ids
+    )
     layers: tuple[VariantRange, ...] = Field((), description="Exceptions for ranges of layers; later ones win")
 
     def of_layer(self, layer: int, shape: ModelShape) -> tuple[list[Variant], list[Variant]]:
@@ -101,51 +107,67 @@ class VariantsSpec(Record):
         Raises:
             SpecError: a variant that this parent cannot have.
         """
-        rules: dict[str, Any] = self.model_dump(exclude={"layers", "ffn_multiple_of"})
+        rules = {name: getattr(self, name) for name in type(self).model_fields}
         for exception in self.layers:
             if exception.first_layer <= layer <= exception.last_layer:
-                changes = exception.model_dump(exclude={"first_layer", "last_layer"}, exclude_none=True)
+                changes = {name: value for name, value in exception if name in rules and value is not None}
                 if {"ffn_ratios", "ffn_widths"} & changes.keys():
                     rules |= {"ffn_ratios": (), "ffn_widths": ()}
                 rules |= changes
-        widths = self._widths(rules["ffn_ratios"], rules["ffn_widths"], shape)
-        sizes = {"attn": set(rules["kv_heads"]), "ffn": widths}
-        parent = {"attn": shape.parent_block.attention, "ffn": shape.parent_block.ffn}
-        found: dict[str, list[Variant]] = {}
-        for subblock, own in parent.items():
-            sized = [shape.check(Variant(own.subblock, "sized", n)) for n in sorted(sizes[subblock], reverse=True)]
-            extras = [Variant(own.subblock, kind) for kind in ("linear", "no_op") if rules[kind]]  # type: ignore[arg-type]
-            found[subblock] = [own, *(v for v in sized if v != own), *extras]
-        return found["attn"], found["ffn"]
+        rules["ffn_widths"] = self._widths(rules["ffn_ratios"], rules["ffn_widths"], shape)
+        attentions, ffns = (
+            [own, *sorted(_offered(rules, own.subblock, shape) - {own}, key=lambda variant: variant.rank)]
+            for own in shape.parent_block.subblocks
+        )
+        return attentions, ffns
 
     def blocks_of_layer(self, layer: int, shape: ModelShape) -> list[BlockVariant]:
         """All pairs of one layer, the parent's own first."""
         attentions, ffns = self.of_layer(layer, shape)
         return [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
 
-    def within(self, form: "FormSpec", shape: ModelShape) -> "VariantsSpec":
-        """The same space less what the form allows nowhere: linear layers, and FFN widths of no allowed multiple."""
-        changes: dict[str, Any] = {} if form.linear else {"linear": False}
-        exceptions = [e.model_copy(update={"linear": e.linear and form.linear}) for e in self.layers]
-        if form.ffn_multiple_of > 1:
+    def served_by(self, engines: tuple[ServingEngine, ...], shape: ModelShape) -> "VariantsSpec":
+        """The same space less the variants that one of these engines runs in no layer."""
+        form = served_form(FormSpec(), engines)
+        switches = {
+            row.spec_field: False
+            for row in KINDS.values()
+            if row.spec_field and not row.sized and not row.restricted_by.isdisjoint(restrictions(engines))
+        }
 
-            def fitting(ratios: tuple[float, ...], widths: tuple[int, ...]) -> dict[str, Any]:
-                found = self._widths(ratios, widths, shape)
-                return {"ffn_ratios": (), "ffn_widths": tuple(sorted(w for w in found if not w % form.ffn_multiple_of))}
+        def changed(part: "VariantsSpec | VariantRange") -> dict[str, Any]:
+            changes: dict[str, Any] = {name: False for name in switches if getattr(part, name)}
+            if part.ids:
+                changes["ids"] = tuple(variant for variant in part.ids if allows(form, engines, variant))
+            if form.ffn_multiple_of > 1 and (part.ffn_ratios, part.ffn_widths) != (None, None):
+                widths = self._widths(part.ffn_ratios or (), part.ffn_widths or (), shape)
+                fitting = tuple(sorted(width for width in widths if not width % form.ffn_multiple_of))
+                changes |= {"ffn_ratios": (), "ffn_widths": fitting}
+            return changes
 
-            changes |= fitting(self.ffn_ratios, self.ffn_widths)
-            exceptions = [
-                e
-                if e.ffn_ratios is None and e.ffn_widths is None
-                else e.model_copy(update=fitting(e.ffn_ratios or (), e.ffn_widths or ()))
-                for e in exceptions
-            ]
-        return self.model_copy(update=changes | {"layers": tuple(exceptions)}) if changes else self
+        layers = tuple(exception.model_copy(update=changed(exception)) for exception in self.layers)
+        return self.model_copy(update=changed(self) | {"layers": layers})
 
     def _widths(self, ratios: tuple[float, ...], widths: tuple[int, ...], shape: ModelShape) -> set[int]:
         """FFN widths in channels, of ratios and of widths as they are."""
         multiple = self.ffn_multiple_of
         return {max(round(r * shape.ffn_width / multiple) * multiple, multiple) for r in ratios} | set(widths)
+
+
+def _offered(rules: Mapping[str, Any], subblock: Subblock, shape: ModelShape) -> set[Variant]:
+    """The variants of one subblock that these fields of a `VariantsSpec` offer.
+
+    Raises:
+        SpecError: a variant that this parent cannot have.
+    """
+    offered = {variant for variant in rules["ids"] if variant.subblock == subblock}
+    for row in kinds_of(subblock):
+        value = rules[row.spec_field] if row.spec_field else ()
+        sizes = value if row.sized else [0] if value else []
+        offered |= {Variant(subblock, row.name, size) for size in sizes}
+    for variant in sorted(offered, key=lambda variant: variant.rank):
+        shape.check(variant)
+    return offered
 
 
 class ImportanceSpec(Record):
@@ -276,18 +298,21 @@ class FormSpec(Record):
     )
 
 
-def served_form(form: FormSpec, engines: tuple[Engine, ...]) -> FormSpec:
-    """The form, narrowed to what every one of these engines runs (puzzle_core/engines.py)."""
-    asked = restrictions(engines)
-    grid = WIDTH_GRID if "width_grid" in asked else 1
-    return form.model_copy(
-        update={
-            "linear": form.linear and "no_linear" not in asked,
-            "ffn_multiple_of": math.lcm(form.ffn_multiple_of, grid),
-            "uniform_kv_heads": form.uniform_kv_heads or "one_kv_heads" in asked,
-            "attention_first": form.attention_first or "attention_first" in asked,
-        }
-    )
+def served_form(form: FormSpec, engines: tuple[ServingEngine, ...]) -> FormSpec:
+    """The form, narrowed to the sizes and places that all these engines run (puzzle_core/engines.py)."""
+    update = constraints(engines)
+    multiple = math.lcm(form.ffn_multiple_of, update.get("ffn_multiple_of", 1))
+    return form.model_copy(update=update | {"ffn_multiple_of": multiple})
+
+
+def allows(form: FormSpec, engines: tuple[ServingEngine, ...], variant: Variant) -> bool:
+    """Whether the form and these engines allow a variant anywhere."""
+    row = variant.row
+    if row.restricted_by and not row.restricted_by.isdisjoint(restrictions(engines)):
+        return False
+    if row.form_field and not getattr(form, row.form_field):
+        return False
+    return row.fits_devices(variant.size, form.tensor_parallel) and variant.ffn_width % form.ffn_multiple_of == 0
 
 
 Baseline = Literal["mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"]
@@ -326,7 +351,7 @@ class SearchRequest(Record):
     more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
     mix: MixSpec | None = None
     form: FormSpec = FormSpec()
-    engines: tuple[Engine, ...] = Field(
+    engines: tuple[ServingEngine, ...] = Field(
         (), description="Serving engines that must all run the child: what one of them cannot is left out"
     )
     search: SearchSpec = SearchSpec()
@@ -474,7 +499,7 @@ class RunSpec(Record):
     more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
     mix: MixSpec | None = Field(None, description="Limits on the weighted mix of all scenarios")
     form: FormSpec = FormSpec()
-    engines: tuple[Engine, ...] = Field(
+    engines: tuple[ServingEngine, ...] = Field(
         (), description="Serving engines that must all run the child: what one of them cannot is left out"
     )
     search: SearchSpec = SearchSpec()
@@ -494,7 +519,7 @@ class RunSpec(Record):
 
     def served_variants(self, shape: ModelShape) -> VariantsSpec:
         """The search space less the variants that one of `engines` never runs: nobody trains or scores these."""
-        return self.variants.within(served_form(FormSpec(), self.engines), shape)
+        return self.variants.served_by(self.engines, shape)
 
     @model_validator(mode="after")
     def _askable(self) -> "RunSpec":

@@ -1,7 +1,7 @@
 """Hardware targets: the device, precision and engine that costs hold for, and where the costs come from.
 
 A target is part of a run's spec or a file of its own (deployments/targets/, docs/targets.md). Its costs are measured on
-the device at hand, computed from the figures of a data sheet (cost/roofline.py), or imported as a table. No torch.
+this machine, computed from the figures of a data sheet (cost/roofline.py), or imported as a table. No torch.
 """
 
 from pathlib import Path
@@ -9,13 +9,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from puzzle_core.engines import ENGINES, GgufType, TargetEngine, engines_with
 from puzzle_core.quantities import parse_bandwidth, parse_duration, parse_memory, parse_rate
 from puzzle_core.records import Record
 from puzzle_core.yaml_file import parse_record, read_keys, resolve_path
 
 Dtype = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
-GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Memory = Annotated[str, BeforeValidator(parse_memory.check), Field(json_schema_extra=parse_memory.form)]
@@ -34,7 +34,7 @@ PRECISION_BYTES: dict[Precision, float] = {
 
 
 class PeakRates(Record):
-    """Peak rates of dense matrix products by the precision of their operands; none where there is no fast path."""
+    """Peak rates of dense matrix products, by the precision of their operands; none if the device has no fast path."""
 
     float32: Rate | None = None
     bfloat16: Rate | None = None
@@ -45,7 +45,7 @@ class PeakRates(Record):
 
 
 class Efficiency(Record):
-    """How much of the peaks real kernels reach; cost/calibrate.py fits these to measured costs."""
+    """The shares of the peak rates that real kernels reach; cost/calibrate.py fits them to measured costs."""
 
     prefill_compute: Share = Field(0.6, description="Share of the peak rate that prefill reaches")
     decode_compute: Share = Field(0.4, description="Share of the peak rate that decoding a large batch reaches")
@@ -61,7 +61,7 @@ class Interconnect(Record):
 
 
 class HardwareSpec(Record):
-    """A device as its data sheet has it, and the precisions that it serves in."""
+    """The figures of a device's data sheet, and the precisions that it serves in."""
 
     device: str = Field(description="Name of the device")
     weights: Precision = Field("bfloat16", description="Precision of the weights")
@@ -76,7 +76,7 @@ class HardwareSpec(Record):
     sources: dict[str, str] = Field({}, description="Where each figure comes from")
 
     @model_validator(mode="after")
-    def _figures_that_are_needed(self) -> Self:
+    def _needed_figures_are_given(self) -> Self:
         for operation, precision in (("weight", self.linear_precision), ("attention", self.attention_precision)):
             if getattr(self.peak_rates, precision) is None:
                 raise ValueError(
@@ -108,11 +108,15 @@ class TargetSpec(Record):
     costs: Literal["measured", "roofline", "imported"] = Field(
         "measured", description="Measured here, computed from the figures of `hardware`, or read from `table`"
     )
-    engine: Literal["torch", "llama.cpp", "vllm"] = Field(
-        "torch", description="What serves: costs are measured in torch or llama.cpp; vLLM's are imported"
+    engine: TargetEngine = Field(
+        "torch",
+        description=f"What serves: costs are measured in {' and '.join(engines_with(lambda row: row.costs_module))}, "
+        "and imported for other engines",
     )
     gguf_type: GgufType | None = Field(
-        None, description="For engine llama.cpp: type of the weights in the file; as `dtype` if not said"
+        None,
+        description=f"For engine {' or '.join(engines_with(lambda row: row.gguf_types))}: type of the weights in the "
+        "file; that of `dtype` if left out",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="What to measure on; auto takes a GPU that is here"
@@ -126,7 +130,7 @@ class TargetSpec(Record):
     table: str | None = Field(None, description="For imported costs: path of the cost table")
 
     @model_validator(mode="after")
-    def _what_the_kind_needs(self) -> Self:
+    def _costs_have_their_source(self) -> Self:
         for kind, key in (("roofline", "hardware"), ("imported", "table")):
             given = getattr(self, key) is not None
             if self.costs == kind and not given:
@@ -136,23 +140,25 @@ class TargetSpec(Record):
         return self
 
     @model_validator(mode="after")
-    def _what_the_engine_can(self) -> Self:
-        if self.engine == "vllm" and self.costs == "measured":
+    def _engine_supports_the_rest(self) -> Self:
+        row = ENGINES[self.engine]
+        if self.costs == "measured" and not row.costs_module:
+            raise ValueError(f"engine is {self.engine}, which is not measured here: {row.not_measured}")
+        if self.device not in ("auto", *row.devices):
             raise ValueError(
-                "engine is vllm, which is not measured here: measure with vLLM's own benchmark and say "
-                "`costs: imported` with the `table` (docs/targets.md)"
+                f"engine is {self.engine}, which is measured on {', '.join(row.devices)} alone: leave device out, or "
+                "say engine torch"
             )
-        if self.engine == "llama.cpp" and self.device == "cuda":
-            raise ValueError("engine is llama.cpp, which is measured on the CPU: leave device out, or say engine torch")
-        if self.gguf_type and self.engine != "llama.cpp":
+        if self.gguf_type and self.gguf_type not in row.gguf_types:
+            takers = engines_with(lambda other: self.gguf_type in other.gguf_types)
             raise ValueError(
-                f"gguf_type is given, but engine is {self.engine}: say `engine: llama.cpp`, or leave it out"
+                f"gguf_type is given, but engine is {self.engine}: say `engine: {' or '.join(takers)}`, or leave it out"
             )
         return self
 
 
 def load_target(path: Path) -> TargetSpec:
-    """Read a target from its YAML file; the path of a cost table is relative to it.
+    """Read a target from its YAML file; the path of a cost table is relative to that file.
 
     Raises:
         SpecError: the file is missing or not YAML, or a key or value is wrong; names the key and the nearest known one.

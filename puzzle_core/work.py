@@ -6,6 +6,8 @@ their keys. A `Record` is what the stage found out; tensors lie beside it in the
 
 from typing import ClassVar, Literal
 
+from pydantic import ConfigDict, Field
+
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, VariantId
 from puzzle_core.records import Record, Work
 from puzzle_core.spec import (
@@ -20,14 +22,19 @@ from puzzle_core.spec import (
 
 
 class TokensWork(Work):
-    """One split of packed windows; `served_before` are the splits that took their documents first."""
+    """One split of packed windows; `earlier_splits` are the splits that took their documents first.
+
+    Keys and manifests have `earlier_splits` under its former name: a change of the digest would invalidate libraries.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
 
     stage: ClassVar[str] = "tokens"
     version: ClassVar[int] = 1
 
     split: str
     tokens: int
-    served_before: tuple[tuple[str, int], ...]
+    earlier_splits: tuple[tuple[str, int], ...] = Field(alias="served_before")
     sequence_length: int
     seed: int
     texts: str
@@ -86,7 +93,7 @@ class BldRecord(Record):
 
 
 class AssembleWork(Work):
-    """One architecture; `library` has the keys of the trained halves of each layer, by variant id."""
+    """One architecture; `library` has the keys of the trained variants of each layer, by variant id."""
 
     stage: ClassVar[str] = "child"
     version: ClassVar[int] = 1
@@ -98,7 +105,7 @@ class AssembleWork(Work):
 
 
 class ScoreWork(Work):
-    """One block variant in one layer; the library keys of its trained halves, none for parent and no-op halves.
+    """One block variant in one layer; the library keys of its trained variants, none for the parent's own and no-ops.
 
     The block replaces one of the parent's, or of the child `base`.
     """

@@ -1,8 +1,8 @@
-"""What Prefect's UI shows of a run beside its tasks: what the store had, the library, the answer, the child, progress.
+"""Prefect artifacts of a run, shown in its UI: cached results, the library, the architecture, the child, progress.
 
-Artifacts of one name are versions of one thing in the UI, so names hold the specification's name and, for a search, the
-target and the scenario. None of this is anything but a view: where the server does not take an artifact, the run logs
-that and goes on.
+The UI shows artifacts of one key as versions of one artifact, so keys contain the name of the specification and, for a
+search, the target and the scenario. They are views only: where the server does not take one, the run logs that and goes
+on.
 """
 
 import base64
@@ -29,18 +29,18 @@ from puzzle_core.records import Work
 from puzzle_core.search.search_record import SearchRecord
 from puzzle_core.work import BldRecord, ScoreRecord
 from tasks.runtime.context import RunContext
-from tasks.tracking.tracking import TrackedRun
+from tasks.tracking.tracked_run import TrackedRun
 
 log = logging.getLogger("puzzle")
 MOST_ROWS = 2000
 FRONTIER = "quality_against_speed"
 MLFLOW_UI = "PUZZLE_MLFLOW_UI"
-"""Environment variable with the address of MLflow's UI, where the tracking URI itself is none (`make up` sets it)."""
+"""Environment variable with the address of MLflow's UI, for a tracking URI that is no address (`make up` sets it)."""
 P = ParamSpec("P")
 
 
-def _only_a_view(show: Callable[P, None]) -> Callable[P, None]:
-    """Log what goes wrong, and let the run go on."""
+def _log_errors(show: Callable[P, None]) -> Callable[P, None]:
+    """Log any error, and let the run go on."""
 
     @functools.wraps(show)
     def try_to_show(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -52,43 +52,41 @@ def _only_a_view(show: Callable[P, None]) -> Callable[P, None]:
     return try_to_show
 
 
-@_only_a_view
-def show_found(what: str, plan: Plan, works: Sequence[Work], context: RunContext) -> None:
-    """Work that is not done again since the store has it: what, under which key, and which run made it when."""
+@_log_errors
+def show_cached(stage: str, plan: Plan, works: Sequence[Work], context: RunContext) -> None:
+    """Results that the store had already: what they are of, their keys, and which run made each when."""
     rows = []
     for work, manifest in zip(works, context.store().manifests(work.key for work in works).values(), strict=True):
-        asked = work.model_dump(mode="json", include={"layer", "variant", "block"})
-        rows.append(asked | {"key": work.key, "made by": manifest.made_by, "made at": manifest.made_at})
+        fields = work.model_dump(mode="json", include={"layer", "variant", "block"})
+        rows.append(fields | {"key": work.key, "made by": manifest.made_by, "made at": manifest.made_at})
     if rows:
-        _table(f"found-{what}-{plan.spec.name}", rows, f"{what}: {len(rows)} results were in the store")
+        _table(f"found-{stage}-{plan.spec.name}", rows, f"{stage}: {len(rows)} results were in the store")
 
 
-@_only_a_view
+@_log_errors
 def show_library(plan: Plan, context: RunContext) -> None:
     """Every trained variant with its final loss, and every scored block with its KL."""
     store, about = context.store(), f"Block library of {plan.spec.parent.path}"
-    trained = store.manifests(work.key for work in plan.all_bld()).values()
-    scored = store.manifests(work.key for work in plan.all_scores()).values()
+    trained = store.records(BldRecord, (work.key for work in plan.all_bld())).values()
+    scored = store.records(ScoreRecord, (work.key for work in plan.all_scores())).values()
     rows = []
-    for manifest in trained:
-        bld = BldRecord.model_validate(manifest.record)
+    for bld in trained:
         losses = {"initial loss": bld.initial_loss, "final loss": bld.final_loss}
         rows.append({"layer": bld.layer, "variant": str(bld.variant)} | losses | {"seconds": round(bld.seconds, 2)})
     _table(f"library-{plan.spec.name}", rows, f"{about}: normalised MSE before and after BLD")
     rows = []
-    for manifest in scored:
-        score = ScoreRecord.model_validate(manifest.record)
+    for score in scored:
         kl, agreement = score.kl_nats_per_token, score.top1_agreement
         rows.append({"layer": score.layer, "block": str(score.block), "KL, nats per token": kl, "agreement": agreement})
     _table(f"scores-{plan.spec.name}", rows, f"{about}: what each block costs, alone in the parent")
 
 
-@_only_a_view
+@_log_errors
 def show_architecture(plan: Plan, context: RunContext, key: str) -> None:
-    """What the search chose, with its limits and what it stands beside."""
+    """The chosen architecture, with its limits and the baselines."""
     from puzzle_core.report.search_text import answer_text
 
-    answer = answer_text(SearchRecord.model_validate(context.store().manifest(key).record))
+    answer = answer_text(context.store().record(SearchRecord, key))
     spec = plan.spec
     create_markdown_artifact(
         f"```text\n{answer}\n```\n\nArtifact `{key}`\n",
@@ -97,9 +95,9 @@ def show_architecture(plan: Plan, context: RunContext, key: str) -> None:
     )
 
 
-@_only_a_view
+@_log_errors
 def show_report(plan: Plan, context: RunContext, key: str) -> None:
-    """The child beside its parent, and the frontier that it was chosen from."""
+    """The child beside its parent, and the figure of quality against speed."""
     from puzzle_core.report.report import CAPTIONS
     from puzzle_core.report.report_inputs import ReportInputs
     from puzzle_core.report.report_tables import format_final_table
@@ -115,9 +113,9 @@ def show_report(plan: Plan, context: RunContext, key: str) -> None:
         create_image_artifact(address, key=_name(f"frontier-{name}"), description=CAPTIONS[FRONTIER])
 
 
-@_only_a_view
+@_log_errors
 def show_tracked(plan: Plan, run: TrackedRun) -> None:
-    """Where MLflow has this run."""
+    """The address of this run in MLflow."""
     if run.run_id is None:
         return
     key, about = _name(f"mlflow-{plan.spec.name}"), "This run in MLflow"
@@ -126,43 +124,49 @@ def show_tracked(plan: Plan, run: TrackedRun) -> None:
         link = f"{address.rstrip('/')}/#/experiments/{run.experiment_id()}/runs/{run.run_id}"
         create_link_artifact(link, key=key, link_text=f"MLflow run {run.run_id}", description=about)
     else:
-        look = f"Run `{run.run_id}`; `mlflow ui --backend-store-uri {run.uri}` shows it.\n"
-        create_markdown_artifact(look, key=key, description=about)
+        text = f"Run `{run.run_id}`; `mlflow ui --backend-store-uri {run.uri}` shows it.\n"
+        create_markdown_artifact(text, key=key, description=about)
 
 
-class Bar:
-    """How far a long stage is, as a progress artifact of the run at hand; made when it is first shown."""
+class ProgressArtifact:
+    """The progress of a long stage, as a Prefect artifact of the present run, created with the first update."""
 
-    def __init__(self, what: str, name: str, least_seconds: float = 5.0) -> None:
-        self._key, self._what, self._least_seconds = (
-            _name(f"progress-{what}-{name}"),
-            f"{what} of {name}",
-            least_seconds,
-        )
+    def __init__(self, stage: str, name: str, least_seconds: float = 5.0) -> None:
+        """A progress artifact that does not exist yet.
+
+        Args:
+            stage: what progresses.
+            name: of what it is the progress, for instance the specification.
+            least_seconds: between two updates.
+        """
+        self._key, self._title = _name(f"progress-{stage}-{name}"), f"{stage} of {name}"
+        self._least_seconds = least_seconds
         self._artifact: UUID | None = None
         self._shown = 0.0
 
     def show(self, done: int, total: int) -> None:
-        """Show that so many of all are done, unless something was shown a moment ago."""
+        """Show that `done` of `total` are done; skipped within `least_seconds` of the last update, except the end."""
         if done == total or time.monotonic() - self._shown > self._least_seconds:
-            self._update(100 * done / max(1, total), f"{self._what}: {done} of {total}")
+            self._update(100 * done / max(1, total), f"{self._title}: {done} of {total}")
             self._shown = time.monotonic()
 
-    @_only_a_view
+    @_log_errors
     def _update(self, percent: float, description: str) -> None:
         if self._artifact is None:
-            made = create_progress_artifact(percent, key=self._key, description=description)
-            self._artifact = cast(UUID, made)
+            created = create_progress_artifact(percent, key=self._key, description=description)
+            self._artifact = cast(UUID, created)  # the call is synchronous here
         else:
             update_progress_artifact(self._artifact, percent, description=description)
 
 
+# `Any`: a cell may be whatever Prefect writes as JSON.
 def _table(key: str, rows: list[dict[str, Any]], description: str) -> None:
+    """Create a table artifact of at most MOST_ROWS rows."""
     if len(rows) > MOST_ROWS:
         description += f" (the first {MOST_ROWS} of {len(rows)})"
     create_table_artifact(rows[:MOST_ROWS], key=_name(key), description=description)
 
 
 def _name(text: str) -> str:
-    """A key that Prefect takes: small letters, digits and dashes."""
+    """A key in the form that Prefect takes: lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

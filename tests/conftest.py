@@ -19,16 +19,15 @@ from safetensors.torch import save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.utils import logging as transformers_logging
 
-from puzzle_core.architecture import Architecture, Variant
+from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
 from puzzle_core.cost import latency
 from puzzle_core.distill import importance
 from puzzle_core.model import child
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.parent import Parent
-from puzzle_core.model.surgery import WEIGHTS, State
+from puzzle_core.model.surgery import WEIGHTS
 from puzzle_core.spec import Dtype, ParentSpec
-from puzzle_core.variants.attention import initial_attention
-from puzzle_core.variants.ffn import initial_ffn
+from puzzle_core.state_dict import State
 from puzzle_core.work import AssembleWork, ImportanceWork
 from tests.pico import PICOS, SIZES, write_pico
 
@@ -44,6 +43,12 @@ MIXED = (
     "attn:kv4+ffn:linear",
     "attn:linear+ffn:i48",
 )
+
+
+def trained_variants(block: BlockVariant, shape: ModelShape) -> list[str]:
+    """Ids of the subblocks of a block that come from the library: neither the parent's nor no-ops."""
+    parent_block = (shape.parent_block.attention, shape.parent_block.ffn)
+    return [str(v) for v in (block.attention, block.ffn) if v.kind != "no_op" and v not in parent_block]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -158,10 +163,9 @@ def initial_state(
 
     def state(name: str, layer: int, variant_id: str) -> State:
         variant, parent = Variant.parse(variant_id), parent_of(name)
-        if variant.subblock == "attn":
-            return initial_attention(parent.layer_tensors(layer), parent.shape, variant)
-        contribution_I = importance.load_contribution(contributions_of(name), layer)
-        return initial_ffn(parent.layer_tensors(layer), variant, contribution_I)
+        pruned = variant.row.needs_contributions
+        contribution_I = importance.load_contribution(contributions_of(name), layer) if pruned else None
+        return variant.row.initial_state(parent.layer_tensors(layer), parent.shape, variant.size, contribution_I)
 
     return state
 
@@ -179,14 +183,14 @@ def assemble(
         architecture = Architecture.parse(blocks) if blocks else Architecture.of_parent(parent.shape)
         library: list[dict[str, Path]] = []
         for layer, block in enumerate(architecture.layers):
-            trained = child.trained_variants(block, parent.shape)
+            trained = trained_variants(block, parent.shape)
             library.append({variant: library_dir / f"{layer}-{variant}" for variant in trained})
             for variant, directory in library[layer].items():
                 directory.mkdir()
                 save_file(initial_state(name, layer, variant), directory / WEIGHTS)
         out_dir = tmp_path_factory.mktemp("child")
         work = AssembleWork(parent=name, architecture=architecture, library=(), dtype=dtype)
-        child.run(work, parent, library, out_dir)
+        child.assemble(work, parent, library, out_dir)
         return out_dir
 
     return write

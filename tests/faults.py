@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 from puzzle_core.spec import RunSpec
 
 ROOT = Path(__file__).parents[1]
+_started: list[subprocess.Popen[bytes]] = []
 OPEN = ("RUNNING", "PENDING", "SCHEDULED", "CANCELLING")
 
 
@@ -50,7 +51,19 @@ def start(place: Path, *arguments: Any, **environment: str) -> subprocess.Popen[
     whole |= {"PREFECT_LOCAL_STORAGE_PATH": str(place / "results")}
     place.mkdir(exist_ok=True)
     with (place / "stdout").open("wb") as stdout, (place / "stderr").open("wb") as stderr:
-        return subprocess.Popen(command, cwd=place, env=whole, stdout=stdout, stderr=stderr)
+        process = subprocess.Popen(command, cwd=place, env=whole, stdout=stdout, stderr=stderr)
+    _started.append(process)
+    return process
+
+
+@pytest.fixture
+def no_process_left() -> Iterator[None]:
+    """End the commands that a test started: one that failed leaves them running."""
+    yield
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.wait()
 
 
 def wait_until(condition: Callable[[], Any], process: subprocess.Popen[bytes], place: Path) -> None:

@@ -45,8 +45,8 @@ def proxy(s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterato
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores give up soon."""
-    monkeypatch.setattr(bucket_module, "PATIENCE_SECONDS", 1.0)
-    monkeypatch.setattr(bucket_module, "FIRST_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(bucket_module, "RETRY_SECONDS_AFTER_ANSWER", 1.0)
+    monkeypatch.setattr(bucket_module, "RETRY_SECONDS_NEVER_ANSWERED", 0.5)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
 
 

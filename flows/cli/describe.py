@@ -1,9 +1,9 @@
-"""What a run or a re-search would do, without doing it: `puzzle check` and `puzzle targets`."""
+"""The plan of a run and the searches of all targets, as text: `puzzle check` and `puzzle targets`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from flows.research_targets import find_answers
+from flows.research_targets import find_searches
 from flows.task_runners.choice import check_installed
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work
@@ -15,34 +15,29 @@ from tasks.stage_tasks import open_inputs
 
 
 def describe_targets(spec: RunSpec, directory: Path) -> str:
-    """Every target file, and the answer that the store has for it, as text.
+    """Every target file, and its search if the store has it, as text.
 
     Raises:
-        PuzzleError: whatever is wrong with the spec, the parent or the texts, or there are no target files.
+        PuzzleError: the specification, the parent or the texts are invalid, or there are no target files.
     """
     context = RunContext.of(spec)
     plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target))
     rows = []
-    for answer in find_answers(spec, plan, context, directory):
-        if answer.spec is None:
-            rows.append((answer.target, NONE, "broken: " + answer.trouble.replace("\n", " "), NONE, NONE))
+    for search in find_searches(plan, context, directory):
+        if search.plan is None:
+            rows.append((search.target, NONE, "error: " + search.error.replace("\n", " "), NONE, NONE))
             continue
-        found = answer.record.chosen if answer.record else None
-        share = found.prediction.total_ms / answer.record.parent.total_ms if found and answer.record else None
-        rows.append(
-            (
-                answer.target,
-                answer.spec.target.costs,
-                "answered" if found else "no answer yet",
-                number_text(found.score) if found else NONE,
-                percent_text(share) if share else NONE,
-            )
-        )
+        costs, record = search.plan.spec.target.costs, search.record
+        if record is None:
+            rows.append((search.target, costs, "no", NONE, NONE))
+            continue
+        share = record.chosen.prediction.total_ms / record.parent.total_ms
+        rows.append((search.target, costs, "yes", number_text(record.chosen.score), percent_text(share)))
     return (
         format_text(
             Table(
                 title=f"Targets of {spec.parent.path}, scenario {spec.scenario.name}",
-                columns=("target", "costs", "answer", "score", "time to the parent's"),
+                columns=("target", "costs", "searched", "score", "time to the parent's"),
                 rows=tuple(rows),
                 text_columns=3,
             )
@@ -52,10 +47,10 @@ def describe_targets(spec: RunSpec, directory: Path) -> str:
 
 
 def describe_plan(spec: RunSpec) -> str:
-    """The plan as text: for every stage what is in the store and what is missing, and the disk and tokens it takes.
+    """The plan as text: stored and missing artifacts of every stage, and the disk space and tokens of the whole run.
 
     Raises:
-        PuzzleError: whatever is wrong with the spec, the parent or the texts, or its task runner is not installed.
+        PuzzleError: the specification, the parent or the texts are invalid, or the task runner is not installed.
     """
     context = RunContext.of(spec)
     check_installed(context)
@@ -78,9 +73,9 @@ def describe_plan(spec: RunSpec) -> str:
         f"{'stage':<12}{'in store':>10}{'to do':>8}",
     ]
     for name, works in stages.items():
-        there = store.keys(works[0].stage)
-        cached = sum(work.key in there for work in works)
-        lines.append(f"{name:<12}{cached:>10}{len(works) - cached:>8}")
+        stored_keys = store.keys(works[0].stage) if works else set()
+        stored = sum(work.key in stored_keys for work in works)
+        lines.append(f"{name:<12}{stored:>10}{len(works) - stored:>8}")
     searched = store.has(plan.search().key)
     lines.append(f"{'child':<12}{'see `puzzle run`' if searched else 'after the search':>18}")
     lines += [

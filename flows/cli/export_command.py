@@ -1,6 +1,5 @@
 """`puzzle export`: a child as a serving engine reads it."""
 
-import argparse
 import contextlib
 import logging
 import shutil
@@ -8,112 +7,88 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from cyclopts import Parameter
+
+from flows.cli.arguments import MLFLOW_URI, STORE, Child, MlflowUri, NewDirectory, StoreUrl, check_name
+from puzzle_core.engines import GgufType, obstacles
 from puzzle_core.errors import SpecError
 from puzzle_core.spec import RuntimeSpec
 
-EXPORT_HELP = "write a child as a serving engine reads it: a Hugging Face directory (DeciLM) or a GGUF file"
-FORMATS = ("hf", "gguf")
-HF_DTYPES: dict[str, Any] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
-WIDTHS = ("grid", "pad", "any")
+if TYPE_CHECKING:
+    from puzzle_core.export.card import Provenance
+    from puzzle_core.export.hf import HfDtype, Widths
+    from puzzle_core.export.source import ExportRecord
+    from tasks.store.store import Store
+
+HF_DTYPES: "dict[GgufType, HfDtype]" = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 log = logging.getLogger("puzzle")
 
 
-def add_export_options(export: argparse.ArgumentParser) -> None:
-    """Give `puzzle export` its options."""
-    export.add_argument("child", metavar="CHILD", help="directory of a child (or parent), or a key in --store")
-    export.add_argument("--format", choices=FORMATS, required=True, help="hf: DeciLM directory; gguf: llama.cpp")
-    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; must not exist")
-    export.add_argument("--name", help="what the model calls itself (default the name of --out)")
-    export.add_argument(
-        "--dtype", choices=GGUF_TYPES, help="type of the weights (default as they are; q8_0: gguf only)"
-    )
-    export.add_argument(
-        "--widths",
-        choices=WIDTHS,
-        default="grid",
-        help="hf, FFN widths that are no multiple of 256: refused (grid), padded with zero channels (pad), or written "
-        "as they are (any), which vLLM and transformers read (default %(default)s)",
-    )
-    export.add_argument("--store", default=RuntimeSpec().store, help="artifact store (default %(default)s)")
-    export.add_argument(
-        "--mlflow",
-        default=RuntimeSpec().mlflow_uri,
-        metavar="URI",
-        help="tracking URI where the export of a key is noted, if the child is known there (default %(default)s)",
-    )
+def export(
+    child: Child,
+    /,
+    *,
+    format: Annotated[Literal["hf", "gguf"], Parameter(help="hf: DeciLM directory; gguf: llama.cpp.")],
+    out: Annotated[NewDirectory, Parameter(help="New directory for the files.")],
+    name: Annotated[
+        str | None, Parameter(validator=check_name, help="The model's name in its files [default: the name of --out].")
+    ] = None,
+    dtype: Annotated[
+        GgufType | None, Parameter(help="Type of the weights [default: the checkpoint's]; q8_0: gguf only.")
+    ] = None,
+    widths: Annotated[
+        Literal["grid", "pad", "any"],
+        Parameter(
+            help="hf, FFN widths that are not multiples of 256: refuse them (grid), pad them with zero channels (pad), "
+            "or write them as they are (any), which vLLM and transformers read."
+        ),
+    ] = "grid",
+    store: StoreUrl = STORE,
+    mlflow: Annotated[
+        MlflowUri,
+        Parameter(help="MLflow tracking URI; the export of a key is recorded there, if MLflow has the child."),
+    ] = MLFLOW_URI,
+) -> None:
+    """Write a child for serving engines.
 
-
-def export(options: Any) -> None:
-    """Run `puzzle export`."""
-    if options.format == "hf" and options.dtype == "q8_0":
+    Raises:
+        SpecError: a quantised type for a Hugging Face directory, or CHILD is neither a directory nor a key.
+        ExportError: the format cannot hold the child.
+    """
+    if format == "hf" and dtype == "q8_0":
         raise SpecError("--dtype q8_0 is of --format gguf: engines quantise a Hugging Face directory themselves")
-    name = options.name or options.out.resolve().name
-    if Path(name).name != name or "\\" in name:
-        raise SpecError(f"--name {name!r} is a path: say what the model is called, and where it goes with --out")
-    directory, store, key = open_child(options.child, options.store)
-    provenance = _provenance(store, key) if store else None
-    with new_directory(options.out) as staged:
-        written = _write_hf if options.format == "hf" else _write_gguf
-        record = written(directory, provenance, staged, name, options)
-    for remark in record.remarks:
-        log.info("%s", remark)
-    size = f"{record.parameters:,} parameters, {record.bytes / 2**20:,.1f} MiB"
-    if provenance:
-        _note(options, provenance.key, record, f"{record.format} in {record.dtype}, {size}")
-    sys.stdout.write(f"{record.format} in {record.dtype}, {size}: {options.out}\n")
+    model_name = name or out.resolve().name
+    directory, opened, key = open_child(child, store)
+    provenance = None
+    if opened:
+        from tasks.store.provenance import stored_provenance
 
-
-def _note(options: Any, child: str, record: Any, said: str) -> None:
-    """Note the export in MLflow, where there is one that knows the child; what goes wrong with that is only said."""
-    database = options.mlflow.removeprefix("sqlite:///")
-    if database != options.mlflow and not Path(database).is_file():
-        return
-    from tasks.tracking.lineage import record_export
-    from tasks.tracking.outbox import without_credentials
-
-    about = record.model_dump(include={"format", "dtype", "parameters", "bytes"})
-    try:
-        known = record_export(options.mlflow, RuntimeSpec().scratch, child, options.out, about, said)
-    except Exception as error:
-        log.warning("the export is not noted in MLflow, which does not answer: %s", without_credentials(str(error)))
-        return
-    if not known:
-        log.info("the export is not noted: MLflow does not know %s", child)
-
-
-def _write_hf(directory: Path, provenance: Any, staged: Path, name: str, options: Any) -> Any:
-    from puzzle_core.engines import obstacles
-    from puzzle_core.export.card import model_card
-    from puzzle_core.export.hf import export_hf
-    from puzzle_core.export.source import Source
-
-    source = Source(directory)
-    record = export_hf(source, staged, widths=options.widths, dtype=HF_DTYPES.get(options.dtype))
-    (staged / "README.md").write_text(model_card(name, source, record, provenance))
-    for engine, reasons in obstacles(record.architecture).items():
+        provenance = stored_provenance(opened, key)
+    with new_directory(out) as staged:
+        if format == "hf":
+            record = _write_hf(directory, staged, model_name, widths, dtype, provenance)
+        else:
+            record = _write_gguf(directory, staged, model_name, dtype)
+    for engine, reasons in obstacles(record.architecture, format).items():
         if reasons:
             log.warning("%s will not run it: it %s", engine, "; it ".join(reasons))
-    return record
+    for remark in record.remarks:
+        log.info("%s", remark)
+    summary = f"{record.format} in {record.dtype}, {record.parameters:,} parameters, {record.bytes / 2**20:,.1f} MiB"
+    if provenance:
+        _track(mlflow, provenance.key, out, record, summary)
+    sys.stdout.write(f"{summary}: {out}\n")
 
 
-def _write_gguf(directory: Path, _: Any, staged: Path, name: str, options: Any) -> Any:
-    from puzzle_core.export.gguf_file import as_stored, export_gguf
-    from puzzle_core.export.source import Source
-
-    source = Source(directory)
-    kind = options.dtype or as_stored(source)
-    return export_gguf(source, staged / f"{name}-{kind}.gguf", kind, name=name)
-
-
-def open_child(child: str, location: str) -> tuple[Path, Any, str]:
-    """The child's directory, and its store and key where it is one of a store.
+def open_child(child: str, store: str) -> "tuple[Path, Store | None, str]":
+    """The child's directory, and its store and key where `child` is a key.
 
     Raises:
         SpecError: it is neither a directory nor a key.
+        ArtifactError: the store has no such artifact.
     """
     if Path(child).is_dir():
         return Path(child), None, ""
@@ -124,35 +99,58 @@ def open_child(child: str, location: str) -> tuple[Path, Any, str]:
         key = check_key(child)
     except SpecError as error:
         raise SpecError(f"{child!r} is neither a directory here nor a key of a child like gkd/v1/...") from error
-    store = Store.of(RuntimeSpec(store=location))
-    return store.fetch(key), store, key
+    opened = Store.of(RuntimeSpec(store=store))
+    return opened.fetch(key), opened, key
 
 
-def _provenance(store: Any, key: str) -> Any:
-    from puzzle_core.export.card import Provenance
-    from puzzle_core.work import EvaluationRecord
+def _write_hf(
+    directory: Path,
+    staged: Path,
+    name: str,
+    widths: "Widths",
+    dtype: GgufType | None,
+    provenance: "Provenance | None",
+) -> "ExportRecord":
+    from puzzle_core.export.card import model_card
+    from puzzle_core.export.hf import export_hf
+    from puzzle_core.export.source import Source
 
-    manifest = store.manifest(key)
-    evaluations = list(store.manifests(store.keys("evaluation")).values())
-    own = next((found for found in evaluations if found.work["child"] == key), None)
-    same = {"parent": manifest.work["parent"], "child": None, "tokens": own.work["tokens"] if own else None}
-    parent = next((found for found in evaluations if same.items() <= found.work.items()), None)
-    return Provenance(
-        key=key,
-        made_by=manifest.made_by,
-        made_at=manifest.made_at,
-        parent=manifest.work["parent"],
-        distilled_tokens=manifest.record.get("tokens"),
-        evaluation=EvaluationRecord.model_validate(own.record) if own else None,
-        parent_evaluation=EvaluationRecord.model_validate(parent.record) if parent else None,
-    )
+    source = Source(directory)
+    record = export_hf(source, staged, widths=widths, dtype=HF_DTYPES[dtype] if dtype else None)
+    (staged / "README.md").write_text(model_card(name, source, record, provenance))
+    return record
+
+
+def _write_gguf(directory: Path, staged: Path, name: str, dtype: GgufType | None) -> "ExportRecord":
+    from puzzle_core.export.gguf_file import as_stored, export_gguf
+    from puzzle_core.export.source import Source
+
+    source = Source(directory)
+    kind = dtype or as_stored(source)
+    return export_gguf(source, staged / f"{name}-{kind}.gguf", kind, name=name)
+
+
+def _track(uri: str, child: str, out: Path, record: "ExportRecord", summary: str) -> None:
+    """Record the export in MLflow if it has the child; a failure of MLflow is a warning, as the files are written."""
+    database = uri.removeprefix("sqlite:///")
+    if database != uri and not Path(database).is_file():
+        return
+    from tasks.tracking.lineage import record_export
+    from tasks.tracking.outbox import without_credentials
+
+    about = record.model_dump(include={"format", "dtype", "parameters", "bytes"})
+    try:
+        recorded = record_export(uri, RuntimeSpec().scratch, child, out, about, summary)
+    except Exception as error:
+        log.warning("the export is not recorded: MLflow does not respond (%s)", without_credentials(str(error)))
+        return
+    if not recorded:
+        log.info("the export is not recorded: MLflow does not have %s", child)
 
 
 @contextlib.contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that becomes it when all went well, so that it is whole or not there."""
-    if out.exists():
-        raise SpecError(f"--out {out} exists: name a new directory, or remove it")
+    """A temporary directory beside `out`, renamed to `out` when the block succeeds and removed when it fails."""
     staged = out.resolve().with_name(f".{out.resolve().name}.{uuid.uuid4().hex}")
     staged.mkdir(parents=True)
     try:

@@ -1,56 +1,58 @@
-"""`puzzle lineage`: where a child comes from, as MLflow has it, and what of it is gone from the store."""
+"""`puzzle lineage`: a child's lineage as MLflow has it, and which of its artifacts the store lacks."""
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
+from cyclopts import Parameter
+
+from flows.cli.arguments import MLFLOW_URI, MlflowUri
 from puzzle_core.errors import ArtifactError, SpecError
-from puzzle_core.spec import RuntimeSpec
 
-LINEAGE_HELP = "where a child comes from, from its parent down to exported files, and what of it is gone from the store"
+if TYPE_CHECKING:
+    from tasks.tracking.lineage_tree import Step
+
 MOST_NAMED = 5
 WIDTH_OF_PIPES = 200
 
 
-def add_lineage_options(lineage: argparse.ArgumentParser) -> None:
-    """Give `puzzle lineage` its options."""
-    lineage.add_argument(
-        "child",
-        metavar="CHILD",
-        help="key, name of a specification, NAME, NAME/NUMBER or NAME@ALIAS of a registered model, or an alias",
-    )
-    default = RuntimeSpec().mlflow_uri
-    lineage.add_argument("--mlflow", default=default, metavar="URI", help="tracking URI (default %(default)s)")
-    lineage.add_argument("--store", help="look for the artifacts here (default where MLflow says that they are)")
-
-
-def lineage(options: Any) -> None:
-    """Run `puzzle lineage`.
+def lineage(
+    child: Annotated[
+        str,
+        Parameter(
+            help="Key, name of a specification, NAME, NAME/NUMBER or NAME@ALIAS of a registered model, or alias."
+        ),
+    ],
+    /,
+    *,
+    mlflow: MlflowUri = MLFLOW_URI,
+    store: Annotated[
+        str | None, Parameter(metavar="URL", help="Store to check [default: the one that MLflow names].")
+    ] = None,
+) -> None:
+    """Print the tree of steps from the parent to the child.
 
     Raises:
-        SpecError: MLflow knows no such child.
-        ArtifactError: artifacts are gone from the store; the tree was printed nevertheless.
+        SpecError: MLflow has no such child.
+        ArtifactError: the store lacks artifacts; raised after the tree is printed.
     """
-    check_database(options.mlflow)
+    check_database(mlflow)
     from tasks.tracking.lineage_tree import lineage_of, missing
 
-    steps = lineage_of(options.mlflow, options.child)
-    gone, unreachable = missing(steps, options.store)
+    steps = lineage_of(mlflow, child)
+    gone, unreachable = missing(steps, store)
     _print_tree(steps, gone)
-    for url, said in unreachable.items():
-        sys.stdout.write(f"the store {url} was not looked at: {said}\n")
+    for url, reason in unreachable.items():
+        sys.stdout.write(f"the store {url} was not checked: {reason}\n")
     if gone:
-        keys = {key for found in gone.values() for key in found}
-        raise ArtifactError(
-            f"{len(keys)} artifacts are gone from the store: run their specification to make them again"
-        )
+        keys = {key for keys_of_step in gone.values() for key in keys_of_step}
+        raise ArtifactError(f"the store lacks {len(keys)} of the artifacts: run their specification to make them again")
     if not unreachable:
         sys.stdout.write(f"all {len({a.key for step in steps for a in step.artifacts})} artifacts are in the store\n")
 
 
 def check_database(uri: str) -> None:
-    """Refuse a database that is not there: to look must not make one.
+    """Refuse an SQLite file that does not exist: MLflow would create it.
 
     Raises:
         SpecError: names the file.
@@ -60,8 +62,8 @@ def check_database(uri: str) -> None:
         raise SpecError(f"there is no MLflow database {file}: name the tracking URI of the runs with --mlflow")
 
 
-def _print_tree(steps: Any, gone: dict[str, list[str]]) -> None:
-    """Every step under the first of its sources; the others are named."""
+def _print_tree(steps: list["Step"], gone: dict[str, list[str]]) -> None:
+    """Print every step under the first of its sources; its text names the other sources."""
     from rich.console import Console
     from rich.text import Text
     from rich.tree import Tree
@@ -83,20 +85,20 @@ def _print_tree(steps: Any, gone: dict[str, list[str]]) -> None:
         console.print(root)
 
 
-def _lines(step: Any, others: list[Any], gone: list[str]) -> list[str]:
+def _lines(step: "Step", others: list["Step"], gone: list[str]) -> list[str]:
     last = max(step.artifacts, key=lambda artifact: (artifact.key == step.key, artifact.made_at), default=None)
-    made = f"made {last.made_at} by {last.made_by}" if last else f"noted {step.noted_at}"
+    made = f"made {last.made_at} by {last.made_by}" if last else f"recorded {step.noted_at}"
     lines = [_title(step), f"{step.key}  {made}", *([step.headline] if step.headline else [])]
     lines += [f"registered as {version}" for version in step.registered]
-    if step.kind == "export":
+    if step.path:
         lines.append(f"{step.path}{'' if Path(step.path).exists() else '  (not on this machine)'}")
     if others:
         lines.append(f"also from {', '.join(map(_title, others))}")
-    lines += [f"GONE from the store: {key}" for key in gone[:MOST_NAMED]]
+    lines += [f"MISSING in the store: {key}" for key in gone[:MOST_NAMED]]
     if len(gone) > MOST_NAMED:
-        lines.append(f"GONE from the store: {len(gone) - MOST_NAMED} more")
+        lines.append(f"MISSING in the store: {len(gone) - MOST_NAMED} more")
     return lines
 
 
-def _title(step: Any) -> str:
+def _title(step: "Step") -> str:
     return step.kind if step.kind == step.name else f"{step.kind} {step.name}"

@@ -1,262 +1,104 @@
-"""The `puzzle` command. Subcommands import what they need when they run, so `--help` and tables answer at once."""
+"""The `puzzle` command: the table of its subcommands, its exit codes, and its logging.
 
-import argparse
-import contextlib
-import importlib
+A subcommand's module is imported when the subcommand is chosen, and what it computes with when it runs, so `--help` and
+searches in tables respond at once.
+"""
+
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from flows.cli.bench_command import BENCH_HELP, add_bench_options, bench
-from flows.cli.export_command import EXPORT_HELP, add_export_options, export
-from flows.cli.interop_commands import (
-    IMPORT_HELP,
-    add_config_options,
-    add_import_commands,
-    export_config,
-    export_library,
+from cyclopts import App, CycloptsError, Parameter
+
+from puzzle_core.errors import PuzzleError
+
+SUBCOMMANDS = {
+    "run": ("flow_commands:run", "From parent to child: library, search, child, report."),
+    "build-library": ("flow_commands:build_library", "Train and score every variant of the parent's layers."),
+    "search": ("search_command:search", "Choose an architecture for a specification's scenario, or from tables."),
+    "targets": ("flow_commands:targets", "List hardware targets, and which of them have a search for this parent."),
+    "train-child": ("flow_commands:train_child", "Assemble, distil and evaluate the chosen architecture."),
+    "check": ("flow_commands:check", "Validate a specification and print the plan: stored and missing artifacts."),
+    "report": ("report_command:report", "Print the final table of a run and the path of its report."),
+    "export": ("export_command:export", "Write a child for a serving engine: Hugging Face directory or GGUF file."),
+    "lineage": ("lineage_command:lineage", "Show a child's lineage, and which of its artifacts the store lacks."),
+    "bench": ("bench_command:bench", "Run a child against its parent in one engine."),
+    "store": ("store_commands:app", "Inspect, verify and clean the artifact store."),
+    "import": ("interop_commands:app", "Read another project's files."),
+    "export-config": ("interop_commands:export_config", "Write the config.json of a searched architecture."),
+    "export-library": ("interop_commands:export_library", "Write an index of the block library: keys, losses, scores."),
+    "up": ("service_commands:up", "Start Prefect, a worker with all deployments, and MLflow, on loopback."),
+    "down": ("service_commands:down", "Cancel the worker's runs and stop what `puzzle up` started."),
+    "ui": ("service_commands:ui", "Serve the Prefect UI over the runs kept here, until interrupted."),
+    "pretrain-example": ("pretrain_command:pretrain_example", "Train the quickstart's parent again."),
+}
+"""By the subcommand's name: its module in this package and its function or application there, and its help."""
+
+app = App(
+    name="puzzle",
+    help="From an open-weights LLM to a cheaper child for one hardware target.",
+    version_flags=(),
+    help_format="plaintext",
+    default_parameter=Parameter(negative=()),
+    result_action="return_value",
 )
-from flows.cli.lineage_command import LINEAGE_HELP, add_lineage_options, lineage
-from flows.cli.store_commands import STORE_HELP, add_store_commands
-from flows.services.prefect_server import PREFECT_HOME
-from puzzle_core.errors import PuzzleError, SpecError
-from puzzle_core.spec import RuntimeSpec
-from puzzle_core.spec_file import load_spec
-
-log = logging.getLogger("puzzle")
-EXAMPLE_PARENT = Path("deployments/parents/stdlib-2m")
-TARGETS = Path("deployments/targets")
+app.register_install_completion_command()
+for _number, (_name, (_location, _help)) in enumerate(SUBCOMMANDS.items()):
+    app.command(f"{__package__}.{_location}", name=_name, help=_help, sort_key=_number)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand; 0 when all went well, 1 for an error that speaks to the user, 130 when interrupted."""
-    options = _parser().parse_args(arguments)
-    _set_up_logging(options.debug)
+    """Run the command.
+
+    Args:
+        arguments: what follows `puzzle`; those of the process by default.
+
+    Returns:
+        The exit code: 0 on success, 1 after a `PuzzleError`, 2 for wrong usage, 130 when interrupted.
+
+    Raises:
+        PuzzleError: with `--debug`, whatever failed.
+    """
+    try:
+        exit_code: int | None = app.meta(sys.argv[1:] if arguments is None else arguments, exit_on_error=False)
+    except CycloptsError:  # the library has printed its message
+        return 2
+    return exit_code or 0  # none after --help
+
+
+@app.meta.default
+def _launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    debug: Annotated[bool, Parameter(help="Show tracebacks.", show_default=False)] = False,
+) -> int:
+    command, bound, _ = app.parse_args(tokens, exit_on_error=False)
+    if command == app.help_print:  # `puzzle` or `puzzle store`, without a subcommand
+        app.help_print(tokens)
+        return 2
+    _set_up_logging(debug)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        options.run(options)
+        command(*bound.args, **bound.kwargs)
     except PuzzleError as error:
-        if options.debug:
+        if debug:
             raise
         sys.stderr.write(f"puzzle: {error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("puzzle: interrupted; what was finished is in the store, run again to go on\n")
+        sys.stderr.write("puzzle: interrupted; finished artifacts are in the store, run again to continue\n")
         return 130
     return 0
 
 
 def _set_up_logging(debug: bool) -> None:
-    """Our own messages to stderr, and warnings of others. What Prefect logs of runs, tracebacks too, is for its UI."""
+    """Log this project's messages and other packages' warnings to stderr.
+
+    Prefect's loggers of flow and task runs repeat both, with tracebacks; without `debug` only its UI shows them.
+    """
     console = logging.StreamHandler()
     if not debug:
         console.addFilter(lambda record: record.name not in ("prefect.flow_runs", "prefect.task_runs"))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[console])
-    for ours in ("puzzle", "puzzle_core"):
-        logging.getLogger(ours).setLevel(logging.INFO)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="puzzle", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(
-        name: str, run: Callable[[Any], None], about: str, spec: bool = True, optional: bool = False
-    ) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=about, description=about)
-        added.set_defaults(run=run)
-        if spec:
-            number = "?" if optional else None
-            added.add_argument("spec", type=Path, metavar="SPEC.yaml", nargs=number, help="run specification")
-            added.add_argument(
-                "--set",
-                dest="overrides",
-                action="append",
-                default=[],
-                metavar="KEY=VALUE",
-                help="change one key of the specification, for instance --set parent.path=/models/mine",
-            )
-        return added
-
-    command("run", _run, "from parent to child: library, search, child, report")
-    command("build-library", _flow("build_library"), "train and score every variant of the parent's layers")
-    search = command(
-        "search", _search, "choose an architecture for a spec's target and scenario, or from tables", optional=True
-    )
-    _add_table_options(search)
-    targets = command("targets", _targets, "list hardware targets, and which of them have a search for this parent")
-    targets.add_argument(
-        "--targets", type=Path, default=TARGETS, metavar="DIR", help="directory of target files (default %(default)s)"
-    )
-    targets.add_argument("--search", action="store_true", help="search those that have no answer yet")
-    command("train-child", _flow("train_child"), "assemble, distil and evaluate the chosen architecture")
-    command("check", _check, "validate a specification and print the plan: what is cached, what will be computed")
-    report = command("report", _report, "print the final table of a run and where its report lies", spec=False)
-    report.add_argument("name", metavar="RUN", help="name of a flow run or of a specification, or a report's key")
-    report.add_argument("--store", default=RuntimeSpec().store, help="artifact store (default %(default)s)")
-    add_export_options(command("export", export, EXPORT_HELP, spec=False))
-    add_lineage_options(command("lineage", lineage, LINEAGE_HELP, spec=False))
-    add_bench_options(command("bench", bench, BENCH_HELP, spec=False))
-    ui = command("ui", _ui, "serve the Prefect UI over the runs kept here, until interrupted", spec=False)
-    ui.add_argument("--port", type=int, default=4200, help="port on loopback (default %(default)s)")
-    add_store_commands(commands.add_parser("store", help=STORE_HELP, description=STORE_HELP))
-    add_import_commands(commands.add_parser("import", help=IMPORT_HELP, description=IMPORT_HELP))
-    add_config_options(
-        command("export-config", export_config, "write the config.json of a searched architecture", spec=False)
-    )
-    library = command("export-library", _export_library, "write an index of the block library: keys, losses, scores")
-    library.add_argument("--out", type=Path, required=True, metavar="library.json", help="the index")
-    pretrain = command("pretrain-example", _pretrain, "make the quickstart's parent again", spec=False)
-    pretrain.add_argument("--out", type=Path, default=EXAMPLE_PARENT, help="directory (default %(default)s)")
-    pretrain.add_argument("--steps", type=int, default=6000, help="optimizer steps (default %(default)s)")
-    pretrain.add_argument("--processes", type=int, help="processes side by side (default one per core)")
-    return parser
-
-
-def _add_table_options(search: argparse.ArgumentParser) -> None:
-    tables = search.add_argument_group("from tables alone, without a specification (docs/formats.md)")
-    tables.add_argument("--scores", type=Path, metavar="FILE", help="scores by layer, attention and ffn")
-    tables.add_argument("--costs", type=Path, metavar="FILE", help="costs by variant: memory_bytes, decode_ms, ...")
-    tables.add_argument(
-        "--scenario", type=Path, metavar="FILE", action="append", help="traffic and limits; may be given several times"
-    )
-    tables.add_argument("--out", type=Path, metavar="DIR", help="where the answer goes")
-    tables.add_argument("--score", metavar="COLUMN", help="the column of --scores that is the score")
-    tables.add_argument("--maximise", action="store_true", help="larger scores are better")
-    tables.add_argument("--parent", metavar="BLOCK", help="the parent's own block, for instance attn:kv8+ffn:i28672")
-
-
-def _search(options: Any) -> None:
-    if options.spec is not None:
-        _flow("search_architecture")(options)
-        return
-    missing = [name for name in ("scores", "costs", "scenario", "out") if not getattr(options, name)]
-    if missing:
-        raise SpecError(f"give a specification, or tables: --{', --'.join(missing)} missing")
-    from puzzle_core.architecture import BlockVariant
-    from puzzle_core.report.search_text import answer_text
-    from puzzle_core.search.from_tables import read_request, search_tables
-
-    try:
-        parent = BlockVariant.parse(options.parent) if options.parent else None
-    except ValueError as error:
-        raise SpecError(f"--parent {options.parent!r} is no block variant: say attn:kv8+ffn:i28672") from error
-    request = read_request(options.scenario)
-    record = search_tables(
-        options.scores,
-        options.costs,
-        request,
-        options.out,
-        score=options.score,
-        maximise=options.maximise,
-        parent=parent,
-    )
-    sys.stdout.write(f"{answer_text(record)}\n\nanswer: {options.out}\n")
-
-
-def _run(options: Any) -> None:
-    spec, started = load_spec(options.spec, tuple(options.overrides)), time.monotonic()
-    with _prefect("flows.puzzle"):
-        from flows.puzzle import puzzle
-        from tasks.runtime.context import RunContext
-
-        key = puzzle(spec)
-        _print_report(RunContext.of(spec).store(), key)
-    log.info("%s done in %.0f s; look at the run with `puzzle ui`", spec.name, time.monotonic() - started)
-
-
-def _flow(name: str) -> Callable[[Any], None]:
-    def run(options: Any) -> None:
-        spec = load_spec(options.spec, tuple(options.overrides))
-        with _prefect(f"flows.{name}"):
-            getattr(importlib.import_module(f"flows.{name}"), name)(spec)
-
-    return run
-
-
-def _targets(options: Any) -> None:
-    spec = load_spec(options.spec, tuple(options.overrides))
-    from flows.cli.describe import describe_targets
-
-    if options.search:
-        with _prefect("flows.research_targets"):
-            from flows.research_targets import research_targets
-
-            research_targets(spec, str(options.targets))
-    sys.stdout.write(describe_targets(spec, options.targets))
-
-
-def _check(options: Any) -> None:
-    spec = load_spec(options.spec, tuple(options.overrides))
-    from flows.cli.describe import describe_plan
-
-    sys.stdout.write(describe_plan(spec))
-
-
-def _export_library(options: Any) -> None:
-    export_library(load_spec(options.spec, tuple(options.overrides)), options.out)
-
-
-def _report(options: Any) -> None:
-    from puzzle_core.work import ReportWork
-    from tasks.store.store import Store
-
-    store = Store.of(RuntimeSpec(store=options.store))
-    readable = f"{ReportWork.stage}/v{ReportWork.version}/"
-    manifests = [store.manifest(key) for key in store.keys(ReportWork.stage) if key.startswith(readable)]
-    found = [
-        manifest
-        for manifest in manifests
-        if options.name in (manifest.key, manifest.made_by, manifest.work["spec"]["name"])
-    ]
-    if not found:
-        known = ", ".join(sorted({manifest.work["spec"]["name"] for manifest in manifests})) or "none"
-        raise SpecError(f"{options.store} holds no report of {options.name!r}; reports there: {known}")
-    _print_report(store, max(found, key=lambda manifest: manifest.made_at).key)
-
-
-def _print_report(store: Any, key: str) -> None:
-    from puzzle_core.report.report_inputs import ReportInputs
-    from puzzle_core.report.report_tables import format_final_table
-
-    directory = store.fetch(key)
-    inputs = ReportInputs.read(directory / "report.json")
-    sys.stdout.write(f"\n{format_final_table(inputs)}\n\nreport: {directory / 'report.html'}\n")
-
-
-def _ui(options: Any) -> None:
-    from flows.services.prefect_server import own_server
-
-    with own_server(PREFECT_HOME, options.port) as url:
-        from flows.services.orphaned_runs import crash_orphans
-
-        crash_orphans(url)
-        sys.stdout.write(f"Prefect UI at {url.removesuffix('/api')}; interrupt to stop\n")
-        sys.stdout.flush()
-        with contextlib.suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(3600)
-
-
-def _pretrain(options: Any) -> None:
-    from puzzle_core.device import available_cores
-    from puzzle_core.example_parent import PretrainSpec, pretrain
-
-    record = pretrain(options.out, PretrainSpec(steps=options.steps), options.processes or available_cores())
-    sys.stdout.write(f"{options.out}: {record['held_out']}\n")
-
-
-@contextlib.contextmanager
-def _prefect(module: str) -> Iterator[None]:
-    from flows.services.prefect_server import prefect_api
-
-    with prefect_api(PREFECT_HOME, module) as url:
-        from flows.services.orphaned_runs import crash_orphans
-
-        crash_orphans(url)
-        yield
+    for package in ("puzzle", "puzzle_core"):
+        logging.getLogger(package).setLevel(logging.INFO)

@@ -1,12 +1,11 @@
-"""A Prefect server for one command: the API that the settings name, or one of our own on loopback.
+"""A Prefect API for one command: the one that Prefect's settings name, or that of a server started here, on loopback.
 
-Our own keeps its data in a directory, so runs can be looked at later (`puzzle ui`), and ends with the command, even
-when that is killed. Where `make up` keeps a server over the same data, that one is used. The settings are those that
-were measured to lose no task rows (benchmarks/task_overhead.py).
+A server that is started here keeps its data in a directory, so that `puzzle ui` can show its runs later. It ends with
+the command, even if the command is killed. If a server of `make up` uses the same directory, commands use that server.
+SETTINGS are those under which no task rows were lost (benchmarks/task_overhead.py).
 """
 
 import contextlib
-import ctypes
 import datetime
 import fcntl
 import importlib
@@ -22,12 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from puzzle_core.errors import PuzzleError
+from puzzle_core.parent_death import end_with_parent
 
 log = logging.getLogger("puzzle")
 PREFECT_HOME = Path(".puzzle/prefect")
 RUNNING = "api-url"
-"""File beside a server's data that names its API, where it outlives the command that started it."""
-START_SECONDS = 240  # a first start makes the database: 80 s were seen on two cores that had other work
+"""File in a server's directory with the URL of its API, while `make up` keeps it running."""
+START_SECONDS = 240  # the first start creates the database, which took 80 s on two busy cores
 SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
@@ -44,14 +44,14 @@ SETTINGS = {
 
 @contextlib.contextmanager
 def prefect_api(home: Path, module: str | None = None) -> Iterator[str]:
-    """The URL of a Prefect API for the time of a command; prefect must not have been imported before.
+    """The URL of a Prefect API for the duration of a command; prefect must not be imported before.
 
     Args:
-        home: where our own server keeps its data.
-        module: what the command will import, so that this is done while our own server starts.
+        home: the data directory of a server that is started here.
+        module: a module that the command needs; it is imported while the server starts.
 
     Raises:
-        PuzzleError: our own server did not start.
+        PuzzleError: the server did not start.
     """
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "puzzle,puzzle_core")
@@ -76,16 +76,21 @@ def prefect_api(home: Path, module: str | None = None) -> Iterator[str]:
 
 @contextlib.contextmanager
 def own_server(home: Path, port: int, module: str | None = None) -> Iterator[str]:
-    """A Prefect server on loopback that ends with this process; a module may be imported while it starts.
+    """A Prefect server on loopback that ends with this process.
+
+    Args:
+        home: its data directory.
+        port: its port.
+        module: a module to import while it starts.
 
     Raises:
-        PuzzleError: it did not answer in time; its log is in `home`.
+        PuzzleError: it did not respond within START_SECONDS; its log is in `home`.
     """
     home = home.resolve()
     address = f"http://127.0.0.1:{port}"
     command, environment = server_command(home, port)
     with (home / "server.log").open("ab") as output, (home / "starting").open("ab") as starting:
-        fcntl.flock(starting, fcntl.LOCK_EX)  # two that make or migrate one database at once would break it
+        fcntl.flock(starting, fcntl.LOCK_EX)  # two servers that create or migrate one database at once damage it
         process = subprocess.Popen(
             command,
             env=os.environ | environment,
@@ -108,7 +113,7 @@ def own_server(home: Path, port: int, module: str | None = None) -> Iterator[str
 
 
 def running_api(home: Path) -> str | None:
-    """The API of a server over the same data that outlives commands (`make up`), where one answers."""
+    """The URL of the API of a server that `make up` runs over this data directory, if it responds."""
     with contextlib.suppress(OSError, ValueError):
         url = (home / RUNNING).read_text()
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
@@ -117,7 +122,7 @@ def running_api(home: Path) -> str | None:
 
 
 def server_command(home: Path, port: int) -> tuple[list[str], dict[str, str]]:
-    """How to start a server on loopback that keeps its data in `home`: the command, and what its environment adds."""
+    """The command of a server on loopback with its data in `home`, and the environment variables to add."""
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
     environment = SETTINGS | {
@@ -136,10 +141,9 @@ def free_port() -> int:
 
 
 def _die_with_parent() -> None:
-    """On Linux, have the kernel end the server when the command dies, however it dies; SIGINT stays the command's."""
+    """On Linux, let the kernel end the server when the command ends; a new session keeps SIGINT from the server."""
     os.setsid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -162,19 +166,19 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], address: str, home: Pa
 
 
 def _wait_for_rows(since: datetime.datetime, longest_seconds: float = 10) -> None:
-    """Let the server store the last log lines and task runs since then: it writes them down a moment after they end."""
+    """Wait until the server has stored all log lines and task runs since then: it does so a moment after they end."""
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.logging.handlers import APILogWorker
 
     APILogWorker.drain_all(timeout=longest_seconds)
-    ours = {"flow_runs": {"start_time": {"after_": since.isoformat()}}}
+    recent = {"flow_runs": {"start_time": {"after_": since.isoformat()}}}
     unfinished = {"task_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING"]}}}}
     deadline, counts = time.monotonic() + longest_seconds, [-1]
     with contextlib.suppress(httpx.HTTPError), get_client(sync_client=True) as client:
         while time.monotonic() < deadline:
-            waiting = client.request("POST", "/task_runs/count", json=ours | unfinished).json()
-            counts.append(client.request("POST", "/task_runs/count", json=ours).json())
+            waiting = client.request("POST", "/task_runs/count", json=recent | unfinished).json()
+            counts.append(client.request("POST", "/task_runs/count", json=recent).json())
             if waiting == 0 and counts[-1] == counts[-2]:
                 return
             time.sleep(1)

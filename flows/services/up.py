@@ -1,20 +1,21 @@
 """`make up` and `make down`: Prefect's server and UI, a worker with all deployments, and MLflow's server, on loopback.
 
-Services outlive the command that starts them; what they keep lies under `.puzzle/` and is there again after the next
-start. What belongs to them is told by a mark in its environment, so that runs which the worker started end with it.
+Services outlive the command that starts them; their data lie under `.puzzle/`, and the next start finds them there. An
+environment variable marks the processes of a directory's services, so that `down` also ends the runs that the worker
+started.
 """
 
-import argparse
 import contextlib
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from flows.services.orphaned_runs import cancel_runs, crash_orphans, mark_cancelled
 from flows.services.prefect_server import PREFECT_HOME, RUNNING, SETTINGS, running_api, server_command
@@ -24,21 +25,22 @@ log = logging.getLogger("puzzle")
 START_SECONDS = 240
 STOP_SECONDS = 20
 POOL = "puzzle"
-RUN_COMMAND = " -m prefect.engine "
-"""In the command line of a process that a worker starts for a run."""
+WORKER_COMMAND, RUN_COMMAND = " worker start ", " -m prefect.engine "
+"""Parts of the command lines of a worker, and of the processes that it starts for runs."""
 MARK = "PUZZLE_SERVICES_OF"
+"""Environment variable of every service: the directory that it belongs to."""
 TRACKING = Path(".puzzle/mlflow.db")
 
 
 class Ports(NamedTuple):
-    """Where the services listen, on 127.0.0.1 only."""
+    """The services' ports on 127.0.0.1."""
 
-    prefect: int = 4200
-    mlflow: int = 5000
+    prefect: int
+    mlflow: int
 
 
 class Service(NamedTuple):
-    """One process to keep running; `health` is answered with 200 once it is ready."""
+    """One server process; it is ready once a GET of the URL `health` returns 200."""
 
     name: str
     command: list[str]
@@ -46,23 +48,23 @@ class Service(NamedTuple):
     health: str
 
 
-def services(place: Path, ports: Ports) -> list[Service]:
-    """The services in the order they are started.
+def services(directory: Path, ports: Ports) -> list[Service]:
+    """The services in the order in which they start.
 
     Args:
-        place: the directory that holds `.puzzle/`, absolute; also the working directory of the worker and its runs.
-        ports: where they listen.
+        directory: holds `.puzzle/`, absolute; also the working directory of the worker and its runs.
+        ports: the services' ports.
     """
-    data = place / ".puzzle"
+    data = directory / ".puzzle"
     prefect, mlflow = f"http://127.0.0.1:{ports.prefect}", f"http://127.0.0.1:{ports.mlflow}"
-    command, environment = server_command(place / PREFECT_HOME, ports.prefect)
+    command, environment = server_command(directory / PREFECT_HOME, ports.prefect)
     python = [sys.executable, "-m"]
     tracking = [*python, "mlflow", "server", "--host", "127.0.0.1", "--port", str(ports.mlflow), "--workers", "1"]
-    tracking += ["--backend-store-uri", f"sqlite:///{place / TRACKING}"]
+    tracking += ["--backend-store-uri", f"sqlite:///{directory / TRACKING}"]
     tracking += ["--artifacts-destination", str(data / "mlartifacts")]
-    of_worker = {
+    worker_environment = {
         "PREFECT_API_URL": f"{prefect}/api",
-        "PREFECT_HOME": str(place / PREFECT_HOME),
+        "PREFECT_HOME": str(directory / PREFECT_HOME),
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "puzzle,puzzle_core",
         "PUZZLE_MLFLOW_UI": mlflow,
@@ -72,77 +74,72 @@ def services(place: Path, ports: Ports) -> list[Service]:
     return [
         Service("prefect", command, environment, f"{prefect}/api/health"),
         Service("mlflow", tracking, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | SETTINGS, f"{mlflow}/health"),
-        Service("worker", worker, of_worker, f"{prefect}/api/work_pools/{POOL}"),
+        Service("worker", worker, worker_environment, f"{prefect}/api/work_pools/{POOL}"),
     ]
 
 
-def up(place: Path, ports: Ports) -> None:
-    """Start what is not running, register the deployments of `prefect.yaml`, and wait until all of it answers.
+def up(directory: Path, ports: Ports) -> None:
+    """Start the services, register the deployments of `prefect.yaml`, and wait until every service is ready.
 
     Raises:
-        PuzzleError: services are running already, a port is taken, or something did not start; names its log.
+        PuzzleError: services are running already, a port is taken, or a service did not start; names its log.
     """
-    from tasks.tracking.tracking import (
-        crash_orphans as fail_orphans,  # slow to import, and `make down` needs none of it
-    )
+    from tasks.tracking.mlflow_client import end_orphaned_runs  # slow to import, and `down` does not need it
 
-    place = place.resolve()
-    if processes(place):
-        raise PuzzleError(f"services of {place} are running already: `make down` stops them")
-    logs = place / ".puzzle" / "logs"
+    directory = directory.resolve()
+    if processes(directory):
+        raise PuzzleError(f"services of {directory} are running already: `make down` stops them")
+    logs = directory / ".puzzle" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    started = services(place, ports)
-    fail_orphans(f"sqlite:///{place / TRACKING}")
+    started = services(directory, ports)
+    end_orphaned_runs(f"sqlite:///{directory / TRACKING}")
     try:
         for service in started[:-1]:
-            _start(service, place, logs / f"{service.name}.log")
+            _start(service, directory, logs / f"{service.name}.log")
         worker = started[-1]
         crash_orphans(worker.environment["PREFECT_API_URL"], no_worker=True)
-        _start(worker, place, logs / "worker.log")
-        _run(["prefect", "--no-prompt", "deploy", "--all"], worker.environment, place, logs / "deploy.log")
-        (place / PREFECT_HOME / RUNNING).write_text(worker.environment["PREFECT_API_URL"])
+        _start(worker, directory, logs / "worker.log")
+        _run(["prefect", "--no-prompt", "deploy", "--all"], worker.environment, directory, logs / "deploy.log")
+        (directory / PREFECT_HOME / RUNNING).write_text(worker.environment["PREFECT_API_URL"])
     except BaseException:
-        down(place)
+        down(directory)
         raise
 
 
-def down(place: Path) -> int:
-    """Cancel every run, and stop every service: the worker first, so that it can say what it stopped, then what it
-    left, and the servers last.
+def down(directory: Path) -> int:
+    """Cancel the worker's runs, and stop the worker, the processes of its runs and the servers, in this order.
 
     Returns:
-        How many processes were stopped.
+        The number of stopped processes.
     """
-    found = processes(place)
-    api = running_api(place / PREFECT_HOME)
-    left = cancel_runs(api, STOP_SECONDS) if api and found else []
-    (place / PREFECT_HOME / RUNNING).unlink(missing_ok=True)
-    for part in (" worker start ", RUN_COMMAND):
-        _end(place, [pid for pid, command in processes(place).items() if part in f"{command} "])
-    if api and left:
-        mark_cancelled(api, left)
-    _end(place, list(processes(place)))
-    return len(found)
+    commands = processes(directory)
+    api = running_api(directory / PREFECT_HOME)
+    uncancelled = cancel_runs(api, STOP_SECONDS) if api and commands else []
+    (directory / PREFECT_HOME / RUNNING).unlink(missing_ok=True)
+    for part in (WORKER_COMMAND, RUN_COMMAND):
+        _end(directory, [pid for pid, command in processes(directory).items() if part in f"{command} "])
+    if api and uncancelled:
+        mark_cancelled(api, uncancelled)
+    _end(directory, list(processes(directory)))
+    return len(commands)
 
 
-def processes(place: Path) -> dict[int, str]:
-    """Command lines by process id of all that `up` started here, and of all that these started."""
-    mark, found = f"{MARK}={place.resolve()}".encode(), {}
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark in (process / "environ").read_bytes().split(b"\0"):
-                command = (process / "cmdline").read_bytes().replace(b"\0", b" ")
-                if command:  # a process that has ended and waits to be collected has none
-                    found[int(process.name)] = command.decode(errors="replace")
-    return found
+def processes(directory: Path) -> dict[int, str]:
+    """Command lines by process id of everything that `up` started for this directory, and of its descendants."""
+    marked: dict[int, str] = {}
+    for process in psutil.process_iter(["environ", "cmdline"]):
+        environment, command = process.info["environ"], process.info["cmdline"]  # neither for zombies and other users'
+        if command and environment and environment.get(MARK) == str(directory.resolve()):
+            marked[process.pid] = " ".join(command)
+    return marked
 
 
-def _start(service: Service, place: Path, output: Path) -> None:
+def _start(service: Service, directory: Path, output: Path) -> None:
     with output.open("ab") as stream:
         process = subprocess.Popen(
             service.command,
-            cwd=place,
-            env=os.environ | service.environment | {MARK: str(place)},
+            cwd=directory,
+            env=os.environ | service.environment | {MARK: str(directory)},
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
@@ -150,66 +147,39 @@ def _start(service: Service, place: Path, output: Path) -> None:
         )
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        if _answers(service.health):
+        if _is_healthy(service.health):
             time.sleep(0.2)
-            if process.poll() is None:  # otherwise it was another server that answered on this port
+            if process.poll() is None:  # otherwise another server uses this port
                 log.info("%s is up; its log is %s", service.name, output)
                 return
         time.sleep(0.2)
     raise PuzzleError(f"{service.name} did not start (exit code {process.poll()}); is its port taken? See {output}")
 
 
-def _answers(url: str) -> bool:
+def _is_healthy(url: str) -> bool:
     with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as answer:
         return bool(answer.status == 200)
     return False
 
 
-def _run(arguments: list[str], environment: dict[str, str], place: Path, output: Path) -> None:
+def _run(arguments: list[str], environment: dict[str, str], directory: Path, output: Path) -> None:
     with output.open("ab") as stream:
         command = [sys.executable, "-m", *arguments]
         done = subprocess.run(
-            command, cwd=place, env=os.environ | environment, stdout=stream, stderr=stream, check=False
+            command, cwd=directory, env=os.environ | environment, stdout=stream, stderr=stream, check=False
         )
     if done.returncode:
         raise PuzzleError(f"`{' '.join(arguments)}` failed with exit code {done.returncode}; see {output}")
 
 
-def _end(place: Path, pids: list[int]) -> None:
-    """SIGTERM, and SIGKILL to what has not ended in time."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in set(pids) & processes(place).keys():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-        deadline = time.monotonic() + STOP_SECONDS
-        while set(pids) & processes(place).keys() and time.monotonic() < deadline:
-            time.sleep(0.1)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m flows.services.up start` and `stop`."""
-    parser = argparse.ArgumentParser(prog="flows.services.up", description="start or stop Prefect, a worker and MLflow")
-    parser.add_argument("action", choices=["start", "stop"])
-    parser.add_argument("--prefect-port", type=int, default=Ports().prefect, help="default %(default)s")
-    parser.add_argument("--mlflow-port", type=int, default=Ports().mlflow, help="default %(default)s")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    log.setLevel(logging.INFO)
-    if not Path("/proc/self").exists():
-        parser.error("needs /proc, so Linux; elsewhere start the services one by one (docs/operations.md)")
-    ports = Ports(options.prefect_port, options.mlflow_port)
-    try:
-        if options.action == "stop":
-            sys.stdout.write(f"stopped {down(Path())} processes\n")
-            return 0
-        up(Path(), ports)
-    except PuzzleError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stdout.write(f"Prefect  http://127.0.0.1:{ports.prefect}\nMLflow   http://127.0.0.1:{ports.mlflow}\n")
-    sys.stdout.write("`make down` stops them; their logs are in .puzzle/logs\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _end(directory: Path, pids: list[int]) -> None:
+    """End processes with SIGTERM, and with SIGKILL those that still run STOP_SECONDS later."""
+    running = []
+    for pid in set(pids) & processes(directory).keys():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            running.append(psutil.Process(pid))
+    for stop in (psutil.Process.terminate, psutil.Process.kill):
+        for process in running:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                stop(process)
+        _, running = psutil.wait_procs(running, timeout=STOP_SECONDS)

@@ -1,4 +1,4 @@
-"""The choice of `runtime.task_runner`: threads of the run (workers.py), or processes under Dask (cluster.py)."""
+"""The task runner that `runtime.task_runner` names: threads (threads.py) or Dask workers (dask_cluster.py)."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from puzzle_core.errors import PuzzleError
 from tasks.runtime.context import RunContext
 
 
-def task_runner(context: RunContext) -> TaskRunner[Any]:
-    """The task runner that the site's specification names."""
+def task_runner(context: RunContext) -> TaskRunner[Any]:  # Any: each runner has its own type of future
+    """The task runner that the run's specification names."""
     if context.runtime.task_runner == "threads":
         return CancellableThreadTaskRunner(max_workers=context.workers)  # type: ignore[return-value]
     from flows.task_runners.dask_cluster import ClusterTaskRunner
@@ -19,7 +19,7 @@ def task_runner(context: RunContext) -> TaskRunner[Any]:
 
 
 def check_installed(context: RunContext) -> None:
-    """See that the chosen task runner can be had.
+    """Check that the chosen task runner is installed.
 
     Raises:
         PuzzleError: it is not installed.
@@ -35,10 +35,10 @@ def check_installed(context: RunContext) -> None:
 
 
 def check_cluster(context: RunContext) -> None:
-    """See that a cluster named by its address can do this run's work.
+    """Check that the cluster at `runtime.dask_address`, if there is one, can run this run's tasks.
 
     Raises:
-        PuzzleError: it cannot be reached, or a worker of it lacks something.
+        PuzzleError: the cluster cannot be reached, or one of its workers lacks something.
     """
     if context.runtime.dask_address:
         from flows.task_runners.dask_cluster import check_workers

@@ -1,8 +1,8 @@
-"""Tasks on the processes of a Dask cluster: one started here for the time of a flow, or one that runs already.
+"""Tasks on the workers of a Dask cluster: a local one that lives as long as a flow, or one at an address.
 
-The tasks are those of any run and share its scratch directory and its store, so a cluster of several machines needs a
-shared disk for the one, and a bucket or a shared disk for the other (docs/scale.md). A worker that lacks something is
-named before any work. Dask sends Python objects as pickles between its processes: its ports are for trusted networks.
+Tasks share the run's scratch directory and its store. So a cluster of several machines needs a shared disk for the
+scratch directory, and a bucket or a shared disk for the store (docs/scale.md). Workers that lack something are named
+before any task runs. Dask sends pickled Python objects between processes: open its ports to trusted networks only.
 """
 
 import logging
@@ -14,14 +14,15 @@ from typing import Any
 
 import distributed
 from prefect.settings import PREFECT_API_URL
-from prefect_dask import DaskTaskRunner
+from prefect_dask.task_runners import DaskTaskRunner
 
 from flows.task_runners.threads import stop_thread
 from puzzle_core.errors import PuzzleError
 from tasks.runtime.context import RunContext
 
 CONNECT_SECONDS = 20
-logging.getLogger("distributed").setLevel(logging.WARNING)  # of every connection it would say something
+# `Any` below stands for objects of distributed, which has no types, and for arguments that only pass through.
+logging.getLogger("distributed").setLevel(logging.WARNING)  # it logs every connection
 
 
 class ClusterTaskRunner(DaskTaskRunner):  # type: ignore[misc]
@@ -29,33 +30,33 @@ class ClusterTaskRunner(DaskTaskRunner):  # type: ignore[misc]
 
     @classmethod
     def of(cls, context: RunContext) -> "ClusterTaskRunner":
-        """The cluster that the site's specification asks for; connected to, or started, by the first task."""
+        """The cluster that the run's specification names; the first task connects to it or starts it."""
         if context.runtime.dask_address:
             return cls(address=context.runtime.dask_address)
-        own = {
+        local_cluster = {
             "n_workers": context.workers,
             "threads_per_worker": 1,
             "memory_limit": 0,
             "dashboard_address": "127.0.0.1:0",
         }
-        return cls(cluster_class=distributed.LocalCluster, cluster_kwargs=own)
+        return cls(cluster_class=distributed.LocalCluster, cluster_kwargs=local_cluster)
 
     def __enter__(self) -> "ClusterTaskRunner":
         self._submitted: list[Any] = []
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     def submit(self, *args: Any, **kwargs: Any) -> Any:
-        """As any task runner, and remembered."""
+        """Submit a task, and keep its future for `__exit__`."""
         future = super().submit(*args, **kwargs)
         self._submitted.append(future.wrapped_future)
         return future
 
     def __exit__(self, *args: Any) -> None:
-        """Drop what waits and stop what runs: nothing does, unless the flow was cancelled or failed."""
-        left = [future for future in self._submitted if not future.done()]
-        if left:
-            self.client.cancel(left)
-            self.client.run(_stop, {future.key for future in left}, on_error="ignore")
+        """Drop waiting tasks and stop running ones: there are some if the flow failed or was cancelled."""
+        unfinished = [future for future in self._submitted if not future.done()]
+        if unfinished:
+            self.client.cancel(unfinished)
+            self.client.run(_stop, {future.key for future in unfinished}, on_error="ignore")
         super().__exit__(*args)
 
 
@@ -68,51 +69,57 @@ def _stop(keys: set[str], dask_worker: Any) -> None:
 
 
 def check_workers(context: RunContext, address: str) -> None:
-    """See that every worker of a running cluster shares our disks and reaches our store and Prefect's API.
+    """Check that every worker of a cluster shares this machine's disks and reaches the store and Prefect's API.
 
     Raises:
-        PuzzleError: nothing answers there, there are no workers, or what each of them lacks.
+        PuzzleError: the scheduler does not respond, the cluster has no workers, or workers lack something; names each.
     """
     try:
         client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, TimeoutError) as error:
         raise PuzzleError(
-            f"no Dask scheduler answers at {address} ({error}): start one with `dask scheduler`, or correct "
+            f"no Dask scheduler responds at {address} ({error}): start one with `dask scheduler`, or correct "
             "runtime.dask_address"
         ) from error
-    scratch = context.scratch / f".seen-by-{uuid.uuid4().hex}"
+    probe = context.scratch / f".seen-by-{uuid.uuid4().hex}"
     with client, context.store().staging() as staged:
-        shared = {"runtime.scratch": scratch.resolve(), "runtime.store": (staged / "seen").resolve()}
-        for file in shared.values():
+        probes = {"runtime.scratch": probe.resolve(), "runtime.store": (staged / "seen").resolve()}
+        for file in probes.values():
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
         try:
-            told = client.run(partial(_lacks, context, shared, PREFECT_API_URL.value()), on_error="return")
+            replies = client.run(partial(_lacks, context, probes, PREFECT_API_URL.value()), on_error="return")
         finally:
-            scratch.unlink()
-    if not told:
+            probe.unlink()
+    if not replies:
         raise PuzzleError(f"the Dask cluster at {address} has no workers: start some with `dask worker {address}`")
-    lacking = {worker: lack for worker, lack in told.items() if lack}
+    lacking = {worker: lack for worker, lack in replies.items() if lack}
     if lacking:
         lines = "\n".join(f"{worker}: {lack}" for worker, lack in lacking.items())
         raise PuzzleError(
-            f"{len(lacking)} of {len(told)} Dask workers at {address} cannot do this run's tasks:\n{lines}\n"
+            f"{len(lacking)} of {len(replies)} Dask workers at {address} cannot do this run's tasks:\n{lines}\n"
             "every worker needs this project installed, the same scratch directory and store under the same absolute "
             "paths (or a store in a bucket), the parent, and Prefect's API (docs/scale.md)"
         )
 
 
-def _lacks(context: RunContext, shared: dict[str, Path], api_url: str) -> str | None:
-    """What a worker lacks; run there."""
-    for name, file in shared.items():
+def _lacks(context: RunContext, probes: dict[str, Path], api_url: str) -> str | None:
+    """What a worker lacks, or nothing; runs on the worker.
+
+    Args:
+        context: the run's context.
+        probes: by setting, a file that the starting machine has created in that directory.
+        api_url: the URL of Prefect's API.
+    """
+    for name, file in probes.items():
         if not file.exists():
             return f"{name} is not the directory {file.parent} of the machine that started the run"
     if "://" in context.runtime.store:
         context.store().keys("tokens")
-    elif Path(context.runtime.store).resolve() not in shared["runtime.store"].parents:
-        return f"runtime.store is {Path(context.runtime.store).resolve()} there: give an absolute path"
-    if Path(context.runtime.scratch).resolve() != shared["runtime.scratch"].parent:
-        return f"runtime.scratch is {Path(context.runtime.scratch).resolve()} there: give an absolute path"
+    elif Path(context.runtime.store).resolve() not in probes["runtime.store"].parents:
+        return f"runtime.store is {Path(context.runtime.store).resolve()} on this worker: give an absolute path"
+    if Path(context.runtime.scratch).resolve() != probes["runtime.scratch"].parent:
+        return f"runtime.scratch is {Path(context.runtime.scratch).resolve()} on this worker: give an absolute path"
     context.open_parent()
     with urllib.request.urlopen(f"{api_url}/health", timeout=10):
         return None

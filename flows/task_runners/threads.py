@@ -1,8 +1,8 @@
 """Threads that run tasks side by side, and that stop within seconds when their run is cancelled.
 
-Prefect's own runner waits for whatever its threads are doing, a training of hours for instance, until the worker loses
-patience and kills the process; then nobody is left to say so in Prefect and MLflow. Here the tasks are stopped where
-they are, as an interrupt stops the main thread: what they had staged is removed, and the store stays whole.
+Prefect's own runner waits until its threads have ended, which takes hours for a training. The worker then kills the
+process, and neither Prefect nor MLflow learns that the run ended. This runner raises an exception in the threads, as an
+interrupt does in the main thread: tasks remove their staged files, and the store stays consistent.
 """
 
 import ctypes
@@ -14,15 +14,15 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 
 class Stopped(BaseException):
-    """The run around a task was cancelled; not for tasks to catch."""
+    """The run of a task was cancelled. A BaseException, so that tasks do not catch it by accident."""
 
 
 class CancellableThreadTaskRunner(ThreadPoolTaskRunner):  # type: ignore[type-arg]
-    """As many threads as a site has cores or GPUs."""
+    """Prefect's thread pool, with threads that stop when their run ends."""
 
     def cancel_all(self) -> None:
-        """Stop what runs, drop what waits; called when a flow ends, however it ends."""
-        executor: Any = self._executor
+        """Stop running tasks and drop waiting ones; Prefect calls it when a flow ends, after success too."""
+        executor: Any = self._executor  # concurrent.futures has no public list of its threads
         for thread in executor._threads if executor else ():
             if _is_busy(thread):
                 stop_thread(thread.ident)
@@ -35,6 +35,6 @@ def stop_thread(identity: int | None) -> None:
 
 
 def _is_busy(thread: threading.Thread) -> bool:
-    """Whether a thread of a pool is in a task, and not waiting for one."""
+    """Whether a thread of a pool runs a task: an idle thread is in the pool's function `_worker`."""
     frame = sys._current_frames().get(thread.ident or 0)
     return frame is not None and frame.f_code.co_name != "_worker"

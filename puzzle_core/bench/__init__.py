@@ -1,1 +1,1 @@
-"""A child against its parent in one engine: rates, time to first token, memory."""
+"""A bench of a child and its parent in one engine: rates, time to first token, memory."""

@@ -1,11 +1,11 @@
-"""What a comparison of parent and child in an engine found (bench.py makes it, report/bench.py shows it). No torch."""
+"""The record of a bench of parent and child, which run_bench.py makes and report/bench_report.py shows. No torch."""
 
 import csv
 import io
 
 from puzzle_core.architecture import Architecture
 from puzzle_core.records import Record
-from puzzle_core.spec import TargetSpec
+from puzzle_core.target import TargetSpec
 from puzzle_core.work import Timing
 
 PARENT, CHILD = "parent", "child"
@@ -38,7 +38,10 @@ class BenchPoint(Record):
 
 
 class BenchRecord(Record):
-    """Every point of a comparison; points of parent and child alternate. `target` says how it was measured."""
+    """All points of a bench; those of parent and child alternate. `engine` is its name with its version.
+
+    `target` has the device, types, threads and rounds of the measurement.
+    """
 
     engine: str
     hardware: str

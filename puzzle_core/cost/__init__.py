@@ -1,1 +1,1 @@
-"""Costs of variants on a hardware target: exact bytes, measured times, and the table that the search reads."""
+"""Prefill and decode times of variants on a hardware target: measured in an engine, or computed from a data sheet."""

@@ -1,9 +1,9 @@
 """llama.cpp with one model and a batch of sequences: prefill and decode, timed (METHOD section 5).
 
-As `llama-server` runs it by default: flash attention where the backend has it, a float16 cache, at most 2048 tokens in
-one call and 512 in one pass, and every sequence with a cache of its own. Sampling is not counted: a step ends when its
-logits are there. With one thread the clock is the processor time of the process, which other work on the machine
-hardly disturbs; with more it is the wall's.
+The settings are the defaults of `llama-server`: flash attention where the backend has it, a float16 cache, at most 2048
+tokens in one call and 512 in one pass, and a separate cache for every sequence. Sampling is not counted: a step ends
+when its logits are computed. With one thread the clock is the processor time of the process, which other work on the
+machine hardly disturbs; with more threads it is wall-clock time.
 """
 
 import ctypes
@@ -20,21 +20,21 @@ TOKEN = 1
 
 
 def engine_version() -> str:
-    """What runs, with its version.
+    """llama.cpp, with the version of its Python binding.
 
     Raises:
-        SpecError: it is not installed.
+        SpecError: the binding is not installed.
     """
     try:
         return f"llama.cpp (llama-cpp-python {importlib.metadata.version('llama-cpp-python')})"
     except importlib.metadata.PackageNotFoundError as error:
         raise SpecError(
-            "llama.cpp is asked for, and llama-cpp-python is not installed: `make engines` builds it"
+            "the engine is llama.cpp, and llama-cpp-python is not installed: `make engines` builds it"
         ) from error
 
 
 class LlamaModel:
-    """A GGUF file, opened for a number of sequences of a largest length; close it after use."""
+    """A GGUF file that is open for a number of sequences of at most `length` tokens. Close it after use."""
 
     def __init__(self, file: Path, sequences: int, length: int, threads: int):
         """Open the file.
@@ -46,13 +46,13 @@ class LlamaModel:
         engine_version()
         import llama_cpp
 
-        logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it takes llama.cpp's warnings for errors
+        logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # logs warnings as errors
         self._api: Any = llama_cpp
         self.file, self.sequences, self.threads = file, sequences, threads
         self._lengths = 0
-        of_model = llama_cpp.llama_model_default_params()
-        of_model.n_gpu_layers = 0
-        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), of_model)
+        model_settings = llama_cpp.llama_model_default_params()
+        model_settings.n_gpu_layers = 0
+        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), model_settings)
         if not self._model:
             raise MeasurementError(f"llama.cpp cannot load {file}")
         settings = llama_cpp.llama_context_default_params()
@@ -66,7 +66,7 @@ class LlamaModel:
         self._batch = llama_cpp.llama_batch_init(CALL_TOKENS, 0, 1)
 
     def close(self) -> None:
-        """Free what llama.cpp holds."""
+        """Free the model and its cache."""
         self._api.llama_batch_free(self._batch)
         self._api.llama_free(self._context)
         self._api.llama_model_free(self._model)
@@ -77,13 +77,13 @@ class LlamaModel:
         return int(self._api.llama_model_size(self._model))
 
     def prefill_ms(self, tokens: int) -> float:
-        """Milliseconds for prompts of this many tokens, one per sequence, up to the logits of each one's last."""
+        """Milliseconds for one prompt of this many tokens per sequence, until the logits of its last token."""
         self._api.llama_memory_clear(self._memory, False)
         self._lengths = 0
         return self._extend(tokens)
 
     def steps_ms(self, length: int, steps: int) -> list[float]:
-        """Milliseconds of so many steps, each a token for every sequence, from this length of all sequences on."""
+        """Milliseconds of each of `steps` decode steps of one token per sequence, starting at this cache length."""
         if self._lengths > length:
             for sequence in range(self.sequences):
                 self._api.llama_memory_seq_rm(self._memory, sequence, length, -1)
@@ -93,36 +93,39 @@ class LlamaModel:
         return [self._extend(1) for _ in range(steps)]
 
     def _extend(self, tokens: int) -> float:
-        """So many more tokens in every sequence, in as many calls as it takes; milliseconds in llama.cpp."""
-        places = range(self._lengths, self._lengths + tokens)
+        """Add tokens to every sequence, in as many calls as needed; returns the milliseconds in llama.cpp."""
+        positions = range(self._lengths, self._lengths + tokens)
         last = self._lengths + tokens - 1
-        entries = [(TOKEN, sequence, place, place == last) for sequence in range(self.sequences) for place in places]
+        entries = [
+            (sequence, position, position == last) for sequence in range(self.sequences) for position in positions
+        ]
         total = 0.0
         for first in range(0, len(entries), CALL_TOKENS):
             self._fill(entries[first : first + CALL_TOKENS])
-            total += self._run()
+            total += self._decode()
         self._lengths += tokens
         return total
 
-    def _fill(self, entries: list[tuple[int, int, int, bool]]) -> None:
-        """Tokens with their sequence, place, and whether their logits are wanted."""
+    def _fill(self, entries: list[tuple[int, int, bool]]) -> None:
+        """Fill the batch with tokens: of each its sequence, its position, and whether its logits are computed."""
         batch = self._batch
         batch.n_tokens = len(entries)
-        for index, (token, sequence, place, wanted) in enumerate(entries):
-            batch.token[index], batch.pos[index], batch.logits[index] = token, place, wanted
+        for index, (sequence, position, logits) in enumerate(entries):
+            batch.token[index], batch.pos[index], batch.logits[index] = TOKEN, position, logits
             batch.n_seq_id[index] = 1
             batch.seq_id[index][0] = ctypes.c_int32(sequence)
 
-    def _run(self) -> float:
+    def _decode(self) -> float:
+        """Run the batch; returns milliseconds."""
         clock = time.process_time_ns if self.threads == 1 else time.perf_counter_ns
         started = clock()
-        failed = self._api.llama_decode(self._context, self._batch)
+        status = self._api.llama_decode(self._context, self._batch)
         self._api.llama_synchronize(self._context)
-        if failed:
-            raise MeasurementError(f"llama.cpp failed with {failed} on {self._batch.n_tokens} tokens of {self.file}")
+        if status:
+            raise MeasurementError(f"llama.cpp failed with {status} on {self._batch.n_tokens} tokens of {self.file}")
         return (clock() - started) / 1e6
 
 
 def _padded(length: int) -> int:
-    """llama.cpp's caches have whole blocks of 256 entries."""
+    """The length rounded up to a multiple of 256, which is what llama.cpp's caches hold."""
     return -(-length // 256) * 256

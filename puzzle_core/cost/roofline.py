@@ -1,7 +1,7 @@
-"""Times from the figures of a data sheet: bytes moved and operations done, each over the rate that is reached.
+"""Times computed from the figures of a data sheet (METHOD section 5). No torch.
 
-Every subblock is one kernel or two, and a kernel takes the longer of its operations over the compute rate and its bytes
-over the memory bandwidth. docs/targets.md has every formula and assumption (METHOD section 5). No torch.
+Every subblock is one kernel or two. A kernel takes the longer of two times: its operations over the compute rate, and
+its bytes over the memory bandwidth. docs/targets.md has every formula and assumption.
 
 Legend: N tokens of one forward pass, all sequences together. Everything is per device of the tensor-parallel group.
 """
@@ -39,7 +39,7 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class Device:
-    """The figures of a hardware specification as numbers per second, with what is reached of them."""
+    """The rates of a hardware specification, with the share of them that kernels reach."""
 
     hardware: HardwareSpec
 
@@ -52,7 +52,7 @@ class Device:
         return max(operations / (devices * peak * reached), moved_bytes / (devices * bandwidth))
 
     def all_reduce_s(self, tokens: int, hidden: int) -> float:
-        """Seconds to add up the outputs of a subblock over the group: a ring, not hidden behind compute."""
+        """Seconds of the all-reduce of a subblock's outputs over the group: a ring that does not overlap compute."""
         link, devices = self.hardware.interconnect, self.hardware.tensor_parallel
         if devices == 1 or link is None:
             return 0.0
@@ -90,11 +90,11 @@ def roofline(shape: ModelShape, variants: Iterable[Variant], traffic: Traffic, t
     outside, blocks = _timing(traffic, partial(outside_s, device, shape)), [timing(own.attention), timing(own.ffn)]
     return CostRecord(
         source="roofline",
-        variants={str(variant): timing(variant) for variant in variants if variant.kind != "no_op"},
+        variants={str(variant): timing(variant) for variant in variants if not variant.is_empty},
         outside=outside,
         parent=Timing(
-            prefill_ms=outside.prefill_ms + shape.layers * sum(half.prefill_ms for half in blocks),
-            decode_ms=outside.decode_ms + shape.layers * sum(half.decode_ms for half in blocks),
+            prefill_ms=outside.prefill_ms + shape.layers * sum(subblock.prefill_ms for subblock in blocks),
+            decode_ms=outside.decode_ms + shape.layers * sum(subblock.decode_ms for subblock in blocks),
         ),
         hardware=f"{hardware.tensor_parallel} x {hardware.device}",
         weight_bytes=PRECISION_BYTES[hardware.weights],
@@ -106,7 +106,7 @@ def subblock_s(device: Device, shape: ModelShape, variant: Variant, work: Pass) 
     """Seconds of one subblock in one pass."""
     hardware, size = device.hardware, variant_size(shape, variant)
     weight_bytes, channel_bytes = PRECISION_BYTES[hardware.weights], PRECISION_BYTES[hardware.activations]
-    channels = 2 * shape.hidden + _inner_channels(shape, variant)
+    channels = 2 * shape.hidden + variant.row.inner_channels(shape, variant.size)
     seconds = device.kernel_s(
         operations=2 * size.parameters * work.tokens,
         moved_bytes=size.parameters * weight_bytes + work.tokens * channels * channel_bytes,
@@ -134,29 +134,20 @@ def outside_s(device: Device, shape: ModelShape, work: Pass) -> float:
 
 def _attend_s(device: Device, shape: ModelShape, variant: Variant, work: Pass) -> float:
     """Seconds of softmax(Q K) V: the cache is read once per pass, and new entries are written."""
-    hardware, query = device.hardware, shape.heads * shape.head_dim
-    entries = variant_size(shape, variant).kv_entries_per_token
-    copies = max(1.0, hardware.tensor_parallel / variant.size)  # fewer KV heads than devices: each needs one
+    hardware, row = device.hardware, variant.row
+    entries = row.kv_entries(shape, variant.size)
+    copies = max(1.0, hardware.tensor_parallel / variant.kv_heads)  # fewer KV heads than devices: each needs one
     cached = work.context if work.decoding else work.new_tokens
     return device.kernel_s(
-        operations=4 * work.tokens * query * work.context,
+        operations=work.tokens * row.context_operations(shape, variant.size) * work.context,
         moved_bytes=work.batch_size * cached * entries * copies * PRECISION_BYTES[hardware.kv_cache],
         precision=hardware.attention_precision,
         decoding=work.decoding,
     )
 
 
-def _inner_channels(shape: ModelShape, variant: Variant) -> int:
-    """Activations per token between the products of a subblock, each written once and read once."""
-    if variant.kind == "linear":
-        return 0
-    if variant.subblock == "ffn":
-        return 2 * variant.size
-    return 2 * 2 * (shape.heads + variant.size) * shape.head_dim
-
-
 def _timing(traffic: Traffic, seconds: Callable[[Pass], float]) -> Timing:
-    """A prefill, and all decode steps: a step's time is linear in the context, so the mean context gives the mean."""
+    """The times of a prefill and of all decode steps, each taken at the mean context: a step is linear in it."""
     batch, prompt, generated = traffic.batch_size, traffic.prompt_tokens, traffic.generated_tokens
     prefill = Pass(batch, prompt, context=(prompt + 1) / 2, decoding=False)
     step = Pass(batch, 1, context=prompt + generated / 2, decoding=True)

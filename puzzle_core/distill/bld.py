@@ -1,7 +1,7 @@
 """Blockwise local distillation of one subblock variant, decoupled (METHOD section 3; Puzzle paper, section 3).
 
 The variant gets the parent's activations that enter its layer and imitates what leaves the layer, the layer's other
-half being the parent's own and frozen. An attention variant therefore trains through the parent's FFN; an FFN
+subblock being the parent's own and frozen. An attention variant therefore trains through the parent's FFN; an FFN
 variant starts from the stored post-attention state and so never runs an attention.
 """
 
@@ -19,9 +19,8 @@ from puzzle_core.distill.loop import Checkpoints, MicroBatch, Progress, train
 from puzzle_core.distill.losses import normalised_mse
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import Activations
-from puzzle_core.model.surgery import WEIGHTS, State, variant_block
-from puzzle_core.variants.attention import initial_attention
-from puzzle_core.variants.ffn import initial_ffn
+from puzzle_core.model.surgery import WEIGHTS, variant_block
+from puzzle_core.state_dict import State
 from puzzle_core.work import BldRecord, BldWork
 
 DIVERGED_LOSS = 0.05
@@ -47,8 +46,8 @@ def run(
     parameters = {name: parameter.requires_grad_(True) for name, parameter in block.named_parameters()}
     frozen = parent.block(work.layer, activations.dtype, activations.device)
     attends, context = work.variant.subblock == "attn", activations.context()
-    inputs = activations.entry(work.layer) if attends else activations.middle(work.layer)
-    targets, device = activations.entry(work.layer + 1), activations.device
+    inputs = activations.layer_input(work.layer) if attends else activations.post_attention(work.layer)
+    targets, device = activations.layer_input(work.layer + 1), activations.device
     windows, length = activations.ids_NT.shape
     batch = spec.batch_tokens // length
     steps = max(1, windows * spec.epochs // batch)
@@ -87,9 +86,6 @@ def run(
 
 def initial_state(activations: Activations, work: BldWork, contributions_dir: Path | None) -> State:
     """The variant's training-free initial weights."""
-    layer, shape = activations.parent.layer_tensors(work.layer), activations.parent.shape
-    if work.variant.subblock == "attn":
-        return initial_attention(layer, shape, work.variant)
-    return initial_ffn(
-        layer, work.variant, load_contribution(contributions_dir, work.layer) if contributions_dir else None
-    )
+    parent, variant = activations.parent, work.variant
+    contribution_I = load_contribution(contributions_dir, work.layer) if contributions_dir else None
+    return variant.row.initial_state(parent.layer_tensors(work.layer), parent.shape, variant.size, contribution_I)

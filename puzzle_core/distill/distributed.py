@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as computed_again
 
 from puzzle_core.device import default_device, on_device
 from puzzle_core.model.checkpoint import Checkpoint
-from puzzle_core.model.parent import check_loaded, empty_model
+from puzzle_core.model.parent import empty_model, tensor_shapes
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 
@@ -77,6 +77,7 @@ class ShardedGroup(NamedTuple):
         Raises:
             ArtifactError: the checkpoint's tensors are not those that its config asks for.
         """
+        checkpoint.check(tensor_shapes(config))
         model, device = empty_model(config), default_device()
         for block in model.model.layers:
             block.forward = partial(computed_again, block.forward, use_reentrant=False)
@@ -93,7 +94,7 @@ class ShardedGroup(NamedTuple):
             state[name] = nn.Parameter(tensor if like is None else self.part_of(tensor.to(device), like))
         if config.tie_word_embeddings:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        check_loaded(model.load_state_dict(state, strict=False, assign=True), config, checkpoint)
+        model.load_state_dict(state, assign=True)
         return model
 
 

@@ -19,10 +19,11 @@ from puzzle_core.data import batch_rows, read_windows
 from puzzle_core.device import default_device
 from puzzle_core.distill.loop import Checkpoints, MicroBatch, Progress, micro_batches, train
 from puzzle_core.distill.losses import cosine_distance, kl_per_token, next_token_loss
+from puzzle_core.errors import ArtifactError
 from puzzle_core.model.checkpoint import Checkpoint, write_checkpoint
 from puzzle_core.model.child import load_child, load_parent, write_description
+from puzzle_core.model.child_config import read_child_config
 from puzzle_core.model.parent import Parent, torch_dtype
-from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.spec import GkdSpec
 from puzzle_core.work import GkdRecord, GkdWork
@@ -54,7 +55,7 @@ def run(
     frozen_dtype = torch_dtype(spec.dtype) if device.type == "cuda" else torch.float32
     if together:
         parent_model = together.load(parent.puzzle_config(), parent.checkpoint, frozen_dtype).requires_grad_(False)
-        child = together.load(PuzzleConfig.from_pretrained(child_dir), Checkpoint(child_dir), torch.float32)
+        child = together.load(read_child_config(child_dir), Checkpoint(child_dir, ArtifactError), torch.float32)
     else:
         parent_model = load_parent(parent, frozen_dtype, device)
         child = load_child(child_dir, torch.float32, device)

@@ -6,7 +6,6 @@ Reads a request, trains, and writes the child where the request says; the record
 is told in lines of JSON on the standard output, for whoever started the processes (launch.py).
 """
 
-import ctypes
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from puzzle_core.distill.launch import TOLD, GkdRequest, record_of
 from puzzle_core.distill.loop import Checkpoints, Progress
 from puzzle_core.errors import PuzzleError
 from puzzle_core.model.parent import Parent
+from puzzle_core.parent_death import end_with_parent
 
 
 def main(arguments: list[str]) -> int:
@@ -73,6 +73,5 @@ def tell(**what: Any) -> None:
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # ends with torchrun, however that ends
+    end_with_parent(signal.SIGKILL)  # the parent is torchrun
     sys.exit(main(sys.argv[1:]))

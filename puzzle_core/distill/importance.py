@@ -26,18 +26,18 @@ def run(work: ImportanceWork, parent: Parent, tokens_dir: Path, out_dir: Path) -
     """
     ids_NT, dtype, device = read_windows(tokens_dir), torch.float32, default_device()
     rows = max(1, FORWARD_TOKENS // ids_NT.shape[1])
-    embed = parent.outside(dtype, device).model.embed_tokens
+    embed = parent.outside(dtype, device).model.embed
     hidden = [embed(batch.long().to(device)) for batch in torch.split(ids_NT, rows)]
     context = block_context(parent, ids_NT.shape[1], dtype, device)
     contributions: dict[str, torch.Tensor] = {}
     for layer in range(parent.shape.layers):
         block, total_I = parent.block(layer, dtype, device), torch.zeros(parent.shape.ffn_width, dtype=torch.float64)
         for batch, states in enumerate(hidden):
-            middle = block.attend(states, **context)
-            inner = block.post_attention_layernorm(middle)
-            x = block.mlp.act_fn(block.mlp.gate_proj(inner)) * block.mlp.up_proj(inner)
+            post_attention = block.attend(states, **context)
+            ffn_input = block.normalise_ffn_input(post_attention)
+            x = block.mlp.act_fn(block.mlp.gate_proj(ffn_input)) * block.mlp.up_proj(ffn_input)
             total_I += x.abs().sum((0, 1), dtype=torch.float64).cpu()
-            hidden[batch] = block.feed(middle)
+            hidden[batch] = block.feed(post_attention)
         norms_I = block.mlp.down_proj.weight.double().norm(dim=0).cpu()
         contribution_I = (total_I / ids_NT.numel() * norms_I).float()
         if not torch.isfinite(contribution_I).all():

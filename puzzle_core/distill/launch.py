@@ -1,7 +1,7 @@
 """Starts the processes that distil a child together (gkd_worker.py) under torchrun, and follows what they tell."""
 
 import contextlib
-import ctypes
+import functools
 import json
 import logging
 import os
@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from puzzle_core import errors
 from puzzle_core.distill.loop import Progress
 from puzzle_core.errors import LostProcessError, PuzzleError
+from puzzle_core.parent_death import end_with_parent
 from puzzle_core.records import Record
 from puzzle_core.spec import ParentSpec
 from puzzle_core.work import GkdRecord, GkdWork
@@ -113,7 +114,7 @@ def _running(command: list[str], environment: dict[str, str], output: TextIO) ->
         stdout=output,
         stderr=output,
         start_new_session=True,
-        preexec_fn=_die_with_parent,
+        preexec_fn=functools.partial(end_with_parent, signal.SIGTERM),
     )
     try:
         yield process
@@ -125,11 +126,6 @@ def _running(command: list[str], environment: dict[str, str], output: TextIO) ->
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _follow(line: str, report: Callable[[Progress], None] | None) -> None:

@@ -1,1 +1,1 @@
-"""Children as serving engines read them: a DeciLM directory (hf.py) and a GGUF file (gguf_file.py). docs/engines.md."""
+"""Children in formats of serving engines (docs/engines.md): a DeciLM directory (hf.py), a GGUF file (gguf_file.py)."""

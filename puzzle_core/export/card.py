@@ -1,4 +1,4 @@
-"""The model card of an exported child: what it is, how to load it, where it comes from, how good it is."""
+"""The model card of a child: its layers, how to load it, which engines run it, its provenance and its quality."""
 
 from itertools import groupby
 
@@ -28,7 +28,7 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 
 
 class Provenance(Record):
-    """Where a child comes from, as the artifact store knows it, and its figures on held-out tokens."""
+    """The origin of a child according to the artifact store, and its figures on held-out tokens."""
 
     key: str
     made_by: str
@@ -40,7 +40,7 @@ class Provenance(Record):
 
 
 def model_card(name: str, source: Source, written: ExportRecord, provenance: Provenance | None) -> str:
-    """README.md of the directory."""
+    """README.md of an exported directory."""
     shape, entries = source.shape, kv_entries_per_token(source.shape, source.architecture)
     facts = [
         f"- parent: {shape.family}, {shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads, "
@@ -69,10 +69,10 @@ def model_card(name: str, source: Source, written: ExportRecord, provenance: Pro
 def child_card(
     name: str, headline: str, architecture: Architecture, provenance: Provenance, descent: dict[str, str]
 ) -> str:
-    """README.md of a child as tracking shows it: what it is and came from, before it is exported.
+    """README.md of a child in tracking, before any export.
 
     Args:
-        descent: the keys of what it was made from, by what they are.
+        descent: the keys of the artifacts that the child was made from, by their kind.
     """
     sections = [
         f"# {name}\n",
@@ -92,7 +92,7 @@ def child_card(
 
 
 def _layer_table(architecture: Architecture) -> list[str]:
-    """Consecutive equal layers as one row."""
+    """A table of the layers, in which consecutive equal layers share a row."""
     rows, layer = ["| layers | attention | FFN |", "|---|---|---|"], 0
     for block, group in groupby(architecture.layers):
         count = len(list(group))
@@ -107,24 +107,24 @@ def _engine_lines(architecture: Architecture) -> list[str]:
 
 
 def _quality(provenance: Provenance) -> list[str]:
-    own, parent = provenance.evaluation, provenance.parent_evaluation
-    if own is None:
+    child, parent = provenance.evaluation, provenance.parent_evaluation
+    if child is None:
         return ["Not evaluated."]
 
     def row(name: str, values: list[float], form: str) -> str:
-        own_text, *parent_text = [format(value, form) for value in values]
-        return f"| {name} | {own_text} | {''.join(parent_text)} |"
+        child_text, *parent_text = [format(value, form) for value in values]
+        return f"| {name} | {child_text} | {''.join(parent_text)} |"
 
-    both = [own, *([parent] if parent else [])]
+    both = [child, *([parent] if parent else [])]
     return [
-        f"On {own.tokens:,} held-out tokens:\n",
+        f"On {child.tokens:,} held-out tokens:\n",
         "| | child | parent |",
         "|---|---:|---:|",
         row("perplexity", [e.perplexity for e in both], ".4f"),
         row("LM loss, nats per token", [e.lm_loss_nats_per_token for e in both], ".4f"),
         row("next token right", [e.top1_accuracy for e in both], ".2%"),
-        row("same next token as the parent", [own.top1_agreement], ".2%"),
-        row("KL to the parent, nats per token", [own.kl_nats_per_token], ".5f"),
+        row("same next token as the parent", [child.top1_agreement], ".2%"),
+        row("KL to the parent, nats per token", [child.kl_nats_per_token], ".5f"),
     ]
 
 

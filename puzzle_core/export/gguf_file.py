@@ -1,9 +1,9 @@
-"""A child as a GGUF file of llama.cpp's architecture `deci`, written directly: exact for every variant.
+"""Writes a child as a GGUF file of llama.cpp's architecture `deci`; the file is exact for every variant.
 
-Layers are lowered first (lowering.py). Rows of query and key projections are put in the order of llama.cpp's rotary
-positions, which turn neighbouring channels where transformers turns halves. Rotary scaling of any kind that depends on
-nothing but the channel is written as factors per channel. Norms and biases stay float32, and what Q8_0 cannot hold
-(rows that are no multiple of 32) is float16, as llama.cpp's own tools do it.
+Layers are lowered first (lowering.py). llama.cpp rotates neighbouring channels of queries and keys, transformers
+rotates channel i with channel i + d/2, so the rows of these projections are reordered. Rotary scaling that depends on
+the channel alone is written as one factor per channel. Norms and biases stay float32. Tensors whose rows are no
+multiple of 32, which Q8_0 cannot hold, are float16, as in files that llama.cpp's own tools write.
 
 Legend: H heads, d head width, D hidden width.
 """
@@ -18,12 +18,13 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 
+from puzzle_core.engines import GgufType
 from puzzle_core.errors import ExportError, NonFiniteError
 from puzzle_core.export.gguf_tokenizer import GgufVocabulary, gguf_vocabulary
-from puzzle_core.export.lowering import ZERO_WIDTH, Half, LoweredLayer, biased, lower
+from puzzle_core.export.lowering import ZERO_WIDTH, LoweredLayer, PlacedSubblock, biased, lower
 from puzzle_core.export.source import ExportRecord, Source, WrittenTensor, refuse, shared_reasons
+from puzzle_core.families.family import FAMILIES
 from puzzle_core.model.remote.modeling_puzzle import family_class
-from puzzle_core.target import GgufType
 
 KINDS: dict[GgufType, tuple[Kind, LlamaFileType]] = {
     "f32": (Kind.F32, LlamaFileType.ALL_F32),
@@ -39,14 +40,18 @@ _FFN = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 
 
 class _Rotary(NamedTuple):
-    """Divisors of the plain frequencies (none where they are all 1), and the factor of attention's logits' root."""
+    """The parent's rotary scaling.
+
+    `factors` divide the unscaled frequencies, one per pair of channels; none where all factors are 1. `scale`
+    multiplies cosines and sines, so that attention logits are multiplied by its square.
+    """
 
     factors: NDArray[np.float32] | None
     scale: float
 
 
 def as_stored(source: Source) -> GgufType:
-    """The type that keeps the checkpoint's weights as they are, as far as there is one."""
+    """The type of the checkpoint's weights; float32 where GGUF has no such type."""
     return STORED.get(source.dtype, "f32")
 
 
@@ -54,10 +59,10 @@ def export_gguf(source: Source, file: Path, kind: GgufType, *, name: str = "chil
     """Write one file; tensors are read, converted and written one by one.
 
     Args:
-        name: what the model calls itself.
+        name: the model's name in the file's metadata.
 
     Raises:
-        ExportError: the architecture or the tokenizer cannot be carried; names every reason.
+        ExportError: the format cannot hold the architecture or the tokenizer; names every reason.
         NonFiniteError: a weight is not finite in this type.
     """
     refuse(source, "GGUF of arch deci", shared_reasons(source))
@@ -83,8 +88,8 @@ def export_gguf(source: Source, file: Path, kind: GgufType, *, name: str = "chil
 
 
 def _remarks(source: Source, layers: list[LoweredLayer], kinds: list[Kind], kind: GgufType) -> list[str]:
-    """Where the file differs from the child: layers that became others, and tensors that the type cannot hold."""
-    zeros = sum(half is not None and half.layer is None for x in layers for half in (x.attention, x.ffn))
+    """Differences from the child: layers that were repacked, and tensors that the type cannot hold."""
+    zeros = sum(slot is not None and slot.layer is None for x in layers for slot in (x.attention, x.ffn))
     coarse = kinds.count(Kind.F16) if kind == "q8_0" else 0
     remarks = []
     if zeros or len(layers) != source.shape.layers:
@@ -106,8 +111,8 @@ def _describe(
     writer.add_embedding_length(shape.hidden)
     writer.add_vocab_size(shape.vocabulary)
     writer.add_head_count([shape.heads if layer.attention else 0 for layer in layers])
-    writer.add_head_count_kv([layer.attention.variant.size if layer.attention else 0 for layer in layers])
-    writer.add_feed_forward_length([layer.ffn.variant.size for layer in layers])
+    writer.add_head_count_kv([layer.attention.variant.kv_heads if layer.attention else 0 for layer in layers])
+    writer.add_feed_forward_length([layer.ffn.variant.ffn_width for layer in layers])
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -147,8 +152,9 @@ def _describe_tokenizer(writer: GGUFWriter, tokenizer: Any, vocabulary: GgufVoca
 
 
 def _rotary(source: Source) -> _Rotary:
-    """How the parent's rotary frequencies differ from the plain ones, whatever rule they come from."""
-    rotary = family_class(source.shape.family, "RotaryEmbedding")(config=source.config)
+    """The parent's rotary scaling, computed from the frequencies of Hugging Face's own module, whatever its rule."""
+    family = FAMILIES[source.shape.family].description()
+    rotary = family_class(family, "RotaryEmbedding")(config=source.config)
     inverse, width = rotary.inv_freq.double(), source.shape.head_dim
     if 2 * len(inverse) != width:
         raise ExportError(
@@ -170,71 +176,71 @@ def _layer_tensors(source: Source, layers: list[LoweredLayer]) -> list[WrittenTe
     """All tensors of the lowered layers, under llama.cpp's names."""
     written = []
     for number, layer in enumerate(layers):
-        found = _attention_tensors(source, layer.attention) if layer.attention else []
-        found += _ffn_tensors(source, layer)
-        written += [tensor._replace(name=f"blk.{number}.{tensor.name}") for tensor in found]
+        tensors = _attention_tensors(source, layer.attention) if layer.attention else []
+        tensors += _ffn_tensors(source, layer)
+        written += [tensor._replace(name=f"blk.{number}.{tensor.name}") for tensor in tensors]
     return written
 
 
-def _attention_tensors(source: Source, half: Half) -> list[WrittenTensor]:
-    if half.layer is None:
-        return _zero_attention(source, half)
-    prefix = f"model.layers.{half.layer}"
-    norm = "input_layernorm" if half.variant.subblock == "attn" else "post_attention_layernorm"
-    found = [source.tensor(f"{prefix}.{norm}.weight")._replace(name="attn_norm.weight")]
-    if half.variant.kind == "linear":
-        return [*found, source.tensor(f"{_linear(half)}.weight")._replace(name="attn_output.weight")]
+def _attention_tensors(source: Source, subblock: PlacedSubblock) -> list[WrittenTensor]:
+    if subblock.layer is None:
+        return _zero_attention(source, subblock)
+    prefix = f"model.layers.{subblock.layer}"
+    norm = "input_layernorm" if subblock.variant.subblock == "attn" else "post_attention_layernorm"
+    tensors = [source.tensor(f"{prefix}.{norm}.weight")._replace(name="attn_norm.weight")]
+    if subblock.variant.row.linear_bias is not None:
+        return [*tensors, source.tensor(f"{_linear(subblock)}.weight")._replace(name="attn_output.weight")]
     for part, written in _PROJECTIONS.items():
         for end in ("weight", "bias"):
             name = f"{prefix}.self_attn.{part}.{end}"
             if name in source.names:
                 tensor = source.tensor(name)._replace(name=f"{written}.{end}")
-                found.append(_interleaved(tensor, source.shape.head_dim) if part in ("q_proj", "k_proj") else tensor)
-    return found
+                tensors.append(_interleaved(tensor, source.shape.head_dim) if part in ("q_proj", "k_proj") else tensor)
+    return tensors
 
 
 def _ffn_tensors(source: Source, layer: LoweredLayer) -> list[WrittenTensor]:
     if layer.ffn.layer is None:
         return _zero_ffn(source, layer.attention)
     prefix = f"model.layers.{layer.ffn.layer}"
-    found = [source.tensor(f"{prefix}.post_attention_layernorm.weight")._replace(name="ffn_norm.weight")]
+    tensors = [source.tensor(f"{prefix}.post_attention_layernorm.weight")._replace(name="ffn_norm.weight")]
     for part, written in _FFN.items():
         for end in ("weight", "bias"):
             name = f"{prefix}.mlp.{part}.{end}"
             if name in source.names:
-                found.append(source.tensor(name)._replace(name=f"{written}.{end}"))
-    return found
+                tensors.append(source.tensor(name)._replace(name=f"{written}.{end}"))
+    return tensors
 
 
-def _zero_attention(source: Source, half: Half) -> list[WrittenTensor]:
-    """A linear layer or an attention that adds nothing."""
+def _zero_attention(source: Source, subblock: PlacedSubblock) -> list[WrittenTensor]:
+    """A linear layer or an attention of zeros, which adds nothing."""
     shape, hidden = source.shape, source.shape.hidden
-    rows, kv_rows = shape.heads * shape.head_dim, half.variant.size * shape.head_dim
-    attends = half.variant.kind == "sized"
-    found = [_filled("attn_norm.weight", (hidden,), 1.0)]
-    found.append(_filled("attn_output.weight", (hidden, rows if attends else hidden), 0.0))
+    rows, kv_rows = shape.heads * shape.head_dim, subblock.variant.kv_heads * shape.head_dim
+    attends = subblock.variant.kv_heads > 0
+    tensors = [_filled("attn_norm.weight", (hidden,), 1.0)]
+    tensors.append(_filled("attn_output.weight", (hidden, rows if attends else hidden), 0.0))
     if attends:
         sizes = {"attn_q": rows, "attn_k": kv_rows, "attn_v": kv_rows}
-        found += [_filled(f"{name}.weight", (size, hidden), 0.0) for name, size in sizes.items()]
-    return found
+        tensors += [_filled(f"{name}.weight", (size, hidden), 0.0) for name, size in sizes.items()]
+    return tensors
 
 
-def _zero_ffn(source: Source, before: Half | None) -> list[WrittenTensor]:
-    """An FFN that adds nothing, or the bias of the linear layer before it."""
+def _zero_ffn(source: Source, before: PlacedSubblock | None) -> list[WrittenTensor]:
+    """An FFN of zeros, which adds nothing, or only the bias of the linear layer in front of it."""
     hidden = source.shape.hidden
-    found = [_filled("ffn_norm.weight", (hidden,), 1.0), _filled("ffn_gate.weight", (ZERO_WIDTH, hidden), 0.0)]
-    found += [
+    tensors = [_filled("ffn_norm.weight", (hidden,), 1.0), _filled("ffn_gate.weight", (ZERO_WIDTH, hidden), 0.0)]
+    tensors += [
         _filled("ffn_up.weight", (ZERO_WIDTH, hidden), 0.0),
         _filled("ffn_down.weight", (hidden, ZERO_WIDTH), 0.0),
     ]
     if before and biased(before, source.shape):
-        found.append(source.tensor(f"{_linear(before)}.bias")._replace(name="ffn_down.bias"))
-    return found
+        tensors.append(source.tensor(f"{_linear(before)}.bias")._replace(name="ffn_down.bias"))
+    return tensors
 
 
-def _linear(half: Half) -> str:
-    part = "self_attn.linear_attn" if half.variant.subblock == "attn" else "mlp.linear_mlp"
-    return f"model.layers.{half.layer}.{part}"
+def _linear(subblock: PlacedSubblock) -> str:
+    part = "self_attn.linear_attn" if subblock.variant.subblock == "attn" else "mlp.linear_mlp"
+    return f"model.layers.{subblock.layer}.{part}"
 
 
 def _filled(name: str, shape: tuple[int, ...], value: float) -> WrittenTensor:
@@ -242,7 +248,7 @@ def _filled(name: str, shape: tuple[int, ...], value: float) -> WrittenTensor:
 
 
 def _interleaved(tensor: WrittenTensor, head_dim: int) -> WrittenTensor:
-    """Rows (H*d, ...) whose halves of a head are mixed: 0, d/2, 1, d/2 + 1 and so on."""
+    """The rows (H*d, ...) of every head in the order 0, d/2, 1, d/2 + 1 and so on."""
 
     def make() -> torch.Tensor:
         rows = tensor.make()

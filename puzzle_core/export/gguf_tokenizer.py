@@ -1,10 +1,10 @@
-"""A Hugging Face tokenizer as llama.cpp's own, so that both give the same tokens.
+"""Converts a Hugging Face tokenizer into one of llama.cpp's tokenizers that gives the same tokens.
 
-llama.cpp knows two kinds that matter here. `gpt2` is byte-level BPE whose text is first split by a regular expression;
-llama.cpp has its own for every name it knows, so the tokenizer's must be one of these. `llama` is SentencePiece's BPE:
-no merges but a score per token, and the pair whose union scores highest is merged first; that is a list of merges
-exactly where all pairs that form the same token stand together and none is missing.
-Names and flags: src/llama-vocab.cpp of llama.cpp.
+Two of llama.cpp's kinds are used. `gpt2` is byte-level BPE, whose text is first split by a regular expression.
+llama.cpp has a fixed list of these expressions, by name, so the tokenizer's expression must be one of them. `llama` is
+SentencePiece's BPE, which has a score per token instead of merges: the pair whose union has the highest score is merged
+first. Scores can replace a list of merges if all pairs that form the same token are neighbours in the list, and no pair
+is missing. Source of names and flags: src/llama-vocab.cpp of llama.cpp.
 """
 
 import json
@@ -35,14 +35,14 @@ SPLITS: dict[tuple[str, bool], str] = {
     (rf"{_CASED}|{_CAPITALS}|\p{{N}}|{_CASED_TAIL}", True): "tekken",
     (rf"{_CASED}{_CONTRACTIONS}?|{_CAPITALS}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_CASED_TAIL}", False): "gpt-4o",
 }
-"""llama.cpp's name of a split, by its expression and by whether whole words that are tokens skip the merges."""
+"""llama.cpp's name of a split, by its expression and by whether words that are tokens skip the merges."""
 NO_MERGES = ["no merges"]
-"""llama.cpp insists on merges. This one joins two texts that are no single characters, so it never happens."""
+"""llama.cpp requires a merge. This one joins two texts that are not single characters, so it is never applied."""
 
 
 @dataclass(frozen=True)
 class GgufVocabulary:
-    """What `tokenizer.ggml.*` is to say; `scores` for kind `llama`, `pre` and `merges` for kind `gpt2`."""
+    """The values of `tokenizer.ggml.*`: `scores` for kind `llama`, `pre` and `merges` for kind `gpt2`."""
 
     kind: str
     tokens: list[str]
@@ -59,10 +59,10 @@ def gguf_vocabulary(tokenizer: Any, size: int) -> GgufVocabulary:
     """The vocabulary of a tokenizer of transformers.
 
     Args:
-        size: tokens that the embedding has; those that the tokenizer does not have are written as unused.
+        size: rows of the embedding; tokens that the tokenizer lacks are written as unused.
 
     Raises:
-        ExportError: llama.cpp has no tokenizer that gives the same tokens; names what it lacks.
+        ExportError: llama.cpp has no tokenizer that gives the same tokens; names what is missing.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -100,7 +100,7 @@ def gguf_vocabulary(tokenizer: Any, size: int) -> GgufVocabulary:
 
 
 def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Texts and types of all tokens, by their numbers."""
+    """Texts and types of all tokens, in the order of their numbers."""
     vocabulary: dict[str, int] = content["model"]["vocab"]
     added = {token["content"]: token for token in content["added_tokens"]}
     numbers = vocabulary | {text: token["id"] for text, token in added.items()}
@@ -137,7 +137,11 @@ def _added(tokenizer: Any) -> tuple[bool, bool]:
 
 
 def _split_name(content: dict[str, Any]) -> str:
-    """llama.cpp's name of the way the text is split."""
+    """llama.cpp's name of the split that the tokenizer uses.
+
+    Raises:
+        ExportError: llama.cpp has no such split.
+    """
     normalizer = content.get("normalizer")
     if normalizer and normalizer["type"] != "NFC":  # llama.cpp leaves text as it is; most text is NFC already
         raise ExportError(
@@ -154,7 +158,7 @@ def _split_name(content: dict[str, Any]) -> str:
 
 
 def _split(pre_tokenizer: dict[str, Any] | None) -> str:
-    """The expression that a byte-level tokenizer splits by, or a name for a composition of parts."""
+    """The expression that a byte-level tokenizer splits by, or a name of its combination of parts."""
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
     kinds = [part["type"] for part in parts]
     if not kinds or kinds[-1] != "ByteLevel" or parts[-1]["add_prefix_space"]:
@@ -181,7 +185,7 @@ def _adds_space(content: dict[str, Any]) -> bool:
 
 
 def _scores(tokens: list[str], types: list[int], merges: Iterable[tuple[str, ...]]) -> list[float]:
-    """Scores by which SentencePiece merges in the order of the list: minus the place of a token among those formed.
+    """Scores with which SentencePiece merges in the order of the list: minus the place of a token in it.
 
     Raises:
         ExportError: no scores give this order.
@@ -192,7 +196,7 @@ def _scores(tokens: list[str], types: list[int], merges: Iterable[tuple[str, ...
         formed = "".join(pair)
         if formed != last and formed in pairs_of:
             raise ExportError(
-                f"the merges that form {formed!r} do not stand together, so that no score per token gives them"
+                f"the merges that form {formed!r} are not neighbours in the list, so no score per token replaces them"
             )
         pairs_of.setdefault(formed, set()).add(pair)
         last = formed

@@ -1,14 +1,15 @@
-"""A child as a DeciLM (Nemotron-NAS) directory, which transformers, vLLM, SGLang and TensorRT-LLM read.
+"""Writes a child as a DeciLM (Nemotron-NAS) directory, which transformers, vLLM, SGLang and TensorRT-LLM read.
 
-`config.json` describes the layers in `block_configs` (puzzle_core/formats/block_configs.py), tensors have Llama's
-names, and deci_remote/ travels along, since no engine registers the model type. What the form cannot carry is refused
-before any tensor is read.
+`config.json` describes the layers in `block_configs` (puzzle_core/formats/block_configs.py), and tensors have Llama's
+names. The files of deci_remote/ are copied, since no engine registers the model type. A child that the format cannot
+hold is refused before any tensor is read.
 """
 
 import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +19,14 @@ from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.export import deci_remote
 from puzzle_core.export.source import ExportRecord, Source, WrittenTensor, refuse, shared_reasons
-from puzzle_core.formats.block_configs import WIDTH_GRID, BlockConfig, to_block_configs
+from puzzle_core.formats.block_configs import BlockConfig, block_config, to_block_configs
+from puzzle_core.formats.decilm_config import published_config
 from puzzle_core.model.checkpoint import write_checkpoint
+from puzzle_core.variants.entries import WIDTH_GRID
 
 Widths = Literal["grid", "pad", "any"]
-"""What becomes of FFN widths that are no multiple of 256: refused, padded with zero channels (exact), or written as
-`intermediate_size`, which of the engines only vLLM reads."""
+"""FFN widths that are no multiple of 256 are refused (`grid`), padded with zero channels (`pad`; exact), or written as
+`intermediate_size` (`any`), which vLLM and transformers read."""
 HfDtype = Literal["float32", "float16", "bfloat16"]
 
 CODE = ("configuration_decilm.py", "modeling_decilm.py")
@@ -52,16 +55,16 @@ def export_hf(source: Source, out_dir: Path, *, widths: Widths = "grid", dtype: 
 
     Args:
         out_dir: an empty directory.
-        dtype: that of the weights; as they are if not said.
+        dtype: the type of the written weights; that of the checkpoint if none.
 
     Raises:
-        ExportError: the form cannot carry the child; names every reason.
+        ExportError: the format cannot hold the child; names every reason.
         NonFiniteError: a weight is too large for `dtype`.
     """
-    refuse(source, "a DeciLM directory", reasons(source, widths))
+    refuse(source, "a DeciLM directory", refusal_reasons(source, widths))
     weights = getattr(torch, dtype) if dtype else source.dtype
     architecture = padded(source.architecture) if widths == "pad" else source.architecture
-    config = decilm_config(source, architecture)
+    config = _config(source, architecture)
     config["torch_dtype"] = str(weights).removeprefix("torch.")
     counted: Counter[str] = Counter()
 
@@ -88,47 +91,45 @@ def export_hf(source: Source, out_dir: Path, *, widths: Widths = "grid", dtype: 
     )
 
 
-def reasons(source: Source, widths: Widths) -> list[str]:
-    """Why this form cannot carry a child; empty when it can."""
-    found = shared_reasons(source)
+def refusal_reasons(source: Source, widths: Widths) -> list[str]:
+    """The reasons why this format cannot hold a child; empty if it can."""
+    reasons = shared_reasons(source)
     off_grid = {n: str(block.ffn) for n, block in enumerate(source.architecture.layers) if _off_grid(block.ffn)}
     if off_grid and widths == "grid":
         listed = ", ".join(f"layer {layer} {variant}" for layer, variant in off_grid.items())
-        found.append(
+        reasons.append(
             f"FFN widths must be multiples of {WIDTH_GRID} ({listed}): search with `form: {{ffn_multiple_of: "
             f"{WIDTH_GRID}}}`, or export with `--widths pad` (zero channels up to the next multiple) or `--widths any` "
             f"(vLLM and transformers only)"
         )
     if source.shape.hidden % source.shape.heads:
-        found.append(f"its hidden width {source.shape.hidden} is no multiple of its {source.shape.heads} heads")
-    return found
+        reasons.append(f"its hidden width {source.shape.hidden} is no multiple of its {source.shape.heads} heads")
+    return reasons
 
 
 def padded(architecture: Architecture) -> Architecture:
     """The architecture with FFN widths rounded up to the grid."""
 
     def up(variant: Variant) -> Variant:
-        return Variant("ffn", "sized", -(-variant.size // WIDTH_GRID) * WIDTH_GRID) if _off_grid(variant) else variant
+        return replace(variant, size=-(-variant.size // WIDTH_GRID) * WIDTH_GRID) if _off_grid(variant) else variant
 
     return Architecture(layers=tuple(b.model_copy(update={"ffn": up(b.ffn)}) for b in architecture.layers))
 
 
-def decilm_config(source: Source, architecture: Architecture) -> dict[str, Any]:
+def _config(source: Source, architecture: Architecture) -> dict[str, Any]:
     """`config.json`, without the dtype."""
     config, shape = source.config, source.shape
-    content: dict[str, Any] = {"architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas"}
-    content |= {"auto_map": AUTO_MAP, **{name: getattr(config, name, None) for name in _COPIED}}
-    content |= {"num_key_value_heads": None, "intermediate_size": None, "hidden_act": "silu"}
-    content |= {"attention_bias": shape.attention_out_bias, "mlp_bias": shape.mlp_bias}
+    content: dict[str, Any] = {"auto_map": AUTO_MAP, **{name: getattr(config, name, None) for name in _COPIED}}
+    content |= {"hidden_act": "silu", "attention_bias": shape.attention_out_bias, "mlp_bias": shape.mlp_bias}
     if shape.qkv_bias != shape.attention_out_bias:
         content["qkv_bias"] = shape.qkv_bias
     if shape.head_dim * shape.heads != shape.hidden:
         content["head_dim"] = shape.head_dim
-    return content | _rope(config.rope_parameters) | {"block_configs": _block_configs(source, architecture)}
+    return published_config(content | _rope(config.rope_parameters), _block_configs(source, architecture))
 
 
 def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The form that every reader understands: the old one where nothing is scaled, else the new one and the base."""
+    """Rotary keys that every reader understands: the older ones where nothing is scaled, else the newer ones."""
     theta = parameters["rope_theta"]
     if parameters.get("rope_type", "default") == "default":
         return {"rope_theta": theta, "rope_scaling": None}
@@ -136,23 +137,23 @@ def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _block_configs(source: Source, architecture: Architecture) -> list[BlockConfig]:
-    """Published entries; a width off the grid is an `intermediate_size` without `ffn_mult`."""
+    """Published entries; an FFN width off the grid is written as `intermediate_size` without `ffn_mult`."""
     entries = to_block_configs(padded(architecture), source.shape)
     for block, entry in zip(architecture.layers, entries, strict=True):
         if _off_grid(block.ffn):
-            entry["ffn"] = {"intermediate_size": block.ffn.size, "no_op": False, "replace_with_linear": False}
+            entry["ffn"] = block_config(block)["ffn"]
     return entries
 
 
 def _off_grid(variant: Variant) -> bool:
-    return variant.kind == "sized" and variant.size % WIDTH_GRID != 0
+    return variant.ffn_width % WIDTH_GRID != 0
 
 
 def _widened(entry: WrittenTensor, architecture: Architecture) -> torch.Tensor:
-    """The tensor with zero channels up to its layer's width: these add exactly nothing, whatever their input."""
+    """The tensor, padded with zero channels up to its layer's width; these add exactly nothing to the output."""
     tensor = entry.make()
-    _, _, layer, half, part, *_ = [*entry.name.split("."), "", "", "", ""]
-    if half != "mlp" or part not in ("gate_proj", "up_proj", "down_proj") or entry.name.endswith("down_proj.bias"):
+    _, _, layer, module, part, *_ = [*entry.name.split("."), "", "", "", ""]
+    if module != "mlp" or part not in ("gate_proj", "up_proj", "down_proj") or entry.name.endswith("down_proj.bias"):
         return tensor
     axis = 1 if part == "down_proj" else 0
     missing = architecture.layers[int(layer)].ffn.size - tensor.shape[axis]
@@ -170,8 +171,8 @@ def _converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return converted
 
 
-def _remarks(own: Architecture, written: Architecture) -> list[str]:
-    pairs = zip(own.layers, written.layers, strict=True)
+def _remarks(child: Architecture, written: Architecture) -> list[str]:
+    pairs = zip(child.layers, written.layers, strict=True)
     return [
         f"layer {layer}: FFN padded with zero channels from {before.ffn.size} to {after.ffn.size}"
         for layer, (before, after) in enumerate(pairs)

@@ -1,10 +1,11 @@
-"""Any architecture as layers that llama.cpp's `deci` graph computes right (its source: src/models/deci.cpp).
+"""Repacks an architecture into layers that llama.cpp's `deci` graph computes correctly (source: src/models/deci.cpp).
 
-A `deci` layer is two slots on the residual stream: first an attention, a linear layer, or nothing; then a gated FFN.
-The graph goes wrong where a layer has no FFN (it forgets the layer's attention, and aborts in the last layer) and where
-the first one has neither attention nor linear layer (it takes the head width from there), and the cache cannot be made
-where no layer attends. So subblocks are taken in their order and packed into slots anew: linear FFNs go where
-attentions go, empty layers vanish, and what cannot stay empty is filled with zeros, which add nothing.
+A `deci` layer has two slots on the residual stream: the first takes an attention, a linear layer, or nothing; the
+second takes a gated FFN. The graph is wrong where a layer has no FFN (it ignores the layer's attention, and aborts in
+the last layer) and where the first layer has neither attention nor linear layer (it reads the head width there).
+llama.cpp cannot make a cache where no layer attends. So the subblocks are packed into slots again, in their order:
+linear FFNs go into first slots, empty layers disappear, and slots that must not be empty are filled with zeros, which
+add nothing.
 """
 
 from dataclasses import dataclass
@@ -16,37 +17,37 @@ ZERO_WIDTH = 32
 
 
 @dataclass(frozen=True)
-class Half:
-    """What fills a slot: a subblock of a layer of the child, or zeros where `layer` is none."""
+class PlacedSubblock:
+    """The content of a slot: a subblock of a layer of the child, or zeros where `layer` is none."""
 
     layer: int | None
     variant: Variant
 
 
-ZERO_ATTENTION = Half(None, Variant("attn", "sized", 1))
-ZERO_LINEAR = Half(None, Variant("attn", "linear"))
-ZERO_FFN = Half(None, Variant("ffn", "sized", ZERO_WIDTH))
+ZERO_ATTENTION = PlacedSubblock(None, Variant("attn", "sized", 1))
+ZERO_LINEAR = PlacedSubblock(None, Variant("attn", "linear"))
+ZERO_FFN = PlacedSubblock(None, Variant("ffn", "sized", ZERO_WIDTH))
 
 
 @dataclass(frozen=True)
 class LoweredLayer:
     """One `deci` layer; `attention` may hold a linear FFN."""
 
-    attention: Half | None
-    ffn: Half
+    attention: PlacedSubblock | None
+    ffn: PlacedSubblock
 
 
 def lower(architecture: Architecture, shape: ModelShape) -> list[LoweredLayer]:
     """The layers to write, in order, at least one."""
-    slots: list[tuple[Half | None, Half | None]] = []
-    for half in _halves(architecture):
-        takes_second = half.variant.subblock == "ffn" and half.variant.kind == "sized"
+    slots: list[tuple[PlacedSubblock | None, PlacedSubblock | None]] = []
+    for subblock in _subblocks(architecture):
+        takes_second = subblock.variant.ffn_width > 0
         open_layer = bool(slots) and slots[-1][1] is None and not biased(slots[-1][0], shape)
         if takes_second and open_layer:
-            slots[-1] = (slots[-1][0], half)
+            slots[-1] = (slots[-1][0], subblock)
         else:
-            slots.append((None, half) if takes_second else (half, None))
-    attends = any(block.attention.kind == "sized" for block in architecture.layers)
+            slots.append((None, subblock) if takes_second else (subblock, None))
+    attends = any(block.attention.kv_heads for block in architecture.layers)
     if not slots or (slots[0][0] and not attends):
         slots.insert(0, (None, None))
     if slots[0][0] is None:
@@ -54,14 +55,14 @@ def lower(architecture: Architecture, shape: ModelShape) -> list[LoweredLayer]:
     return [LoweredLayer(attention, ffn or ZERO_FFN) for attention, ffn in slots]
 
 
-def biased(half: Half | None, shape: ModelShape) -> bool:
-    """Whether it is a linear layer with a bias, which only an FFN of zeros behind it can carry (as its own bias)."""
-    if half is None or half.layer is None or half.variant.kind != "linear":
+def biased(subblock: PlacedSubblock | None, shape: ModelShape) -> bool:
+    """Whether this is a linear layer with a bias, which only an FFN of zeros behind it can hold (as its own bias)."""
+    if subblock is None or subblock.layer is None or subblock.variant.row.linear_bias is None:
         return False
-    return shape.mlp_bias if half.variant.subblock == "ffn" else shape.qkv_bias or shape.attention_out_bias
+    return subblock.variant.row.linear_bias(shape)
 
 
-def _halves(architecture: Architecture) -> list[Half]:
-    """Everything that adds to the residual stream, in order."""
+def _subblocks(architecture: Architecture) -> list[PlacedSubblock]:
+    """All subblocks that add to the residual stream, in order."""
     pairs = [(n, v) for n, block in enumerate(architecture.layers) for v in (block.attention, block.ffn)]
-    return [Half(layer, variant) for layer, variant in pairs if variant.kind != "no_op"]
+    return [PlacedSubblock(layer, variant) for layer, variant in pairs if not variant.is_empty]

@@ -1,4 +1,4 @@
-"""What an export reads: the checkpoint of a child, or of a parent, which is the child that is all parent."""
+"""The checkpoint that an export reads: of a child, or of a parent, which is exported as the child of all its blocks."""
 
 import json
 from collections.abc import Callable, Collection, Iterator
@@ -11,18 +11,19 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from puzzle_core.architecture import Architecture
 from puzzle_core.errors import ArtifactError, ExportError
-from puzzle_core.formats.block_configs import from_block_configs
+from puzzle_core.families.family import FAMILIES
+from puzzle_core.formats.block_configs import block_config, from_block_configs
 from puzzle_core.model.checkpoint import Checkpoint
-from puzzle_core.model.parent import Parent, block_config
+from puzzle_core.model.child_config import child_config, read_child_config
+from puzzle_core.model.parent import Parent, tensor_shapes
 from puzzle_core.model.parent_config import TOKENIZER_FILES, first_line, shape_of
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
-from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.records import Record
 from puzzle_core.spec import ParentSpec
 
 
 class ExportRecord(Record):
-    """What an export wrote. `architecture` is as engines see it; `remarks` say where that is not the child's own."""
+    """The outcome of an export. `architecture` is the written one; `remarks` list its differences from the child's."""
 
     format: str
     dtype: str
@@ -33,7 +34,7 @@ class ExportRecord(Record):
 
 
 class WrittenTensor(NamedTuple):
-    """A tensor to be written: its name, its shape (known before it is read), and how to make it."""
+    """A tensor to be written: its name, its shape (known before it is read), and the function that makes it."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,14 +42,14 @@ class WrittenTensor(NamedTuple):
 
 
 class Source:
-    """An opened checkpoint. Opening checks config and headers; tensors are read when they are asked for."""
+    """An open checkpoint. Opening checks the config and the headers; each tensor is read when it is written."""
 
     def __init__(self, directory: Path):
         """Open a child's or a parent's directory.
 
         Raises:
-            ArtifactError: it is neither, or its tensors are not those that its config asks for.
-            ParentError: it is a parent that this project does not run.
+            ArtifactError: the directory holds neither, or its tensors do not match its config.
+            ParentError: the directory holds a parent that this project cannot run.
         """
         self.directory = directory.resolve()
         self.config: PreTrainedConfig
@@ -61,12 +62,12 @@ class Source:
             self.config, self.shape, self.checkpoint = parent.config, parent.shape, parent.checkpoint
             self.architecture = Architecture.of_parent(parent.shape)
             return
-        own = PuzzleConfig.from_pretrained(directory)
-        self.config = own.parent()
+        config = read_child_config(directory)
+        self.config = config.parent()
         self.shape = shape_of(self.config, directory)
-        self.architecture = from_block_configs(own.block_configs, self.shape.hidden, self.shape.heads)
-        self.checkpoint = Checkpoint(directory)
-        _check_tensors(self.checkpoint, own)
+        self.architecture = from_block_configs(config.block_configs, self.shape.hidden, self.shape.heads)
+        self.checkpoint = Checkpoint(directory, ArtifactError)
+        self.checkpoint.check(tensor_shapes(config))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,7 +76,7 @@ class Source:
 
     @property
     def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files and the generation config, as far as they are there."""
+        """The tokenizer's files and the generation config, those that exist."""
         return [
             file for name in (*TOKENIZER_FILES, "generation_config.json") if (file := self.directory / name).is_file()
         ]
@@ -85,7 +86,7 @@ class Source:
         """The tokenizer.
 
         Raises:
-            ExportError: there is none, or it is code of the checkpoint's own.
+            ExportError: the checkpoint has no tokenizer, or one that is defined by its own code.
         """
         try:
             files_alone = PreTrainedConfig()  # else it asks config.json, whose model type it does not know
@@ -97,7 +98,7 @@ class Source:
             ) from error
 
     def tensors(self) -> Iterator[WrittenTensor]:
-        """All tensors by their names in the checkpoint, a head that is tied left out."""
+        """All tensors by their names in the checkpoint, without a head that is tied to the embedding."""
         for name in self.names:
             if name != "lm_head.weight" or not self.shape.tied_embeddings:
                 yield self.tensor(name)
@@ -107,20 +108,21 @@ class Source:
         return WrittenTensor(name, self.checkpoint.headers[name].shape, lambda: self.checkpoint.tensor(name))
 
     def without_rotary(self) -> list[int]:
-        """Layers whose attention is kept and does not know positions (SmolLM3 has such)."""
-        rotary = getattr(self.config, "no_rope_layers", None) or [1] * self.shape.layers
-        kept = enumerate(block.attention.kind == "sized" for block in self.architecture.layers)
+        """Layers that attend without rotary positions (SmolLM3 has such layers)."""
+        key = FAMILIES[self.shape.family].rotary_layers_key
+        rotary = getattr(self.config, key) if key else [1] * self.shape.layers
+        kept = enumerate(block.attention.kv_heads > 0 for block in self.architecture.layers)
         return [layer for layer, attends in kept if attends and not rotary[layer]]
 
 
 class RandomSource(Source):
-    """A checkpoint's config and tokenizer with another architecture and random weights, made as they are written.
+    """A checkpoint's config and tokenizer with another architecture and random weights, for measuring speed.
 
-    It is for measuring speed, which depends on shapes alone.
+    The weights are made when they are written.
     """
 
     def __init__(self, like: Path, architecture: Architecture | None = None):
-        """Open the checkpoint; the architecture is all parent if not said.
+        """Open the checkpoint; the architecture is the parent's if none is given.
 
         Raises:
             ArtifactError, ParentError: as `Source`.
@@ -128,20 +130,18 @@ class RandomSource(Source):
         super().__init__(like)
         self.architecture = architecture or Architecture.of_parent(self.shape)
         blocks = [block_config(block) for block in self.architecture.layers]
-        with torch.device("meta"):
-            tensors = PuzzleForCausalLM(PuzzleConfig.from_parent(self.config, blocks)).state_dict()
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self._shapes = tensor_shapes(child_config(self.config, blocks))
         self.names = self._shapes.keys()
 
     def tensor(self, name: str) -> WrittenTensor:
-        """One tensor, other values at every call: norms and biases near 1, matrices so that states keep their size."""
+        """One tensor, random at every call: norms and biases near 1, matrices scaled to keep the size of states."""
         shape = self._shapes[name]
         scale, middle = (shape[-1] ** -0.5, 0.0) if len(shape) > 1 else (0.1, 1.0)
         return WrittenTensor(name, shape, lambda: torch.randn(shape) * scale + middle)
 
 
 def refuse(source: Source, form: str, reasons: list[str]) -> None:
-    """Raise when there are reasons not to write this form.
+    """Raise if there are reasons why this format cannot hold a child.
 
     Raises:
         ExportError: names every reason.
@@ -151,12 +151,18 @@ def refuse(source: Source, form: str, reasons: list[str]) -> None:
 
 
 def shared_reasons(source: Source) -> list[str]:
-    """Why neither form can carry a child: what a Llama's block does not have."""
+    """The reasons why neither format can hold a child: parts that Llama's block does not have."""
     reasons = []
+    if fields := FAMILIES[source.shape.family].unlike_llama:
+        reasons.append(f"its family {source.shape.family} has {', '.join(fields)}, which the format has no place for")
     if source.shape.qk_norm:
         reasons.append(
             f"its family {source.shape.family} normalises queries and keys, which the format has no place for"
         )
+    numbered = enumerate(source.architecture.layers)
+    unknown = [f"layer {n} {v}" for n, block in numbered for v in block.subblocks if v.row.published_entry is None]
+    if unknown:
+        reasons.append(f"the format has no place for {', '.join(unknown)}")
     if layers := source.without_rotary():
         reasons.append(f"layers {layers} attend without rotary positions, which the format cannot say")
     if source.config.hidden_act not in ("silu", "swish"):
@@ -173,19 +179,3 @@ def _model_type(directory: Path) -> str | None:
             f"{directory} holds no checkpoint of a child ({type(error).__name__}: {error}): give the directory of one, "
             f"or its key with --store"
         ) from error
-
-
-def _check_tensors(checkpoint: Checkpoint, config: PuzzleConfig) -> None:
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in PuzzleForCausalLM(config).state_dict().items()}
-    found = {name: header.shape for name, header in checkpoint.headers.items()}
-    for shapes in (expected, found):
-        if config.tie_word_embeddings:
-            shapes.pop("lm_head.weight", None)
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise ArtifactError(
-            f"{checkpoint.directory} does not match its own config in {len(wrong)} tensors, the first being "
-            f"{wrong[0]!r} (config {expected.get(wrong[0], 'none')}, checkpoint {found.get(wrong[0], 'none')}): make "
-            f"it again"
-        )

@@ -1,49 +1,35 @@
 """Architectures as `block_configs`, the per-layer list in a child's `config.json` (METHOD section 9).
 
-Written is the published form, which serving engines read (DeciLM, Nemotron-NAS): an attention is `n_heads_in_group`
-query heads per KV head, an FFN is `ffn_mult`, from which every engine computes the same width:
-
-    width = int(2 * ffn_mult * hidden / 3), rounded up to a multiple of 256
-
-Read are that form and the one that says sizes outright, `num_key_value_heads` and `intermediate_size`, which our own
-checkpoints and those of NVIDIA's Model-Optimizer have.
+Serving engines read the published form (DeciLM, Nemotron-NAS), which gives sizes as `n_heads_in_group` and `ffn_mult`.
+Our own checkpoints and those of NVIDIA's Model-Optimizer give them as `num_key_value_heads` and `intermediate_size`.
+Both forms are read. What an entry says of each kind is in the rows of variants/kinds.py, and the arithmetic of sizes in
+variants/entries.py.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from puzzle_core.architecture import Architecture, BlockVariant, Kind, ModelShape, Variant
+from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
 from puzzle_core.errors import SpecError
+from puzzle_core.variants.entries import brief
+from puzzle_core.variants.kinds import Subblock, kinds_of
 
-WIDTH_GRID = 256
-"""Engines round FFN widths up to a multiple of this."""
-_MULT_DIGITS = 6
-"""Engines may round `ffn_mult` to so many decimals."""
+_KEYS: dict[str, Subblock] = {"attention": "attn", "ffn": "ffn"}
+"""The keys of a block's entry."""
+_FLAGS = {"no_op": False, "replace_with_linear": False}
+"""Flags that every entry has, because some readers insist on them; other kinds have theirs where it is true."""
 _NEUTRAL = {"weights_precision": "bf16", "hidden_act": "silu", "gated": True}
 """Keys that some writers give, with the one value that changes nothing."""
 
 BlockConfig = dict[str, dict[str, Any]]
 
 
-def ffn_mult_of(width: int, hidden: int) -> float:
-    """The `ffn_mult` of an FFN width, such that engines compute this width from it.
-
-    Raises:
-        SpecError: no `ffn_mult` gives this width.
-    """
-    ffn_mult = round(3 * width / (2 * hidden), _MULT_DIGITS)
-    if width_of(ffn_mult, hidden) != width:
-        raise SpecError(
-            f"block_configs cannot carry an FFN of width {width} (hidden {hidden}): engines round widths up to a "
-            f"multiple of {WIDTH_GRID} and would take {width_of(ffn_mult, hidden)}; "
-            f"search with `form: {{ffn_multiple_of: {WIDTH_GRID}}}`"
-        )
-    return ffn_mult
-
-
-def width_of(ffn_mult: float, hidden: int) -> int:
-    """The FFN width that engines compute from an `ffn_mult`."""
-    return -(-int(2 * ffn_mult * hidden / 3) // WIDTH_GRID) * WIDTH_GRID
+def block_config(block: BlockVariant) -> BlockConfig:
+    """A block variant as an entry in the form of our own checkpoints."""
+    return {
+        key: variant.row.entry(variant.size) | _flags(variant)
+        for key, variant in zip(_KEYS, block.subblocks, strict=True)
+    }
 
 
 def to_block_configs(architecture: Architecture, shape: ModelShape) -> list[BlockConfig]:
@@ -54,12 +40,11 @@ def to_block_configs(architecture: Architecture, shape: ModelShape) -> list[Bloc
     """
     if len(architecture.layers) != shape.layers:
         raise SpecError(f"the architecture has {len(architecture.layers)} layers, and its parent {shape.layers}")
-    entries = []
+    entries: list[BlockConfig] = []
     for layer, block in enumerate(architecture.layers):
         try:
-            entries.append(
-                {"attention": _attention_config(block.attention, shape), "ffn": _ffn_config(block.ffn, shape)}
-            )
+            pairs = zip(_KEYS, block.subblocks, strict=True)
+            entries.append({key: _published_entry(variant, shape) for key, variant in pairs})
         except SpecError as error:
             raise SpecError(f"layer {layer} {block}: {error}") from error
     return entries
@@ -77,7 +62,7 @@ def from_block_configs(entries: Sequence[Any], hidden: int, heads: int) -> Archi
         SpecError: an entry is damaged, or is what no variant of ours is; names the layer and the key.
     """
     if isinstance(entries, str) or not isinstance(entries, Sequence) or not entries:
-        raise SpecError(f"block_configs must be a list with one entry per layer; found {_brief(entries)}")
+        raise SpecError(f"block_configs must be a list with one entry per layer; found {brief(entries)}")
     return Architecture(layers=tuple(block_of(entry, hidden, heads, f"layer {n}") for n, entry in enumerate(entries)))
 
 
@@ -88,105 +73,55 @@ def block_of(entry: Any, hidden: int, heads: int, place: str) -> BlockVariant:
         SpecError: as `from_block_configs`.
     """
     entry = _mapping(entry, place)
-    for subblock in ("attention", "ffn"):
-        if not isinstance(entry.get(subblock), Mapping):
-            raise SpecError(f"{place} has no {subblock} (found {_brief(entry)}): a block has attention and ffn")
-    _refuse_others(entry, ("attention", "ffn"), place)
+    for key in _KEYS:
+        if not isinstance(entry.get(key), Mapping):
+            raise SpecError(f"{place} has no {key} (found {brief(entry)}): a block has attention and ffn")
+    _refuse_others(entry, tuple(_KEYS), place)
     return BlockVariant(
-        attention=attention_of(entry["attention"], heads, place), ffn=ffn_of(entry["ffn"], hidden, place)
+        **{key: variant_of(entry[key], subblock, hidden, heads, f"{place}, {key}") for key, subblock in _KEYS.items()}
     )
 
 
-def attention_of(entry: Any, heads: int, place: str) -> Variant:
-    """The attention variant that one entry's `attention` describes.
+def variant_of(entry: Any, subblock: Subblock, hidden: int, heads: int, place: str) -> Variant:
+    """The variant that the entry of one subblock describes.
 
     Raises:
         SpecError: as `from_block_configs`.
     """
-    place = f"{place}, attention"
-    entry, kind = _subblock(entry, ("n_heads_in_group", "num_key_value_heads"), place)
-    if kind != "sized":
-        return Variant("attn", kind)
-    kv_heads, group = (_size(entry, key, place, int) for key in ("num_key_value_heads", "n_heads_in_group"))
-    if kv_heads is None and group is None:
-        raise SpecError(f"{place} is kept, and neither num_key_value_heads nor n_heads_in_group says its size")
-    if group is not None and (heads % group or (kv_heads or heads // group) != heads // group):
-        also = "" if kv_heads is None else f" and num_key_value_heads {kv_heads}"
-        raise SpecError(f"{place}: n_heads_in_group {group}{also} do not go with {heads} query heads")
-    size = kv_heads or heads // int(group or 1)
-    if heads % size:
-        raise SpecError(f"{place}: num_key_value_heads {size} do not divide the {heads} query heads")
-    return Variant("attn", "sized", int(size))
+    entry, rows = _mapping(entry, place), kinds_of(subblock)
+    flags = {row.flag: entry.get(row.flag, False) for row in rows if row.flag}
+    _refuse_others(entry, (*flags, *(key for row in rows for key in row.size_keys)), place)
+    for key, value in flags.items():
+        if not isinstance(value, bool):
+            raise SpecError(f"{place}: {key} is {brief(value)}; say true or false")
+    said = [key for key, value in flags.items() if value]
+    if len(said) > 1:
+        raise SpecError(f"{place}: {' and '.join(sorted(said))} are both true; it can be one of them")
+    row = next(row for row in rows if row.flag == (said[0] if said else None))
+    return Variant(subblock, row.name, row.entry_size(entry, hidden, heads, place))
 
 
-def ffn_of(entry: Any, hidden: int, place: str) -> Variant:
-    """The FFN variant that one entry's `ffn` describes.
-
-    Raises:
-        SpecError: as `from_block_configs`.
-    """
-    place = f"{place}, ffn"
-    entry, kind = _subblock(entry, ("ffn_mult", "intermediate_size"), place)
-    if kind != "sized":
-        return Variant("ffn", kind)
-    width, ffn_mult = _size(entry, "intermediate_size", place, int), _size(entry, "ffn_mult", place, float)
-    if width is None and ffn_mult is None:
-        raise SpecError(f"{place} is kept, and neither intermediate_size nor ffn_mult says its width")
-    return Variant("ffn", "sized", int(width) if width else width_of(ffn_mult or 0.0, hidden))
-
-
-def _attention_config(variant: Variant, shape: ModelShape) -> dict[str, Any]:
-    if variant.kind == "sized":
+def _published_entry(variant: Variant, shape: ModelShape) -> dict[str, Any]:
+    if variant.row.published_entry is None:
+        raise SpecError(f"the published form has no place for {variant}")
+    if variant.kv_heads:
         shape.check(variant)
-    group = shape.heads // variant.size if variant.kind == "sized" else None
-    return {"n_heads_in_group": group} | _flags(variant)
-
-
-def _ffn_config(variant: Variant, shape: ModelShape) -> dict[str, Any]:
-    return {"ffn_mult": ffn_mult_of(variant.size, shape.hidden) if variant.kind == "sized" else None} | _flags(variant)
+    return variant.row.published_entry(shape, variant.size) | _flags(variant)
 
 
 def _flags(variant: Variant) -> dict[str, bool]:
-    return {"no_op": variant.kind == "no_op", "replace_with_linear": variant.kind == "linear"}
-
-
-def _subblock(entry: Any, sizes: tuple[str, str], place: str) -> tuple[Mapping[str, Any], Kind]:
-    """One half of a block: what it says, where nothing but `sizes` may be said of its size, and its kind."""
-    entry = _mapping(entry, place)
-    _refuse_others(entry, ("no_op", "replace_with_linear", *sizes), place)
-    flags = {key: entry.get(key, False) for key in ("no_op", "replace_with_linear")}
-    for key, value in flags.items():
-        if not isinstance(value, bool):
-            raise SpecError(f"{place}: {key} is {_brief(value)}; say true or false")
-    if all(flags.values()):
-        raise SpecError(f"{place}: no_op and replace_with_linear are both true; it can be one of them")
-    return entry, "no_op" if flags["no_op"] else "linear" if flags["replace_with_linear"] else "sized"
-
-
-def _size(entry: Mapping[str, Any], key: str, place: str, kind: type) -> float | None:
-    value = entry.get(key)
-    if value is None:
-        return None
-    number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if not number or not 0 < value < float("inf"):
-        what = "a whole number above 0" if kind is int else "a number above 0"
-        raise SpecError(f"{place}: {key} is {_brief(value)}; it must be {what}")
-    return float(value) if kind is float else int(value)
+    flag = variant.row.flag
+    return _FLAGS | ({flag: True} if flag else {})
 
 
 def _refuse_others(entry: Mapping[str, Any], known: tuple[str, ...], place: str) -> None:
     """What is said beyond the known keys must change nothing: null, false, empty, or neutral."""
     for key, value in entry.items():
         if key not in known and value and _NEUTRAL.get(key) != value:
-            raise SpecError(f"{place}: {key} is {_brief(value)}, and no variant here has that: leave such blocks out")
+            raise SpecError(f"{place}: {key} is {brief(value)}, and no variant here has that: leave such blocks out")
 
 
 def _mapping(entry: Any, place: str) -> Mapping[str, Any]:
     if not isinstance(entry, Mapping):
-        raise SpecError(f"{place} must be an object of keys and values; found {_brief(entry)}")
+        raise SpecError(f"{place} must be an object of keys and values; found {brief(entry)}")
     return entry
-
-
-def _brief(value: Any) -> str:
-    text = repr(dict(value) if isinstance(value, Mapping) else value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

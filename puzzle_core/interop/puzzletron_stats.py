@@ -18,13 +18,15 @@ from typing import Any, Literal, NamedTuple
 
 from puzzle_core.architecture import BlockVariant
 from puzzle_core.errors import CoverageError, SpecError
-from puzzle_core.formats.block_configs import attention_of, ffn_of
+from puzzle_core.formats.block_configs import variant_of
 from puzzle_core.formats.foreign_json import Foreign, parse_foreign, read_json
 from puzzle_core.search.tables import OUTSIDE, CostRow, CostTable
+from puzzle_core.variants.kinds import Subblock
 
 MIB = 2**20
 _TIMES = {"runtime_ms": "runtime_ms", "prefill_runtime_ms": "prefill_ms", "decode_runtime_ms": "decode_ms"}
 _DTYPES = ("weights_dtype", "activations_dtype", "kv_cache_dtype")
+_SUBBLOCKS: dict[str, tuple[str, Subblock]] = {"AttentionConfig": ("attention", "attn"), "FFNConfig": ("ffn", "ffn")}
 _MAY_DIFFER = {"batch_size", "prefill_seq_len", "generation_seq_len"}
 
 
@@ -188,12 +190,8 @@ def _rows(profile: _Profile, args: _Args, place: str) -> Iterator[CostRow]:
     context = (args.batch_size + args.prefill_queue_size) * (args.prefill_seq_len + args.generation_seq_len)
     for number, costs in enumerate(profile.subblocks):
         origin = f"{place} subblock {number}"
-        attention = costs.subblock_config_class == "AttentionConfig"
-        variant = (
-            attention_of(costs.subblock_config, args.n_head, origin)
-            if attention
-            else ffn_of(costs.subblock_config, args.n_embd, origin)
-        )
+        key, subblock = _SUBBLOCKS[costs.subblock_config_class]
+        variant = variant_of(costs.subblock_config, subblock, args.n_embd, args.n_head, f"{origin}, {key}")
         layer = costs.parent_layer_index if costs.parent_layer_index >= 0 else None
         values = _values_of(costs) | {"kv_bytes_per_token": costs.kv_cache_memory_mib * MIB / context}
         yield CostRow(str(variant), values, layer, args.batch_size, scenario, origin)

@@ -1,8 +1,9 @@
 """Activations of the parent, captured layer after layer into scratch files (METHOD section 3).
 
-`entry-i` is what enters layer i, `middle-i` what leaves its attention half, and `entry-(i+1)` what leaves the layer:
-the target of every variant of layer i. The parent is never needed whole: layer i runs on `entry-i` alone. Files are
-raw and memory-mapped, so training reads the rows of a batch and nothing more. They are scratch, not artifacts.
+`layer-input-i` is what enters layer i, `post-attention-i` what leaves its attention subblock, and `layer-input-(i+1)`
+what leaves the layer: the target of every variant of layer i. One layer is in memory at a time, because layer i needs
+`layer-input-i` only. Files are raw and memory-mapped, so training reads only the rows of a batch. They are scratch, not
+artifacts.
 
 Legend: N windows, T tokens per window, B windows of a batch, D hidden width, V vocabulary.
 """
@@ -18,103 +19,99 @@ import torch
 from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import StorageError
 from puzzle_core.model.parent import Parent
-from puzzle_core.model.surgery import State, Subblocks, halves
+from puzzle_core.model.surgery import Subblocks, load_subblocks
 from puzzle_core.plan import LARGEST_LOG_PROBABILITIES_BYTES
+from puzzle_core.state_dict import State
 
 FORWARD_TOKENS = 4096
 LOG_PROBABILITIES = "log-probabilities"
 
 
 class Activations:
-    """The captured states of one set of windows; a directory that only this class writes."""
+    """The captured states of one set of windows, in a directory that only this class writes."""
 
     def __init__(self, directory: Path, parent: Parent, ids_NT: torch.Tensor, dtype: torch.dtype, device: torch.device):
-        """States of `ids_NT` under `parent`, computed and kept in `dtype`."""
+        """States of `ids_NT` under `parent`, computed and stored in `dtype`."""
         self.directory, self.parent, self.ids_NT, self.dtype, self.device = directory, parent, ids_NT, dtype, device
         windows, tokens = ids_NT.shape
         self._shape = (windows, tokens, parent.shape.hidden)
         self.rows = max(1, FORWARD_TOKENS // tokens)
 
-    def entry(self, layer: int) -> torch.Tensor:
-        """What enters a layer, mapped, (N, T, D); what leaves the last layer for `layer == layers`."""
-        return self._open(f"entry-{layer:03d}")
+    def layer_input(self, layer: int) -> torch.Tensor:
+        """What enters a layer, mapped, (N, T, D); for `layer == shape.layers` what leaves the last layer."""
+        return self._open(_layer_input_name(layer))
 
-    def middle(self, layer: int) -> torch.Tensor:
-        """What leaves the attention half of a layer, mapped, (N, T, D)."""
-        return self._open(f"middle-{layer:03d}")
+    def post_attention(self, layer: int) -> torch.Tensor:
+        """What leaves the attention subblock of a layer, mapped, (N, T, D)."""
+        return self._open(_post_attention_name(layer))
 
     def block(self, layer: int) -> Subblocks:
         """The block that runs as this layer."""
-        own = self.parent.block(layer, self.dtype, self.device)
-        return Subblocks(own, own)
+        parent_block = self.parent.block(layer, self.dtype, self.device)
+        return Subblocks(parent_block, parent_block)
 
     def attention(self, layer: int) -> Variant:
-        """The attention whose output `middle(layer)` is."""
+        """The attention variant whose output is `post_attention(layer)`."""
         return self.parent.shape.parent_block.attention
 
-    def has_entry(self, layer: int) -> bool:
-        """Whether `entry(layer)` was captured."""
-        return self._path(f"entry-{layer:03d}").exists()
+    def has_layer_input(self, layer: int) -> bool:
+        """Whether `layer_input(layer)` was captured."""
+        return self._path(_layer_input_name(layer)).exists()
 
     @torch.no_grad()
     def capture_embedding(self) -> None:
-        """Embed the tokens: `entry-0`."""
+        """Embed the tokens, which gives `layer-input-0`."""
         outside = self.parent.outside(self.dtype, self.device)
-        with _Writer(self, "entry-000") as entry:
+        with _Writer(self, _layer_input_name(0)) as embedded:
             for rows in self.batches():
-                entry.put(rows, outside.model.embed_tokens(self.ids_NT[rows].long().to(self.device)))
+                embedded.put(rows, outside.model.embed(self.ids_NT[rows].long().to(self.device)))
 
     @torch.no_grad()
-    def capture_layer(self, layer: int, keep_middle: bool = True) -> None:
-        """Run one layer on its stored inputs: `middle-layer` (if wanted) and `entry-(layer+1)`.
+    def capture_layer(self, layer: int, keep_post_attention: bool = True) -> None:
+        """Run one layer on its stored input: `layer-input-(layer+1)` and, if wanted, `post-attention-layer`.
 
         Raises:
             StorageError: the scratch disk has no room for the states.
         """
-        names = [f"middle-{layer:03d}"] * keep_middle + [f"entry-{layer + 1:03d}"]
+        names = [_post_attention_name(layer)] * keep_post_attention + [_layer_input_name(layer + 1)]
         if all(self._path(name).exists() for name in names):
             return
         block, context = self.block(layer), self.context()
-        entry = self.entry(layer)
+        layer_input = self.layer_input(layer)
         with ExitStack() as files:
-            middle = files.enter_context(_Writer(self, names[0])) if keep_middle else None
-            after = files.enter_context(_Writer(self, names[-1]))
+            attended = files.enter_context(_Writer(self, names[0])) if keep_post_attention else None
+            layer_output = files.enter_context(_Writer(self, names[-1]))
             for rows in self.batches():
-                hidden = block.attend(entry[rows].to(self.device), **context)
-                if middle:
-                    middle.put(rows, hidden)
-                after.put(rows, block.feed(hidden))
+                post_attention_BTD = block.attend(layer_input[rows].to(self.device), **context)
+                if attended:
+                    attended.put(rows, post_attention_BTD)
+                layer_output.put(rows, block.feed(post_attention_BTD))
 
     @torch.no_grad()
     def capture_log_probabilities(self) -> None:
-        """Keep the parent's next-token log-probabilities, where they take at most LARGEST_LOG_PROBABILITIES_BYTES."""
+        """Store the parent's next-token log-probabilities if they take at most LARGEST_LOG_PROBABILITIES_BYTES."""
         if self._path(LOG_PROBABILITIES).exists() or self.log_probability_bytes() > LARGEST_LOG_PROBABILITIES_BYTES:
             return
-        with _Writer(self, LOG_PROBABILITIES, self.parent.shape.vocabulary, torch.float32) as kept:
+        with _Writer(self, LOG_PROBABILITIES, self.parent.shape.vocabulary, torch.float32) as stored:
             for rows in self.batches():
-                kept.put(rows, self.log_probabilities(rows))
+                stored.put(rows, self.log_probabilities(rows))
 
     def log_probabilities(self, rows: slice) -> torch.Tensor:
-        """The parent's next-token log-probabilities, float32 (B, T, V): read if they were kept, else computed."""
+        """The parent's next-token log-probabilities, float32 (B, T, V): read if they are stored, else computed."""
         if self._path(LOG_PROBABILITIES).exists():
             shape = (*self.ids_NT.shape, self.parent.shape.vocabulary)
             return _map(self._path(LOG_PROBABILITIES), shape, torch.float32, writable=False)[rows]
-        return self.log_softmax(self.entry(self.parent.shape.layers)[rows].to(self.device))
+        return self.log_softmax(self.layer_input(self.parent.shape.layers)[rows].to(self.device))
 
     def log_softmax(self, final_BTD: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities, float32 (B, T, V), from what leaves the last layer."""
+        """Log-probabilities, float32 (B, T, V), of what leaves the last layer."""
         outside = self.parent.outside(self.dtype, self.device)
-        logits: torch.Tensor = outside.lm_head(outside.model.norm(final_BTD))
+        logits: torch.Tensor = outside.head(outside.model.norm(final_BTD))
         return logits.float().log_softmax(-1)
 
     def log_probability_bytes(self) -> int:
-        """What the log-probabilities of all tokens take."""
+        """Size of the log-probabilities of all tokens."""
         return self.ids_NT.numel() * self.parent.shape.vocabulary * 4
-
-    def release(self, layer: int) -> None:
-        """Drop what only this layer's tasks needed."""
-        for name in (f"entry-{layer:03d}", f"middle-{layer:03d}"):
-            self._path(name).unlink(missing_ok=True)
 
     def batches(self) -> Iterator[slice]:
         """Row ranges of about FORWARD_TOKENS tokens."""
@@ -122,7 +119,7 @@ class Activations:
             yield slice(start, start + self.rows)
 
     def context(self) -> dict[str, Any]:
-        """What a block needs beside its input: positions and a plain causal mask."""
+        """The keyword arguments of `PuzzleBlock.attend`: positions, and the causal mask that is the default."""
         return block_context(self.parent, self.ids_NT.shape[1], self.dtype, self.device)
 
     def _path(self, name: str) -> Path:
@@ -132,8 +129,14 @@ class Activations:
         return _map(self._path(name), self._shape, self.dtype, writable=False)
 
 
+def drop_layer(directory: Path, layer: int) -> None:
+    """Delete the states of a directory of `Activations` that only this layer's tasks read."""
+    for name in (_layer_input_name(layer), _post_attention_name(layer)):
+        (directory / f"{name}.bin").unlink(missing_ok=True)
+
+
 class ChildActivations(Activations):
-    """The states of the same windows under a child; the log-probabilities stay the parent's."""
+    """The states of the same windows under a child; log-probabilities are those of the parent."""
 
     def __init__(
         self,
@@ -150,7 +153,7 @@ class ChildActivations(Activations):
     def block(self, layer: int) -> Subblocks:
         if layer not in self._blocks:
             block, weights = self._architecture.layers[layer], self._weights(layer)
-            self._blocks[layer] = halves(self.parent, layer, block, weights, self.dtype, self.device)
+            self._blocks[layer] = load_subblocks(self.parent, layer, block, weights, self.dtype, self.device)
         return self._blocks[layer]
 
     def attention(self, layer: int) -> Variant:
@@ -178,7 +181,7 @@ def state_bytes(windows: int, tokens: int, hidden: int, dtype: torch.dtype) -> i
 
 
 class _Writer:
-    """Writes one state file: room is reserved first, and the file appears whole under its name or not at all."""
+    """Writes one state file: reserves its space first, and gives the file its name when it is complete."""
 
     def __init__(self, activations: Activations, name: str, width: int | None = None, dtype: torch.dtype | None = None):
         self._path = activations._path(name)
@@ -211,6 +214,14 @@ class _Writer:
             self._temporary.unlink(missing_ok=True)
         else:
             self._temporary.replace(self._path)
+
+
+def _layer_input_name(layer: int) -> str:
+    return f"layer-input-{layer:03d}"
+
+
+def _post_attention_name(layer: int) -> str:
+    return f"post-attention-{layer:03d}"
 
 
 def _map(path: Path, shape: tuple[int, ...], dtype: torch.dtype, writable: bool) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """Safetensors checkpoints: read tensor by tensor, sharded or not, and written shard by shard.
 
-Nothing here ever unpickles. Reading opens the file anew for every call, so a reader may be shared by threads.
+Pickle files are never read. Every read opens its file again, so threads may share a `Checkpoint`.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from puzzle_core.errors import ParentError
+from puzzle_core.errors import PuzzleError
 from puzzle_core.records import write_text_atomic
 
 SINGLE = "model.safetensors"
@@ -22,48 +22,81 @@ DERIVED = "rotary_emb.inv_freq"  # a buffer that old versions of transformers wr
 
 
 class TensorHeader(NamedTuple):
-    """What a safetensors header says of one tensor."""
+    """Shape and dtype of one tensor, from a safetensors header."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 class Checkpoint:
-    """The tensors of a Hugging Face directory, by name."""
+    """The tensors of a Hugging Face directory, a parent's or a child's, by name."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, error: type[PuzzleError]):
         """Read the headers of all shards.
 
+        Args:
+            error: what is raised when the checkpoint is damaged: ParentError for a parent, ArtifactError for a child.
+
         Raises:
-            ParentError: no safetensors, a missing or truncated shard, or an index that names a tensor no shard has.
+            error: no safetensors, a missing or truncated shard, or an index that names a tensor no shard has.
         """
-        self.directory = directory
-        self.files, named = _files(directory)
+        self.directory, self.error = directory, error
+        self.files, indexed = _files(directory, error)
         self.headers: dict[str, TensorHeader] = {}
         self._file_of: dict[str, Path] = {}
         for file in self.files:
-            headers = {n: header for n, header in _read_headers(file).items() if not n.endswith(DERIVED)}
+            headers = {n: header for n, header in _read_headers(file, error).items() if not n.endswith(DERIVED)}
             self.headers |= headers
             self._file_of |= dict.fromkeys(headers, file)
-        lost = sorted(name for name in named - self.headers.keys() if not name.endswith(DERIVED))
-        if lost:
-            raise ParentError(
-                f"{directory / INDEX} names {len(lost)} tensors that its shards do not hold, the first being "
-                f"{lost[0]!r}: fetch the checkpoint again"
+        missing = sorted(name for name in indexed - self.headers.keys() if not name.endswith(DERIVED))
+        if missing:
+            raise error(
+                f"{directory / INDEX} names {len(missing)} tensors that its shards do not hold, the first being "
+                f"{missing[0]!r}: fetch or make the checkpoint again"
             )
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, read now.
+        """One tensor, read from its file.
 
         Raises:
-            ParentError: the file cannot be read any more.
+            PuzzleError: the file cannot be read any more; its class is that of the constructor.
         """
         try:
             with safe_open(self._file_of[name], framework="pt") as file:
                 tensor: torch.Tensor = file.get_tensor(name)
                 return tensor
         except (OSError, SafetensorError) as error:
-            raise ParentError(f"cannot read {name!r} from {self._file_of[name]}: {error}") from error
+            raise self.error(f"cannot read {name!r} from {self._file_of[name]}: {error}") from error
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], names: Iterable[str] | None = None) -> None:
+        """Compare names and shapes of the tensors with those that a model has; a stored copy of a tied head is allowed.
+
+        Args:
+            expected: shapes by name.
+            names: the tensors to compare; all when not given.
+
+        Raises:
+            PuzzleError: names the first tensor that differs; its class is that of the constructor.
+        """
+        stored = {name: self.headers[name].shape for name in (self.headers if names is None else names)}
+        if "lm_head.weight" not in expected:
+            stored.pop("lm_head.weight", None)
+        common = expected.keys() & stored.keys()
+        for differing, text in (
+            (expected.keys() - stored.keys(), "its config.json asks for {n} tensors that it lacks"),
+            (stored.keys() - expected.keys(), "it holds {n} tensors that its config.json has no place for"),
+            (
+                {name for name in common if expected[name] != stored[name]},
+                "{n} tensors have other shapes than its config.json asks for",
+            ),
+        ):
+            if differing:
+                first = min(differing)
+                raise self.error(
+                    f"{self.directory} does not match its own config: {text.format(n=len(differing))}, the first being "
+                    f"{first!r} (config {expected.get(first, 'none')}, checkpoint {stored.get(first, 'none')}): fetch "
+                    f"or make the checkpoint again"
+                )
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """All tensors whose names start with `prefix`, under their names without it."""
@@ -73,26 +106,27 @@ class Checkpoint:
 def write_checkpoint(
     directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write tensors as they come, never holding more than one shard: one file, or shards with an index."""
+    """Write tensors in the given order, with at most one shard in memory: one file, or shards with an index."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     weight_map: dict[str, int] = {}
-    files = total = held = 0
+    files = total = shard_bytes = 0
     for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
-        if shards[0] and held + size > max_shard_bytes:
-            files, held = files + 1, 0
+        if shards[0] and shard_bytes + size > max_shard_bytes:
+            files, shard_bytes = files + 1, 0
             weight_map |= _save_part(directory, files, shards.pop())
             shards.append({})
         shards[0][name] = tensor.detach().cpu().contiguous()
-        held, total = held + size, total + size
+        shard_bytes, total = shard_bytes + size, total + size
     if not files:
         save_file(shards[0], directory / SINGLE, metadata={"format": "pt"})
         return
     weight_map |= _save_part(directory, files + 1, shards[0])
     for part in range(1, files + 2):
         _part(directory, part).rename(directory / f"model-{part:05d}-of-{files + 1:05d}.safetensors")
-    named = {name: f"model-{part:05d}-of-{files + 1:05d}.safetensors" for name, part in weight_map.items()}
-    write_text_atomic(directory / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": named}, indent=1))
+    file_names = {name: f"model-{part:05d}-of-{files + 1:05d}.safetensors" for name, part in weight_map.items()}
+    index = {"metadata": {"total_size": total}, "weight_map": file_names}
+    write_text_atomic(directory / INDEX, json.dumps(index, indent=1))
 
 
 def _part(directory: Path, part: int) -> Path:
@@ -104,32 +138,32 @@ def _save_part(directory: Path, part: int, tensors: dict[str, torch.Tensor]) -> 
     return dict.fromkeys(tensors, part)
 
 
-def _files(directory: Path) -> tuple[list[Path], set[str]]:
-    """The safetensors files, sorted, and the tensors that an index promises."""
+def _files(directory: Path, error: type[PuzzleError]) -> tuple[list[Path], set[str]]:
+    """The safetensors files, sorted, and the tensor names in the index, if there is one."""
     if (directory / INDEX).is_file():
         try:
             weight_map: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
             shards = sorted({directory / Path(file).name for file in weight_map.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ParentError(f"{directory / INDEX} is not a safetensors index: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as cause:
+            raise error(f"{directory / INDEX} is not a safetensors index: {cause}") from cause
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
-            raise ParentError(
+            raise error(
                 f"{directory} lacks {len(missing)} of its {len(shards)} shards, the first being {missing[0]}: fetch "
-                f"the checkpoint again"
+                f"or make the checkpoint again"
             )
         return shards, set(weight_map)
     if (directory / SINGLE).is_file():
         return [directory / SINGLE], set()
     pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt"))
     hint = f"; {pickled[0].name} is a pickle, which is never read: convert it to safetensors" if pickled else ""
-    raise ParentError(f"{directory} holds neither {SINGLE} nor {INDEX}{hint}")
+    raise error(f"{directory} holds neither {SINGLE} nor {INDEX}{hint}")
 
 
-def _read_headers(file: Path) -> dict[str, TensorHeader]:
+def _read_headers(file: Path, error: type[PuzzleError]) -> dict[str, TensorHeader]:
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {name: TensorHeader(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except (OSError, SafetensorError) as error:
-        raise ParentError(f"{file} is truncated or no safetensors file ({error}): fetch it again") from error
+    except (OSError, SafetensorError) as cause:
+        raise error(f"{file} is truncated or no safetensors file ({cause}): fetch or make it again") from cause

@@ -1,4 +1,4 @@
-"""Children: assembled from the library and the parent into a checkpoint, and loaded to run (METHOD section 7).
+"""Children: checkpoints assembled from the block library and the parent, and how to load them (METHOD section 7).
 
 A child directory is a Hugging Face checkpoint that carries its own small modelling code, so
 `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it anywhere. Tensors are copied layer
@@ -12,15 +12,17 @@ from pathlib import Path
 
 import torch
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
+from puzzle_core.architecture import Architecture
+from puzzle_core.errors import ArtifactError
+from puzzle_core.families.family import FAMILIES
 from puzzle_core.model import remote
 from puzzle_core.model.checkpoint import Checkpoint, write_checkpoint
+from puzzle_core.model.child_config import read_child_config
 from puzzle_core.model.parent import Parent, build_model, served_as, torch_dtype
-from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
-from puzzle_core.model.surgery import State, load_weights
+from puzzle_core.model.surgery import load_weights
 from puzzle_core.spec import Dtype
-from puzzle_core.variants import attention, ffn
+from puzzle_core.state_dict import State
 from puzzle_core.work import AssembleWork, ChildRecord
 
 CODE = ("configuration_puzzle.py", "modeling_puzzle.py")
@@ -31,11 +33,11 @@ AUTO_MAP = {
 }
 
 
-def run(work: AssembleWork, parent: Parent, weights_dirs: list[dict[str, Path]], out_dir: Path) -> ChildRecord:
+def assemble(work: AssembleWork, parent: Parent, weights_dirs: list[dict[str, Path]], out_dir: Path) -> ChildRecord:
     """Write the child's checkpoint to `out_dir`.
 
     Args:
-        weights_dirs: for every layer, where the trained weights of its variants lie, by variant id.
+        weights_dirs: for every layer, the directories of its trained variants by variant id.
     """
     dtype = torch_dtype(work.dtype)
     counted = {"parameters": 0, "parameter_bytes": 0}
@@ -53,7 +55,7 @@ def run(work: AssembleWork, parent: Parent, weights_dirs: list[dict[str, Path]],
 
 
 def write_description(parent: Parent, architecture: Architecture, dtype: Dtype, out_dir: Path) -> None:
-    """Write everything of a child's checkpoint but its tensors: config, code, tokenizer, generation config."""
+    """Write a child's checkpoint without its tensors: config, code, tokenizer, generation config."""
     config = parent.puzzle_config(architecture).to_dict()
     config |= {"architectures": ["PuzzleForCausalLM"], "auto_map": AUTO_MAP, "dtype": dtype}
     (out_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -68,15 +70,15 @@ def load_child(directory: Path, dtype: torch.dtype, device: torch.device) -> Puz
     """A child as a module, in evaluation mode.
 
     Raises:
-        ArtifactError: its tensors are not those that its config asks for.
+        ArtifactError: the tensors are not those that the config asks for.
     """
-    checkpoint = Checkpoint(directory)
-    model = build_model(PuzzleConfig.from_pretrained(directory), checkpoint, checkpoint.headers)
+    checkpoint = Checkpoint(directory, ArtifactError)
+    model = build_model(read_child_config(directory), checkpoint, checkpoint.headers)
     return served_as(model, dtype, device)
 
 
 def load_parent(parent: Parent, dtype: torch.dtype, device: torch.device) -> PuzzleForCausalLM:
-    """The whole parent as the same kind of module, frozen, for the stages that run it end to end."""
+    """The whole parent as a frozen module of the same class, for the stages that run all layers."""
     model = build_model(parent.puzzle_config(), parent.checkpoint, parent.checkpoint.headers)
     return served_as(model, dtype, device).requires_grad_(False)
 
@@ -84,15 +86,9 @@ def load_parent(parent: Parent, dtype: torch.dtype, device: torch.device) -> Puz
 def random_child(
     parent: Parent, architecture: Architecture, dtype: torch.dtype, device: torch.device
 ) -> PuzzleForCausalLM:
-    """A model of this architecture with random weights: what measuring speed needs."""
+    """A frozen model of this architecture with random weights, for measuring speed."""
     model = build_model(parent.puzzle_config(architecture), None)
     return served_as(model, dtype, device).requires_grad_(False)
-
-
-def trained_variants(block: BlockVariant, shape: ModelShape) -> list[str]:
-    """Ids of the halves of a block that come from the library: neither the parent's own nor no-ops."""
-    own = shape.parent_block
-    return [str(v) for v in (block.attention, block.ffn) if v.kind != "no_op" and v not in (own.attention, own.ffn)]
 
 
 def _child_tensors(
@@ -102,13 +98,15 @@ def _child_tensors(
         skipped = name == "lm_head.weight" and parent.shape.tied_embeddings
         if not name.startswith("model.layers.") and not skipped:
             yield name, parent.checkpoint.tensor(name)
+    family = FAMILIES[parent.shape.family]
+    prefixes = (family.attention_prefixes, family.ffn_prefixes)
     for layer, block in enumerate(architecture.layers):
-        own, trained = parent.layer_tensors(layer), weights_dirs[layer]
+        parent_tensors, trained = parent.layer_tensors(layer), weights_dirs[layer]
         state: State = {}
-        for variant, prefixes in ((block.attention, attention.PREFIXES), (block.ffn, ffn.PREFIXES)):
+        for variant, subblock_prefixes in zip((block.attention, block.ffn), prefixes, strict=True):
             if str(variant) in trained:
                 state |= load_weights(trained[str(variant)])
-            elif variant.kind != "no_op":
-                state |= {name: tensor for name, tensor in own.items() if name.startswith(prefixes)}
+            elif not variant.is_empty:
+                state |= {name: t for name, t in parent_tensors.items() if name.startswith(subblock_prefixes)}
         for name, tensor in state.items():
             yield f"model.layers.{layer}.{name}", tensor

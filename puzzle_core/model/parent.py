@@ -1,7 +1,7 @@
-"""The parent: a Hugging Face causal LM of the Llama pattern, read lazily, one layer at a time.
+"""The parent: a Hugging Face causal LM of a supported family, read lazily, one layer at a time.
 
-A family is a row in the table of `remote/modeling_puzzle.py`. What this project does not run right is refused by name
-before any work (parent_config.py).
+`puzzle_core/families` describes the families. What this project cannot run correctly is refused by name before any work
+(parent_config.py).
 """
 
 import hashlib
@@ -17,9 +17,11 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
-from puzzle_core.errors import ArtifactError, NonFiniteError, ParentError, PuzzleError
+from puzzle_core.architecture import Architecture, ModelShape
+from puzzle_core.errors import NonFiniteError, ParentError, PuzzleError
+from puzzle_core.formats.block_configs import block_config
 from puzzle_core.model.checkpoint import Checkpoint
+from puzzle_core.model.child_config import child_config
 from puzzle_core.model.parent_config import (
     TOKENIZER_FILES,
     as_config_says,
@@ -40,7 +42,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class Parent:
-    """An opened parent checkpoint. Opening checks headers and config; weights are read when they are asked for.
+    """An opened parent checkpoint. Opening checks headers and config; weights are read when they are needed.
 
     Raises (on construction):
         ParentError: not a directory or reachable hub id, a config that is not valid, an unsupported family or
@@ -54,23 +56,22 @@ class Parent:
         self.config = read_config(self.directory)
         with as_config_says(self.directory):
             self.shape = shape_of(self.config, self.directory)
-            expected = _tensor_shapes(self.puzzle_config())
-        self.checkpoint = Checkpoint(self.directory)
-        _check_tensors(self.checkpoint, expected)
+            expected = tensor_shapes(self.puzzle_config())
+        self.checkpoint = Checkpoint(self.directory, ParentError)
+        self.checkpoint.check(expected)
         _check_tie(self.checkpoint, self.shape)
         self._cached_bytes = cached_bytes
         self._cache: OrderedDict[tuple[str, str, str], nn.Module] = OrderedDict()
         self._lock = threading.Lock()
 
     def puzzle_config(self, architecture: Architecture | None = None) -> PuzzleConfig:
-        """The configuration of a child with this architecture; of the parent itself when none is given."""
+        """The configuration of a child with this architecture; without one, of the child that equals the parent."""
         layers = (architecture or Architecture.of_parent(self.shape)).layers
-        config: PuzzleConfig = PuzzleConfig.from_parent(self.config, [block_config(block) for block in layers])
-        return config
+        return child_config(self.config, [block_config(block) for block in layers])
 
     @cached_property
     def digest(self) -> str:
-        """Digest of the config and of every tensor's bytes; reads the whole checkpoint once."""
+        """Digest of the config and of all weight files; the first call reads the whole checkpoint."""
         digest = hashlib.sha256(canonical_json(_plain(self.config)).encode())
         for file in self.checkpoint.files:
             digest.update(digest_file(file).encode())
@@ -78,7 +79,7 @@ class Parent:
 
     @property
     def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files, and the checkpoint's code where the spec allows some of it."""
+        """The tokenizer's files, and the checkpoint's Python files if the spec allows remote code."""
         files = [self.directory / name for name in TOKENIZER_FILES]
         code = sorted(self.directory.glob("*.py")) if self.spec.allow_remote_code else []
         return [file for file in (*files, *code) if file.is_file()]
@@ -92,7 +93,7 @@ class Parent:
         return digest.hexdigest()[:40]
 
     def check_finite(self) -> None:
-        """Look at every weight.
+        """Read every weight.
 
         Raises:
             NonFiniteError: names the tensor and how many of its entries are NaN or infinite.
@@ -110,8 +111,8 @@ class Parent:
         """The parent's tokenizer.
 
         Raises:
-            ParentError: it is missing or damaged, or needs code from the checkpoint that the spec does not allow by
-                name.
+            ParentError: the tokenizer is missing or damaged, or needs code from the checkpoint that the spec does not
+                allow by name.
         """
         try:
             code = self._tokenizer_code()
@@ -124,18 +125,18 @@ class Parent:
         except PuzzleError:
             raise
         except Exception as error:  # what transformers and tokenizers raise of a damaged file has no common base
-            there = ", ".join(file.name for file in self.tokenizer_files) or "none"
+            names = ", ".join(file.name for file in self.tokenizer_files) or "none"
             raise ParentError(
                 f"cannot load the tokenizer of {self.directory} ({type(error).__name__}: {first_line(error)}); its "
-                f"files there are: {there}; fetch them again"
+                f"files there are: {names}; fetch them again"
             ) from error
 
     def _tokenizer_code(self) -> list[str]:
-        """The classes in the checkpoint's own code that its tokenizer asks for."""
+        """The classes in the checkpoint's own Python files that its tokenizer needs."""
         file = self.directory / "tokenizer_config.json"
         settings = json.loads(file.read_text()) if file.is_file() else {}
-        asked = (settings.get("auto_map") or {}).get("AutoTokenizer")
-        return [name for name in (asked if isinstance(asked, list) else [asked]) if name]
+        classes = (settings.get("auto_map") or {}).get("AutoTokenizer")
+        return [name for name in (classes if isinstance(classes, list) else [classes]) if name]
 
     def layer_tensors(self, layer: int) -> dict[str, torch.Tensor]:
         """The tensors of one layer by their names within it, as stored."""
@@ -161,10 +162,10 @@ class Parent:
 
     def _load_outside(self) -> PuzzleForCausalLM:
         names = [name for name in self.checkpoint.headers if not name.startswith("model.layers.")]
-        return build_model(PuzzleConfig.from_parent(self.config, []), self.checkpoint, names)
+        return build_model(child_config(self.config, []), self.checkpoint, names)
 
     def runnable_config(self) -> PreTrainedConfig:
-        """The config as attention modules need it, with an attention implementation chosen."""
+        """The parent's config with the attention implementation that its modules use."""
         config = self.puzzle_config().parent()
         config._attn_implementation = "sdpa"
         return config
@@ -181,66 +182,36 @@ class Parent:
             return self._cache[key]
 
 
-def block_config(block: BlockVariant) -> dict[str, dict[str, Any]]:
-    """A block variant as an entry of `block_configs`."""
-
-    def entry(variant: Variant, size: str) -> dict[str, Any]:
-        return {
-            size: variant.size or None,
-            "no_op": variant.kind == "no_op",
-            "replace_with_linear": variant.kind == "linear",
-        }
-
-    return {
-        "attention": entry(block.attention, "num_key_value_heads"),
-        "ffn": entry(block.ffn, "intermediate_size"),
-    }
-
-
 _BUILDING = threading.Lock()
 
 
 def build_model(config: PuzzleConfig, checkpoint: Checkpoint | None, names: Iterable[str] = ()) -> PuzzleForCausalLM:
     """A causal LM with the named tensors of a checkpoint, or with random weights without one.
 
-    Models are made one at a time: transformers replaces torch's initialisers meanwhile, for all threads.
+    Models are made one at a time: while transformers makes one, it replaces torch's initialisers for all threads.
 
     Raises:
-        ArtifactError: the tensors are not those that the config asks for.
+        PuzzleError: the tensors are not those that the config asks for; its class is that of the checkpoint's errors.
     """
     config._attn_implementation = "sdpa"
     with _BUILDING:
         model = PuzzleForCausalLM(config)
     if checkpoint:
-        found = model.load_state_dict({name: checkpoint.tensor(name) for name in names}, strict=False)
-        check_loaded(found, config, checkpoint)
+        names = list(names)
+        checkpoint.check(_shapes(model, config), names)
+        model.load_state_dict({name: checkpoint.tensor(name) for name in names}, strict=False)
     return model
 
 
 def empty_model(config: PuzzleConfig) -> PuzzleForCausalLM:
-    """A causal LM in evaluation mode whose weights take no memory yet."""
+    """A causal LM in evaluation mode on the meta device: its weights take no memory."""
     config._attn_implementation = "sdpa"
     with _BUILDING, torch.device("meta"):
         return PuzzleForCausalLM(config).eval()
 
 
-def check_loaded(found: Any, config: PuzzleConfig, checkpoint: Checkpoint) -> None:
-    """See that loading left no tensor over and none out.
-
-    Raises:
-        ArtifactError: names the first.
-    """
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    wrong = sorted(({*found.missing_keys} - tied) | {*found.unexpected_keys})
-    if wrong:
-        raise ArtifactError(
-            f"the model in {checkpoint.directory} does not match its own config in {len(wrong)} tensors, the first "
-            f"being {wrong[0]!r}: make it again"
-        )
-
-
 def served_as(module: Module, dtype: torch.dtype, device: torch.device) -> Module:
-    """The module itself in evaluation mode, its weights in `dtype`; rotary frequencies are buffers and stay float32."""
+    """The same module in evaluation mode, with parameters in `dtype`; buffers (rotary frequencies) stay float32."""
     module.to(device).eval()
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -253,35 +224,16 @@ def torch_dtype(name: Dtype) -> torch.dtype:
     return dtype
 
 
-def _tensor_shapes(config: PuzzleConfig) -> dict[str, tuple[int, ...]]:
-    """What a checkpoint of this config holds."""
-    with _BUILDING, torch.device("meta"):
-        shapes = {name: tuple(t.shape) for name, t in PuzzleForCausalLM(config).state_dict().items()}
+def tensor_shapes(config: PuzzleConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of the tensors in a checkpoint with this config; without the head where it is tied."""
+    return _shapes(empty_model(config), config)
+
+
+def _shapes(model: PuzzleForCausalLM, config: PuzzleConfig) -> dict[str, tuple[int, ...]]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight")
     return shapes
-
-
-def _check_tensors(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:
-    found = {
-        name: header.shape
-        for name, header in checkpoint.headers.items()
-        if name in expected or name != "lm_head.weight"
-    }
-    for names, text in (
-        (sorted(expected.keys() - found.keys()), "its config.json asks for {n} tensors that it lacks"),
-        (sorted(found.keys() - expected.keys()), "it holds {n} tensors that its config.json has no place for"),
-        (
-            sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n]),
-            "{n} tensors have other shapes than its config.json asks for",
-        ),
-    ):
-        if names:
-            first = names[0]
-            raise ParentError(
-                f"{checkpoint.directory} does not match its own config: {text.format(n=len(names))}; the first is "
-                f"{first!r} (config {expected.get(first, 'none')}, checkpoint {found.get(first, 'none')})"
-            )
 
 
 def _check_tie(checkpoint: Checkpoint, shape: ModelShape) -> None:

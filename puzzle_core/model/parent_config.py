@@ -1,6 +1,6 @@
-"""What a parent's directory says of itself: fetched from the hub if need be, its config.json checked, its shape.
+"""A parent's directory (fetched from the hub where needed), its config.json, and the shape that follows from it.
 
-Everything that this project does not run right is refused here, by name, before any weight is read.
+What this project cannot run correctly is refused here by name, before any weight is read.
 """
 
 import contextlib
@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from puzzle_core.architecture import ModelShape
 from puzzle_core.errors import ParentError, PuzzleError
-from puzzle_core.model.remote.modeling_puzzle import FAMILIES, attention_output_has_bias, family_class
+from puzzle_core.families.family import FAMILIES, Family, flag
 from puzzle_core.spec import ParentSpec
 
 STATE_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -36,14 +35,14 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
-DERIVED_SIZES = ("num_key_value_heads", "head_dim")  # transformers has a rule for those that are left out
+DERIVED_SIZES = ("num_key_value_heads", "head_dim")  # transformers has a rule for a missing one
 
 
 def fetch(spec: ParentSpec) -> Path:
-    """The parent's directory, downloaded from the hub unless it is one of this machine.
+    """The parent's directory; a hub id is downloaded first.
 
     Raises:
-        ParentError: neither a directory nor a hub id, or the hub did not give it.
+        ParentError: the path is neither a directory nor a hub id, or the download failed.
     """
     directory = Path(spec.path)
     if directory.is_dir():
@@ -65,7 +64,7 @@ def read_config(directory: Path) -> PreTrainedConfig:
     """The config of a supported parent.
 
     Raises:
-        ParentError: it is missing or not valid (names the field), or asks for what is not supported.
+        ParentError: the config is missing or not valid (names the field), or has a value that is not supported.
     """
     try:
         content = json.loads((directory / "config.json").read_text())
@@ -75,47 +74,79 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise ParentError(f"{directory / 'config.json'} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ParentError(f"{directory / 'config.json'} is not a JSON object")
-    family = content.get("model_type")
-    if str(family) not in FAMILIES:
-        raise ParentError(
-            f"{directory} is of family {family!r}, which is not supported; supported: {', '.join(sorted(FAMILIES))}"
-        )
+    family = _family_of(content, directory)
     if content.get("quantization_config"):
         raise ParentError(f"{directory} holds quantised weights: give the checkpoint before quantisation")
     _check_sizes(content, directory)
+    _check_keys(content, family, directory)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
         raise ParentError(f"{directory / 'config.json'} is not valid: {first_line(error)}") from error
-    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
-    if kinds - {"full_attention"} or (window and family == "mistral"):
-        raise ParentError(
-            f"{directory} uses sliding-window attention, which is not supported yet"
-            + (": set sliding_window to null if its contexts never reach it" if family == "mistral" else "")
-        )
+    _check_attention_kinds(config, family, directory)
     rope = config.rope_parameters or {}
     if rope.get("rope_type") in STATE_DEPENDENT_ROPE:
         raise ParentError(f"{directory} uses rope type {rope['rope_type']!r}, which is not supported")
     return config
 
 
+def _family_of(content: dict[str, Any], directory: Path) -> Family:
+    """The family of a config.json: its `model_type`, confirmed by the class that wrote the checkpoint."""
+    model_type = str(content.get("model_type"))
+    if model_type not in FAMILIES:
+        raise ParentError(
+            f"{directory} is of family {content.get('model_type')!r}, which is not supported; supported: "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    family, architectures = FAMILIES[model_type], content.get("architectures")
+    if architectures and f"{family.class_prefix}ForCausalLM" not in architectures:
+        raise ParentError(
+            f"{directory / 'config.json'} says model_type {model_type!r}, but its architectures are {architectures} "
+            f"where {family.class_prefix}ForCausalLM is expected: a model of another family gives wrong results here"
+        )
+    return family
+
+
+def _check_keys(content: dict[str, Any], family: Family, directory: Path) -> None:
+    """Refuse keys that nothing here would read, such as another family's scalars."""
+    unknown = family.unknown_keys(content)
+    if unknown:
+        pairs = ", ".join(f"{key} = {value!r}" for key, value in unknown.items())
+        raise ParentError(
+            f"{directory / 'config.json'} sets what family {family.model_type!r} does not have here: {pairs}. If a key "
+            f"changes what the model computes, this parent is not supported; if not, remove the key"
+        )
+
+
+def _check_attention_kinds(config: PreTrainedConfig, family: Family, directory: Path) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ()) - set(family.attention_kinds)
+    window = family.window_key if family.window_key and getattr(config, family.window_key, None) else None
+    if window or "sliding_attention" in kinds:
+        raise ParentError(
+            f"{directory} uses sliding-window attention, which is not supported yet"
+            + (f": set {window} to null if its contexts never reach it" if window else "")
+        )
+    if kinds:
+        raise ParentError(f"{directory} uses attention of kind {min(kinds)!r}, which is not supported")
+
+
 def _check_sizes(content: dict[str, Any], directory: Path) -> None:
-    """Sizes must be written down, since transformers has values of its own for those that are missing."""
+    """Sizes must be in the file, since transformers replaces a missing one by the default of its own class."""
     for name in (*SIZES, *DERIVED_SIZES):
         size = content.get(name)
         if size is None and name in DERIVED_SIZES:
             continue
         if type(size) is not int or size < 1:
-            found = repr(size) if name in content else "missing"
+            value = repr(size) if name in content else "missing"
             raise ParentError(
-                f"{directory / 'config.json'} is not valid: {name!r} is {found}, where a whole number above 0 is "
-                f"wanted: correct it, or fetch the checkpoint again"
+                f"{directory / 'config.json'} is not valid: {name!r} is {value}, where a whole number above 0 is "
+                f"expected: correct it, or fetch the checkpoint again"
             )
 
 
 @contextlib.contextmanager
 def as_config_says(directory: Path) -> Iterator[None]:
-    """Blame the config for what goes wrong while its modules are made, which takes no weights."""
+    """Report an error while the config's modules are made (without weights) as an error of the config."""
     try:
         yield
     except PuzzleError:
@@ -128,7 +159,7 @@ def as_config_says(directory: Path) -> Iterator[None]:
 
 
 def shape_of(config: PreTrainedConfig, directory: Path) -> ModelShape:
-    """The sizes and options that the rest of the project goes by.
+    """The sizes and options of a parent, as all stages use them.
 
     Raises:
         ParentError: the KV heads do not divide the attention heads.
@@ -136,8 +167,7 @@ def shape_of(config: PreTrainedConfig, directory: Path) -> ModelShape:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise ParentError(f"{directory}: {kv_heads} KV heads do not divide {heads} attention heads")
-    with torch.device("meta"):
-        attention = family_class(config.model_type, "Attention")(config, 0)
+    family = FAMILIES[config.model_type]
     return ModelShape(
         family=config.model_type,
         layers=config.num_hidden_layers,
@@ -148,14 +178,14 @@ def shape_of(config: PreTrainedConfig, directory: Path) -> ModelShape:
         ffn_width=config.intermediate_size,
         vocabulary=config.vocab_size,
         tied_embeddings=bool(config.tie_word_embeddings),
-        qkv_bias=attention_output_has_bias(config),
-        attention_out_bias=bool(getattr(config, "attention_bias", False)),
-        mlp_bias=bool(getattr(config, "mlp_bias", False)),
-        qk_norm=hasattr(attention, "q_norm"),
+        qkv_bias=flag(family.qkv_bias, config),
+        attention_out_bias=flag(family.attention_out_bias, config),
+        mlp_bias=flag(family.mlp_bias, config),
+        qk_norm=family.qk_norm,
         max_positions=config.max_position_embeddings,
     )
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, in one line."""
+    """The first line of another library's error text."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,7 +1,7 @@
 """Blocks with other subblocks than the parent's: built beside the parent, which is never written to.
 
-A block variant runs as two halves: an attention half and an FFN half, each either the parent's own module or a
-variant's. Swapping a subblock is choosing another half, so there is nothing to restore.
+A block variant runs as two subblocks, an attention and an FFN, each either the parent's own module or a variant's.
+Swapping a subblock is choosing another module, so there is nothing to restore.
 """
 
 from pathlib import Path
@@ -10,27 +10,28 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from puzzle_core.architecture import BlockVariant, Variant
-from puzzle_core.model.parent import Parent, block_config
+from puzzle_core.architecture import EMPTY_BLOCK, BlockVariant, Variant
+from puzzle_core.formats.block_configs import block_config
+from puzzle_core.model.parent import Parent
 from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock
+from puzzle_core.state_dict import State
 
-State = dict[str, torch.Tensor]
 WEIGHTS = "weights.safetensors"
 """The file of a trained variant in the library."""
 
 
 class Subblocks(NamedTuple):
-    """The two halves of a block variant."""
+    """The two subblocks of a block variant, as modules."""
 
     attention: PuzzleBlock
     ffn: PuzzleBlock
 
     def attend(self, hidden_BTD: torch.Tensor, **context: object) -> torch.Tensor:
-        """The attention half."""
+        """The attention, with its residual connection."""
         return self.attention.attend(hidden_BTD, **context)  # type: ignore[no-any-return]
 
     def feed(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """The FFN half."""
+        """The FFN, with its residual connection."""
         return self.ffn.feed(hidden_BTD)  # type: ignore[no-any-return]
 
     def __call__(self, hidden_BTD: torch.Tensor, **context: object) -> torch.Tensor:
@@ -42,10 +43,8 @@ def variant_block(
     parent: Parent, layer: int, variant: Variant, state: State, dtype: torch.dtype, device: torch.device
 ) -> PuzzleBlock:
     """A block that holds one subblock variant with the given weights, and nothing in the place of the other."""
-    empty = BlockVariant(attention=Variant("attn", "no_op"), ffn=Variant("ffn", "no_op"))
-    own = empty.model_copy(update={"attention" if variant.subblock == "attn" else "ffn": variant})
     config = parent.puzzle_config()
-    config.block_configs = [block_config(own)] * parent.shape.layers
+    config.block_configs = [block_config(EMPTY_BLOCK.with_variant(variant))] * parent.shape.layers
     with torch.device("meta"):
         block = PuzzleBlock(config, parent.runnable_config(), layer)
     block.load_state_dict({name: t.to(device=device, dtype=dtype) for name, t in state.items()}, assign=True)
@@ -57,7 +56,7 @@ def load_weights(directory: Path) -> State:
     return load_file(directory / WEIGHTS)
 
 
-def halves(
+def load_subblocks(
     parent: Parent,
     layer: int,
     block: BlockVariant,
@@ -65,13 +64,13 @@ def halves(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Subblocks:
-    """The halves of a block variant, frozen; `weights` holds the trained variants among them."""
+    """The subblocks of a block variant, frozen; `weights` holds the trained variants among them."""
     own = parent.shape.parent_block
 
-    def half(variant: Variant) -> PuzzleBlock:
-        if variant in (own.attention, own.ffn):
+    def subblock(variant: Variant) -> PuzzleBlock:
+        if variant in own.subblocks:
             return parent.block(layer, dtype, device)
-        state = {} if variant.kind == "no_op" else weights[variant]
+        state = {} if variant.is_empty else weights[variant]
         return variant_block(parent, layer, variant, state, dtype, device).eval().requires_grad_(False)
 
-    return Subblocks(half(block.attention), half(block.ffn))
+    return Subblocks(subblock(block.attention), subblock(block.ffn))

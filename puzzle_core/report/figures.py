@@ -275,8 +275,8 @@ def _identity(axes: Axes, values: list[float]) -> list[float]:
 
 
 def _taken(inputs: ReportInputs, layer: int) -> list[BlockVariant]:
-    """The scored blocks that the child's layer is made of: itself, or its halves where single subblocks were scored."""
+    """The scored blocks that the child's layer is made of: itself, or its subblocks where these were scored."""
     block, own = inputs.child.architecture.layers[layer], inputs.shape.parent_block
     if inputs.spec.scoring.composition == "pairs":
         return [block]
-    return [own.model_copy(update={"attention": block.attention}), own.model_copy(update={"ffn": block.ffn})]
+    return [own.with_variant(variant) for variant in block.subblocks]

@@ -230,9 +230,9 @@ def bld_table(inputs: ReportInputs) -> Table:
     )
 
 
-def variant_order(variant: Variant) -> tuple[str, str, int]:
+def variant_order(variant: Variant) -> tuple[str, int, int, str]:
     """Sorts attention before FFN, and from the widest variant to nothing."""
-    return variant.subblock, {"sized": "0", "linear": "1", "no_op": "2"}[variant.kind], -variant.size
+    return variant.subblock, *variant.rank
 
 
 def _quantities(inputs: ReportInputs) -> list[_Quantity]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from puzzle_core.architecture import EMPTY_BLOCK
 from puzzle_core.report import derived
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.report.units import duration_text, number_text, percent_text, signed_percent_text, times_text
@@ -99,7 +100,7 @@ def _better_baselines(inputs: ReportInputs) -> list[str]:
 
 def _empty_layers(inputs: ReportInputs) -> list[str]:
     layers = inputs.child.architecture.layers
-    empty = sum(block.attention.kind == block.ffn.kind == "no_op" for block in layers)
+    empty = sum(block == EMPTY_BLOCK for block in layers)
     if empty <= EMPTY_SHARE * len(layers):
         return []
     return [f"{empty} of {len(layers)} layers are empty: for such limits, a smaller parent may be the better start."]

@@ -1,5 +1,6 @@
 """Search from tables alone: no parent, no torch, no server (`puzzle search --scores --costs --scenario`)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from puzzle_core.spec import ScenarioSpec, SearchRequest
 from puzzle_core.yaml_file import parse_record, read_keys
 
 
-def read_request(paths: list[Path]) -> SearchRequest:
+def read_request(paths: Sequence[Path]) -> SearchRequest:
     """What is asked, from scenario files.
 
     A file holds one scenario (`name`, `prompt_tokens`, `limits`, ...), or the keys of a run specification that say what

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable
 
-from puzzle_core.architecture import Architecture
+from puzzle_core.architecture import EMPTY_BLOCK, Architecture
 from puzzle_core.errors import InfeasibleError
 from puzzle_core.search.infeasible import Conflict
-from puzzle_core.search.problem_builder import EMPTY, BatchSizes, ProblemBuilder, ResolvedLimit
+from puzzle_core.search.problem_builder import BatchSizes, ProblemBuilder, ResolvedLimit
 from puzzle_core.search.rules import AtMostDistinct
 from puzzle_core.search.search_record import SearchRecord
 from puzzle_core.search.tables import ScoreTable
@@ -44,7 +44,7 @@ def batch_text(batch_sizes: BatchSizes) -> str:
 def flags(record: SearchRecord, scores: ScoreTable) -> list[str]:
     """Sentences about what looks suspicious in the chosen architecture."""
     chosen, found = record.chosen, []
-    empty = [layer for layer, block in enumerate(chosen.architecture.layers) if block == EMPTY]
+    empty = [layer for layer, block in enumerate(chosen.architecture.layers) if block == EMPTY_BLOCK]
     covered = sum(span - 1 for span in chosen.spans.values())
     if len(empty) - covered > EMPTY_SHARE * len(chosen.architecture.layers):
         found.append(f"{len(empty) - covered} of {len(chosen.architecture.layers)} layers are left empty.")

@@ -9,11 +9,10 @@ Legend: L layers, J options of a layer. A column is a tuple of L arrays (J,), as
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
-from puzzle_core.architecture import Architecture, BlockVariant, Variant
+from puzzle_core.architecture import EMPTY_BLOCK, Architecture, BlockVariant
 from puzzle_core.errors import SpecError
 from puzzle_core.quantities import (
     Quantity,
@@ -29,11 +28,10 @@ from puzzle_core.search.problem import Column, Limit, Problem
 from puzzle_core.search.rules import AllOrNone, AtMostDistinct, Rule
 from puzzle_core.search.search_record import LimitUse, Prediction
 from puzzle_core.search.tables import OUTSIDE, CostTable, Option, ScoreTable
-from puzzle_core.spec import FormSpec, ScenarioSpec, SearchRequest
+from puzzle_core.spec import FormSpec, ScenarioSpec, SearchRequest, allows
 
 MIX = "mix"
 """In the names of limits and resources: the weighted mix of all scenarios."""
-EMPTY = BlockVariant(attention=Variant("attn", "no_op"), ffn=Variant("ffn", "no_op"))
 DERIVED = {
     "memory_bytes": ("parameter_bytes", "kv_bytes_per_token"),
     "runtime_ms": ("prefill_ms", "decode_ms"),
@@ -217,7 +215,7 @@ class ProblemBuilder:
                 parts = [
                     self._cost(column, layer, block, scenario, batch)
                     for layer, block in enumerate(architecture.layers)
-                    if block != EMPTY
+                    if block != EMPTY_BLOCK
                 ]
                 totals[column] = sum(parts) + self._outside(column, scenario, batch)
             predictions[scenario.name] = Prediction(batch_size=batch, totals=totals)
@@ -228,7 +226,7 @@ class ProblemBuilder:
         main = self.request.scenario
         parts = {
             OUTSIDE,
-            *(str(h) for o in self.layers for option in o for h in (option.block.attention, option.block.ffn)),
+            *(str(v) for options in self.layers for option in options for v in option.block.subblocks),
         }
         found = {}
         for part in sorted(parts):
@@ -246,7 +244,7 @@ class ProblemBuilder:
             blocks = [
                 self._resource_of(asked.resource, layer, block, batch_sizes)
                 for layer, block in enumerate(architecture.layers)
-                if block != EMPTY
+                if block != EMPTY_BLOCK
             ]
             uses.append(asked.use(sum(blocks)))
         return tuple(uses)
@@ -358,9 +356,9 @@ class ProblemBuilder:
     def _rules(self, covering: list[list[tuple[int, Option]]]) -> list[Rule]:
         form, rules = self.form, list[Rule]()
         if form.max_ffn_widths:
-            rules.append(self._distinct("different FFN widths", "ffn", form.max_ffn_widths, covering))
+            rules.append(self._distinct("different FFN widths", _ffn_width, form.max_ffn_widths, covering))
         if form.uniform_kv_heads:
-            rules.append(self._distinct("different numbers of KV heads", "attention", 1, covering))
+            rules.append(self._distinct("different numbers of KV heads", _kv_heads, 1, covering))
         for first, options in enumerate(self.layers):
             for index, option in enumerate(options):
                 members = [(first, index)] + [
@@ -372,14 +370,10 @@ class ProblemBuilder:
         return rules
 
     def _distinct(
-        self, name: str, half: Literal["attention", "ffn"], at_most: int, covering: list[list[tuple[int, Option]]]
+        self, name: str, size: Callable[[BlockVariant], int], at_most: int, covering: list[list[tuple[int, Option]]]
     ) -> AtMostDistinct:
-        def group(option: Option) -> int:
-            variant: Variant = getattr(option.block, half)
-            return variant.size if variant.kind == "sized" else -1
-
         groups = tuple(
-            np.array([*(group(option) for option in options), *(-1 for _ in more)])
+            np.array([*(size(option.block) or -1 for option in options), *(-1 for _ in more)])
             for options, more in zip(self.layers, covering, strict=True)
         )
         return AtMostDistinct(name, groups, at_most)
@@ -387,33 +381,31 @@ class ProblemBuilder:
     def _allowed(self, layer: int, option: Option) -> bool:
         form, own, count = self.form, self.scores.parent, len(self.scores.layers)
         covered = range(layer, layer + option.span)
-        for kept, half in ((form.keep.attention, "attention"), (form.keep.ffn, "ffn")):
-            changed = getattr(option.block, half) != getattr(own, half)
+        for kept, subblock in ((form.keep.attention, "attention"), (form.keep.ffn, "ffn")):
+            changed = getattr(option.block, subblock) != getattr(own, subblock)
             if any(index % count in covered for index in kept) and (changed or option.span > 1):
                 return False
-        if form.attention_first and layer == 0 and option.block.attention.kind != "sized":
+        if form.attention_first and layer == 0 and not option.block.attention.kv_heads:
             return False
-        return all(_fits(form, variant) for variant in (option.block.attention, option.block.ffn))
+        return all(allows(form, self.request.engines, variant) for variant in option.block.subblocks)
 
 
-def _fits(form: FormSpec, variant: Variant) -> bool:
-    """Whether the form allows a subblock variant anywhere."""
-    if variant.kind != "sized":
-        return form.linear if variant.kind == "linear" else form.no_op
-    devices = form.tensor_parallel
-    if variant.subblock == "ffn":
-        return variant.size % devices == 0 and variant.size % form.ffn_multiple_of == 0
-    return variant.size % devices == 0 or devices % variant.size == 0
+def _kv_heads(block: BlockVariant) -> int:
+    return block.attention.kv_heads
+
+
+def _ffn_width(block: BlockVariant) -> int:
+    return block.ffn.ffn_width
 
 
 def _check_form(request: SearchRequest, form: FormSpec, scores: ScoreTable) -> None:
     count = len(scores.layers)
-    for half, layers in (("attention", form.keep.attention), ("ffn", form.keep.ffn)):
+    for subblock, layers in (("attention", form.keep.attention), ("ffn", form.keep.ffn)):
         for layer in layers:
             if not -count <= layer < count:
-                raise SpecError(f"form.keep.{half} names layer {layer}, and there are {count} layers")
-    for variant in (scores.parent.attention, scores.parent.ffn):
-        if not _fits(form, variant):
+                raise SpecError(f"form.keep.{subblock} names layer {layer}, and there are {count} layers")
+    for variant in scores.parent.subblocks:
+        if not allows(form, request.engines, variant):
             of_engines = f", for engines {', '.join(request.engines)}" if request.engines else ""
             raise SpecError(
                 f"form rules out the parent's own {variant}: see ffn_multiple_of ({form.ffn_multiple_of}{of_engines}) "

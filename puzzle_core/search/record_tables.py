@@ -25,7 +25,7 @@ def score_table(
     shape: ModelShape,
     base: Architecture | None = None,
 ) -> ScoreTable:
-    """Scores by layer and block variant; with single subblocks, a block's score is the sum of its halves'.
+    """Scores by layer and block variant; with single subblocks, a block's score is the sum of its subblocks'.
 
     Args:
         base: the child that blocks were scored in, instead of the parent: scores are then what a block adds to those of
@@ -61,12 +61,11 @@ def _layers(
             raise CoverageError(f"layer {layer} {block} has no score: score it, or take it out of `variants`")
         return measured[layer, block] - of_base
 
-    def of_halves(layer: int, block: BlockVariant) -> float:
+    def of_subblocks(layer: int, block: BlockVariant) -> float:
         own = base.layers[layer]
-        alone = [own.model_copy(update={"attention": block.attention}), own.model_copy(update={"ffn": block.ffn})]
-        return sum(of_block(layer, half) for half in alone)
+        return sum(of_block(layer, own.with_variant(variant)) for variant in block.subblocks)
 
-    score = of_block if composition == "pairs" else of_halves
+    score = of_block if composition == "pairs" else of_subblocks
     return tuple(
         {Option(block): score(layer, block) for block in variants.blocks_of_layer(layer, shape)}
         for layer in range(shape.layers)
@@ -86,7 +85,7 @@ def cost_table(variants: VariantsSpec, shape: ModelShape, costs: Mapping[tuple[s
         CoverageError: a record lacks a variant of the space.
     """
     record = next(iter(costs.values()))
-    distinct = {half for layer in range(shape.layers) for found in variants.of_layer(layer, shape) for half in found}
+    distinct = {v for layer in range(shape.layers) for found in variants.of_layer(layer, shape) for v in found}
     rows = [CostRow(OUTSIDE, _sizes(outside_parameters(shape), 0, record))]
     for variant in sorted(distinct):
         size = variant_size(shape, variant)
@@ -115,7 +114,7 @@ def _times(timing: Timing | None) -> dict[str, float]:
 
 def _timing(record: CostRecord, variant: Variant, scenario: str, batch_size: int) -> Timing | None:
     """None for a no-op, which takes no time, unless the engine spends some."""
-    if variant.kind == "no_op":
+    if variant.is_empty:
         return record.no_ffn if variant.subblock == "ffn" else None
     if str(variant) not in record.variants:
         raise CoverageError(f"no cost of {variant} in scenario {scenario} at batch size {batch_size}")

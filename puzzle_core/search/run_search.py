@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from puzzle_core.architecture import Architecture
+from puzzle_core.architecture import EMPTY_BLOCK, Architecture
 from puzzle_core.errors import InfeasibleError, SpecError, TimeLimitError
 from puzzle_core.search.baselines import greedy, maximise, random_choice, uniform
 from puzzle_core.search.best_of import Alternative, solve_best
@@ -15,7 +15,7 @@ from puzzle_core.search.infeasible import explain_infeasible
 from puzzle_core.search.messages import batch_text, flags, infeasible_text
 from puzzle_core.search.mip import runner_up, solve, solve_diverse, solve_or_none
 from puzzle_core.search.problem import Limit, Problem, Solution, describe
-from puzzle_core.search.problem_builder import EMPTY, BatchSizes, ProblemBuilder
+from puzzle_core.search.problem_builder import BatchSizes, ProblemBuilder
 from puzzle_core.search.search_record import BatchSizeOutcome, FoundArchitecture, Price, RunnerUp, SearchRecord
 from puzzle_core.search.sensitivity import prices
 
@@ -149,9 +149,9 @@ def _no_op_only(instance: ProblemBuilder, problem: Problem) -> Solution:
     def kept(layer: int, option: str) -> bool:
         blocks = (found.block for found in instance.layers[layer] if str(found) == option)
         return any(
-            block.attention.kind == "no_op" or block.attention == own.attention
+            block.attention.is_empty or block.attention == own.attention
             for block in blocks
-            if block.ffn.kind == "no_op" or block.ffn == own.ffn
+            if block.ffn.is_empty or block.ffn == own.ffn
         )
 
     return _as_choice(problem, solve(problem.restrict(kept), time_limit_s=_limit_s(instance)))
@@ -238,7 +238,7 @@ def _runner_ups(problem: Problem, best: Solution) -> list[RunnerUp]:
 def _found(instance: ProblemBuilder, solution: Solution, batch_sizes: BatchSizes) -> FoundArchitecture:
     """An answer as an architecture; the layers that a spanning block covers are left empty."""
     options = instance.options_of(solution.choice)
-    architecture = Architecture(layers=tuple(option.block if option else EMPTY for option in options))
+    architecture = Architecture(layers=tuple(option.block if option else EMPTY_BLOCK for option in options))
     return FoundArchitecture(
         method=solution.method,
         architecture=architecture,

@@ -123,8 +123,8 @@ def _score_column(path: Path, frame: pd.DataFrame, column: str | None) -> str:
 def _widest(blocks: list[BlockVariant]) -> BlockVariant:
     """The parent's own block, where nobody says which it is."""
     return BlockVariant(
-        attention=max((block.attention for block in blocks), key=lambda variant: variant.size),
-        ffn=max((block.ffn for block in blocks), key=lambda variant: variant.size),
+        attention=min((block.attention for block in blocks), key=lambda variant: variant.rank),
+        ffn=min((block.ffn for block in blocks), key=lambda variant: variant.rank),
     )
 
 

@@ -1,35 +1,49 @@
 """Initial weights of attention variants from the parent's attention (Puzzle paper, appendix A).
 
-State dicts are by the names within a layer: `self_attn.q_proj.weight`, `input_layernorm.weight` and so on.
+The rows of kinds.py name these functions. State dicts are by the names within a layer: `self_attn.q_proj.weight`,
+`input_layernorm.weight` and so on.
+
 Legend: D hidden width, H heads, K KV heads, G heads per KV head, d head width.
 """
 
 import torch
 
-from puzzle_core.architecture import ModelShape, Variant
+from puzzle_core.families.family import FAMILIES
+from puzzle_core.state_dict import State
+from puzzle_core.variants.kinds import ParentShape
 
-State = dict[str, torch.Tensor]
-PREFIXES = ("self_attn.", "input_layernorm.")
 
-
-def initial_attention(layer: State, shape: ModelShape, variant: Variant) -> State:
-    """The starting weights of an attention variant; the parent's own for the parent's own variant.
+def pooled_attention(layer: State, shape: ParentShape, kv_heads: int, contribution_I: None = None) -> State:
+    """An attention of fewer KV heads, each the mean of a group of adjacent ones; the parent's own at its own number.
 
     Args:
         layer: the parent layer's tensors.
-        variant: any attention variant that `shape.check` accepts; a no-op has no weights.
+        kv_heads: a divisor of the parent's.
+        contribution_I: of no use here.
     """
-    own = {name: tensor for name, tensor in layer.items() if name.startswith(PREFIXES)}
-    if variant.kind == "no_op":
-        return {}
-    if variant.kind == "linear":
-        return {"input_layernorm.weight": own["input_layernorm.weight"], **_linear(own, shape)}
+    state = _attention_tensors(layer, shape)
     for projection in ("k_proj", "v_proj"):
         for part in ("weight", "bias"):
             name = f"self_attn.{projection}.{part}"
-            if name in own:
-                own[name] = mean_pool(own[name], variant.size, shape.head_dim)
-    return own
+            if name in state:
+                state[name] = mean_pool(state[name], kv_heads, shape.head_dim)
+    return state
+
+
+def linear_attention(layer: State, shape: ParentShape, size: int, contribution_I: None = None) -> State:
+    """W = W_O . expand(W_V): every token attends to itself alone, so its value goes straight to the output."""
+    parent = _attention_tensors(layer, shape)
+    out_DHd = parent["self_attn.o_proj.weight"].float()
+    state = {
+        **{name: tensor for name, tensor in parent.items() if not name.startswith("self_attn.")},
+        "self_attn.linear_attn.weight": out_DHd @ _expand(parent["self_attn.v_proj.weight"], shape),
+    }
+    if "self_attn.v_proj.bias" in parent or "self_attn.o_proj.bias" in parent:
+        bias_D = torch.zeros(shape.hidden)
+        if "self_attn.v_proj.bias" in parent:
+            bias_D = out_DHd @ _expand(parent["self_attn.v_proj.bias"], shape)
+        state["self_attn.linear_attn.bias"] = bias_D + parent.get("self_attn.o_proj.bias", torch.zeros(())).float()
+    return state
 
 
 def mean_pool(rows: torch.Tensor, kv_heads: int, head_dim: int) -> torch.Tensor:
@@ -47,19 +61,13 @@ def mean_pool(rows: torch.Tensor, kv_heads: int, head_dim: int) -> torch.Tensor:
     return grouped.mean(1).flatten(0, 1).to(rows.dtype)
 
 
-def _linear(own: State, shape: ModelShape) -> State:
-    """W = W_O . expand(W_V): every token attends to itself alone, so its value goes straight to the output."""
-    out_DHd = own["self_attn.o_proj.weight"].float()
-    state = {"self_attn.linear_attn.weight": out_DHd @ _expand(own["self_attn.v_proj.weight"], shape)}
-    if "self_attn.v_proj.bias" in own or "self_attn.o_proj.bias" in own:
-        bias_D = torch.zeros(shape.hidden)
-        if "self_attn.v_proj.bias" in own:
-            bias_D = out_DHd @ _expand(own["self_attn.v_proj.bias"], shape)
-        state["self_attn.linear_attn.bias"] = bias_D + own.get("self_attn.o_proj.bias", torch.zeros(())).float()
-    return state
+def _attention_tensors(layer: State, shape: ParentShape) -> State:
+    """The tensors of the parent's attention and of its norms."""
+    prefixes = FAMILIES[shape.family].attention_prefixes
+    return {name: tensor for name, tensor in layer.items() if name.startswith(prefixes)}
 
 
-def _expand(values_Kd: torch.Tensor, shape: ModelShape) -> torch.Tensor:
+def _expand(values_Kd: torch.Tensor, shape: ParentShape) -> torch.Tensor:
     """Repeat each KV head's rows for every head of its group: (K*d, ...) to (H*d, ...)."""
     grouped = values_Kd.float().view(shape.kv_heads, shape.head_dim, *values_Kd.shape[1:])
     return grouped.repeat_interleave(shape.heads // shape.kv_heads, dim=0).flatten(0, 1)

@@ -1,1 +1,1 @@
-"""Where a run happens: its places, its locks and its processes."""
+"""Where a run happens: its places, its locks, its disk space and its process."""

@@ -1,50 +1,47 @@
-"""Where a run happens: the places tasks read from and write to. Enters no key.
+"""The places and resources of one run: parent, artifact store, scratch directory, workers. No part of any key.
 
-Opened things (the parent, the store, captured activations) are kept per process, since all tasks of a worker share it.
+A process opens a parent and a store once, since all tasks of a worker share them.
 """
 
 import contextlib
 import functools
 import hashlib
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from prefect.runtime import flow_run
 
 from puzzle_core.architecture import Variant
 from puzzle_core.data import read_windows
 from puzzle_core.device import available_cores, default_device
 from puzzle_core.distill.launch import Launch
 from puzzle_core.distill.loop import Checkpoints
-from puzzle_core.errors import StorageError
 from puzzle_core.model.activations import Activations, ChildActivations
 from puzzle_core.model.parent import Parent, torch_dtype
-from puzzle_core.model.surgery import State, load_weights
-from puzzle_core.records import Record, Work, write_text_atomic
+from puzzle_core.model.surgery import load_weights
+from puzzle_core.records import Record, Work
 from puzzle_core.spec import Dtype, ParentSpec, RunSpec, RuntimeSpec
-from puzzle_core.text_sources import digest_documents, read_documents, source_files
+from puzzle_core.state_dict import State
 from puzzle_core.work import AssembleWork
-from tasks.runtime.locks import artifact_lock, machine_lock
+from tasks.runtime.digest_cache import parent_digest
+from tasks.runtime.locks import artifact_lock
 from tasks.store.store import Store
 
 
 class RunContext(Record):
-    """The parent and the places of one run."""
+    """The parent and the runtime settings of one run, with what tasks open by them."""
 
     parent: ParentSpec
     runtime: RuntimeSpec
 
     @classmethod
     def of(cls, spec: RunSpec) -> "RunContext":
-        """The site of a run specification."""
+        """The context of a run specification."""
         return cls(parent=spec.parent, runtime=spec.runtime)
 
     @property
     def scratch(self) -> Path:
-        """Local directory for what is no artifact."""
+        """Local directory for files that are no artifacts."""
         return Path(self.runtime.scratch)
 
     @property
@@ -54,19 +51,19 @@ class RunContext(Record):
 
     @property
     def threads_per_task(self) -> int:
-        """CPU threads of one task, so that all workers together take the cores once."""
+        """CPU threads of one task; all workers together use each core once."""
         return max(1, available_cores() // self.workers)
 
     @property
     def launch(self) -> Launch | None:
-        """How several processes share GKD; none where one does it."""
+        """How several processes share GKD; none where a single process does it."""
         runtime = self.runtime
         if runtime.gkd_processes * runtime.gkd_machines == 1:
             return None
         return Launch(processes=runtime.gkd_processes, machines=runtime.gkd_machines, rendezvous=runtime.gkd_rendezvous)
 
     def store(self) -> Store:
-        """The artifact store."""
+        """The artifact store, opened once per process."""
         return _open_store(self.runtime)
 
     def open_parent(self) -> Parent:
@@ -74,101 +71,47 @@ class RunContext(Record):
         return _open_parent(self.parent)
 
     def activations(self, tokens: str, dtype: Dtype, base: AssembleWork | None = None) -> Activations:
-        """The captured states of a split of tokens under the parent, or under a child."""
-        name = hashlib.sha256(f"{tokens} {dtype} {self.parent_digest()}".encode()).hexdigest()[:16]
-        windows, places = read_windows(self.store().fetch(tokens)), self.scratch / "activations"
-        parents = Activations(places / name, self.open_parent(), windows, torch_dtype(dtype), default_device())
+        """The captured activations of one split of tokens.
+
+        Args:
+            tokens: key of the tokens artifact.
+            dtype: what they are computed and stored in.
+            base: the child that they are captured from; the parent where it is none.
+        """
+        parent = self.open_parent()
+        digest, windows = parent_digest(parent, self.scratch), read_windows(self.store().fetch(tokens))
+        directory = self.activations_directory(digest, tokens, dtype)
+        of_parent = Activations(directory, parent, windows, torch_dtype(dtype), default_device())
         if base is None:
-            return parents
+            return of_parent
         library = base.library
 
         def weights(layer: int) -> dict[Variant, State]:
             return {Variant.parse(variant): load_weights(self.store().fetch(key)) for variant, key in library[layer]}
 
-        return ChildActivations(places / f"{name}-{base.digest()[:16]}", parents, base.architecture, weights)
+        directory = self.activations_directory(digest, tokens, dtype, base)
+        return ChildActivations(directory, of_parent, base.architecture, weights)
+
+    def activations_directory(self, parent: str, tokens: str, dtype: Dtype, base: AssembleWork | None = None) -> Path:
+        """The directory of `activations`, from the parent's digest: opens neither the parent nor the store."""
+        name = hashlib.sha256(f"{tokens} {dtype} {parent}".encode()).hexdigest()[:16]
+        return self.scratch / "activations" / (f"{name}-{base.digest()[:16]}" if base else name)
 
     def lock_activations(self, tokens: str, dtype: Dtype) -> contextlib.AbstractContextManager[None]:
-        """Keep other runs on this machine from these states while they are captured, used and dropped."""
+        """Lock these activations against other runs on this machine: they capture, use and drop the same files."""
         return artifact_lock(f"states of {tokens} in {dtype} below {self.scratch.resolve()}")
 
     def checkpoints(self, work: Work) -> Checkpoints:
-        """Where a training in progress keeps its checkpoint: a directory of its own, for what is half written too."""
+        """Where a training keeps its checkpoint: a directory per work, which also holds a half-written checkpoint."""
         file = self.scratch / "checkpoints" / work.key / "checkpoint.safetensors"
         return Checkpoints(file, self.runtime.checkpoint_seconds)
 
     def drop_finished_checkpoints(self) -> None:
-        """Drop what trainings left whose artifact is in the store: they were killed between the two."""
-        store, places = self.store(), self.scratch / "checkpoints"
-        for directory in places.glob("*/*/*"):
-            if store.has(directory.relative_to(places).as_posix()):
+        """Remove checkpoints whose artifact is in the store: a process was killed after it had published."""
+        store, checkpoints = self.store(), self.scratch / "checkpoints"
+        for directory in checkpoints.glob("*/*/*"):
+            if store.has(directory.relative_to(checkpoints).as_posix()):
                 shutil.rmtree(directory, ignore_errors=True)
-
-    def produce(self, work: Work, compute: Callable[[Path], Record], alone: bool | None = False) -> str:
-        """Make the artifact of `work` unless the store has it; its checkpoint, if any, is dropped either way.
-
-        Returns:
-            The artifact's key.
-        """
-        store = self.store()
-        with artifact_lock(f"{work.key} for {store.place}"):
-            if not store.has(work.key):
-                with store.staging() as staged:
-                    with contextlib.nullcontext() if alone is None else machine_lock(alone):
-                        record = compute(staged)
-                    store.publish(work, record, staged, made_by=flow_run.get_name() or "a script")
-        shutil.rmtree(self.checkpoints(work).file.parent, ignore_errors=True)
-        return work.key
-
-    def check_room(self, scratch_bytes: int, store_bytes: int) -> None:
-        """Refuse a run that the disks cannot hold; a remote store is not asked.
-
-        Raises:
-            StorageError: says how much is needed, how much is free, and where.
-        """
-        places = {"runtime.scratch": (self.scratch, scratch_bytes)}
-        if self.store().is_local:
-            places["runtime.store"] = (Path(self.runtime.store), store_bytes)
-        for key, (place, needed) in places.items():
-            try:
-                place.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise StorageError(f"cannot make the directory {place} ({error.strerror}): set {key}") from error
-            free = shutil.disk_usage(place).free
-            if needed > free:
-                raise StorageError(
-                    f"{place} has {free / 2**20:,.0f} MiB free, and this run needs up to {needed / 2**20:,.0f} MiB "
-                    f"there: free some space, or set {key} to a larger disk"
-                )
-
-    def parent_digest(self) -> str:
-        """Digest of the parent, after a look at every weight; remembered as long as its files do not change.
-
-        Raises:
-            NonFiniteError: a weight is NaN or infinite.
-        """
-        parent = self.open_parent()
-
-        def look() -> str:
-            parent.check_finite()
-            return parent.digest
-
-        return self._remembered("parents", [parent.directory / "config.json", *parent.checkpoint.files], look)
-
-    def texts_digest(self, sources: tuple[str, ...]) -> str:
-        """Digest of the texts in these sources, in their order; remembered as long as their files do not change.
-
-        Raises:
-            DataError: as `read_documents`.
-        """
-        return self._remembered("texts", source_files(sources), lambda: digest_documents(read_documents(sources)))
-
-    def _remembered(self, kind: str, files: list[Path], look: Callable[[], str]) -> str:
-        signature = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-        name = hashlib.sha256(json.dumps(signature).encode()).hexdigest()[:16]
-        known = self.scratch / kind / f"{name}.digest"
-        if not known.exists():
-            write_text_atomic(known, look())
-        return known.read_text()
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,10 +1,11 @@
-"""Who may use this machine when: measurements alone, everything else side by side, with a GPU for each task.
+"""Locks between the runs of one machine: on the machine, on each GPU, and on each artifact.
 
-Two runs on one machine know nothing of each other, so they take turns by locks on files that all runs of a user share:
-two for measurements, one for each GPU, and one for every piece of work, so that of two runs of one spec the second
-waits for the first. The kernel holds the locks: they are gone with the process that had them, however it died, no
-server takes part, and one costs microseconds. A measurement that waits closes the door, so that what comes later waits
-behind it; GPUs are waited for in a queue, before the work and the turn.
+Runs on one machine do not know of each other. They lock files in a directory that all runs of a user share. Ordinary
+tasks hold the machine lock in shared mode, a measurement holds it in exclusive mode. A waiting measurement blocks tasks
+that arrive after it, so it is not starved. Each GPU has a lock, and tasks queue for them; a task takes its GPUs before
+its artifact and before the machine. The artifact lock makes the second of two equal runs wait for the first.
+
+The kernel holds the locks and releases them when a process ends, however it ends. No server takes part.
 """
 
 import contextlib
@@ -17,117 +18,131 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from puzzle_core.device import gpu_names
 from puzzle_core.errors import SpecError
 
 log = logging.getLogger("puzzle")
-LOOK_SECONDS = 0.05
-_last = threading.local()
+POLL_SECONDS = 0.05
+LockMode = Literal["shared", "exclusive"]
+_thread = threading.local()
 
 
-def place() -> Path:
+def lock_directory() -> Path:
     """The directory of the lock files; `PUZZLE_LOCK_DIR` names another, which containers of one machine can share."""
     return Path(os.environ.get("PUZZLE_LOCK_DIR") or Path(tempfile.gettempdir()) / f"puzzle-{os.getuid()}")
 
 
 @contextlib.contextmanager
-def machine_lock(alone: bool) -> Iterator[None]:
-    """Wait until this machine is free, of other measurements or of everything, and keep it so.
+def machine_lock(mode: LockMode) -> Iterator[None]:
+    """Wait for the machine lock, and hold it. A waiting measurement blocks tasks that arrive after it.
 
     Args:
-        alone: whether nothing else may run meanwhile.
+        mode: "shared" for work that may run beside other work, "exclusive" for a measurement.
     """
-    kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
-    place().mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (place() / "room").open("ab") as room:
-        with (place() / "door").open("ab") as door:
-            _wait(door, kind, "a measurement of another task")
-            _wait(room, kind, "other tasks on this machine, to measure alone" if alone else "a measurement")
+    exclusive = mode == "exclusive"
+    operation = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+    with _open("machine") as machine:
+        with _open("machine-queue") as queue:
+            _wait(queue, operation, "a measurement of another task")
+            _wait(machine, operation, "other tasks on this machine, to measure alone" if exclusive else "a measurement")
         yield
 
 
 @contextlib.contextmanager
-def artifact_lock(work: str) -> Iterator[None]:
-    """Wait until no other run on this machine is at the same work, and keep it from them.
+def artifact_lock(name: str) -> Iterator[None]:
+    """Wait until no other run on this machine makes the same artifact, and hold its lock.
 
     Args:
-        work: names it, and what it is written to: equal names wait for each other.
+        name: the artifact and the store it is written to; equal names exclude each other.
     """
-    file = place() / f"claim-{hashlib.sha256(work.encode()).hexdigest()[:32]}"
-    place().mkdir(mode=0o700, parents=True, exist_ok=True)
+    name_of_file = f"artifact-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+    path = lock_directory() / name_of_file
     while True:
-        with file.open("ab") as claimed:
-            _wait(claimed, fcntl.LOCK_EX, f"another run that is at the same work: {work}")
-            if not _is_named(claimed, file):  # who had it before has removed it
+        with _open(name_of_file) as file:
+            _wait(file, fcntl.LOCK_EX, f"another run that is at the same work: {name}")
+            if not _is_at(path, file):  # the previous holder has removed it
                 continue
             try:
                 yield
             finally:
-                file.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             return
 
 
-def _is_named(opened: IO[bytes], file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(opened.fileno()), file.stat())
-    except FileNotFoundError:
-        return False
-
-
 @contextlib.contextmanager
-def gpus(count: int = 1) -> Iterator[list[int]]:
-    """So many GPUs that no other task has, as torch numbers them; none where the machine has none.
+def gpu_lock(count: int = 1) -> Iterator[list[int]]:
+    """Wait for GPUs, and hold them: torch's numbers of `count` GPUs, or none where the machine has no GPU.
 
     Raises:
-        SpecError: there are fewer.
+        SpecError: the machine has fewer.
     """
     names = gpu_names()
     if names and count > len(names):
         raise SpecError(f"{count} GPUs are asked for, but this machine has {len(names)}: lower runtime.gkd_processes")
-    place().mkdir(mode=0o700, parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        numbers = _take(names, count, held) if names else []
+    with contextlib.ExitStack() as locks:
+        numbers = _wait_for_gpus(names, count, locks) if names else []
         yield numbers
 
 
-def _take(names: list[str], count: int, held: contextlib.ExitStack) -> list[int]:
-    """Wait in the queue until so many are free, those of the thread's last task first: its weights are there."""
-    last, taken = getattr(_last, "taken", []), list[int]()
+def _open(name: str) -> IO[bytes]:
+    """Open a lock file, which is made where there is none."""
+    lock_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+    return (lock_directory() / name).open("ab")
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    """Whether this open file is the one at this path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _wait_for_gpus(names: list[str], count: int, locks: contextlib.ExitStack) -> list[int]:
+    """Wait in the queue until `count` GPUs are free; those of the thread's last task come first: weights are there."""
+    last: list[int] = getattr(_thread, "gpus", [])
+    taken: list[int] = []
     order = sorted(range(len(names)), key=lambda number: number not in last)
-    with (place() / "queue").open("ab") as queue:
+    with _open("gpu-queue") as queue:
         _wait(queue, fcntl.LOCK_EX, "other tasks in the queue for a GPU")
         while len(taken) < count:
             for number in order:
-                if len(taken) < count and number not in taken and _is_free(names[number], held):
+                if len(taken) < count and number not in taken and _try_gpu(names[number], locks):
                     taken.append(number)
-            time.sleep(LOOK_SECONDS if len(taken) < count else 0)
-    _last.taken = taken
+            time.sleep(POLL_SECONDS if len(taken) < count else 0)
+    _thread.gpus = taken
     return taken
 
 
-def _is_free(name: str, held: contextlib.ExitStack) -> bool:
-    """Take a GPU if nobody has it."""
-    file = (place() / f"gpu-{name}").open("ab")
+def _try_gpu(name: str, locks: contextlib.ExitStack) -> bool:
+    """Lock a GPU if it is free."""
+    file = _open(f"gpu-{name}")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return False
-    held.enter_context(file)
+    locks.enter_context(file)
     return True
 
 
-def _wait(file: IO[bytes], kind: int, what: str) -> None:
-    """Take a lock; asleep in between and not in the kernel, where nothing could cancel the task."""
-    told = False
+def _wait(file: IO[bytes], operation: int, holder: str) -> None:
+    """Take a lock. Polls: a task that waits in the kernel could not be cancelled.
+
+    Args:
+        file: the open lock file.
+        operation: `fcntl.LOCK_EX` or `fcntl.LOCK_SH`.
+        holder: who may hold it, for the log.
+    """
+    logged = False
     while True:
         try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            fcntl.flock(file, operation | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            if not told:
-                log.info("waiting for %s", what)
-                told = True
-            time.sleep(LOOK_SECONDS)
+            if not logged:
+                log.info("waiting for %s", holder)
+                logged = True
+            time.sleep(POLL_SECONDS)

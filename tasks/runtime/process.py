@@ -1,7 +1,7 @@
-"""Which process is at a run, written down so that another process can tell later whether it still lives.
+"""The identity of a process as one line of text, from which another process can tell later whether it still runs.
 
-A process id alone is used again, after a restart of the machine above all. So the machine, its boot and the moment at
-which the process started are said too, from `/proc`. Where there is none, nothing is ever known to be dead.
+The system reuses process ids, above all after a restart. The line therefore also holds the machine, its boot id, and
+the time at which the process started, all from `/proc`. On a system without `/proc` no process counts as ended.
 """
 
 import hashlib
@@ -10,7 +10,8 @@ import socket
 from pathlib import Path
 from typing import NamedTuple
 
-STATE, STARTED = 0, 19  # of what follows the name of the program in /proc/PID/stat
+STATE, START_TIME = 0, 19
+"""Positions in /proc/PID/stat after the name of the program."""
 
 
 class _Process(NamedTuple):
@@ -19,51 +20,57 @@ class _Process(NamedTuple):
     boot: str
     namespace: str
     pid: str
-    started_ticks: str
+    start_ticks: str
 
 
 def this_process() -> str:
-    """The process at hand, in one line: host, machine, boot, namespace, id, and clock ticks from boot to its start."""
+    """The identity of this process: host, machine, boot, PID namespace, id, and clock ticks from boot to its start.
+
+    Empty on a system without `/proc`.
+    """
     pid = str(os.getpid())
     try:
-        return " ".join(_Process(*_here(), pid, _started(pid)))
+        return " ".join(_Process(*_this_system(), pid, _start_ticks(pid)))
     except OSError:
         return ""
 
 
-def is_gone(said: str) -> bool:
-    """Whether the process that `this_process` said this of has ended; false where that cannot be known from here.
+def is_gone(identity: str) -> bool:
+    """Whether the process of this identity has ended; false where that cannot be known from here.
 
-    Of another machine, or of another container, nothing is known.
+    It is not known of a process on another machine or in another container.
+
+    Args:
+        identity: what `this_process` returned there.
     """
     try:
-        there, (host, machine, boot, namespace) = _Process(*said.split()), _here()
+        process, (host, machine, boot, namespace) = _Process(*identity.split()), _this_system()
     except (TypeError, OSError):
         return False
-    if (there.host, there.machine) != (host, machine):
+    if (process.host, process.machine) != (host, machine):
         return False
-    if there.boot != boot:
+    if process.boot != boot:
         return True
-    return there.namespace == namespace and _started(there.pid) != there.started_ticks
+    return process.namespace == namespace and _start_ticks(process.pid) != process.start_ticks
 
 
-def _here() -> tuple[str, str, str, str]:
+def _this_system() -> tuple[str, str, str, str]:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname(), _machine(), boot, os.readlink("/proc/self/ns/pid")
 
 
 def _machine() -> str:
-    """What tells machines of one name apart, without giving its id away."""
+    """A digest of the machine's id: it distinguishes machines of one host name and does not disclose the id."""
     try:
         return hashlib.sha256(Path("/etc/machine-id").read_bytes()).hexdigest()[:12]
     except OSError:
         return "unknown"
 
 
-def _started(pid: str) -> str:
-    """When a process started, in ticks; empty where there is none, or one that only waits to be collected."""
+def _start_ticks(pid: str) -> str:
+    """When a process started, in clock ticks since boot; empty for a zombie, and where there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if fields[STATE] in "ZX" else fields[STARTED]
+    return "" if fields[STATE] in "ZX" else fields[START_TIME]

@@ -1,7 +1,7 @@
-"""Local copies of a bucket's artifacts, on a disk with a limit: the least recently used go first.
+"""Local copies of a bucket's artifacts, with a size limit: the least recently used entries are evicted first.
 
-An entry is a directory, `<cache>/<key>/`. Who reads it holds a shared lock on it, so no process, this one or another,
-can evict it meanwhile; the kernel drops the locks of a process that dies.
+An entry is a directory, `<cache>/<key>/`. A reader pins it with a shared lock, so that neither this process nor another
+can evict it meanwhile. The kernel releases the locks of a process that dies.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 log = logging.getLogger("puzzle")
-ROOM_LEFT = 0.1
-"""What an eviction leaves free beside what is needed, as a share of the limit: not every download should evict."""
+EVICTION_MARGIN = 0.1
+"""Share of the limit that an eviction frees in addition, so that not every download evicts."""
 
 
 class _Entry(NamedTuple):
@@ -27,51 +27,51 @@ class _Entry(NamedTuple):
     directory: Path
 
 
-_held: contextvars.ContextVar[dict[Path, int] | None] = contextvars.ContextVar("held", default=None)
+_pins: contextvars.ContextVar[dict[Path, int] | None] = contextvars.ContextVar("pins", default=None)
 
 
 @contextlib.contextmanager
-def reading() -> Iterator[None]:
-    """Entries that are held inside stay until the end of the block; those held outside any, as long as the process.
+def pin_entries() -> Iterator[None]:
+    """Entries pinned inside this block stay until its end. An entry pinned outside any stays as long as the process.
 
-    A block, or a function that it decorates, holds for the thread or task that entered it; blocks nest.
+    A block counts for the thread or asyncio task that entered it; blocks nest.
     """
-    held: dict[Path, int] = {}
-    token = _held.set(held)
+    pins: dict[Path, int] = {}
+    token = _pins.set(pins)
     try:
         yield
     finally:
-        _held.reset(token)
-        for handle in held.values():
+        _pins.reset(token)
+        for handle in pins.values():
             os.close(handle)
 
 
 class Cache:
-    """Entries of at most `limit_bytes` together, but for what is being read."""
+    """A directory of entries that together take at most `limit_bytes`, pinned ones excepted."""
 
     def __init__(self, directory: Path, limit_bytes: float):
         self.directory, self.limit_bytes = directory, limit_bytes
-        self._held_for_good: dict[Path, int] = {}
+        self._process_pins: dict[Path, int] = {}
         self._lock = threading.Lock()
-        self._counted_bytes = float("inf")  # of all entries: counted, and what this process added since
-        self._added_bytes = 0.0
+        self._counted_bytes = float("inf")  # of all entries at the last count, and of those this process added since
+        self._added_bytes = 0.0  # by this process since the last count
 
-    def hold(self, key: str) -> Path:
-        """The directory of an entry, made where there is none, which nobody evicts while it is held."""
-        directory, held = self.directory / key, _held.get()
-        held = self._held_for_good if held is None else held
+    def pin(self, key: str) -> Path:
+        """Pin an entry, which is made where there is none, and return its directory."""
+        directory, block_pins = self.directory / key, _pins.get()
+        pins = self._process_pins if block_pins is None else block_pins
         with self._lock:
-            if directory not in held or not directory.is_dir():
-                if directory in held:
-                    os.close(held.pop(directory))
-                held[directory] = _hold(directory)
+            if directory not in pins or not directory.is_dir():
+                if directory in pins:
+                    os.close(pins.pop(directory))
+                pins[directory] = _lock_shared(directory)
         with contextlib.suppress(OSError):
             os.utime(directory)
         return directory
 
     @contextlib.contextmanager
     def room_for(self, file: Path, size_bytes: int) -> Iterator[Path]:
-        """A new file of this size beside `file`, to be renamed to it once it is good; removed otherwise."""
+        """Make a new file of this size beside `file`; the caller renames it to `file`, or else it is removed."""
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
         try:
@@ -84,39 +84,45 @@ class Cache:
             partial.unlink(missing_ok=True)
 
     def adopt(self, key: str, staged: Path, place: str) -> None:
-        """Keep files that were published as an entry's, so that nobody here has to fetch them."""
+        """Move published files into their entry, so that this machine need not fetch them.
+
+        Args:
+            key: of the artifact.
+            staged: the directory of the files.
+            place: the directory that they get within the entry.
+        """
         with self._lock, contextlib.suppress(OSError):
             size_bytes = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
-            if size_bytes > self.limit_bytes * (1 - ROOM_LEFT):
+            if size_bytes > self.limit_bytes * (1 - EVICTION_MARGIN):
                 return
             self._make_room(size_bytes)
-            handle = _hold(self.directory / key)
+            handle = _lock_shared(self.directory / key)
             try:
                 staged.rename(self.directory / key / place)
             finally:
                 os.close(handle)
 
     def drop(self, key: str) -> None:
-        """Forget an entry; who reads it keeps what it has opened."""
+        """Remove an entry; a reader can go on with the files that it has opened."""
         shutil.rmtree(self.directory / key, ignore_errors=True)
 
     def _make_room(self, size_bytes: int) -> None:
-        """Evict until so many bytes fit; counts again now and then, for others add too."""
+        """Evict until this many bytes fit. Counts all entries from time to time, since other processes add some too."""
         self._counted_bytes += size_bytes
         self._added_bytes += size_bytes
-        if self._counted_bytes <= self.limit_bytes and self._added_bytes <= self.limit_bytes * ROOM_LEFT:
+        if self._counted_bytes <= self.limit_bytes and self._added_bytes <= self.limit_bytes * EVICTION_MARGIN:
             return
         entries = sorted(self._entries())
         total = sum(entry.size_bytes for entry in entries) + size_bytes
         if total > self.limit_bytes:
             for entry in entries:
-                if total <= self.limit_bytes * (1 - ROOM_LEFT):
+                if total <= self.limit_bytes * (1 - EVICTION_MARGIN):
                     break
                 if _evict(entry.directory):
                     total -= entry.size_bytes
             if total > self.limit_bytes:
                 log.warning(
-                    "%s holds %.0f MiB, more than runtime.cache_size: all of it is being read",
+                    "%s holds %.0f MiB, more than runtime.cache_size: tasks are reading all of it",
                     self.directory,
                     total / 2**20,
                 )
@@ -129,13 +135,13 @@ class Cache:
                 yield _Entry(used, sum(p.stat().st_size for p in directory.rglob("*") if p.is_file()), directory)
 
 
-def _hold(directory: Path) -> int:
-    """A handle with a shared lock on a directory that is there under its name."""
+def _lock_shared(directory: Path) -> int:
+    """Make a directory where there is none, and return a file descriptor that holds a shared lock on it."""
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             handle = os.open(directory, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # a file system without locks never evicts
+            with contextlib.suppress(OSError):  # on a file system without locks nothing is evicted
                 fcntl.flock(handle, fcntl.LOCK_SH)
             if directory.exists() and os.path.samestat(os.fstat(handle), os.stat(directory)):
                 return handle
@@ -143,7 +149,7 @@ def _hold(directory: Path) -> int:
 
 
 def _evict(directory: Path) -> bool:
-    """Remove an entry, unless somebody holds it."""
+    """Remove an entry unless it is pinned; return whether it is gone."""
     try:
         handle = os.open(directory, os.O_RDONLY)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What an artifact's record says: `record.json`, the keys of artifacts, and the names of their files."""
+"""The manifest of an artifact, `record.json`, and the form of artifact keys."""
 
 import hashlib
 import re
@@ -22,9 +22,9 @@ class StoredFile(Record):
 
 
 class Manifest(Record):
-    """`record.json`: what was asked, what came out, which files, and who made it when.
+    """`record.json`: the stage's work and record, the artifact's files, and which run made it when.
 
-    `place` is the directory of the files below the artifact's: none in a local store, named by content in a bucket.
+    `place` is the directory of the files below the artifact's: empty in a local store, named by content in a bucket.
     """
 
     key: str
@@ -49,17 +49,17 @@ class Manifest(Record):
 
 
 def check_key(key: str) -> str:
-    """The key, if it is one.
+    """Return the key.
 
     Raises:
-        SpecError: it is none.
+        SpecError: it does not have the form of a key.
     """
     if not KEY.fullmatch(key):
-        raise SpecError(f"{key!r} is no key of an artifact: say stage/vN/digest, as `puzzle store ls STAGE` prints it")
+        raise SpecError(f"{key!r} is no key of an artifact: give stage/vN/digest, as `puzzle store ls` prints it")
     return key
 
 
-def name_of(files: dict[str, StoredFile]) -> str:
-    """A name that is equal for equal files."""
+def content_name(files: dict[str, StoredFile]) -> str:
+    """A name that is equal for files of equal names and content."""
     listing = canonical_json({name: entry.sha256 for name, entry in files.items()})
     return hashlib.sha256(listing.encode()).hexdigest()[:16]

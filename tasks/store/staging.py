@@ -1,4 +1,4 @@
-"""Directories that files are written into before they are published, and what killed processes left of them."""
+"""Staging directories: files are written there before they are published. Those of killed processes are removed."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ from puzzle_core.errors import StorageError
 
 @contextlib.contextmanager
 def directory_in_use(parent: Path) -> Iterator[Path]:
-    """A new directory, removed afterwards, with a lock that tells others on this machine that its maker lives."""
+    """Make a directory, and remove it afterwards. A lock on it tells other processes that its maker still runs."""
     while True:
         directory = parent / f"{socket.gethostname()}-{uuid.uuid4().hex}"
         try:
@@ -26,7 +26,7 @@ def directory_in_use(parent: Path) -> Iterator[Path]:
             handle = os.open(directory, os.O_RDONLY)
         except FileNotFoundError:
             continue
-        with contextlib.suppress(OSError):  # a file system without locks: what is left there stays there
+        with contextlib.suppress(OSError):  # on a file system without locks, abandoned directories stay
             fcntl.flock(handle, fcntl.LOCK_EX)
         if directory.exists():
             break
@@ -39,7 +39,7 @@ def directory_in_use(parent: Path) -> Iterator[Path]:
 
 
 def clear_abandoned(parent: Path) -> None:
-    """Remove what killed processes of this machine were staging: children are large."""
+    """Remove the staging directories of killed processes of this machine: children are large."""
     for directory in parent.glob(f"{socket.gethostname()}-*"):
         with contextlib.suppress(OSError):
             handle = os.open(directory, os.O_RDONLY)
@@ -51,9 +51,12 @@ def clear_abandoned(parent: Path) -> None:
 
 
 def move_into_place(staged: Path, final: Path, record: str) -> None:
-    """Rename, which is atomic; a whole artifact that is there stays, and one without a record is put aside."""
+    """Rename a staging directory, which is atomic.
+
+    A whole artifact at `final` stays as it is; a directory without the file `record` there is removed first.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
-    _finish(staged)
+    _sync(staged)
     while True:
         try:
             os.rename(staged, final)
@@ -69,7 +72,7 @@ def move_into_place(staged: Path, final: Path, record: str) -> None:
 
 @contextlib.contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """Say what a disk that takes no more says.
+    """Turn the errors of a full or read-only disk into a StorageError.
 
     Raises:
         StorageError: the disk is full, or not writable.
@@ -77,22 +80,22 @@ def writing_to(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = _no_more_room(error)
+        reason = _disk_refusal(error)
         if not reason:
             raise
-        named = getattr(error, "filename", None) or place
-        raise StorageError(f"cannot write to {named}: {reason}; free some space or choose another place") from error
+        path = getattr(error, "filename", None) or place
+        raise StorageError(f"cannot write to {path}: {reason}; free some space or choose another place") from error
 
 
-def _no_more_room(error: Exception) -> str | None:
-    """What a full or read-only disk says for itself; none for any other error."""
-    found = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors passes on the system's errors
-    code = error.errno if isinstance(error, OSError) else int(found.group(1)) if found else None
+def _disk_refusal(error: Exception) -> str | None:
+    """The system's message of a full or read-only disk; none for any other error."""
+    match = re.search(r"\(os error (\d+)\)", str(error))  # safetensors reports the system's errors in this form
+    code = error.errno if isinstance(error, OSError) else int(match.group(1)) if match else None
     return os.strerror(code) if code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES) else None
 
 
-def _finish(directory: Path) -> None:
-    """Bring all files to the disk, and let others read them where the umask does: safetensors makes private ones."""
+def _sync(directory: Path) -> None:
+    """Flush all files to the disk, and give them the umask's permissions: safetensors makes files private."""
     allowed = directory.stat().st_mode & 0o666
     for path in directory.rglob("*"):
         if path.is_file():

@@ -1,9 +1,10 @@
-"""The artifact store: a local directory or `s3://bucket/prefix`, which behave alike.
+"""The artifact store: a local directory or `s3://bucket/prefix`, with the same behaviour.
 
-An artifact is `<root>/<key>/`: its files, then `record.json`, written last. Without a record it does not exist, so a
-crash at any moment leaves only whole artifacts. Artifacts are immutable and keyed by content. In a bucket the files
-lie below a directory named by their content, so two writers of one key never overwrite each other's, and the record
-is created only where there is none: the first one is the artifact. What is read is checked against the record.
+An artifact is `<root>/<key>/`: its files, then `record.json`, written last. Without `record.json` it does not exist, so
+a crash at any moment leaves only whole artifacts. Artifacts never change; their keys are digests of their work. In a
+bucket the files lie in a directory named by their content, so two writers of one key never overwrite each other's
+files, and the record is created only if there is none: the first writer's becomes the artifact. Files are checked
+against the record when they are read.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, TypeVar
 
 from puzzle_core.errors import ArtifactError, DamagedError
 from puzzle_core.quantities import parse_memory
@@ -23,14 +24,15 @@ from puzzle_core.records import Record, Work, digest_file
 from puzzle_core.spec import RuntimeSpec
 from tasks.store.bucket import Bucket, Entry
 from tasks.store.cache import Cache
-from tasks.store.manifest import KEY, MANIFEST, Manifest, StoredFile, check_key, name_of
-from tasks.store.packs import Seen, packed_together, read_pack, write_pack
+from tasks.store.manifest import KEY, MANIFEST, Manifest, StoredFile, check_key, content_name
+from tasks.store.packs import RecordText, pack_groups, read_pack, write_pack
 from tasks.store.staging import clear_abandoned, directory_in_use, move_into_place, writing_to
 
 DOWNLOADS = 2
-"""How often a file is fetched before the bucket's copy counts as damaged, and not the way from there."""
+"""Downloads of one file with a wrong digest after which the bucket's copy, not the transfer, counts as damaged."""
 
 OnCorruption = Literal["refuse", "recompute"]
+R = TypeVar("R", bound=Record)
 
 
 class Store:
@@ -38,7 +40,7 @@ class Store:
 
     @classmethod
     def of(cls, runtime: RuntimeSpec) -> "Store":
-        """The store that a run's settings name, or a command's, which go by the defaults but for its place."""
+        """The store that these runtime settings name."""
         cache_bytes = parse_memory(runtime.cache_size).value
         return cls(runtime.store, Path(runtime.scratch) / "store-cache", cache_bytes, runtime.on_corruption)
 
@@ -49,13 +51,13 @@ class Store:
         cache_bytes: float = 20 * 2**30,
         on_corruption: OnCorruption = "refuse",
     ):
-        """Open a store; a bucket is not asked before it is needed.
+        """Open a store; sends no request to a bucket yet.
 
         Args:
             url: a directory, or an fsspec URL such as `s3://bucket/prefix` (credentials from the environment).
-            cache: local directory for the files of remote artifacts.
-            cache_bytes: what these may take; what is being read may exceed it.
-            on_corruption: leave a damaged artifact where it is, or remove it, so that the next run makes it again.
+            cache: local directory for copies of remote artifacts.
+            cache_bytes: limit of these copies; those that tasks are reading may exceed it.
+            on_corruption: "refuse" leaves a damaged artifact; "recompute" removes it, so the next run makes it again.
 
         Raises:
             SpecError: the URL's protocol is unknown, or the URL holds credentials.
@@ -65,18 +67,18 @@ class Store:
         self._root = Path(url)
         self._bucket = None if self.is_local else Bucket(url)
         self._cache = Cache(cache, cache_bytes)
-        self._tags: dict[str, str] = {}  # of the bucket's records by key, as last listed
-        self._seen: dict[str, Seen] = {}  # records of the bucket's artifacts, which do not change
+        self._tags: dict[str, str] = {}  # tags of the bucket's records by key, as last listed
+        self._texts: dict[str, RecordText] = {}  # records of the bucket's artifacts, which do not change
         self._manifests: dict[str, Manifest] = {}  # the same, parsed
         self._fetching: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     @property
     def place(self) -> str:
-        """One name for the store, wherever a run was started."""
+        """The store's absolute name: equal for runs started in different directories."""
         return str(self._root.resolve()) if self.is_local else self.url.rstrip("/")
 
     def has(self, key: str) -> bool:
-        """Whether this artifact is there, whole."""
+        """Whether the store has this artifact."""
         if self._bucket is None:
             return (self._root / key / MANIFEST).exists()
         return self._bucket.exists(f"{key}/{MANIFEST}")
@@ -87,13 +89,13 @@ class Store:
         return {key for key in records if KEY.fullmatch(key)}
 
     def listing(self, prefix: str = "") -> dict[str, Entry]:
-        """Every file below a prefix, those of artifacts that are not whole too, by path."""
+        """Every file below a prefix, by path; files without a manifest are included."""
         if self._bucket is None:
             return dict(_walk(self._root, prefix))
-        found = self._bucket.listing(prefix)
+        entries = self._bucket.listing(prefix)
         ending = f"/{MANIFEST}"
-        self._tags |= {path.removesuffix(ending): entry.tag for path, entry in found.items() if path.endswith(ending)}
-        return found
+        self._tags |= {path.removesuffix(ending): entry.tag for path, entry in entries.items() if path.endswith(ending)}
+        return entries
 
     def manifest(self, key: str) -> Manifest:
         """The manifest of an artifact.
@@ -104,47 +106,65 @@ class Store:
         return self.manifests([key])[key]
 
     def manifests(self, keys: Iterable[str]) -> dict[str, Manifest]:
-        """The manifests of many artifacts, read side by side; what was read before is not asked for again.
+        """The manifests of many artifacts, read in parallel. A bucket's manifest is read once per process.
 
         Raises:
             ArtifactError: one is not in the store, or not readable.
-            SpecError: one is no key of an artifact, but for instance a path that leaves the store.
+            SpecError: one does not have the form of a key.
         """
         wanted = [check_key(key) for key in dict.fromkeys(keys)]
         if self._bucket is None:
             return {key: self._parse(key, _read(self._root / key / MANIFEST)) for key in wanted}
         unknown = [key for key in wanted if key not in self._manifests]
-        for together in packed_together(wanted) if unknown else ():
-            self._seen |= read_pack(self._bucket, together, self._tags)
-        tags = {key: self._tags.get(key, "") for key in unknown if key not in self._seen}
+        for group in pack_groups(wanted) if unknown else ():
+            self._texts |= read_pack(self._bucket, group, self._tags)
+        tags = {key: self._tags.get(key, "") for key in unknown if key not in self._texts}
         answers = self._bucket.read_all([f"{key}/{MANIFEST}" for key in tags])
-        self._seen |= {key: Seen(tag, answers[p]) for key, tag in tags.items() if (p := f"{key}/{MANIFEST}") in answers}
+        self._texts |= {
+            key: RecordText(tag, answers[p]) for key, tag in tags.items() if (p := f"{key}/{MANIFEST}") in answers
+        }
         for key in unknown:
-            self._manifests[key] = self._parse(key, self._seen[key].text if key in self._seen else None)
+            self._manifests[key] = self._parse(key, self._texts[key].text if key in self._texts else None)
         return {key: self._manifests[key] for key in wanted}
 
-    def pack(self, keys: Iterable[str]) -> None:
-        """Have the manifests of many artifacts come in one piece whenever just these are asked for together.
+    def record(self, kind: type[R], key: str) -> R:
+        """The stage's record of an artifact.
+
+        Raises:
+            ArtifactError: it is not in the store, or its manifest is not readable.
+        """
+        return kind.model_validate(self.manifest(key).record)
+
+    def records(self, kind: type[R], keys: Iterable[str]) -> dict[str, R]:
+        """The records of many artifacts of one stage, by key, read as `manifests` reads them.
 
         Raises:
             ArtifactError: one is not in the store, or not readable.
         """
-        groups = packed_together(dict.fromkeys(keys))
+        return {key: kind.model_validate(manifest.record) for key, manifest in self.manifests(keys).items()}
+
+    def pack(self, keys: Iterable[str]) -> None:
+        """Write the manifests of these artifacts as packs, which later calls of `manifests` with the same keys read.
+
+        Raises:
+            ArtifactError: one is not in the store, or not readable.
+        """
+        groups = pack_groups(dict.fromkeys(keys))
         if self._bucket is None or not groups:
             return
-        for together in groups:
-            if any(key not in self._tags for key in together):
-                self.listing(together[0].partition("/")[0])
-            for key in together:  # read before it was listed: nobody can say whether as it is listed
-                if key in self._seen and self._seen[key].tag != self._tags.get(key):
-                    del self._seen[key], self._manifests[key]
-            self.manifests(together)
-            write_pack(self._bucket, together, self._tags, self._seen)
+        for group in groups:
+            if any(key not in self._tags for key in group):
+                self.listing(group[0].partition("/")[0])
+            for key in group:  # read under another tag than the one now listed: read it again
+                if key in self._texts and self._texts[key].tag != self._tags.get(key):
+                    del self._texts[key], self._manifests[key]
+            self.manifests(group)
+            write_pack(self._bucket, group, self._tags, self._texts)
 
     def fetch(self, key: str) -> Path:
         """A local directory with the artifact's files, checked against their digests once per process.
 
-        Those of a bucket's artifact stay there until the end of the enclosing `reading()`.
+        Copies of a bucket's files stay until the end of the enclosing `pin_entries()`.
 
         Raises:
             ArtifactError: the artifact is missing.
@@ -157,18 +177,18 @@ class Store:
             with writing_to(self._cache.directory):
                 try:
                     return self._download(self.manifest(key))
-                except FileNotFoundError:  # it may have been made anew since we read its manifest
+                except FileNotFoundError:  # it may have been replaced after its manifest was read
                     self._forget(key)
                 manifest = self.manifest(key)
                 try:
                     return self._download(manifest)
                 except FileNotFoundError as error:
                     name = str(error)
-                    self._refuse(key, name, manifest.files[name])
+                    self._raise_damaged(key, name, manifest.files[name])
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
-        """A directory to write an artifact's files into, on the disk where they will stay; removed afterwards.
+        """A directory for an artifact's files, on the disk where they will stay; removed afterwards.
 
         Raises:
             StorageError: the disk is full, or not writable.
@@ -181,7 +201,13 @@ class Store:
                 yield directory
 
     def publish(self, work: Work, record: Record, staged: Path, made_by: str) -> None:
-        """Make the staged files, with this record, the artifact of `work`, unless there is one already.
+        """Make the staged files and this record the artifact of `work`, unless the store has it.
+
+        Args:
+            work: what the stage was asked.
+            record: what it answers.
+            staged: a directory of `staging`.
+            made_by: the name of the run.
 
         Raises:
             StorageError: the bucket refuses, or gives no good answer.
@@ -195,7 +221,7 @@ class Store:
             files=files,
             made_by=made_by,
             made_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            place="" if self.is_local else name_of(files),
+            place="" if self.is_local else content_name(files),
         )
         if self._bucket is None:
             manifest.write(staged / MANIFEST)
@@ -204,10 +230,10 @@ class Store:
             self._cache.adopt(work.key, staged, manifest.place)
 
     def delete(self, key: str) -> None:
-        """Remove an artifact, its manifest first; what refers to it is not asked.
+        """Remove an artifact, its manifest first; artifacts that refer to it stay.
 
         Raises:
-            SpecError: this is no key of an artifact.
+            SpecError: this does not have the form of a key.
         """
         check_key(key)
         if self._bucket is None:
@@ -227,26 +253,26 @@ class Store:
             self._bucket.remove([path])
 
     def drop_unfinished_uploads(self, before_s: float, dry_run: bool) -> int:
-        """Drop uploads in parts that began before a moment and never ended.
+        """Abort unfinished multipart uploads that began before `before_s` (epoch seconds).
 
         Returns:
-            How many.
+            How many there are; with `dry_run` none is aborted.
         """
         if self._bucket is None:
             return 0
-        old = [upload for upload, began_s in self._bucket.unfinished_uploads().items() if began_s < before_s]
+        old = [upload for upload, started_s in self._bucket.unfinished_uploads().items() if started_s < before_s]
         for path, upload in () if dry_run else old:
             self._bucket.abort_upload(path, upload)
         return len(old)
 
     def damage(self, key: str) -> dict[str, str]:
-        """What is wrong with an artifact, by file, after a look at every byte that the store holds; not of copies."""
+        """What is wrong with an artifact, by file. Reads every byte in the store itself, not in the cache."""
         manifest = self.manifest(key)
-        found = {name: self._found(manifest, name) for name in manifest.files}
-        return {name: said for name, said in found.items() if said}
+        damage = {name: self._damage(manifest, name) for name in manifest.files}
+        return {name: what for name, what in damage.items() if what}
 
     def _upload(self, bucket: Bucket, manifest: Manifest, paths: dict[str, Path]) -> bool:
-        """Whether these files are the artifact now; if another writer was first with others, ours are removed."""
+        """Upload files, and return whether they are the artifact; if another writer was first, remove them."""
         key, prefix = manifest.key, f"{manifest.key}/{manifest.place}"
         for name, path in paths.items():
             bucket.put(path, f"{prefix}/{name}")
@@ -258,17 +284,17 @@ class Store:
         return False
 
     def _download(self, manifest: Manifest) -> Path:
-        """Fetch what the cache lacks, and check what it has.
+        """Download the files that the cache lacks, and check those that it has.
 
         Raises:
-            FileNotFoundError: the bucket lacks a file, whose name it is.
+            FileNotFoundError: the bucket lacks a file; its argument is the file's name.
         """
         assert self._bucket is not None
-        directory = self._cache.hold(manifest.key) / manifest.place
+        directory = self._cache.pin(manifest.key) / manifest.place
         for name, entry in manifest.files.items():
             file, label = directory / name, f"{manifest.key}/{name}"
-            there = file.is_file() and file.stat().st_size == entry.size_bytes
-            if not (there and (label in self._checked or digest_file(file) == entry.sha256)):
+            cached = file.is_file() and file.stat().st_size == entry.size_bytes
+            if not (cached and (label in self._checked or digest_file(file) == entry.sha256)):
                 self._download_file(self._bucket, manifest, name, file)
             self._checked.add(label)
         return directory
@@ -284,19 +310,19 @@ class Store:
                 if sha256 == entry.sha256:
                     partial.replace(file)
                     return
-        self._refuse(manifest.key, name, entry)
+        self._raise_damaged(manifest.key, name, entry)
 
     def _check_local(self, manifest: Manifest) -> Path:
         for name, entry in manifest.files.items():
             label = f"{manifest.key}/{name}"
             if label not in self._checked:
-                if self._found(manifest, name):
-                    self._refuse(manifest.key, name, entry)
+                if self._damage(manifest, name):
+                    self._raise_damaged(manifest.key, name, entry)
                 self._checked.add(label)
         return self._root / manifest.key / manifest.place
 
-    def _found(self, manifest: Manifest, name: str) -> str:
-        """What the store holds in place of a file; empty when it is what the manifest says."""
+    def _damage(self, manifest: Manifest, name: str) -> str:
+        """What the store has in place of a file; empty where the file is as the manifest says."""
         entry, path = manifest.files[name], f"{manifest.key}/{manifest.place}/{name}".replace("//", "/")
         if self._bucket is None:
             file = self._root / path
@@ -312,18 +338,18 @@ class Store:
         altered = ", altered" if size == entry.size_bytes else ""
         return "" if sha256 == entry.sha256 and altered else f"{size:,} bytes{altered}"
 
-    def _refuse(self, key: str, name: str, entry: StoredFile) -> NoReturn:
-        """Say what is damaged, and remove the artifact where the spec wants that.
+    def _raise_damaged(self, key: str, name: str, entry: StoredFile) -> NoReturn:
+        """Raise an error that says what is damaged; remove the artifact first where `on_corruption` is "recompute".
 
         Raises:
             DamagedError: always.
         """
-        now = self._found(self.manifest(key), name) or "something else on its way here"
-        said = f"{key}/{name} in {self.url} is not what was stored ({entry.size_bytes:,} bytes then, {now} now)"
+        now = self._damage(self.manifest(key), name) or "something else after download"
+        message = f"{key}/{name} in {self.url} is not what was stored ({entry.size_bytes:,} bytes then, {now} now)"
         if self._on_corruption == "refuse":
-            raise DamagedError(f"{said}: delete {self.url}/{key} and run again")
+            raise DamagedError(f"{message}: delete {self.url}/{key} and run again")
         self.delete(key)
-        raise DamagedError(f"{said}: it was removed, as runtime.on_corruption says; run again to make it anew")
+        raise DamagedError(f"{message}: it was removed, as runtime.on_corruption says; run again to make it anew")
 
     def _parse(self, key: str, text: bytes | None) -> Manifest:
         if text is None:
@@ -337,8 +363,8 @@ class Store:
         return manifest
 
     def _forget(self, key: str) -> None:
-        for known in (self._manifests, self._seen, self._tags):
-            known.pop(key, None)
+        for cached in (self._manifests, self._texts, self._tags):
+            cached.pop(key, None)
         self._checked -= {label for label in self._checked if label.startswith(f"{key}/")}
         self._cache.drop(key)
 
@@ -350,11 +376,11 @@ def _read(file: Path) -> bytes | None:
 
 
 def _walk(root: Path, prefix: str) -> Iterator[tuple[str, Entry]]:
-    """Files below a local root, those that are being staged left out."""
+    """Files below a local root by relative path, without the staging directory."""
     for directory, names, files in os.walk(root / prefix):
         names[:] = [name for name in names if not name.startswith(".")]
         for name in files:
             path = Path(directory, name)
             with contextlib.suppress(FileNotFoundError):
-                found = path.stat()
-                yield path.relative_to(root).as_posix(), Entry(found.st_size, found.st_mtime, "")
+                status = path.stat()
+                yield path.relative_to(root).as_posix(), Entry(status.st_size, status.st_mtime, "")

@@ -1,6 +1,6 @@
 """The steps of the lineage as models for MLflow: parent, library, scores, costs, architecture; and their tables.
 
-A step names what it was made from by key, and has beside it a table of the artifacts in the store that it stands for.
+A step names its sources by key. Its model has a table of the artifacts that it consists of.
 """
 
 import csv
@@ -9,31 +9,27 @@ import io
 from collections.abc import Iterable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
-from puzzle_core.records import Record
 from puzzle_core.report.units import count_text, number_text, percent_text
 from puzzle_core.search.search_record import FoundArchitecture, RefineRecord, SearchRecord
 from puzzle_core.sizes import architecture_parameters
 from puzzle_core.work import BldRecord, GkdRecord
 from tasks.runtime.context import RunContext
-from tasks.store.garbage import references
 from tasks.store.store import Store
 from tasks.tracking.tracked_models import Model, Values, allowed_name
 
-R = TypeVar("R", bound=Record)
 TABLE = "artifacts.csv"
 COLUMNS = ("stage", "key", "uri", "bytes", "sha256_of_record", "made_by", "made_at")
 CURVE_POINTS = 100
 
 
 class Steps:
-    """A plan's models, from the parent to the architecture; each is put together when it is first asked for."""
+    """The models of a plan, from the parent to the architecture; each is built when it is first read."""
 
     def __init__(self, plan: Plan, context: RunContext):
-        self._plan, self._context, self._store = plan, context, context.store()
+        self._plan, self._store = plan, context.store()
         self.bld = [work.key for work in plan.all_bld()]
         self.scored = [work.key for work in plan.all_scores()]
         tokens = [plan.tokens(split).key for split in ("calibration", "bld")]
@@ -42,18 +38,18 @@ class Steps:
         self.cost_keys = tuple(work.key for work in plan.costs().values())
 
     def all(self) -> list[Model]:
-        """Every step, each after what it was made from."""
-        found = [self.parent, self.library, self.scores, self.costs, self.architecture]
-        return found if self.answer.key == self.architecture.key else [*found, self.answer]
+        """Every step, each after its sources."""
+        steps = [self.parent, self.library, self.scores, self.costs, self.architecture]
+        return steps if self.answer.key == self.architecture.key else [*steps, self.answer]
 
     @property
     def descent(self) -> dict[str, str]:
-        """Where a child comes from, by key."""
+        """The keys of the steps that the child is made from."""
         return {"parent": self.parent.key, "library": self.library.key, "architecture": self.answer.key}
 
     @cached_property
     def parent(self) -> Model:
-        """The parent."""
+        """The parent model."""
         shape, path = self._plan.inputs.shape, self._plan.spec.parent.path
         parameters = architecture_parameters(shape, Architecture.of_parent(shape))
         return Model(
@@ -66,7 +62,7 @@ class Steps:
 
     @cached_property
     def library(self) -> Model:
-        """The trained variants."""
+        """The block library: all trained variants."""
         spec, layers = self._plan.spec, len(self._plan.layers)
         return Model(
             kind="block-library",
@@ -76,12 +72,12 @@ class Steps:
             headline=f"{len(self.bld)} variants of {layers} layers, {count_text(spec.bld.tokens)} tokens each",
             about={"parent": self.parent.key, "variants": len(self.bld)} | spec.bld.model_dump(exclude={"optimizer"}),
             files=partial(self._table, self.library_keys),
-            curve=lambda: [p for key in self.bld for p in bld_curve(record_of(BldRecord, key, self._context))],
+            curve=lambda: [p for key in self.bld for p in bld_curve(self._store.record(BldRecord, key))],
         )
 
     @cached_property
     def scores(self) -> Model:
-        """What each block costs, alone in the parent."""
+        """The replace-1-block scores."""
         spec = self._plan.spec.scoring
         return Model(
             kind="scores",
@@ -95,7 +91,7 @@ class Steps:
 
     @cached_property
     def costs(self) -> Model:
-        """What every variant costs on the target."""
+        """The costs of every variant on the target."""
         target, scenarios = self._plan.spec.target, self._plan.spec.scenarios
         traffic = "; ".join(f"{s.name}, batch {', '.join(map(str, s.batch_sizes))}" for s in scenarios)
         return Model(
@@ -110,85 +106,71 @@ class Steps:
 
     @cached_property
     def architecture(self) -> Model:
-        """What the search chose."""
-        chosen = record_of(SearchRecord, self._search, self._context).chosen
-        return self._found("architecture", self._search, (self.scores.key, self.costs.key), chosen, "")
+        """The architecture that the search chose."""
+        key = self._plan.search().key
+        chosen = self._store.record(SearchRecord, key).chosen
+        return self._architecture("architecture", key, (self.scores.key, self.costs.key), chosen, "")
 
     @cached_property
     def answer(self) -> Model:
-        """The architecture of the child: the search's own, or the best of those measured."""
+        """The architecture of the child: the search's choice, or the best measured candidate where it was refined."""
         refine = self._plan.refine()
         if refine is None:
             return self.architecture
-        record = record_of(RefineRecord, refine.key, self._context)
+        record = self._store.record(RefineRecord, refine.key)
         best = record.candidates[record.chosen]
-        said = f"measured KL {number_text(best.measured_kl)}, best of {len(record.candidates)}; "
-        return self._found("refined", refine.key, (self.architecture.key, self.library.key), best.found, said)
+        remark = f"measured KL {number_text(best.measured_kl)}, best of {len(record.candidates)}; "
+        return self._architecture("refined", refine.key, (self.architecture.key, self.library.key), best.found, remark)
 
-    @cached_property
-    def _search(self) -> str:
-        return self._plan.search().key
-
-    def _found(self, name: str, key: str, sources: tuple[str, ...], found: FoundArchitecture, said: str) -> Model:
+    def _architecture(
+        self, name: str, key: str, sources: tuple[str, ...], found: FoundArchitecture, remark: str
+    ) -> Model:
         used = [f"{use.name} {use.asked} used to {percent_text(use.used / use.allowed)}" for use in found.limits]
-        about: dict[str, Any] = {"library": self.library.key, "score": found.score}
+        about: dict[str, object] = {"library": self.library.key, "score": found.score}
         return Model(
             kind="architecture",
             name=f"{name}-{self._plan.spec.name}",
             key=key,
             sources=sources,
-            headline=f"{said}predicted score {number_text(found.score)}; {', '.join(used)}",
+            headline=f"{remark}predicted score {number_text(found.score)}; {', '.join(used)}",
             about=about | {f"layer.{layer}": str(block) for layer, block in enumerate(found.architecture.layers)},
             files=partial(self._table, (key,)),
         )
 
     def _table(self, keys: tuple[str, ...]) -> dict[str, str]:
-        there = self._store.keys()  # a search does not need what its library was trained on
-        return {TABLE: artifact_table(self._store, [key for key in keys if key in there])}
+        stored = self._store.keys()  # the tokens of a library may be gone: later stages do not read them
+        return {TABLE: artifact_table(self._store, [key for key in keys if key in stored])}
 
 
 def artifact_table(store: Store, keys: Iterable[str]) -> str:
-    """Stage, key, place, bytes, and digest of the record of artifacts, as CSV; the digest is that of `record.json`."""
+    """Artifacts as CSV, with the columns COLUMNS; the digest is that of the file `record.json`."""
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
     rows.writerow(COLUMNS)
     for key, manifest in store.manifests(keys).items():
         digest = hashlib.sha256(f"{manifest.model_dump_json(indent=1)}\n".encode()).hexdigest()
-        where = uri_of(store, key)
-        rows.writerow([key.split("/")[0], key, where, manifest.size_bytes, digest, manifest.made_by, manifest.made_at])
+        uri = uri_of(store, key)
+        rows.writerow([key.split("/")[0], key, uri, manifest.size_bytes, digest, manifest.made_by, manifest.made_at])
     return out.getvalue()
 
 
-def ancestors(store: Store, keys: Iterable[str]) -> list[str]:
-    """These artifacts and all in the store that they descend from, by stage."""
-    there, found, waiting = store.keys(), set[str](), set(keys)
-    while waiting:
-        found |= waiting
-        named = {key for manifest in store.manifests(waiting).values() for key in references(manifest)}
-        waiting = (named & there) - found
-    return sorted(found)
-
-
 def uri_of(store: Store, key: str) -> str:
-    """Where an artifact lies, for whoever reads it elsewhere."""
+    """The URI of an artifact, which is valid in any directory."""
     return f"{store.place}/{key}"
 
 
 def bld_curve(trained: BldRecord) -> Values:
-    """At most so many points of a curve, the last one among them."""
+    """BLD loss by step: at most CURVE_POINTS points, the last one among them."""
     name, steps = f"bld/layer {trained.layer:02d} {trained.variant}", len(trained.curve)
     every = -(-steps // CURVE_POINTS)
     return [(name, trained.curve[step - 1], step) for step in range(steps, 0, -every)][::-1]
 
 
 def gkd_curve(distilled: GkdRecord) -> Values:
+    """GKD loss and its terms by step."""
     curve = enumerate(distilled.curve, start=1)
     return [(f"gkd/{name}", value, step) for step, terms in curve for name, value in terms.items()]
 
 
 def _digest(keys: list[str]) -> str:
     return hashlib.sha256(" ".join(keys).encode()).hexdigest()[:40]
-
-
-def record_of(kind: type[R], key: str, context: RunContext) -> R:
-    return kind.model_validate(context.store().manifest(key).record)

@@ -1,26 +1,38 @@
-"""The lineage of one child as MLflow has it: found by key, name or alias; from its parent down to exported files.
+"""The lineage of one child, read from MLflow: found by key, name or alias, from its parent to exported files.
 
-Nothing but MLflow is asked for it, so it is there where the store is not; the store is only looked at to say what is
-gone from it.
+Only MLflow is read for it, so it is known even without the store. The store is listed only to say what it lacks.
 """
 
 import csv
 import io
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
+from mlflow.entities.model_registry import ModelVersion
 
 from puzzle_core.errors import SpecError, StorageError
 from puzzle_core.spec import RuntimeSpec
+from tasks.store.references import reachable
 from tasks.store.store import Store
 from tasks.tracking.lineage_steps import TABLE
-from tasks.tracking.tracked_models import HEADLINE_TAG, KEY_TAG, all_models, registered, sources_of
-from tasks.tracking.tracking import model_text, tracking_client
+from tasks.tracking.mlflow_client import experiment_ids, mlflow_client, model_text
+from tasks.tracking.tracked_models import (
+    HEADLINE_TAG,
+    KEY_TAG,
+    all_models,
+    by_key,
+    products_of,
+    registered,
+    sources_of,
+)
 
 
 class Artifact(NamedTuple):
-    """One artifact that a step stands for: its key, the store it was put in, and which run made it when."""
+    """One artifact of a step: its key, its store, and which run made it when."""
 
     key: str
     store: str
@@ -29,7 +41,7 @@ class Artifact(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step of the lineage: what it is, what it was made from, the first of which is what it hangs under."""
+    """One step of the lineage; it is shown below the first of its sources."""
 
     kind: str
     name: str
@@ -42,70 +54,69 @@ class Step(NamedTuple):
     path: str | None
 
 
-def lineage_of(uri: str, asked: str) -> list[Step]:
-    """Everything that a child came from, itself, and what was made from it, each after what it was made from.
+def lineage_of(uri: str, name: str) -> list[Step]:
+    """The steps that a child was made from, the child, and the steps made from it, each after its sources.
 
     Args:
         uri: MLflow's tracking URI.
-        asked: a key, the name of a model or a specification, NAME, NAME/NUMBER or NAME@ALIAS of a registered model,
+        name: a key, the name of a model or a specification, NAME, NAME/NUMBER or NAME@ALIAS of a registered model,
             or an alias alone.
 
     Raises:
-        SpecError: there is none of that name; says which there are.
+        SpecError: there is no child of that name; lists the names.
     """
-    client = tracking_client(uri)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    models = list(all_models(client, experiments))
-    child = _asked_for(client, models, asked)
+    client = mlflow_client(uri)
+    models = list(all_models(client, experiment_ids(client)))
+    child = _find_child(client, models, name)
     if child is None:
-        names = sorted({model.name for model in models if model.model_type == "child"})
+        names = sorted({str(model.name) for model in models if model.model_type == "child"})
         names += sorted(model.name for model in client.search_registered_models())
-        raise SpecError(f"MLflow at {uri} knows no child {asked!r}; it knows {', '.join(names) or 'none'}")
-    family = {model.tags[KEY_TAG]: model for model in reversed(models) if model.experiment_id == child.experiment_id}
-    key = child.tags[KEY_TAG]
-    wanted = _reach([key], {name: sources_of(model) for name, model in family.items()})
-    led_to = {name: [other for other in family if name in sources_of(family[other])] for name in family}
-    wanted |= _reach([key], led_to)
-    return [_step(client, uri, family[name]) for name in _ordered(wanted, family)]
+        raise SpecError(f"MLflow at {uri} knows no child {name!r}; it knows {', '.join(names) or 'none'}")
+    family = by_key(model for model in models if model.experiment_id == child.experiment_id)
+    sources = {key: sources_of(model) for key, model in family.items()}
+    wanted = {key for edges in (sources, products_of(family)) for key in _reachable(child.tags[KEY_TAG], edges)}
+    return [_step(client, uri, family[key]) for key in _in_order(wanted & family.keys(), family)]
 
 
 def missing(steps: Iterable[Step], store: str | None) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Keys of artifacts that are gone, by step, and the stores that could not be looked at, with the reason.
+    """Keys of artifacts that their stores lack, by step, and the stores that could not be listed, with the reason.
 
     Args:
-        store: look here, instead of where MLflow says that each artifact was put.
+        steps: of a lineage.
+        store: look in this store instead of the one that MLflow names for each artifact.
     """
-    gone, unreachable, there = dict[str, list[str]](), dict[str, str](), dict[str, set[str]]()
+    gone, unreachable, stored = dict[str, list[str]](), dict[str, str](), dict[str, set[str]]()
     for step in steps:
         for artifact in step.artifacts:
             url = store or artifact.store
-            if url not in there:
-                there[url], said = _keys(url)
-                unreachable |= {url: said} if said else {}
-            if url not in unreachable and artifact.key not in there[url]:
+            if url not in stored:
+                stored[url], reason = _keys(url)
+                unreachable |= {url: reason} if reason else {}
+            if url not in unreachable and artifact.key not in stored[url]:
                 gone.setdefault(step.key, []).append(artifact.key)
     return gone, unreachable
 
 
-def _asked_for(client: Any, models: list[Any], asked: str) -> Any:
-    """The newest model that this may mean."""
-    by_key = {model.tags[KEY_TAG]: model for model in reversed(models)}
-    if asked in by_key:
-        return by_key[asked]
-    for family in client.search_registered_models():
-        found = client.search_model_versions(f"name = '{family.name}'")
+def _find_child(client: MlflowClient, models: list[LoggedModel], name: str) -> LoggedModel | None:
+    """The model of this key, registered name or alias, or the newest model of this name."""
+    models_by_key = by_key(models)
+    if name in models_by_key:
+        return models_by_key[name]
+    for registered_model in client.search_registered_models():
+        family = registered_model.name
+        found = client.search_model_versions(f"name = '{family}'")
         versions = {str(version.version): version for version in found if KEY_TAG in version.tags}
-        labels = {f"{family.name}/{number}": version for number, version in versions.items()}
-        labels |= {family.name: versions[max(versions, key=int)]} if versions else {}
-        aliases = {alias: versions.get(str(number)) for alias, number in family.aliases.items()}
-        labels |= aliases | {f"{family.name}@{alias}": version for alias, version in aliases.items()}
-        if labels.get(asked):
-            return by_key.get(labels[asked].tags[KEY_TAG])
-    named = [model for model in models if model.name in (f"child-{asked}", asked)]
+        aliases = {alias: versions.get(str(number)) for alias, number in registered_model.aliases.items()}
+        labels: dict[str, ModelVersion | None] = {f"{family}/{number}": versions[number] for number in versions}
+        labels |= {family: versions[max(versions, key=int)]} if versions else {}
+        labels |= aliases | {f"{family}@{alias}": version for alias, version in aliases.items()}
+        if version := labels.get(name):
+            return models_by_key.get(version.tags[KEY_TAG])
+    named = [model for model in models if model.name in (f"child-{name}", name)]
     return named[-1] if named else None
 
 
-def _step(client: Any, uri: str, model: Any) -> Step:
+def _step(client: MlflowClient, uri: str, model: LoggedModel) -> Step:
     rows = csv.DictReader(io.StringIO(model_text(uri, model, TABLE) or ""))
     artifacts = [Artifact(r["key"], r["uri"].removesuffix(f"/{r['key']}"), r["made_by"], r["made_at"]) for r in rows]
     versions = []
@@ -113,8 +124,8 @@ def _step(client: Any, uri: str, model: Any) -> Step:
         version = client.get_model_version(name, number)
         versions.append(" ".join([f"{name} {number}", *(f"@{alias}" for alias in version.aliases)]))
     return Step(
-        kind=model.model_type,
-        name=model.name,
+        kind=str(model.model_type),
+        name=str(model.name),
         key=model.tags[KEY_TAG],
         headline=model.tags.get(HEADLINE_TAG, ""),
         noted_at=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(model.creation_timestamp / 1000)),
@@ -125,18 +136,12 @@ def _step(client: Any, uri: str, model: Any) -> Step:
     )
 
 
-def _reach(keys: Iterable[str], edges: dict[str, list[str]]) -> set[str]:
-    found, waiting = set[str](), list(keys)
-    while waiting:
-        key = waiting.pop()
-        if key in edges and key not in found:
-            found.add(key)
-            waiting += edges[key]
-    return found
+def _reachable(key: str, edges: Mapping[str, list[str]]) -> set[str]:
+    return reachable([key], lambda frontier: (end for start in frontier for end in edges.get(start, ())))
 
 
-def _ordered(wanted: set[str], family: dict[str, Any]) -> list[str]:
-    """Each after all that it was made from, in the order they were noted."""
+def _in_order(wanted: set[str], family: dict[str, LoggedModel]) -> list[str]:
+    """Keys in the order of their creation, each after its sources."""
     done: list[str] = []
     left = sorted(wanted, key=lambda key: family[key].creation_timestamp)
     while left:
@@ -147,7 +152,7 @@ def _ordered(wanted: set[str], family: dict[str, Any]) -> list[str]:
 
 
 def _keys(url: str) -> tuple[set[str], str]:
-    """All keys of a store, or why they are not known."""
+    """All keys of a store, and why it cannot be listed, or an empty text."""
     if "://" not in url and not Path(url).is_dir():
         return set(), "there is no such directory here"
     try:

@@ -1,75 +1,86 @@
-"""What outlives a run in MLflow: logged models that carry the key of their artifacts, their links, registered versions.
+"""Lineage in MLflow: logged models that carry the key of their artifacts, links between them, registered versions.
 
-A model is noted once per key and found again, and it names the keys of what it was made from: those are the edges of
-the lineage, from a parent to exported files. All functions may be called again for what was noted before, and then
-add only what is missing. They take an `MlflowClient`; tasks/tracking/tracking.py has it, and calls them.
+There is one logged model per key. It names the keys of the models that it was made from, its sources; these are the
+edges of the lineage, from a parent to exported files. Every function may be called again for the same model, and then
+adds only what is missing.
 """
 
 import json
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
+from mlflow.entities.model_registry import ModelVersion
 
 KEY_TAG, FROM_TAG, HEADLINE_TAG = "puzzle.key", "puzzle.from", "puzzle.headline"
 VERSIONS_TAG = "mlflow.modelVersions"
-"""Of a child: its registered version, as MLflow's pages show it; its server sets this, its database alone does not."""
+"""A child's registered version, which MLflow's pages show. MLflow's server sets this tag; a bare database does not."""
 WHOLE_TAG = "puzzle.whole"
+"""Of a model that has all its files and its curve."""
 NOTE_TAG = "mlflow.note.content"
 MOST_LINKS = 50
 Values = list[tuple[str, float, int]]
+"""Metrics: name, value, step."""
+OLDEST_FIRST = [{"field_name": "creation_timestamp", "ascending": True}]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A step of the lineage as MLflow is to know it. What is costly to say is said when it is asked for."""
+    """A step of the lineage, to be logged as a model. `files` (text by name) and `curve` are computed if needed."""
 
     kind: str
     name: str
     key: str
     sources: tuple[str, ...] = ()
     headline: str = ""
-    about: dict[str, Any] = field(default_factory=dict)
+    about: Mapping[str, object] = field(default_factory=dict)
     files: Callable[[], dict[str, str]] = dict
     curve: Callable[[], Values] = list
 
 
 @dataclass(frozen=True)
 class Version:
-    """A child as a version of the registered model of its parent, and what it is the answer for."""
+    """A child as a version of the registered model `name`; `alias` names the target and scenario that it answers."""
 
     name: str
-    family: str
+    about_name: str
     alias: str
     description: str
     tags: dict[str, str]
 
 
-def note_model(client: Any, experiment: str, model: Model, made_by: str | None) -> Any:
-    """Find the model of this key, or log it.
+def note_model(client: MlflowClient, experiment: str, model: Model, made_by: str | None) -> LoggedModel:
+    """Find the logged model of this key, or log it, and add the sources and the headline that it lacks.
 
     Args:
-        made_by: the run that made it; none for what was found.
+        client: of MLflow.
+        experiment: its id.
+        model: what to log.
+        made_by: the id of the run that made it; none where no tracked run did.
     """
-    found = find_model(client, experiment, model.key)
-    if found is None:
-        params = {name: str(value)[:500] for name, value in ({"key": model.key} | model.about).items()}
-        found = client.create_logged_model(
+    logged = find_model(client, experiment, model.key)
+    if logged is None:
+        params = {name: str(value)[:500] for name, value in ({"key": model.key} | dict(model.about)).items()}
+        logged = client.create_logged_model(
             experiment, model.name, source_run_id=made_by, tags={KEY_TAG: model.key}, params=params,
             model_type=model.kind,
         )  # fmt: skip
-    sources = dict.fromkeys([*found.tags.get(FROM_TAG, "").split(), *model.sources])
+    sources = dict.fromkeys([*sources_of(logged), *model.sources])
     wanted = {FROM_TAG: " ".join(sources), HEADLINE_TAG: model.headline}
-    if changed := {tag: text for tag, text in wanted.items() if text and found.tags.get(tag) != text}:
-        client.set_logged_model_tags(found.model_id, changed)
-    return found
+    if changed := {tag: text for tag, text in wanted.items() if text and logged.tags.get(tag) != text}:
+        client.set_logged_model_tags(logged.model_id, changed)
+    return logged
 
 
-def complete_model(client: Any, model: Model, logged: Any, log_curve: Callable[[Values], None]) -> None:
-    """Give a model its curve and files and call it ready, unless that was done."""
+def complete_model(
+    client: MlflowClient, model: Model, logged: LoggedModel, log_curve: Callable[[Values], None]
+) -> None:
+    """Log a model's curve and files and set it READY, unless that was done before."""
     if WHOLE_TAG in logged.tags:
         return
     log_curve(model.curve())
@@ -81,49 +92,46 @@ def complete_model(client: Any, model: Model, logged: Any, log_curve: Callable[[
     client.set_logged_model_tags(logged.model_id, {WHOLE_TAG: "yes"})
 
 
-def find_model(client: Any, experiment: str, key: str) -> Any:
-    """The model of a key, the first one of an experiment; none where there is none."""
-    oldest_first = [{"field_name": "creation_timestamp", "ascending": True}]
+def find_model(client: MlflowClient, experiment: str, key: str) -> LoggedModel | None:
+    """The oldest logged model of a key in an experiment; none where there is none."""
     only = f"tags.`{KEY_TAG}` = '{key}'"
-    found = client.search_logged_models([experiment], filter_string=only, max_results=1, order_by=oldest_first)
+    found = client.search_logged_models([experiment], filter_string=only, max_results=1, order_by=OLDEST_FIRST)
     return found[0] if found else None
 
 
-def all_models(client: Any, experiments: list[str]) -> Iterator[Any]:
-    """Every model with a key, the oldest first."""
-    token, oldest_first = None, [{"field_name": "creation_timestamp", "ascending": True}]
+def all_models(client: MlflowClient, experiments: list[str]) -> Iterator[LoggedModel]:
+    """Every logged model with a key, the oldest first."""
+    token = None
     while True:
-        page = client.search_logged_models(experiments, order_by=oldest_first, page_token=token)
+        page = client.search_logged_models(experiments, order_by=OLDEST_FIRST, page_token=token)
         yield from (model for model in page if KEY_TAG in model.tags)
         token = page.token
         if not token:
             return
 
 
-def link_models(client: Any, experiment: str) -> None:
-    """Describe every model on its page, with links to what it was made from and to what was made from it."""
-    models = {model.tags[KEY_TAG]: model for model in reversed(list(all_models(client, [experiment])))}
-    led_to = defaultdict(list)
-    for model in models.values():
-        for source in model.tags.get(FROM_TAG, "").split():
-            led_to[source].append(model)
+def link_models(client: MlflowClient, experiment: str) -> None:
+    """Write a description on every model's page, with links to its sources and to the models made from it."""
+    models = by_key(all_models(client, [experiment]))
+    products = products_of(models)
     for key, model in models.items():
-        sources = [models[source] for source in model.tags.get(FROM_TAG, "").split() if source in models]
-        said = [model.tags.get(HEADLINE_TAG, ""), f"Artifact key: `{key}`"]
-        said += [_links("Made from", sources), _links("Led to", led_to[key]), _registered(model)]
-        text = "\n\n".join(filter(None, said))
+        sources = [models[source] for source in sources_of(model) if source in models]
+        made = [models[product] for product in products[key]]
+        paragraphs = [model.tags.get(HEADLINE_TAG, ""), f"Artifact key: `{key}`"]
+        paragraphs += [_links("Made from", sources), _links("Led to", made), _registered_text(model)]
+        text = "\n\n".join(filter(None, paragraphs))
         if model.tags.get(NOTE_TAG) != text:
             client.set_logged_model_tags(model.model_id, {NOTE_TAG: text})
 
 
-def register(client: Any, child: Any, version: Version, run: str) -> None:
-    """Make a child a version of its family, unless it is one; point the alias to it if this answer is new.
+def register(client: MlflowClient, child: LoggedModel, version: Version, run: str) -> None:
+    """Register a child as a version, unless it is one, and set the alias to it if it is a new answer.
 
-    A second run of an older answer leaves the alias where it is.
+    A run that repeats an older answer leaves the alias unchanged.
     """
     key, page = child.tags[KEY_TAG], f"#/experiments/{child.experiment_id}/models/{child.model_id}"
     if not client.search_registered_models(f"name = '{version.name}'"):
-        client.create_registered_model(version.name, description=version.family)
+        client.create_registered_model(version.name, description=version.about_name)
     known = _versions(client, version.name, key)
     if not known:
         about = f"{version.description}\n\nIts card, and what it came from: [{child.name}]({page})"
@@ -133,44 +141,59 @@ def register(client: Any, child: Any, version: Version, run: str) -> None:
         )  # fmt: skip
         known = _versions(client, version.name, key)
     first, *others = known
-    for other in others:  # two runs at once have registered it
+    for other in others:  # two runs have registered it at the same time
         client.delete_model_version(version.name, other.version)
-    where = json.dumps([{"name": version.name, "version": str(first.version)}])
-    if where != child.tags.get(VERSIONS_TAG):
-        client.set_logged_model_tags(child.model_id, {VERSIONS_TAG: where})
+    shown = json.dumps([{"name": version.name, "version": str(first.version)}])
+    if shown != child.tags.get(VERSIONS_TAG):
+        client.set_logged_model_tags(child.model_id, {VERSIONS_TAG: shown})
     answer_for = f"puzzle.answer.{version.alias}"
     if answer_for not in first.tags:
         client.set_registered_model_alias(version.name, version.alias, first.version)
         client.set_model_version_tag(version.name, first.version, answer_for, "yes")
 
 
-def sources_of(model: Any) -> list[str]:
-    """The keys of what a model was made from."""
-    found: list[str] = model.tags.get(FROM_TAG, "").split()
-    return found
+def sources_of(model: LoggedModel) -> list[str]:
+    """The keys of the models that a model was made from."""
+    keys: list[str] = model.tags.get(FROM_TAG, "").split()
+    return keys
+
+
+def by_key(models: Iterable[LoggedModel]) -> dict[str, LoggedModel]:
+    """Models by key, the first of those of one key."""
+    return {model.tags[KEY_TAG]: model for model in reversed(list(models))}
+
+
+def products_of(models: dict[str, LoggedModel]) -> dict[str, list[str]]:
+    """The keys of the models that were made from each key."""
+    products = defaultdict(list)
+    for key, model in models.items():
+        for source in sources_of(model):
+            products[source].append(key)
+    return products
 
 
 def allowed_name(text: str) -> str:
-    """A text as names of registered models and aliases may be."""
+    """The text with characters replaced that MLflow does not take in names of registered models and aliases."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")
 
 
-def _versions(client: Any, name: str, key: str) -> list[Any]:
+def _versions(client: MlflowClient, name: str, key: str) -> list[ModelVersion]:
+    """The registered versions of a key, the oldest first."""
     found = client.search_model_versions(f"name = '{name}' and tags.`{KEY_TAG}` = '{key}'")
     return sorted(found, key=lambda version: int(version.version))
 
 
-def _links(title: str, models: list[Any]) -> str:
+def _links(title: str, models: list[LoggedModel]) -> str:
     lines = [f"- {m.model_type} [{m.name}](#/experiments/{m.experiment_id}/models/{m.model_id})" for m in models]
     more = [f"- and {len(lines) - MOST_LINKS} more"] if len(lines) > MOST_LINKS else []
     return "\n".join([f"{title}:", "", *lines[:MOST_LINKS], *more]) if lines else ""
 
 
-def registered(model: Any) -> list[tuple[str, str]]:
+def registered(model: LoggedModel) -> list[tuple[str, str]]:
     """Name and number of every registered version of a model."""
     return [(version["name"], version["version"]) for version in json.loads(model.tags.get(VERSIONS_TAG, "[]"))]
 
 
-def _registered(model: Any) -> str:
-    found = [f"[{name} {number}](#/models/{name}/versions/{number})" for name, number in registered(model)]
-    return f"Registered: {', '.join(found)}" if found else ""
+def _registered_text(model: LoggedModel) -> str:
+    links = [f"[{name} {number}](#/models/{name}/versions/{number})" for name, number in registered(model)]
+    return f"Registered: {', '.join(links)}" if links else ""

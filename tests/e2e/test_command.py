@@ -7,23 +7,43 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli.main import main
+from flows.cli.main import SUBCOMMANDS, app, main
 from puzzle_core.model.checkpoint import INDEX
 from tests.pico import edit_config, edit_tensors
 from tests.workflow import artifacts, merged, placed, publish_costs, write_spec
 
 ROOT = Path(__file__).parents[2]
+SPEC = ("SPEC", "--set KEY=VALUE")
 HELP = {
-    "run": ["SPEC.yaml", "--set", "KEY=VALUE"],
-    "build-library": ["SPEC.yaml", "--set"],
-    "search": ["SPEC.yaml", "--set"],
-    "train-child": ["SPEC.yaml", "--set"],
-    "check": ["SPEC.yaml", "--set", "plan"],
-    "report": ["RUN", "--store"],
-    "lineage": ["CHILD", "--mlflow", "--store"],
-    "ui": ["--port"],
-    "pretrain-example": ["--out", "--steps", "--processes"],
+    "run": SPEC,
+    "build-library": SPEC,
+    "search": (*SPEC, "--scores", "--costs", "--scenario", "--out", "--score", "--maximise", "--parent"),
+    "targets": (*SPEC, "--targets DIR", "--search"),
+    "train-child": SPEC,
+    "check": (*SPEC, "plan"),
+    "report": ("RUN", "--store"),
+    "export": ("CHILD", "--format", "--out", "--name", "--dtype", "--widths", "grid, pad, any", "--store", "--mlflow"),
+    "lineage": ("CHILD", "--mlflow", "--store"),
+    "bench": (
+        *("CHILD", "--engine", "torch, llama.cpp, vllm", "--out", "--batch", "--context", "--generate", "--dtype"),
+        *("--gguf-type", "--threads", "--rounds", "--python", "--store", "[default: 1 4]"),
+    ),
+    "store": ("ls", "show", "verify", "gc"),
+    "store ls": ("STAGE", "--store"),
+    "store show": ("KEY", "--store"),
+    "store verify": ("STAGE", "--store"),
+    "store gc": ("--dry-run", "--older-than DAYS", "--store"),
+    "import": ("puzzletron", "block-configs"),
+    "import puzzletron": ("DIRECTORY", "--out", "--metric", "--stats KEY=VALUE"),
+    "import block-configs": ("CONFIG", "--out"),
+    "export-config": ("ANSWER", "--parent-config", "--out"),
+    "export-library": (*SPEC, "--out"),
+    "up": ("--prefect-port PORT", "--mlflow-port PORT"),
+    "down": (),
+    "ui": ("--port",),
+    "pretrain-example": ("--out", "--steps", "--processes"),
 }
+HEAVY = ("torch", "transformers", "prefect", "mlflow", "pandas")
 
 
 @pytest.fixture
@@ -63,20 +83,77 @@ def in_order(text, *wanted):
 
 
 @pytest.mark.parametrize("name", HELP)
-def test_every_subcommand_explains_its_arguments(name, command, capsys):
-    with pytest.raises(SystemExit) as ended:
-        command(name, "--help")
-    shown = capsys.readouterr().out
-    assert ended.value.code == 0
-    assert not [wanted for wanted in HELP[name] if wanted not in shown]
+def test_every_subcommand_explains_its_arguments(name, command):
+    code, shown, errors = command(*name.split(), "--help")
+    assert (code, errors) == (0, "")
+    assert shown.startswith(f"Usage: puzzle {name} ")
+    words = " ".join(shown.replace("│", " ").split())
+    assert not [wanted for wanted in ("--debug", *HELP[name]) if wanted not in words], shown
 
 
-def test_help_names_every_subcommand(command, capsys):
-    with pytest.raises(SystemExit) as ended:
-        command("--help")
-    shown = capsys.readouterr().out
-    assert ended.value.code == 0
-    assert not [name for name in HELP if f"    {name}" not in shown]
+def test_help_names_every_subcommand(command):
+    code, shown, errors = command("--help")
+    assert (code, errors) == (0, "")
+    rows = [line.strip("│ ").split("  ")[0] for line in shown.splitlines()]
+    assert [name for name in rows if name in HELP] == list(SUBCOMMANDS)
+    assert {name for name in HELP if " " not in name} == SUBCOMMANDS.keys()
+    assert "--debug" in shown
+
+
+def test_help_of_every_subcommand_imports_no_heavy_package():
+    """All modules of subcommands, in a process that has imported nothing else."""
+    probe = (
+        "import sys; from flows.cli.main import main; "
+        f"codes = [main([*name.split(), '--help']) for name in {list(HELP)}]; "
+        f"print(set(codes), [name for name in {HEAVY} if name in sys.modules])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "{0} []"
+
+
+def test_help_of_the_command_imports_no_module_of_a_subcommand():
+    probe = (
+        "import sys; from flows.cli.main import main; main(['--help']); "
+        "print(sorted(name for name in sys.modules if name.startswith('flows.cli.') or name.startswith('pydantic')))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['flows.cli.main']"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("store",),
+        ("nothing",),
+        ("check",),
+        ("check", "--nothing"),
+        ("check", "a.yaml", "b.yaml"),
+        ("ui", "--port", "x"),
+    ],
+)
+def test_wrong_usage_has_its_own_exit_code(arguments, command):
+    code, _, errors = command(*arguments)
+    assert code == 2
+    assert "Traceback" not in errors
+
+
+def test_an_interrupt_has_its_own_exit_code(command, monkeypatch, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flows.cli.flow_commands.load_spec", interrupt)
+    code, shown, errors = command("check", tmp_path / "spec.yaml")
+    assert (code, shown) == (130, "")
+    assert errors == "puzzle: interrupted; finished artifacts are in the store, run again to continue\n"
+
+
+@pytest.mark.parametrize("shell_name", ["bash", "zsh", "fish"])
+def test_completion_knows_subcommands_and_their_options(shell_name):
+    script = app.generate_completion(shell=shell_name)
+    assert not [word for word in (*SUBCOMMANDS, "older-than", "parent-config", "gguf-type") if word not in script]
 
 
 def test_check_prints_what_is_to_do_and_does_nothing(content, command, tmp_path):
@@ -121,7 +198,7 @@ def test_a_report_that_is_not_there_is_said_with_those_that_are(finished, comman
     assert (code, shown) == (1, "")
     assert said.startswith("puzzle: ")
     assert "'nobody'" in said
-    assert "reports there: pico" in said
+    assert "its reports: pico" in said
 
 
 def forget_a_shard(directory):

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 FLOWS = {"puzzle", "build-library", "search-architecture", "train-child", "research-targets"}
 ENDLESS = 1_000_000  # epochs
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 class Up(NamedTuple):
@@ -71,7 +71,7 @@ class Up(NamedTuple):
     def state(self, run):
         return self.call("GET", f"/flow_runs/{run}")[1]["state"]
 
-    def ended(self, run, seconds=240):
+    def ended(self, run, seconds=900):
         deadline = time.monotonic() + seconds
         while self.state(run)["type"] not in ENDED and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -104,8 +104,9 @@ class Up(NamedTuple):
 
 def act(action, place, ports):
     """`make up` and `make down`, which are one line each."""
-    command = [sys.executable, "-m", "flows.services.up", action]
-    command += ["--prefect-port", str(ports.prefect), "--mlflow-port", str(ports.mlflow)]
+    command = [sys.executable, "-m", "flows.cli", action]
+    if action == "up":
+        command += ["--prefect-port", str(ports.prefect), "--mlflow-port", str(ports.mlflow)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
 
@@ -118,10 +119,10 @@ def _started(tmp_path_factory):
     shipped = (ROOT / "prefect.yaml").read_text()
     assert shipped.count("active: true") == 1
     (place / "prefect.yaml").write_text(shipped.replace("active: true", "active: false"))
-    done = act("start", place, ports)
+    done = act("up", place, ports)
     assert done.returncode == 0, done.stderr
     yield Up(place, ports, done.stdout)
-    act("stop", place, ports)
+    act("down", place, ports)
     assert processes(place) == {}
 
 
@@ -129,8 +130,8 @@ def _started(tmp_path_factory):
 def up(_started):
     """The services as a start leaves them: all of them answer, and no run is open, before the test and after it."""
     if not _started.is_up():  # the test before has failed
-        act("stop", _started.place, _started.ports)
-        assert act("start", _started.place, _started.ports).returncode == 0
+        act("down", _started.place, _started.ports)
+        assert act("up", _started.place, _started.ports).returncode == 0
     yield _started
     if _started.is_up():
         for run in _started.running():
@@ -189,7 +190,7 @@ def test_every_flow_is_there_to_be_started(up):
 
 def test_a_second_start_is_refused_and_changes_nothing(up):
     before = processes(up.place).keys()
-    done = act("start", up.place, up.ports)
+    done = act("up", up.place, up.ports)
     assert done.returncode == 1
     assert "running already" in done.stderr
     assert processes(up.place).keys() >= {pid for pid in before if (Path("/proc") / str(pid)).exists()}
@@ -288,11 +289,11 @@ def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, v
     before = up.call("POST", "/flow_runs/count", {})[1]
     assert running_api(home) == f"http://127.0.0.1:{up.ports.prefect}/api"
     cancelled = start_training(up, endless)
-    done = act("stop", up.place, up.ports)
+    done = act("down", up.place, up.ports)
     assert done.stdout.startswith("stopped ")
     assert processes(up.place) == {}
     assert running_api(home) is None
-    assert act("start", up.place, up.ports).returncode == 0
+    assert act("up", up.place, up.ports).returncode == 0
     assert up.state(cancelled)["type"] == "CANCELLED"
     assert up.call("POST", "/flow_runs/count", {})[1] > before
 
@@ -301,7 +302,7 @@ def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, v
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     assert wait_for(lambda: not processes(up.place))
-    assert "marked as crashed" in act("start", up.place, up.ports).stderr
+    assert "marked as crashed" in act("up", up.place, up.ports).stderr
     assert up.state(crashed)["type"] == "CRASHED"
     assert up.running() == []
     check_whole(tmp_path / "store", tmp_path / "unused")
@@ -337,7 +338,7 @@ def of_run(run):
     return found
 
 
-def wait_for(condition, seconds=180):
+def wait_for(condition, seconds=900):
     """The condition's answer once it holds, or at the end."""
     deadline = time.monotonic() + seconds
     while not (answer := condition()) and time.monotonic() < deadline:

@@ -53,6 +53,12 @@ def test_every_flow_is_deployed_by_its_module_path():
         assert load_flow_from_entrypoint(deployment["entrypoint"]).name == name
 
 
+def test_the_form_asks_for_a_specification_and_for_no_plan():
+    fields = {name: set(form_of(deployment)["properties"]) for name, deployment in DEPLOYMENTS.items()}
+    assert fields.pop("research-targets") == {"spec", "targets"}
+    assert set(map(frozenset, fields.values())) == {frozenset({"spec"})}
+
+
 def test_the_form_starts_from_the_quickstart():
     quickstart = load_spec(ROOT / "deployments/specs/quickstart.yaml")
     for name, deployment in DEPLOYMENTS.items():

@@ -8,11 +8,15 @@ import torch
 from safetensors.torch import load_file
 
 from flows.build_library import build_library, score_variants, train_variants
+from flows.submit import ensure_tokens
 from puzzle_core.distill import bld
 from puzzle_core.errors import PuzzleError
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.surgery import WEIGHTS
+from puzzle_core.spec import ParentSpec
 from puzzle_core.work import ScoreRecord
+from tasks.runtime.context import RunContext
+from tasks.stage_tasks import capture_layer, drop_activations
 from tests.workflow import TRAINED, Recorded, artifacts, changed, of_stage, plan_of
 
 
@@ -24,7 +28,7 @@ def train(spec):
     plan, context = plan_of(spec)
     ensure_tokens(plan, context, "calibration", "bld")
     ensure(measure_importance, plan.importance(), context)
-    side_by_side(train_variants, context)(spec, plan, context)
+    side_by_side(train_variants, context)(plan, context)
     return plan, context
 
 
@@ -46,7 +50,7 @@ def test_only_what_a_missing_variant_needs_is_captured_and_trained(again, prefec
     for work in gone:
         shutil.rmtree(Path(spec.runtime.store) / work.key)
     before, recorded = artifacts(spec.runtime.store), Recorded()
-    train_variants(spec, plan, context)
+    train_variants(plan, context)
     assert changed(before, artifacts(spec.runtime.store)) == {work.key for work in gone}
     computed = [name for name in recorded.computed(at_least=5) if not name.startswith("drop")]
     assert sorted(name.split(" (")[0] for name in computed) == [
@@ -77,13 +81,34 @@ def test_at_most_three_layers_lie_in_scratch_and_none_afterwards(spec_of, prefec
     monkeypatch.setattr(bld, "run", looking(bld.run))
     monkeypatch.setattr(Activations, "capture_layer", looking(Activations.capture_layer))
     plan, _ = train(spec)
-    middles = [{name for name in names if "middle" in name} for names in seen]
+    middles = [{name for name in names if "post-attention" in name} for names in seen]
     assert max(map(len, middles)) <= 3
     assert max(map(len, middles)) > 1
     state = spec.bld.tokens * plan.inputs.shape.hidden * 4
     assert max(map(len, seen)) * state <= plan.volume().scratch_bytes
-    assert {name for names in seen for name in names} >= {"entry-000.bin", "middle-004.bin", "entry-005.bin"}
+    assert {name for names in seen for name in names} >= {
+        "layer-input-000.bin",
+        "post-attention-004.bin",
+        "layer-input-005.bin",
+    }
     assert not list((scratch / "activations").rglob("*.bin*"))
+
+
+def test_states_are_dropped_without_their_parent(spec_of, copy_of, prefect_server):
+    spec = spec_of(parent={"path": str(copy_of("llama"))})
+    plan, context = plan_of(spec)
+    work = plan.tokens("bld")
+    ensure_tokens(plan, context, "bld")
+    for layer in range(2):
+        capture_layer(work.key, "float32", layer, True, context)
+    directory = context.activations(work.key, "float32").directory
+    Path(spec.parent.path).rename(f"{spec.parent.path}-away")
+    moved = RunContext(parent=ParentSpec(path=spec.parent.path), runtime=spec.runtime)
+    assert moved.activations_directory(plan.inputs.parent, work.key, "float32") == directory
+    drop_activations(directory, 0)
+    assert {file.name for file in directory.iterdir()} == {"entry-001.bin", "middle-001.bin", "entry-002.bin"}
+    drop_activations(directory)
+    assert not directory.exists()
 
 
 def test_a_diverged_variant_fails_by_name_once_and_the_others_are_in_the_store(spec_of, prefect_server, monkeypatch):
@@ -126,8 +151,8 @@ def test_results_do_not_depend_on_the_number_of_workers(finished, again, prefect
         plan, context = plan_of(spec)
         from flows.submit import side_by_side
 
-        side_by_side(train_variants, context)(spec, plan, context)
-        side_by_side(score_variants, context)(spec, plan, context)
+        side_by_side(train_variants, context)(plan, context)
+        side_by_side(score_variants, context)(plan, context)
         store = context.store()
         trained = {
             (work.layer, str(work.variant), name): tensor

@@ -7,6 +7,7 @@ import pytest
 
 from flows.build_library import build_library
 from flows.puzzle import puzzle
+from flows.search_architecture import search_architecture
 from flows.train_child import train_child
 from puzzle_core.errors import InfeasibleError
 from puzzle_core.report.report_inputs import ReportInputs
@@ -52,6 +53,17 @@ def test_a_whole_run_leaves_one_artifact_per_work_and_nothing_else(finished):
     assert not list((store.parent / "scratch" / "checkpoints").glob("*"))
 
 
+def test_a_whole_run_opens_its_inputs_once(finished):
+    assert finished.recorded.computed(at_least=50).count("open inputs") == 1
+
+
+@pytest.mark.parametrize("flow", [build_library, search_architecture, train_child])
+def test_a_flow_that_is_started_alone_opens_its_inputs_once(flow, again):
+    spec, recorded = again(), Recorded()
+    flow(spec)
+    assert recorded.computed(at_least=2).count("open inputs") == 1
+
+
 def test_a_second_run_computes_nothing(again):
     spec = again()
     before, recorded = artifacts(spec.runtime.store), Recorded()
@@ -59,6 +71,7 @@ def test_a_second_run_computes_nothing(again):
     assert changed(before, artifacts(spec.runtime.store)) == set()
     computed = recorded.computed(at_least=15)
     assert set(computed) <= {"open inputs", "check limits"}
+    assert computed.count("open inputs") == 1
 
 
 def test_where_prefect_remembers_and_the_store_does_not_work_is_done_again(finished, spec_of):

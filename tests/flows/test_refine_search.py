@@ -8,7 +8,7 @@ from flows.search_architecture import search_architecture
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.search.search_record import RefineRecord
 from puzzle_core.work import EvaluationRecord, ScoreRecord
-from tests.workflow import artifacts, changed, of_stage, plan_of
+from tests.workflow import Recorded, artifacts, changed, of_stage, plan_of
 
 SEARCH = {"shortlist": 3, "alpha": 0.6, "iterations": 2}
 
@@ -51,7 +51,7 @@ def test_a_score_in_a_child_is_the_kl_of_the_child_so_changed(again, composition
     base = find_answer(*plan_of(again())).chosen.architecture
     spec = again(scoring={"composition": composition})
     plan, context = plan_of(spec)
-    score_variants(spec, plan, context, base)
+    score_variants(plan, context, base)
     from flows.submit import ensure
     from tasks import stage_tasks
 
@@ -69,10 +69,11 @@ def test_a_score_in_a_child_is_the_kl_of_the_child_so_changed(again, composition
 def test_a_refined_search_is_done_once(again):
     spec = again(search=SEARCH)
     with_refinement(spec)
-    before = artifacts(spec.runtime.store)
+    before, recorded = artifacts(spec.runtime.store), Recorded()
     assert of_stage(before, "refine")
-    with_refinement(spec)
+    refine_search(spec)
     assert changed(before, artifacts(spec.runtime.store)) == set()
+    assert recorded.computed() == ["open inputs"]
 
 
 def test_the_whole_run_trains_the_refined_child_and_reports_the_shortlist(again):

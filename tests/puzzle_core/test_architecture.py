@@ -28,7 +28,7 @@ def test_architectures_round_trip_through_ids_and_json():
     assert '"attn:no_op"' in architecture.model_dump_json()
 
 
-def test_halves_cannot_change_places():
+def test_subblocks_cannot_change_places():
     with pytest.raises(ValueError, match=r"'ffn:i4\+attn:kv4' is no block variant"):
         BlockVariant.parse("ffn:i4+attn:kv4")
 

@@ -66,7 +66,7 @@ def test_stage_writes_one_split_as_if_all_were_packed(tokenizer, tmp_path):
     work = TokensWork(
         split="bld",
         tokens=120,
-        served_before=(("calibration", 40),),
+        earlier_splits=(("calibration", 40),),
         sequence_length=8,
         seed=0,
         texts="t",
@@ -182,6 +182,15 @@ def test_held_out_standard_library_shares_no_module_with_the_rest(stdlib):
 def test_test_modules_of_the_standard_library_are_there_for_the_asking(stdlib):
     names = {name for split in (False, True) for name, _ in stdlib_documents(split, include_tests=True)}
     assert names == stdlib | {"test/test_ast.py"}
+
+
+def test_tokens_work_of_an_existing_manifest_is_read_and_written_as_before():
+    stored = {"split": "bld", "tokens": 64, "served_before": [["calibration", 40]], "sequence_length": 8, "seed": 1}
+    stored |= {"texts": "texts", "tokenizer": "tokenizer"}
+    work = TokensWork.model_validate(stored)
+    assert work.earlier_splits == (("calibration", 40),)
+    assert work.model_dump(mode="json") == stored
+    assert work == TokensWork(**{name: getattr(work, name) for name in TokensWork.model_fields})
 
 
 LINES = "\n".join(json.dumps({"text": text, "url": "https://example.com"}) for text in ("one", "two", "three")) + "\n"

@@ -1,5 +1,7 @@
-"""The table of what engines cannot run: what export says, what a search leaves out, and what engines really do."""
+"""The registry of engines: what export says, what a search leaves out, what engines really do, and a row of its own."""
 
+import importlib
+import inspect
 import os
 import random
 from pathlib import Path
@@ -9,7 +11,8 @@ import torch
 
 from benchmarks.engines import CASES, MARKS, PARENTS, reference, run_vllm, write_child, write_parent
 from puzzle_core.architecture import Architecture, BlockVariant, Variant
-from puzzle_core.engines import RULES, obstacles, restrictions
+from puzzle_core.cost.engine_module import BenchModule, CostModule
+from puzzle_core.engines import ENGINES, RESTRICTIONS, obstacles, restrictions
 from puzzle_core.errors import InfeasibleError, SpecError
 from puzzle_core.export.hf import export_hf
 from puzzle_core.export.source import Source
@@ -17,10 +20,12 @@ from puzzle_core.plan import Inputs, Plan
 from puzzle_core.search import run_search
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.tables import CostRow, CostTable, Option, ScoreTable
-from puzzle_core.spec import SearchRequest, VariantsSpec, parse_spec
+from puzzle_core.spec import RunSpec, SearchRequest, VariantsSpec, parse_spec
+from puzzle_core.target import TargetSpec
+from tests import toy_engine
 from tests.puzzle_core.export.conftest import MIXED, ODD_WIDTHS, OWN
 
-READERS = {"vllm": "vLLM", "sglang": "SGLang", "tensorrt-llm": "TensorRT-LLM"}
+READERS = {name: row.title for name, row in ENGINES.items() if row.rules}
 ATTENTIONS = [Variant.parse(f"attn:{name}") for name in ("kv4", "kv2", "kv1", "linear", "no_op")]
 FFNS = [Variant.parse(f"ffn:{name}") for name in ("i512", "i256", "i100", "linear", "no_op")]
 PARENT = BlockVariant(attention=ATTENTIONS[0], ffn=FFNS[0])
@@ -49,7 +54,67 @@ def test_obstacles_are_those_that_engines_have():
 def test_each_rule_alone_stops_the_engines_that_have_it(engine):
     stopped = {name for name, blocks in BREAKS.items() if obstacles(Architecture.parse(blocks))[READERS[engine]]}
     assert stopped == restrictions([engine])
-    assert all(rule.source for rule in RULES[engine])
+    assert all(rule.source for rule in ENGINES[engine].rules)
+
+
+def test_every_restriction_is_broken_by_a_case():
+    assert BREAKS.keys() == RESTRICTIONS.keys()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_modules_of_a_row_have_the_functions_of_fixed_names(engine):
+    row = ENGINES[engine]
+    for name, protocol in ((row.costs_module, CostModule), (row.bench_module, BenchModule)):
+        for function, declared in inspect.getmembers(protocol, inspect.isfunction) if name else ():
+            if not function.startswith("_"):
+                parameters = inspect.signature(getattr(importlib.import_module(name), function)).parameters
+                assert list(parameters) == [*inspect.signature(declared).parameters][1:]
+
+
+@pytest.mark.parametrize("engine", [name for name, row in ENGINES.items() if not row.costs_module])
+def test_a_target_of_an_engine_without_measured_costs_says_what_to_do(engine):
+    with pytest.raises(ValueError, match=f"engine is {engine}, which is not measured here: (measure with|say)"):
+        TargetSpec(engine=engine)
+    assert TargetSpec(engine=engine, costs="imported", table="costs.csv").engine == engine
+
+
+def test_the_documentation_names_every_engine_with_its_formats():
+    page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
+    table = page.split("## Who reads what")[1].split("\n\n")[1]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    exported = {name: row for name, row in ENGINES.items() if row.reads_exports}
+    assert len(cells) == len(exported)
+    for row, (title, form, cannot) in zip(exported.values(), cells, strict=True):
+        assert title.startswith(row.title)
+        assert form in row.formats
+        assert len([part for part in cannot.split(";") if part]) == len(row.rules)
+
+
+def choices(model, field):
+    schema = model.model_json_schema()["properties"][field]
+    return schema.get("items", schema)["enum"]
+
+
+def test_forms_offer_the_engines_of_the_registry_those_added_later_too(monkeypatch):
+    assert choices(TargetSpec, "engine") == list(ENGINES)
+    assert choices(RunSpec, "engines") == [name for name in ENGINES if name != "torch"]
+    monkeypatch.setitem(ENGINES, "toy", toy_engine.ROW)
+    assert choices(TargetSpec, "engine")[-1] == choices(RunSpec, "engines")[-1] == "toy"
+
+
+def test_an_engine_that_is_not_in_the_registry_is_refused_with_the_names_of_the_others(plan):
+    with pytest.raises(SpecError, match=r"engines\.1: no such engine; say one of: .*sglang.* \(found 'toy'\)"):
+        plan("vllm", "toy")
+
+
+def test_a_row_that_is_added_is_read_by_spec_plan_search_and_export(monkeypatch, plan):
+    """Costs and benches of the same row: tests/tasks/test_stage_tasks.py and tests/flows/cli/test_bench_command.py."""
+    monkeypatch.setitem(ENGINES, "toy", toy_engine.ROW)
+    assert {str(work.variant) for work in plan("toy").all_bld()} == {"attn:kv1", "ffn:i256"}
+    search = {"frontier_points": 2, "explain": False, "baselines": []}
+    free, bound = (run_search.run(instance(0, engines=e, search=search)).chosen.architecture for e in ([], ["toy"]))
+    assert len(obstacles(free)["Toy"]) > 0
+    assert obstacles(bound)["Toy"] == []
 
 
 def test_obstacles_are_what_stopped_vllm_when_it_ran():

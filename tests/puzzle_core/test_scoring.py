@@ -30,11 +30,10 @@ CASES = [
 
 @pytest.fixture
 def weights_of(initial_state):
-    """Training-free weights of both halves of a block variant, by id."""
+    """Training-free weights of both subblocks of a block variant, by id."""
 
     def state(layer, block):
-        halves = block.split("+")
-        return {half: initial_state("llama", layer, half) for half in halves}
+        return {variant: initial_state("llama", layer, variant) for variant in block.split("+")}
 
     return state
 

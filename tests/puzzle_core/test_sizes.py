@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from puzzle_core.architecture import Architecture, Variant
+from puzzle_core.errors import ArtifactError
 from puzzle_core.model.checkpoint import Checkpoint
 from puzzle_core.sizes import (
     DTYPE_BYTES,
@@ -34,7 +35,7 @@ def test_parameters_of_a_variant_are_those_of_its_tensors(name, variant, parent_
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
 def test_bytes_are_those_of_the_files_of_an_assembled_child(dtype, assemble, parent):
     blocks = (*(f"{variant}+ffn:no_op" for variant in VARIANTS[:3]), "attn:linear+ffn:i20", "attn:no_op+ffn:linear")
-    (file,) = Checkpoint(assemble("llama", blocks, dtype)).files
+    (file,) = Checkpoint(assemble("llama", blocks, dtype), ArtifactError).files
     header_bytes = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     parameters = architecture_parameters(parent.shape, Architecture.parse(blocks))
     assert file.stat().st_size - header_bytes == parameters * DTYPE_BYTES[dtype]

@@ -4,10 +4,13 @@ import pytest
 
 from puzzle_core import data
 from puzzle_core.architecture import Architecture
-from puzzle_core.cost import llama_engine
+from puzzle_core.cost import latency, llama_engine
+from puzzle_core.engines import ENGINES
 from puzzle_core.errors import DataError, MeasurementError, NonFiniteError, SpecError
+from puzzle_core.sizes import outside_parameters
 from puzzle_core.spec import TargetSpec
 from tasks import stage_tasks
+from tests import toy_engine
 from tests.workflow import plan_of
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -62,10 +65,23 @@ def test_a_target_in_llama_cpp_is_timed_there(spec_of, monkeypatch):
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make engines")
     spec = spec_of()
     plan, context = plan_of(spec.model_copy(update={"target": TargetSpec(engine="llama.cpp", rounds=3)}))
-    monkeypatch.setattr(stage_tasks.latency, "run_timing", None)
+    monkeypatch.setattr(latency, "time_architectures", None)
     work = plan.timing({"parent": Architecture.of_parent(plan.inputs.shape)}, 2)
     key = stage_tasks.time_models.fn(work, context)
     assert context.store().manifest(key).record["models"]["parent"]["decode_ms"] > 0
+
+
+def test_an_engine_that_is_added_is_measured_by_its_module(spec_of, monkeypatch):
+    monkeypatch.setitem(ENGINES, "toy", toy_engine.ROW)
+    spec = spec_of()
+    plan, context = plan_of(spec.model_copy(update={"target": TargetSpec(engine="toy", rounds=3)}))
+    work = next(iter(plan.costs().values()))
+    record = context.store().manifest(stage_tasks.find_costs.fn(work, context)).record
+    assert record["engine"] == "Toy 1.0"
+    assert record["outside"]["prefill_ms"] == outside_parameters(plan.inputs.shape) / 1e3
+    timing = plan.timing({"parent": Architecture.of_parent(plan.inputs.shape)}, 2)
+    models = context.store().manifest(stage_tasks.time_models.fn(timing, context)).record["models"]
+    assert models["parent"]["prefill_ms"] == record["parent"]["prefill_ms"]
 
 
 def test_an_engine_that_is_not_installed_is_refused_before_any_work(spec_of, monkeypatch):

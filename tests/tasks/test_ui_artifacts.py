@@ -5,7 +5,7 @@ import logging
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.services.prefect_server import free_port
-from tasks.ui_artifacts import Bar, show_architecture, show_library
+from tasks.ui_artifacts import ProgressArtifact, show_architecture, show_library
 from tests.workflow import plan_of
 
 
@@ -24,7 +24,7 @@ def test_without_a_server_there_is_only_a_warning(caplog):
         temporary_settings({PREFECT_API_URL: nowhere, PREFECT_CLIENT_MAX_RETRIES: 0}),
         caplog.at_level(logging.WARNING),
     ):
-        Bar("bld", "pico").show(1, 2)
+        ProgressArtifact("bld", "pico").show(1, 2)
     assert "did not take an artifact" in caplog.text
 
 
@@ -32,7 +32,7 @@ def test_progress_is_one_artifact_that_is_updated(prefect_server):
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-    bar = Bar("bld", "Progress of this test", least_seconds=0)
+    bar = ProgressArtifact("bld", "Progress of this test", least_seconds=0)
     for done in range(5):
         bar.show(done, 4)
     mine = ArtifactFilter(key=ArtifactFilterKey(any_=["progress-bld-progress-of-this-test"]))

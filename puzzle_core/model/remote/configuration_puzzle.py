@@ -1,4 +1,4 @@
-"""Configuration of a Puzzle child: the parent's configuration and, for every layer, what became of it."""
+"""Configuration of a Puzzle child: the parent's configuration, its family, and the sizes of every layer."""
 
 import copy
 from typing import Any
@@ -7,12 +7,12 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 
 class PuzzleConfig(PreTrainedConfig):
-    """A parent's configuration plus `block_configs`, one entry per layer.
+    """A parent's configuration plus `block_configs`, one entry per layer, and a description of the parent's family.
 
     An entry is `{"attention": {"num_key_value_heads", "no_op", "replace_with_linear"},
-    "ffn": {"intermediate_size", "no_op", "replace_with_linear"}}`; sizes are null where
-    nothing of the kind is kept.
-    The fields that tools look for (`hidden_size` and so on) repeat the parent's.
+    "ffn": {"intermediate_size", "no_op", "replace_with_linear"}}`; a size is null where the
+    subblock has none. `family` says what Hugging Face's classes of the family do not decide: its class names, norms,
+    biases and scalars. The fields that tools look for (`hidden_size` and so on) repeat the parent's.
     """
 
     model_type = "puzzle"
@@ -20,6 +20,7 @@ class PuzzleConfig(PreTrainedConfig):
 
     parent_config: dict | None = None
     block_configs: list | None = None
+    family: dict | None = None
     vocab_size: int = 0
     hidden_size: int = 0
     num_hidden_layers: int = 0
@@ -33,14 +34,17 @@ class PuzzleConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     @classmethod
-    def from_parent(cls, parent: PreTrainedConfig, block_configs: list[dict[str, Any]]) -> "PuzzleConfig":
-        """The configuration of a child of `parent`."""
+    def from_parent(
+        cls, parent: PreTrainedConfig, block_configs: list[dict[str, Any]], family: dict[str, Any]
+    ) -> "PuzzleConfig":
+        """The configuration of a child of `parent`, which is of this family."""
         names = "vocab_size hidden_size num_attention_heads max_position_embeddings initializer_range"
         names += " pad_token_id bos_token_id eos_token_id tie_word_embeddings"
         plain = {k: v for k, v in parent.to_dict().items() if k not in ("auto_map", "_name_or_path")}
         return cls(
             parent_config=plain,
             block_configs=block_configs,
+            family=family,
             num_hidden_layers=len(block_configs),
             **{name: getattr(parent, name) for name in names.split()},
         )

@@ -1,11 +1,11 @@
-"""A Puzzle child: a Llama-pattern decoder whose layers may differ, built from Hugging Face's own parts.
+"""A Puzzle child: a decoder whose layers may differ, built from Hugging Face's own parts.
 
-Attention, FFN, norm and rotary classes are those of the parent's family; this file only decides which of them a
-layer has. A layer without a subblock has no norm for it either; a linear subblock keeps its norm (Puzzle paper,
-arXiv 2411.19146, section 2). The cache numbers real attentions, not layers: transformers reads the past length
-from cache entry 0, which must exist even if layer 0 lost its attention.
+Attention, FFN, norm and rotary classes are those of the parent's family. `config.family` describes what they do not
+decide: names and places of norms, biases, and scalars. A layer without a subblock has no norm for it either; a linear
+subblock keeps its norms (Puzzle paper, arXiv 2411.19146, section 2). The cache numbers real attentions, not layers:
+transformers reads the past length from cache entry 0, which must exist even if layer 0 lost its attention.
 
-Legend: B batch, T tokens, D hidden width.
+Legend: B batch, T tokens, D hidden width, V vocabulary.
 """
 
 import importlib
@@ -22,13 +22,24 @@ from .configuration_puzzle import PuzzleConfig
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """The name of the KV cache in transformers: `past_key_values` before 5.24, `cache` since."""
 
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}
 
-
-def family_class(family: str, part: str) -> type[nn.Module]:
+def family_class(family: dict, part: str) -> type[nn.Module]:
     """Hugging Face's class of a family's `Attention`, `MLP`, `RMSNorm` or `RotaryEmbedding`."""
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    return getattr(module, FAMILIES[family] + part)
+    model_type = family["model_type"]
+    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    return getattr(module, family["class_prefix"] + part)
+
+
+def has_bias(family: dict, projections: str, parent) -> bool:
+    """Whether the `qkv`, `attention_out` or `mlp` projections of a parent have biases."""
+    flag = family[f"{projections}_bias"]
+    return bool(getattr(parent, flag, False)) if isinstance(flag, str) else flag
+
+
+def scalar(family: dict, name: str, parent) -> float | None:
+    """A scalar of the family, from the parent's config; None where the family has none."""
+    key = family[f"{name}_key"]
+    return getattr(parent, key) if key else None
 
 
 class LinearAttention(nn.Module):
@@ -53,48 +64,66 @@ class LinearMLP(nn.Module):
         return self.linear_mlp(hidden_states)
 
 
-def attention_output_has_bias(parent) -> bool:
-    """Whether the value or output projection of the parent's attention has a bias, so that a linear one needs it."""
-    return parent.model_type == "qwen2" or bool(getattr(parent, "attention_bias", False))
-
-
 class PuzzleBlock(nn.Module):
-    """One layer of a child: attention half and FFN half, each the family's own, linear, or absent."""
+    """One layer of a child: attention and FFN subblock, each the family's own, linear, or absent."""
 
     def __init__(self, config: PuzzleConfig, parent, layer: int, cache_index: int = 0):
         super().__init__()
-        own, sizes = config.block_configs[layer], config.of_layer(parent, layer)
-        family, width = parent.model_type, parent.hidden_size
-        norm, eps = family_class(family, "RMSNorm"), parent.rms_norm_eps
-        self.input_layernorm = self.self_attn = self.post_attention_layernorm = self.mlp = None
-        if not own["attention"]["no_op"]:
-            self.input_layernorm = norm(width, eps=eps)
-            if own["attention"]["replace_with_linear"]:
-                self.self_attn = LinearAttention(width, bias=attention_output_has_bias(parent))
-            else:
-                self.self_attn = family_class(family, "Attention")(sizes, layer)
-                self.self_attn.layer_idx = cache_index
-        if not own["ffn"]["no_op"]:
-            self.post_attention_layernorm = norm(width, eps=eps)
-            if own["ffn"]["replace_with_linear"]:
-                self.mlp = LinearMLP(width, bias=bool(getattr(parent, "mlp_bias", False)))
-            else:
-                self.mlp = family_class(family, "MLP")(sizes)
+        block, family = config.block_configs[layer], config.family
+        sizes, width = config.of_layer(parent, layer), parent.hidden_size
+        self.attention_norms, self.ffn_norms = family["attention_norms"], family["ffn_norms"]
+        self.residual_scale = scalar(family, "residual_scale", parent)
+        self.self_attn = self.mlp = None
 
-    def attend(self, hidden_BTD: torch.Tensor, **context) -> torch.Tensor:
-        """The attention half with its residual connection."""
+        self._add_norms(self.attention_norms, parent, family, absent=block["attention"]["no_op"])
+        if block["attention"]["replace_with_linear"]:
+            bias = has_bias(family, "qkv", parent) or has_bias(family, "attention_out", parent)
+            self.self_attn = LinearAttention(width, bias)
+        elif not block["attention"]["no_op"]:
+            self.self_attn = family_class(family, "Attention")(sizes, layer)
+            self.self_attn.layer_idx = cache_index
+
+        self._add_norms(self.ffn_norms, parent, family, absent=block["ffn"]["no_op"])
+        if block["ffn"]["replace_with_linear"]:
+            self.mlp = LinearMLP(width, has_bias(family, "mlp", parent))
+        elif not block["ffn"]["no_op"]:
+            self.mlp = family_class(family, "MLP")(sizes)
+
+    def attend(self, layer_input_BTD: torch.Tensor, **context) -> torch.Tensor:
+        """The attention subblock with its residual connection."""
         if self.self_attn is None:
-            return hidden_BTD
-        return hidden_BTD + self.self_attn(hidden_states=self.input_layernorm(hidden_BTD), **context)[0]
+            return layer_input_BTD
+        normalised = self._normalise(layer_input_BTD, self.attention_norms["before"])
+        output = self.self_attn(hidden_states=normalised, **context)[0]
+        return self._add(layer_input_BTD, self._normalise(output, self.attention_norms["after"]))
 
-    def feed(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """The FFN half with its residual connection."""
+    def feed(self, post_attention_BTD: torch.Tensor) -> torch.Tensor:
+        """The FFN subblock with its residual connection."""
         if self.mlp is None:
-            return hidden_BTD
-        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+            return post_attention_BTD
+        output = self.mlp(self.normalise_ffn_input(post_attention_BTD))
+        return self._add(post_attention_BTD, self._normalise(output, self.ffn_norms["after"]))
 
-    def forward(self, hidden_BTD: torch.Tensor, **context) -> torch.Tensor:
-        return self.feed(self.attend(hidden_BTD, **context))
+    def normalise_ffn_input(self, post_attention_BTD: torch.Tensor) -> torch.Tensor:
+        """What the FFN sees of what leaves the attention subblock."""
+        return self._normalise(post_attention_BTD, self.ffn_norms["before"])
+
+    def forward(self, layer_input_BTD: torch.Tensor, **context) -> torch.Tensor:
+        return self.feed(self.attend(layer_input_BTD, **context))
+
+    def _add_norms(self, names: dict, parent, family: dict, absent: bool) -> None:
+        for name in names.values():
+            if name:
+                norm = None if absent else family_class(family, "RMSNorm")(parent.hidden_size, eps=parent.rms_norm_eps)
+                setattr(self, name, norm)
+
+    def _normalise(self, hidden_BTD: torch.Tensor, norm: str | None) -> torch.Tensor:
+        return getattr(self, norm)(hidden_BTD) if norm else hidden_BTD
+
+    def _add(self, residual_BTD: torch.Tensor, output_BTD: torch.Tensor) -> torch.Tensor:
+        if self.residual_scale is not None:
+            output_BTD = output_BTD * self.residual_scale
+        return residual_BTD + output_BTD
 
 
 class PuzzlePreTrainedModel(PreTrainedModel):
@@ -113,16 +142,24 @@ class PuzzleModel(PuzzlePreTrainedModel):
 
     def __init__(self, config: PuzzleConfig):
         super().__init__(config)
-        parent = config.parent()
+        parent, family = config.parent(), config.family
+        self.embedding_scale = scalar(family, "embedding_scale", parent)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList()
         attentions = 0
-        for layer, own in enumerate(config.block_configs):
+        for layer, block in enumerate(config.block_configs):
             self.layers.append(PuzzleBlock(config, parent, layer, cache_index=attentions))
-            attentions += own["attention"]["num_key_value_heads"] is not None
-        self.norm = family_class(parent.model_type, "RMSNorm")(config.hidden_size, eps=parent.rms_norm_eps)
-        self.rotary_emb = family_class(parent.model_type, "RotaryEmbedding")(config=parent)
+            attentions += block["attention"]["num_key_value_heads"] is not None
+        self.norm = family_class(family, "RMSNorm")(config.hidden_size, eps=parent.rms_norm_eps)
+        self.rotary_emb = family_class(family, "RotaryEmbedding")(config=parent)
         self.post_init()
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What enters the first layer, (B, T, D)."""
+        embeddings = self.embed_tokens(input_ids)
+        if self.config.family["embedding_sqrt_hidden"]:
+            embeddings = embeddings * torch.tensor(self.config.hidden_size**0.5).to(embeddings)
+        return embeddings if self.embedding_scale is None else embeddings * self.embedding_scale
 
     def forward(
         self,
@@ -136,13 +173,15 @@ class PuzzleModel(PuzzlePreTrainedModel):
         cache: Cache | None = None,
         **context,
     ) -> BaseModelOutputWithPast:
-        """As in transformers; `hidden_states` are the outputs of all layers, before the final norm.
+        """As in transformers, except for two things.
 
-        The cache is accepted as `past_key_values` and as `cache`, in every version of transformers.
+        `inputs_embeds` are what enters the first layer, so they are not scaled; `hidden_states` are the outputs of all
+        layers, before the final norm. The cache is accepted as `past_key_values` and as `cache`, in every version of
+        transformers.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache()
@@ -177,8 +216,20 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
     def __init__(self, config: PuzzleConfig):
         super().__init__(config)
         self.model = PuzzleModel(config)
+        parent = config.parent()
+        self.logits_divisor = scalar(config.family, "logits_divisor", parent)
+        self.logits_softcap = scalar(config.family, "logits_softcap", parent)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def head(self, normalised_BTD: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, V) of what leaves the final norm."""
+        logits = self.lm_head(normalised_BTD)
+        if self.logits_divisor is not None:
+            logits = logits / self.logits_divisor
+        if self.logits_softcap is not None:
+            logits = torch.tanh(logits / self.logits_softcap) * self.logits_softcap
+        return logits
 
     def forward(
         self,
@@ -205,7 +256,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else kept
-        logits = self.lm_head(output.last_hidden_state[:, kept])
+        logits = self.head(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)

@@ -9,7 +9,9 @@ import pytest
 from flows.cli.main import main
 from puzzle_core.architecture import Architecture
 from puzzle_core.bench.bench_record import BenchRecord
+from puzzle_core.engines import ENGINES
 from puzzle_core.sizes import architecture_parameters, kv_entries_per_token
+from tests import toy_engine
 from tests.conftest import MIXED
 from tests.puzzle_core.export.conftest import STDLIB
 
@@ -88,6 +90,19 @@ def test_memory_is_weights_and_cache(command, assemble, parent, tmp_path):
         assert point.memory_bytes == 2 * (architecture_parameters(parent.shape, found) + entries)
 
 
+def test_an_engine_that_is_added_runs_a_bench(command, assemble, parent, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENGINES, "toy", toy_engine.ROW)
+    asked = ["--engine", "toy", "--batch", 1, 2, "--context", 8, "--generate", 8, "--out", "out"]
+    code, said = command(assemble("llama", MIXED), *asked)
+    assert code == 0, said
+    record = BenchRecord.read(tmp_path / "out" / "bench.json")
+    assert (record.engine, record.target.engine) == ("Toy 1.0", "toy")
+    assert len(record.points) == 4
+    for point in record.points:
+        architecture = Architecture.of_parent(parent.shape) if point.model == "parent" else Architecture.parse(MIXED)
+        assert point.timing.prefill_ms == architecture_parameters(parent.shape, architecture) / 1e3
+
+
 @pytest.mark.skipif("VLLM" not in os.environ, reason="VLLM does not name the interpreter of an environment with vLLM")
 def test_vllm_runs_both_in_its_own_environment(command, tmp_path):
     from benchmarks.engines import CASES, PARENTS, write_child, write_parent
@@ -126,8 +141,26 @@ def _small(arguments: list[str]) -> list[str]:
     ]
 
 
-def test_a_child_that_is_not_there_and_a_directory_that_is(command, assemble, tmp_path):
+def test_a_missing_child_is_an_error_and_an_existing_directory_wrong_usage(command, assemble, tmp_path):
     (tmp_path / "out").mkdir()
-    directory = assemble("llama", MIXED)
-    assert "exists: name a new directory" in command(directory, "--out", "out")[1]
-    assert "neither a directory here nor a key" in command("nothing", "--out", "new")[1]
+    code, printed = command(assemble("llama", MIXED), "--out", "out")
+    assert (code, '--out. "out" already exists' in printed) == (2, True)
+    code, printed = command("nothing", "--out", "new")
+    assert (code, "neither a directory here nor a key" in printed) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--batch", "0"),
+        ("--context", "-1"),
+        ("--generate", "x"),
+        ("--threads", "0"),
+        ("--rounds", "2"),
+        ("--engine", "x"),
+    ],
+)
+def test_values_out_of_range_are_wrong_usage(option, value, capsys, tmp_path):
+    code = main(["bench", str(tmp_path), "--out", str(tmp_path / "out"), option, value])
+    assert (code, option in capsys.readouterr().err) == (2, True)
+    assert not (tmp_path / "out").exists()

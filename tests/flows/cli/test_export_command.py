@@ -90,9 +90,6 @@ def test_gguf_keeps_the_type_or_takes_the_one_asked_for(options, kind, command, 
             r"FFN widths must be multiples of 256 \(layer 0 ffn:i24, layer 4 ffn:i48\)",
         ),
         (("--format", "hf", "--out", "mine", "--dtype", "q8_0"), "--dtype q8_0 is of --format gguf"),
-        (("--format", "gguf", "--out", "there"), "--out there exists"),
-        (("--format", "gguf", "--out", "mine", "--name", "../../mine"), "--name '../../mine' is a path"),
-        (("--format", "gguf", "--out", "mine", "--name", "/tmp/mine"), "--name '/tmp/mine' is a path"),
     ],
 )
 def test_what_cannot_be_leaves_nothing_behind(arguments, message, command, assemble, tmp_path):
@@ -100,6 +97,21 @@ def test_what_cannot_be_leaves_nothing_behind(arguments, message, command, assem
     code, said = command(assemble("llama", MIXED), *arguments)
     assert code == 1
     assert re.search(message, said)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--out", "there"), '--out. "there" already exists'),
+        (("--out", "mine", "--name", "../../mine"), "'../../mine' is a path"),
+        (("--out", "mine", "--name", "/tmp/mine"), "'/tmp/mine' is a path"),
+    ],
+)
+def test_wrong_usage_leaves_nothing_behind(arguments, message, command, assemble, tmp_path):
+    (tmp_path / "there").mkdir()
+    code, printed = command(assemble("llama", MIXED), "--format", "gguf", *arguments)
+    assert (code, message in printed) == (2, True), printed
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 

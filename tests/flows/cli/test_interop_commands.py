@@ -56,11 +56,11 @@ def test_a_campaign_is_imported_and_searched_without_torch(campaign, tmp_path, c
 
 def test_an_import_says_what_is_wrong(campaign, tmp_path, capsys):
     place = str(campaign.write())
-    for arguments, message in (
-        ([str(tmp_path), "--out", "o"], r"cannot read the costs .*subblock_stats.json"),
-        ([place, "--out", "o", "--stats", "int8"], r"--stats int8: say KEY=VALUE"),
+    for arguments, code, message in (
+        ([str(tmp_path), "--out", "o"], 1, r"cannot read the costs .*subblock_stats.json"),
+        ([place, "--out", "o", "--stats", "int8"], 2, r'"int8" for --stats. say KEY=VALUE'),
     ):
-        assert main(["import", "puzzletron", *arguments]) == 1
+        assert main(["import", "puzzletron", *arguments]) == code
         assert re.search(message, capsys.readouterr().err)
 
 

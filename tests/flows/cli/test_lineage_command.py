@@ -66,16 +66,16 @@ def test_what_is_gone_from_the_store_is_named(command, child, finished, tmp_path
         shutil.rmtree(store / key)
     code, shown, said = command("lineage", child.tags[KEY_TAG], "--store", store)
     assert code == 1
-    assert set(re.findall(r"GONE from the store: (bld/v1/\w+)", shown)) < set(gone)
-    assert "GONE from the store: 2 more" in shown
-    assert re.search(r"\b7 artifacts are gone", said)
+    assert set(re.findall(r"MISSING in the store: (bld/v1/\w+)", shown)) < set(gone)
+    assert "MISSING in the store: 2 more" in shown
+    assert re.search("the store lacks 7 of the artifacts", said)
 
 
 def test_a_store_that_cannot_be_looked_at_is_said(command, child, tmp_path):
     code, shown, _ = command("lineage", child.tags[KEY_TAG], "--store", tmp_path / "nowhere")
     assert code == 0
-    assert f"the store {tmp_path / 'nowhere'} was not looked at" in shown
-    assert "GONE" not in shown
+    assert f"the store {tmp_path / 'nowhere'} was not checked" in shown
+    assert "MISSING" not in shown
 
 
 def test_an_unknown_child_is_answered_with_those_that_are_known(command, tmp_path):
@@ -104,5 +104,5 @@ def test_exports_are_noted_once_and_never_fail_on_tracking(command, child, again
     caplog.clear()
     code, _, _ = command(*options, "--out", "untracked", mlflow="http://127.0.0.1:9")
     assert code == 0
-    assert "the export is not noted in MLflow, which does not answer" in caplog.text
+    assert "the export is not recorded: MLflow does not respond" in caplog.text
     assert (tmp_path / "untracked" / "otter-f32.gguf").exists()

@@ -70,10 +70,10 @@ def test_show_says_what_an_artifact_refers_to_and_what_refers_to_it(command, fam
     tokens, blocks, child = family
     code, shown, _ = command("show", blocks[0])
     assert code == 0
-    asked, used_by = shown.split("used by: 1")
-    assert f"refers to: 1\n  {tokens}" in asked
+    own, used_by = shown.split("used by: 1")
+    assert f"refers to: 1\n  {tokens}" in own
     assert child in used_by
-    assert "weights.bin" in asked
+    assert "weights.bin" in own
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_gc_removes_old_unused_artifacts_and_a_dry_run_none(command, family, url
     assert command("gc")[1].startswith("removed: 0 of 4")
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 40 * 86_400)
-    assert command("gc", "--dry-run")[1].startswith(f"{spare}\nwould go: 1 of 4")
+    assert command("gc", "--dry-run")[1].startswith(f"{spare}\nwould remove: 1 of 4")
     assert command("gc", "--older-than", "60")[1].startswith("removed: 0 of 4")
     assert Store(url, tmp_path / "another").has(spare)
     assert command("gc")[1].startswith(f"{spare}\nremoved: 1 of 4")

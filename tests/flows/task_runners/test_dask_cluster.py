@@ -78,7 +78,7 @@ def test_a_cluster_of_our_own_lasts_as_long_as_the_flow(finished, again, prefect
     gone = [work.key for work in plan.all_bld() if work.layer == 0]
     remove(spec, *gone)
     before = _children()
-    side_by_side(train_variants, context)(spec, plan, context)
+    side_by_side(train_variants, context)(plan, context)
     assert contents(spec.runtime.store, tmp_path) == contents(finished.content["runtime"]["store"], tmp_path)
     assert _children() <= before
     assert len([name for name in recorded.computed(at_least=4) if name.startswith("bld layer 0 ")]) == len(gone) == 2
@@ -139,7 +139,7 @@ def test_a_worker_that_sees_another_directory_is_named(spec_of, address, prefect
 def test_a_cluster_that_is_not_there_is_refused_before_any_work(spec_of, prefect_server, monkeypatch):
     monkeypatch.setattr(dask_cluster, "CONNECT_SECONDS", 1)
     spec = spec_of(runtime={"task_runner": "dask", "dask_address": "tcp://127.0.0.1:9"})
-    with pytest.raises(PuzzleError, match=r"no Dask scheduler answers at tcp://127.0.0.1:9 .*runtime.dask_address"):
+    with pytest.raises(PuzzleError, match=r"no Dask scheduler responds at tcp://127.0.0.1:9 .*runtime.dask_address"):
         build_library(spec)
     assert artifacts(spec.runtime.store) == {}
 

@@ -88,7 +88,7 @@ def test_a_calibrated_roofline_is_nearer_to_this_machine_than_a_data_sheet(paren
     for batch in (2, 16):
         traffic = Traffic(prompt_tokens=64, generated_tokens=8, batch_size=batch)
         work = CostWork(shape="s", variants=variants, traffic=traffic, target=target, hardware="here")
-        measured.append((traffic, latency.run(work, parent)))
+        measured.append((traffic, latency.measure_costs(work, parent)))
     sheet = HardwareSpec(
         device="this CPU",
         weights="float32",

@@ -5,7 +5,9 @@ import torch
 
 from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.cost import latency
+from puzzle_core.cost.measuring import hardware_name, timing_of
 from puzzle_core.errors import MeasurementError, SpecError
+from puzzle_core.model.child import random_child
 from puzzle_core.sizes import architecture_parameters, outside_parameters, variant_size
 from puzzle_core.spec import TargetSpec
 from puzzle_core.work import CostWork, TimingWork, Traffic
@@ -23,7 +25,7 @@ def work(variants=VARIANTS, generated_tokens=3):
 @pytest.mark.parametrize("stack_bytes", [latency.STACK_BYTES, 1], ids=["in every layer", "in one layer"])
 def test_a_variant_takes_its_own_time_and_the_rest_is_outside(ticking, parent, monkeypatch, stack_bytes):
     monkeypatch.setattr(latency, "STACK_BYTES", stack_bytes)
-    record = latency.run(work(), parent)
+    record = latency.measure_costs(work(), parent)
     assert record.variants.keys() == set(map(str, VARIANTS))
     for variant in VARIANTS:
         parameters = variant_size(parent.shape, variant).parameters
@@ -35,7 +37,7 @@ def test_a_variant_takes_its_own_time_and_the_rest_is_outside(ticking, parent, m
 
 def test_variants_and_outside_add_up_to_the_parent(ticking, parent):
     own = parent.shape.parent_block
-    record = latency.run(work((own.attention, own.ffn)), parent)
+    record = latency.measure_costs(work((own.attention, own.ffn)), parent)
     for phase in ("prefill_ms", "decode_ms"):
         blocks = parent.shape.layers * sum(getattr(timing, phase) for timing in record.variants.values())
         assert getattr(record.parent, phase) == pytest.approx(blocks + getattr(record.outside, phase))
@@ -46,49 +48,49 @@ def test_whole_children_take_the_time_of_all_their_blocks(ticking, parent):
     asked = TimingWork(
         shape="s", architectures=tuple(architectures.items()), traffic=work().traffic, target=TARGET, hardware="abacus"
     )
-    record = latency.run_timing(asked, parent)
+    record = latency.time_architectures(asked, parent)
     for name, architecture in architectures.items():
         expected = architecture_parameters(parent.shape, architecture)
         assert record.models[name].prefill_ms == pytest.approx(expected)
 
 
 def test_one_generated_token_needs_no_decoding(ticking, parent):
-    record = latency.run(work(generated_tokens=1), parent)
+    record = latency.measure_costs(work(generated_tokens=1), parent)
     assert {timing.decode_ms for timing in record.variants.values()} == {0.0}
 
 
 def test_rounds_are_reported_the_warm_up_too(ticking, parent):
     seen = []
-    latency.run(work(VARIANTS[:1]), parent, report=lambda *progress: seen.append(progress))
+    latency.measure_costs(work(VARIANTS[:1]), parent, report=lambda *progress: seen.append(progress))
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
 def test_a_time_that_drowns_in_noise_is_refused(parent, monkeypatch):
     monkeypatch.setattr(latency, "_now", lambda _: 0.0)
     with pytest.raises(MeasurementError, match=r"measured time of attn:kv1 is not positive.*raise target\.rounds"):
-        latency.run(work(VARIANTS[:1]), parent)
+        latency.measure_costs(work(VARIANTS[:1]), parent)
 
 
 def test_real_times_are_positive(parent):
-    models = {"child": latency.random_child(parent, Architecture.parse(MIXED), torch.float32, torch.device("cpu"))}
+    models = {"child": random_child(parent, Architecture.parse(MIXED), torch.float32, torch.device("cpu"))}
     times = latency.time_models(models, work().traffic, TARGET)["child"]
     assert [len(times["prefill"]), len(times["decode"])] == [3, 3]
     assert min(times["prefill"] + times["decode"]) > 0
 
 
 def test_decoding_starts_from_a_cache_of_the_right_length(parent):
-    model = latency.random_child(parent, Architecture.parse(MIXED), torch.float32, torch.device("cpu"))
+    model = random_child(parent, Architecture.parse(MIXED), torch.float32, torch.device("cpu"))
     cache = latency._filled_cache(model, 2, 7)
     assert [tuple(layer.keys.shape) for layer in cache.layers] == [(2, 1, 7, 4), (2, 4, 7, 4)]
 
 
 def test_medians_and_spreads():
-    timing = latency.timing_of({"prefill": [1.0, 2.0, 3.0, 100.0, 2.0], "decode": [0.0] * 5})
+    timing = timing_of({"prefill": [1.0, 2.0, 3.0, 100.0, 2.0], "decode": [0.0] * 5})
     assert (timing.prefill_ms, timing.decode_ms, timing.decode_spread) == (2.0, 0.0, 0.0)
     assert timing.prefill_spread > 1
 
 
 def test_a_gpu_that_is_not_there_is_said():
     with pytest.raises(SpecError, match="sees no GPU here"):
-        latency.hardware_name(TargetSpec(device="cuda"))
-    assert latency.hardware_name(TargetSpec(device="cpu"))
+        hardware_name(TargetSpec(device="cuda"))
+    assert hardware_name(TargetSpec(device="cpu"))

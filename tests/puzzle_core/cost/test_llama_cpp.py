@@ -29,8 +29,8 @@ SPACE = VariantsSpec(kv_heads=(1,), ffn_ratios=(0.5,))
 
 
 def work(shape, target=TARGET):
-    halves = {half for found in SPACE.of_layer(0, shape) for half in found if half.kind != "no_op"}
-    return CostWork(shape="s", variants=tuple(sorted(halves)), traffic=TRAFFIC, target=target, hardware="abacus")
+    variants = {variant for found in SPACE.of_layer(0, shape) for variant in found if not variant.is_empty}
+    return CostWork(shape="s", variants=tuple(sorted(variants)), traffic=TRAFFIC, target=target, hardware="abacus")
 
 
 def counted(shape, architecture):
@@ -98,7 +98,7 @@ def test_types_of_the_weights():
     ("text", "message"),
     [
         ("engine: vllm", r"vllm, which is not measured here.*costs: imported"),
-        ("engine: llama.cpp\ndevice: cuda", "measured on the CPU"),
+        ("engine: llama.cpp\ndevice: cuda", "measured on cpu alone"),
         ("gguf_type: q8_0", "gguf_type is given, but engine is torch"),
         ("engine: llamacpp", "torch"),
     ],
@@ -183,6 +183,6 @@ class TestEngine:
             target=TARGET,
             hardware="h",
         )
-        record = llama_cpp.run_timing(asked, parent)
+        record = llama_cpp.time_architectures(asked, parent)
         assert record.models["parent"].prefill_ms > 2 * record.models["shallow"].prefill_ms
         assert record.models["parent"].decode_ms > 2 * record.models["shallow"].decode_ms

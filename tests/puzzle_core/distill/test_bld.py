@@ -7,6 +7,7 @@ from puzzle_core.architecture import Variant
 from puzzle_core.distill import bld
 from puzzle_core.distill.loop import Checkpoints
 from puzzle_core.errors import NonFiniteError
+from puzzle_core.families.family import FAMILIES
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.remote.modeling_puzzle import family_class
 from puzzle_core.model.surgery import load_weights
@@ -55,9 +56,9 @@ def test_the_first_loss_is_that_of_the_training_free_weights(variant, distil, ac
         activations.parent, LAYER, Variant.parse(variant), initial_state("llama", LAYER, variant), torch.float32, CPU
     )
     middle = (swapped if variant.startswith("attn") else block).attend(
-        activations.entry(LAYER), **activations.context()
+        activations.layer_input(LAYER), **activations.context()
     )
-    output, left = (block if variant.startswith("attn") else swapped).feed(middle), activations.entry(LAYER + 1)
+    output, left = (block if variant.startswith("attn") else swapped).feed(middle), activations.layer_input(LAYER + 1)
     expected = (output - left).square().mean() / left.square().mean()
     assert distil(variant, {"batch_tokens": 96}).initial_loss == pytest.approx(expected.item(), rel=1e-5)
 
@@ -84,7 +85,11 @@ def test_no_gradient_leaves_the_variant(distil, parent):
 
 
 def test_an_ffn_variant_never_runs_an_attention(distil, monkeypatch):
-    monkeypatch.setattr(family_class("llama", "Attention"), "forward", lambda *_, **__: pytest.fail("attention ran"))
+    monkeypatch.setattr(
+        family_class(FAMILIES["llama"].description(), "Attention"),
+        "forward",
+        lambda *_, **__: pytest.fail("attention ran"),
+    )
     distil("ffn:i12")
 
 

@@ -73,7 +73,7 @@ def test_terms_are_the_weighted_losses_of_logits_and_of_what_leaves_every_layer(
     for block in student.model.layers:
         block.register_forward_hook(lambda _, __, output: left.append(output))
     terms = loss_terms(parent_model, student, ids_NT.long(), GkdSpec(cosine_weight=2, kl_weight=3, lm_weight=4))
-    distances = [cosine_distance(activations.entry(layer + 1), states) for layer, states in enumerate(left)]
+    distances = [cosine_distance(activations.layer_input(layer + 1), states) for layer, states in enumerate(left)]
     logits = student(input_ids=ids_NT.long()).logits
     torch.testing.assert_close(terms["cosine"], 2 * sum(distances))
     torch.testing.assert_close(

@@ -13,9 +13,10 @@ from puzzle_core.architecture import Architecture
 from puzzle_core.distill import gkd
 from puzzle_core.distill.distributed import ShardedGroup, joined
 from puzzle_core.distill.loop import Checkpoints
+from puzzle_core.errors import ArtifactError
 from puzzle_core.model.checkpoint import Checkpoint
+from puzzle_core.model.child_config import read_child_config
 from puzzle_core.model.parent import Parent
-from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.spec import GkdSpec, ParentSpec
 from puzzle_core.work import GkdWork
 from tests.conftest import MIXED
@@ -66,7 +67,7 @@ def do(case, together):
 def held(case, together):
     """Entries of the child that this process holds, and all of them."""
     directory = Path(case["child"])
-    child = together.load(PuzzleConfig.from_pretrained(directory), Checkpoint(directory), torch.float32)
+    child = together.load(read_child_config(directory), Checkpoint(directory, ArtifactError), torch.float32)
     parameters = list(child.parameters())
     return sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
 

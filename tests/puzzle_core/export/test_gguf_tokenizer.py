@@ -106,7 +106,7 @@ def test_sentencepiece_scores_follow_the_merges():
         (lambda: byte_level(pre_tokenizers.Whitespace()), r"parts \['Whitespace'\]"),
         (lambda: byte_level(normalizer=normalizers.Lowercase()), r"normalises text \(Lowercase\)"),
         (lambda: sentencepiece(ALL_SPLITS[:1] + ALL_SPLITS[2:]), r"lack \('a', 'bc'\), by which.*'abc'"),
-        (lambda: sentencepiece([("a", "bc"), ("a", "b"), ("ab", "c"), ("b", "c")]), "'abc' do not stand together"),
+        (lambda: sentencepiece([("a", "bc"), ("a", "b"), ("ab", "c"), ("b", "c")]), "'abc' are not neighbours"),
     ],
 )
 def test_what_llama_cpp_has_no_equal_of_is_refused(tokenizer, message):

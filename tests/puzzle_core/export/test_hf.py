@@ -191,7 +191,11 @@ def test_a_weight_too_large_for_the_type_is_refused(copy_of, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "kind", "message"),
     [
-        (lambda d: edit_tensors(d, lambda t: t.pop("model.norm.weight")), ArtifactError, "in 1 tensors.*norm.weight"),
+        (
+            lambda d: edit_tensors(d, lambda t: t.pop("model.norm.weight")),
+            ArtifactError,
+            "1 tensors that it lacks",
+        ),
         (lambda d: (d / "config.json").unlink(), ArtifactError, "holds no checkpoint of a child"),
         (lambda d: edit_config(d, model_type="gpt2"), ParentError, "is of family 'gpt2'"),
     ],

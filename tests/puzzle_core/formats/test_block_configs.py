@@ -9,8 +9,9 @@ import pytest
 
 from puzzle_core.architecture import Architecture, ModelShape
 from puzzle_core.errors import SpecError
-from puzzle_core.formats.block_configs import ffn_mult_of, from_block_configs, to_block_configs, width_of
+from puzzle_core.formats.block_configs import from_block_configs, to_block_configs
 from puzzle_core.formats.decilm_config import architecture_of, child_config
+from puzzle_core.variants.entries import ffn_mult_of, width_of
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from puzzle_core.errors import StorageError
 from puzzle_core.model import activations as activations_module
-from puzzle_core.model.activations import Activations
+from puzzle_core.model.activations import Activations, drop_layer
 from puzzle_core.model.child import load_parent
 from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock
 from tests.conftest import CPU
@@ -37,9 +37,9 @@ def test_states_are_those_that_hooks_see_in_transformers(name, activations_of, c
         model(input_ids=ids_NT.long())
     activations = activations_of(name)
     for layer in entered:
-        assert torch.equal(activations.entry(layer), entered[layer])
-        assert torch.equal(activations.middle(layer), middle[layer])
-        assert torch.equal(activations.entry(layer + 1), left[layer])
+        assert torch.equal(activations.layer_input(layer), entered[layer])
+        assert torch.equal(activations.post_attention(layer), middle[layer])
+        assert torch.equal(activations.layer_input(layer + 1), left[layer])
 
 
 def test_states_do_not_depend_on_the_rows_of_a_batch(activations, ids_NT, tmp_path, monkeypatch):
@@ -48,15 +48,15 @@ def test_states_do_not_depend_on_the_rows_of_a_batch(activations, ids_NT, tmp_pa
     assert [(rows.start, rows.stop) for rows in four_rows.batches()] == [(0, 4), (4, 8)]
     four_rows.capture_embedding()
     four_rows.capture_layer(0)
-    torch.testing.assert_close(four_rows.entry(1), activations.entry(1).clone())
+    torch.testing.assert_close(four_rows.layer_input(1), activations.layer_input(1).clone())
 
 
 def test_states_are_kept_in_the_type_asked_for(parent, ids_NT, activations, tmp_path):
     half = Activations(tmp_path, parent, ids_NT, torch.bfloat16, CPU)
     half.capture_embedding()
     half.capture_layer(0)
-    assert half.entry(1).dtype == torch.bfloat16
-    error = (half.entry(1).float() - activations.entry(1)).norm() / activations.entry(1).norm()
+    assert half.layer_input(1).dtype == torch.bfloat16
+    error = (half.layer_input(1).float() - activations.layer_input(1)).norm() / activations.layer_input(1).norm()
     assert 0 < error < 0.02
 
 
@@ -82,14 +82,14 @@ def test_a_crash_in_the_middle_of_a_layer_leaves_nothing_behind(fresh, monkeypat
             fresh.capture_layer(0)
     assert sorted(fresh.directory.iterdir()) == before
     fresh.capture_layer(0)
-    assert fresh.has_entry(1)
+    assert fresh.has_layer_input(1)
 
 
 def test_a_captured_layer_is_not_run_again(fresh, monkeypatch):
     fresh.capture_layer(0)
     monkeypatch.setattr(PuzzleBlock, "attend", lambda *_, **__: pytest.fail("ran again"))
     fresh.capture_layer(0)
-    fresh.capture_layer(0, keep_middle=False)
+    fresh.capture_layer(0, keep_post_attention=False)
 
 
 def test_log_probabilities_are_those_of_the_logits_kept_or_not(fresh, parent, ids_NT):
@@ -106,10 +106,10 @@ def test_log_probabilities_are_those_of_the_logits_kept_or_not(fresh, parent, id
 def test_log_probabilities_that_take_too_much_are_not_kept(fresh, monkeypatch):
     monkeypatch.setattr(activations_module, "LARGEST_LOG_PROBABILITIES_BYTES", fresh.log_probability_bytes() - 1)
     fresh.capture_log_probabilities()
-    assert [file.name for file in fresh.directory.iterdir()] == ["entry-000.bin"]
+    assert [file.name for file in fresh.directory.iterdir()] == ["layer-input-000.bin"]
 
 
-def test_release_drops_the_files_of_one_layer(fresh):
+def test_the_files_of_one_layer_are_dropped(fresh):
     fresh.capture_layer(0)
-    fresh.release(0)
-    assert [file.name for file in fresh.directory.iterdir()] == ["entry-001.bin"]
+    drop_layer(fresh.directory, 0)
+    assert [file.name for file in fresh.directory.iterdir()] == ["layer-input-001.bin"]

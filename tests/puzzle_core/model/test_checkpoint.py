@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from puzzle_core.errors import ParentError
+from puzzle_core.errors import ArtifactError, ParentError
 from puzzle_core.model.checkpoint import INDEX, SINGLE, Checkpoint, write_checkpoint
 
 TENSORS = {name: torch.full((size,), float(size)) for name, size in {"a": 3, "b": 4, "c": 5, "d": 60, "e": 1}.items()}
@@ -15,7 +15,7 @@ TENSORS = {name: torch.full((size,), float(size)) for name, size in {"a": 3, "b"
 @pytest.mark.parametrize(("limit", "shards"), [(10_000, 1), (50, 3), (1, 5)])
 def test_reads_back_what_it_wrote(tmp_path, limit, shards):
     write_checkpoint(tmp_path, TENSORS.items(), max_shard_bytes=limit)
-    checkpoint = Checkpoint(tmp_path)
+    checkpoint = Checkpoint(tmp_path, ParentError)
     assert len(checkpoint.files) == shards
     assert {name: checkpoint.tensor(name).tolist() for name in TENSORS} == {n: t.tolist() for n, t in TENSORS.items()}
     assert checkpoint.headers["d"] == ((60,), "F32")
@@ -24,22 +24,44 @@ def test_reads_back_what_it_wrote(tmp_path, limit, shards):
 def test_a_shard_is_over_the_limit_only_if_one_tensor_is(tmp_path):
     write_checkpoint(tmp_path, TENSORS.items(), max_shard_bytes=40)
     weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
-    shards = [[n for n, shard in weight_map.items() if shard == file.name] for file in Checkpoint(tmp_path).files]
+    files = Checkpoint(tmp_path, ParentError).files
+    shards = [[name for name, shard in weight_map.items() if shard == file.name] for file in files]
     assert shards == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
 def test_nothing_but_the_checkpoint_is_left_behind(tmp_path):
     write_checkpoint(tmp_path, TENSORS.items(), max_shard_bytes=40)
-    named = {INDEX, *(file.name for file in Checkpoint(tmp_path).files)}
+    named = {INDEX, *(file.name for file in Checkpoint(tmp_path, ParentError).files)}
     assert {file.name for file in tmp_path.iterdir()} == named
 
 
 def test_a_file_that_vanishes_after_opening_is_named(tmp_path):
     save_file(TENSORS, tmp_path / SINGLE)
-    checkpoint = Checkpoint(tmp_path)
+    checkpoint = Checkpoint(tmp_path, ParentError)
     (tmp_path / SINGLE).unlink()
     with pytest.raises(ParentError, match=r"cannot read 'a' from .*model\.safetensors"):
         checkpoint.tensor("a")
+
+
+@pytest.mark.parametrize("error", [ParentError, ArtifactError])
+def test_damage_raises_the_error_of_whose_checkpoint_it_is(tmp_path, error):
+    write_checkpoint(tmp_path, TENSORS.items())
+    checkpoint, shapes = Checkpoint(tmp_path, error), {name: tuple(t.shape) for name, t in TENSORS.items()}
+    checkpoint.check(shapes)
+    checkpoint.check({"a": (3,)}, names=["a"])
+    for expected, message in (
+        (
+            shapes | {"f": (1,)},
+            r"asks for 1 tensors .* lacks, the first being 'f' \(config \(1,\), checkpoint none",
+        ),
+        ({k: v for k, v in shapes.items() if k != "b"}, "holds 1 tensors .* no place for, the first being 'b'"),
+        (shapes | {"c": (6,), "d": (61,)}, r"2 tensors have other shapes .*'c' \(config \(6,\), checkpoint \(5,\)\)"),
+    ):
+        with pytest.raises(error, match=message):
+            checkpoint.check(expected)
+    (tmp_path / SINGLE).write_bytes(b"")
+    with pytest.raises(error, match="is truncated"):
+        Checkpoint(tmp_path, error)
 
 
 @pytest.mark.parametrize("named", ["../beside.safetensors", "{outside}"])
@@ -51,4 +73,4 @@ def test_an_index_cannot_name_shards_outside_its_directory(named, tmp_path):
     weight_map = dict.fromkeys(TENSORS, named.format(outside=outside))
     (inside / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     with pytest.raises(ParentError, match=r"lacks 1 of its 1 shards, the first being beside\.safetensors"):
-        Checkpoint(inside)
+        Checkpoint(inside, ParentError)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from puzzle_core.architecture import Architecture, BlockVariant
+from puzzle_core.architecture import Architecture
 from puzzle_core.errors import ArtifactError
 from puzzle_core.model import child
 from puzzle_core.model.checkpoint import Checkpoint
@@ -105,9 +105,9 @@ def test_the_cache_holds_what_was_counted(assemble, parent, ids_NT):
 @pytest.mark.parametrize("name", ["llama", "tied"])
 def test_the_record_counts_what_lies_on_disk(name, assemble, parent_of, tmp_path, monkeypatch):
     records = []
-    monkeypatch.setattr(child, "run", lambda *args, run=child.run: records.append(run(*args)))
+    monkeypatch.setattr(child, "assemble", lambda *args, write=child.assemble: records.append(write(*args)))
     directory, architecture = assemble(name, MIXED, "bfloat16"), Architecture.parse(MIXED)
-    headers = Checkpoint(directory).headers
+    headers = Checkpoint(directory, ArtifactError).headers
     parameters = architecture_parameters(parent_of(name).shape, architecture)
     assert records == [ChildRecord(architecture=architecture, parameters=parameters, parameter_bytes=2 * parameters)]
     assert sum(torch.Size(header.shape).numel() for header in headers.values()) == parameters
@@ -119,7 +119,7 @@ def test_a_sharded_child_is_the_same_child(assemble, ids_NT, monkeypatch):
     write = child.write_checkpoint
     monkeypatch.setattr(child, "write_checkpoint", lambda *args: write(*args, max_shard_bytes=20_000))
     sharded = assemble("llama", MIXED)
-    assert len(Checkpoint(sharded).files) > 3
+    assert len(Checkpoint(sharded, ArtifactError).files) > 3
     logits = load_child(sharded, torch.float32, CPU)(input_ids=ids_NT.long()).logits
     monkeypatch.undo()
     whole = load_child(assemble("llama", MIXED), torch.float32, CPU)
@@ -150,7 +150,7 @@ def test_a_child_carries_everything_that_serving_needs(copy_of, parent, tmp_path
 def test_a_child_with_other_tensors_than_its_config_says_is_refused(change, tensor, assemble):
     directory = assemble("llama")
     edit_tensors(directory, change)
-    with pytest.raises(ArtifactError, match=f"1 tensors, the first being '.*{tensor}'"):
+    with pytest.raises(ArtifactError, match=f"1 tensors.*, the first being '.*{tensor}'"):
         load_child(directory, torch.float32, CPU)
 
 
@@ -160,13 +160,3 @@ def test_a_random_child_has_the_shapes_of_the_assembled_one(assemble, parent):
     shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (random, assembled)]
     assert shapes[0] == shapes[1]
     assert {p.dtype for p in random.parameters()} == {torch.bfloat16}
-
-
-def test_only_trained_halves_come_from_the_library(parent):
-    of_block = {
-        "attn:kv4+ffn:no_op": [],
-        "attn:kv1+ffn:i48": ["attn:kv1"],
-        "attn:linear+ffn:i8": ["attn:linear", "ffn:i8"],
-    }
-    for block, expected in of_block.items():
-        assert child.trained_variants(BlockVariant.parse(block), parent.shape) == expected

@@ -5,7 +5,7 @@ import torch
 
 from puzzle_core.architecture import BlockVariant, Variant
 from puzzle_core.distill import bld
-from puzzle_core.model.surgery import Subblocks, halves, variant_block
+from puzzle_core.model.surgery import Subblocks, load_subblocks, variant_block
 from puzzle_core.records import digest_file
 from puzzle_core.spec import BldSpec
 from puzzle_core.work import BldWork
@@ -20,35 +20,35 @@ def test_block_replaced_by_a_copy_of_itself_is_bitwise_the_parents(name, activat
     for layer in range(parent.shape.layers):
         block = Subblocks(
             *(
-                variant_block(parent, layer, half, initial_state(name, layer, str(half)), torch.float32, CPU)
-                for half in (own.attention, own.ffn)
+                variant_block(parent, layer, variant, initial_state(name, layer, str(variant)), torch.float32, CPU)
+                for variant in own.subblocks
             )
         )
-        assert torch.equal(block(activations.entry(layer), **context), activations.entry(layer + 1))
+        assert torch.equal(block(activations.layer_input(layer), **context), activations.layer_input(layer + 1))
 
 
 def test_another_layers_weights_would_be_seen(activations, initial_state):
     attention = activations.parent.shape.parent_block.attention
     state = initial_state("llama", 2, str(attention))
     block = variant_block(activations.parent, 1, attention, state, torch.float32, CPU)
-    output = block.attend(activations.entry(1), **activations.context())
-    assert not torch.allclose(output, activations.middle(1), atol=0.1)
+    output = block.attend(activations.layer_input(1), **activations.context())
+    assert not torch.allclose(output, activations.post_attention(1), atol=0.1)
 
 
-def test_no_op_halves_add_nothing(activations):
+def test_no_op_subblocks_add_nothing(activations):
     block = BlockVariant.parse("attn:no_op+ffn:no_op")
-    empty = halves(activations.parent, 0, block, {}, torch.float32, CPU)
-    assert torch.equal(empty(activations.entry(0), **activations.context()), activations.entry(0))
+    empty = load_subblocks(activations.parent, 0, block, {}, torch.float32, CPU)
+    assert torch.equal(empty(activations.layer_input(0), **activations.context()), activations.layer_input(0))
 
 
-def test_halves_are_the_parents_own_modules_where_nothing_is_swapped(parent):
+def test_subblocks_are_the_parents_own_modules_where_nothing_is_swapped(parent):
     linear = {
         Variant("ffn", "linear"): {
             "mlp.linear_mlp.weight": torch.eye(32),
             "post_attention_layernorm.weight": torch.ones(32),
         }
     }
-    block = halves(parent, 0, BlockVariant.parse("attn:kv4+ffn:linear"), linear, torch.float32, CPU)
+    block = load_subblocks(parent, 0, BlockVariant.parse("attn:kv4+ffn:linear"), linear, torch.float32, CPU)
     assert block.attention is parent.block(0, torch.float32, CPU)
     assert block.ffn.self_attn is None
 

@@ -5,7 +5,7 @@ import torch
 
 from puzzle_core.architecture import Variant
 from puzzle_core.model.surgery import variant_block
-from puzzle_core.variants.attention import initial_attention, mean_pool
+from puzzle_core.variants.attention import linear_attention, mean_pool
 from tests.conftest import CPU
 from tests.reference.variants import pooled_heads
 
@@ -44,18 +44,20 @@ def test_pooling_keeps_the_type():
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_linear_attention_is_attention_where_every_token_sees_itself_alone(name, linear_block, activations_of):
     activations = activations_of(name)
-    tokens, context = activations.entry(1).flatten(0, 1).unsqueeze(1), activations.context()
+    tokens, context = activations.layer_input(1).flatten(0, 1).unsqueeze(1), activations.context()
     context["position_embeddings"] = tuple(part[:, :1] for part in context["position_embeddings"])
     alone = activations.parent.block(1, torch.float32, CPU).attend(tokens, **context)
     torch.testing.assert_close(linear_block(name).attend(tokens), alone)
 
 
 def test_linear_attention_is_not_attention_of_whole_windows(linear_block, activations):
-    assert not torch.allclose(linear_block("llama").attend(activations.entry(1)), activations.middle(1), atol=0.1)
+    assert not torch.allclose(
+        linear_block("llama").attend(activations.layer_input(1)), activations.post_attention(1), atol=0.1
+    )
 
 
 def test_linear_keeps_the_norm_and_no_op_keeps_nothing(parent):
     layer = parent.layer_tensors(0)
-    linear = initial_attention(layer, parent.shape, Variant("attn", "linear"))
+    linear = linear_attention(layer, parent.shape, 0)
     assert torch.equal(linear["input_layernorm.weight"], layer["input_layernorm.weight"])
-    assert initial_attention(layer, parent.shape, Variant("attn", "no_op")) == {}
+    assert Variant("attn", "no_op").row.initial_state(layer, parent.shape, 0) == {}

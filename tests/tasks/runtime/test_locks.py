@@ -1,4 +1,4 @@
-"""Turns on one machine: side by side, alone, never starved, a GPU for each task, and free again after kill -9."""
+"""Locks on one machine: side by side, alone, never starved, a GPU for each task, and free again after kill -9."""
 
 import fcntl
 import signal
@@ -16,9 +16,10 @@ from puzzle_core.device import default_device, visible_gpus
 from puzzle_core.errors import SpecError
 from tasks import stage_tasks
 from tasks.runtime import locks
-from tasks.runtime.locks import artifact_lock, gpus, machine_lock, place
-from tasks.stage_tasks import find_costs, on_gpu
+from tasks.runtime.locks import artifact_lock, gpu_lock, lock_directory, machine_lock
+from tasks.stage_tasks import find_costs
 from tasks.store.store import Store
+from tasks.task_policies import with_gpu
 from tests.workflow import artifacts, plan_of
 
 ROOT = Path(__file__).parents[3]
@@ -28,7 +29,7 @@ HOLD = """
 import sys, time
 from tasks.runtime.locks import machine_lock
 
-with machine_lock(sys.argv[1] == "alone"):
+with machine_lock(sys.argv[1]):
     print("in", flush=True)
     time.sleep(600)
 """
@@ -37,7 +38,7 @@ import sys, time
 from tasks.runtime import locks
 
 locks.gpu_names = lambda: ["a", "b", "c"]
-with locks.gpus(int(sys.argv[1])) as numbers:
+with locks.gpu_lock(int(sys.argv[1])) as numbers:
     print(*numbers, flush=True)
     time.sleep(600)
 """
@@ -51,7 +52,7 @@ def own_place(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hold():
-    """Hold a turn in a process of its own."""
+    """Hold a lock in another process."""
     started = []
 
     def begin(how, script=HOLD, says=b"in\n"):
@@ -68,15 +69,15 @@ def hold():
 
 
 class Task(threading.Thread):
-    """A task that takes its turn, until it is let go."""
+    """A task that holds the machine lock until it is released."""
 
-    def __init__(self, alone):
+    def __init__(self, mode):
         super().__init__(daemon=True)
-        self.alone, self.inside, self.leave = alone, threading.Event(), threading.Event()
+        self.mode, self.inside, self.leave = mode, threading.Event(), threading.Event()
         self.start()
 
     def run(self):
-        with machine_lock(self.alone):
+        with machine_lock(self.mode):
             self.inside.set()
             self.leave.wait(LONG_SECONDS)
 
@@ -86,7 +87,7 @@ class Task(threading.Thread):
 
 @pytest.fixture
 def three_gpus(monkeypatch):
-    """A machine with three GPUs, as far as turns are concerned."""
+    """A machine with three GPUs, as far as locks are concerned."""
     monkeypatch.setattr(locks, "gpu_names", lambda: ["a", "b", "c"])
 
 
@@ -94,7 +95,7 @@ def wait_until_held(name):
     """Wait until a task holds a lock alone."""
     deadline = time.monotonic() + LONG_SECONDS
     while time.monotonic() < deadline:
-        with (place() / name).open("ab") as file:
+        with (lock_directory() / name).open("ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -108,10 +109,10 @@ class GpuTask(Task):
 
     def __init__(self, count):
         self.count, self.numbers = count, None
-        super().__init__(False)
+        super().__init__("shared")
 
     def run(self):
-        with gpus(self.count) as self.numbers:
+        with gpu_lock(self.count) as self.numbers:
             self.inside.set()
             self.leave.wait(LONG_SECONDS)
 
@@ -135,7 +136,7 @@ def test_gpus_are_shared_with_other_processes_and_free_after_a_kill(three_gpus, 
     assert task.gets_in()
     assert task.numbers == [2]
     waiting = GpuTask(2)
-    wait_until_held("queue")
+    wait_until_held("gpu-queue")
     assert not waiting.gets_in(0.4)
     later = GpuTask(1)
     task.leave.set()
@@ -151,7 +152,7 @@ def test_gpus_are_shared_with_other_processes_and_free_after_a_kill(three_gpus, 
 def test_a_task_computes_on_its_gpu_and_comes_back_to_it(three_gpus):
     barrier = threading.Barrier(3, timeout=LONG_SECONDS)
 
-    @on_gpu
+    @with_gpu
     def where():
         barrier.wait()
         device = default_device()
@@ -171,7 +172,7 @@ def test_every_task_that_computes_is_on_a_gpu(three_gpus, spec_of, monkeypatch):
     plan, context = plan_of(spec_of())
     child = Architecture.of_parent(plan.inputs.shape)
     monkeypatch.setattr(Store, "fetch", lambda store, key: Path(key))  # nothing has been made that could be fetched
-    with locks.gpus(3):
+    with locks.gpu_lock(3):
         for task, arguments in (
             (stage_tasks.measure_importance, (plan.importance(), context)),
             (stage_tasks.capture_layer, (plan.tokens("bld").key, "float32", 0, True, context)),
@@ -187,7 +188,7 @@ def test_every_task_that_computes_is_on_a_gpu(three_gpus, spec_of, monkeypatch):
 
 
 def test_more_gpus_than_there_are_is_refused(three_gpus):
-    with pytest.raises(SpecError, match=r"4 GPUs are asked for, but this machine has 3: lower runtime"), gpus(4):
+    with pytest.raises(SpecError, match=r"4 GPUs are asked for, but this machine has 3: lower runtime"), gpu_lock(4):
         pass
 
 
@@ -200,16 +201,16 @@ def test_other_processes_see_the_same_gpus(monkeypatch):
 
 
 def test_others_run_side_by_side_and_a_measurement_alone(hold):
-    held = hold("beside")
-    beside, alone = Task(False), None
+    held = hold("shared")
+    beside, alone = Task("shared"), None
     assert beside.gets_in()
-    alone = Task(True)
+    alone = Task("exclusive")
     assert not alone.gets_in(0.4)
     beside.leave.set()
     assert not alone.gets_in(0.4)
     held.send_signal(signal.SIGKILL)
     assert alone.gets_in()
-    after = Task(False)
+    after = Task("shared")
     assert not after.gets_in(0.4)
     alone.leave.set()
     assert after.gets_in()
@@ -217,8 +218,8 @@ def test_others_run_side_by_side_and_a_measurement_alone(hold):
 
 
 def test_a_killed_measurement_leaves_no_lock(hold):
-    measuring = hold("alone")
-    waiting = Task(False)
+    measuring = hold("exclusive")
+    waiting = Task("shared")
     assert not waiting.gets_in(0.4)
     measuring.send_signal(signal.SIGKILL)
     assert waiting.gets_in()
@@ -226,11 +227,11 @@ def test_a_killed_measurement_leaves_no_lock(hold):
 
 
 def test_what_comes_later_waits_behind_a_measurement():
-    first = Task(False)
+    first = Task("shared")
     assert first.gets_in()
-    alone = Task(True)
-    wait_until_held("door")
-    later = Task(False)
+    alone = Task("exclusive")
+    wait_until_held("machine-queue")
+    later = Task("shared")
     assert not later.gets_in(0.4)
     first.leave.set()
     assert alone.gets_in()
@@ -240,17 +241,17 @@ def test_what_comes_later_waits_behind_a_measurement():
     later.leave.set()
 
 
-def test_a_turn_ends_with_an_error():
-    with pytest.raises(KeyError), machine_lock(alone=True):
+def test_a_lock_ends_with_an_error():
+    with pytest.raises(KeyError), machine_lock("exclusive"):
         raise KeyError
-    with machine_lock(alone=True):
+    with machine_lock("exclusive"):
         pass
 
 
 def test_costs_are_measured_alone_and_looked_up_at_once(spec_of, tmp_path, ticking):
     plan, context = plan_of(spec_of())
     (work,) = plan.costs().values()
-    other = Task(False)
+    other = Task("shared")
     assert other.gets_in()
     measuring = threading.Thread(target=find_costs.fn, args=(work, context), daemon=True)
     measuring.start()
@@ -259,7 +260,7 @@ def test_costs_are_measured_alone_and_looked_up_at_once(spec_of, tmp_path, ticki
     other.leave.set()
     measuring.join(LONG_SECONDS)
     assert artifacts(tmp_path / "store").keys() == {work.key}
-    other = Task(False)
+    other = Task("shared")
     assert other.gets_in()
     assert find_costs.fn(work, context) == work.key
     other.leave.set()
@@ -298,7 +299,7 @@ def test_the_same_work_is_left_to_who_is_at_it_and_free_once_that_process_ended(
             holder.stdin.flush()
         assert got.wait(LONG_SECONDS)
         waiting.join()
-    assert not list(place().glob("claim-*"))
+    assert not list(lock_directory().glob("artifact-*"))
 
 
 def test_many_who_want_the_same_work_are_at_it_one_after_another():

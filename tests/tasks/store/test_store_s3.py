@@ -16,7 +16,7 @@ from puzzle_core.errors import ArtifactError, DamagedError, SpecError, StorageEr
 from puzzle_core.spec import RuntimeSpec
 from tasks.store import bucket as store_bucket
 from tasks.store import store as store_module
-from tasks.store.cache import reading
+from tasks.store.cache import pin_entries
 from tasks.store.packs import LEAST_RECORDS, PACKS
 from tasks.store.store import MANIFEST, Store
 from tests.s3_server import BUCKET
@@ -187,8 +187,8 @@ def test_a_server_that_does_not_come_back_is_named(opened, proxy, impatient, out
 def test_an_endpoint_that_nobody_answers_at_is_named_soon(opened, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hidden@127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(store_bucket, "PATIENCE_SECONDS", 10_000.0)  # of a server that answered before
-    monkeypatch.setattr(store_bucket, "FIRST_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(store_bucket, "RETRY_SECONDS_AFTER_ANSWER", 10_000.0)  # of a server that answered before
+    monkeypatch.setattr(store_bucket, "RETRY_SECONDS_NEVER_ANSWERED", 0.5)
     with pytest.raises(
         StorageError, match=r"at http://127.0.0.1:9: no good answer .* check AWS_ENDPOINT_URL"
     ) as caught:
@@ -417,12 +417,12 @@ def test_the_cache_keeps_its_size_and_what_was_used_last(opened):
     keys = [publish(opened(), PlainWork(number=number), text="w" * 100_000) for number in range(6)]
     store = opened(cache_bytes=450_000)
     for key in keys[:4]:
-        with reading():
+        with pin_entries():
             store.fetch(key)
-    with reading():
+    with pin_entries():
         store.fetch(keys[0])
     for key in keys[4:]:
-        with reading():
+        with pin_entries():
             store.fetch(key)
     sizes = [path.stat().st_size for path in store._cache.directory.rglob("*") if path.is_file()]
     assert sum(sizes) <= 450_000
@@ -442,11 +442,11 @@ def test_what_another_process_reads_is_not_evicted(opened):
     with subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
         assert reader.stdout.readline() == b"reading\n"
         for key in keys[1:]:
-            with reading():
+            with pin_entries():
                 assert (store.fetch(key) / "weights.bin").stat().st_size == 100_000
         assert keys[0] in cached(store)
         reader.kill()
-    with reading():
+    with pin_entries():
         store.fetch(keys[1])
         store.fetch(keys[2])
     assert keys[0] not in cached(store)

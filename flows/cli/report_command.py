@@ -1,0 +1,49 @@
+"""`puzzle report`: the final table of a run."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from flows.cli.arguments import STORE, StoreUrl
+from puzzle_core.errors import SpecError
+from puzzle_core.spec import RuntimeSpec
+
+if TYPE_CHECKING:
+    from tasks.store.store import Store
+
+
+def report(
+    run: Annotated[str, Parameter(help="Name of a flow run or of a specification, or the key of a report.")],
+    /,
+    *,
+    store: StoreUrl = STORE,
+) -> None:
+    """Print the newest report of a run.
+
+    Raises:
+        SpecError: the store has no such report; names those that it has.
+    """
+    from puzzle_core.work import ReportWork
+    from tasks.store.store import Store
+
+    opened = Store.of(RuntimeSpec(store=store))
+    readable = f"{ReportWork.stage}/v{ReportWork.version}/"
+    manifests = [opened.manifest(key) for key in opened.keys(ReportWork.stage) if key.startswith(readable)]
+    reports = [
+        manifest for manifest in manifests if run in (manifest.key, manifest.made_by, manifest.work["spec"]["name"])
+    ]
+    if not reports:
+        names = ", ".join(sorted({manifest.work["spec"]["name"] for manifest in manifests})) or "none"
+        raise SpecError(f"{store} holds no report of {run!r}; its reports: {names}")
+    print_report(opened, max(reports, key=lambda manifest: manifest.made_at).key)
+
+
+def print_report(store: "Store", key: str) -> None:
+    """Print the final table of a report and the path of its page."""
+    from puzzle_core.report.report_inputs import ReportInputs
+    from puzzle_core.report.report_tables import format_final_table
+
+    directory = store.fetch(key)
+    inputs = ReportInputs.read(directory / "report.json")
+    sys.stdout.write(f"\n{format_final_table(inputs)}\n\nreport: {directory / 'report.html'}\n")

@@ -1,0 +1,116 @@
+"""What all measurements have in common: the device, models that take turns in rounds, and medians (METHOD section 5).
+
+Models take turns in every round, so that a drift of the machine's speed affects all of them alike.
+"""
+
+import platform
+import statistics
+from collections.abc import Callable, Mapping
+
+import torch
+
+from puzzle_core.engines import ENGINES
+from puzzle_core.errors import MeasurementError, SpecError
+from puzzle_core.target import TargetSpec
+from puzzle_core.work import Timing, Traffic
+
+OUTSIDE, PARENT = "outside", "parent"
+DECODE_POINTS, STEPS_PER_POINT = 4, 8
+STACK_BYTES = 512 * 2**20
+"""Largest size of a model that is made for measuring one variant."""
+
+Rounds = dict[str, list[float]]
+"""Milliseconds of every round, by phase: `prefill` and `decode`."""
+ReportRound = Callable[[int, int], None]
+"""Called after every round with its number (the warm-up is 0) and the number of rounds."""
+
+
+def target_device(target: TargetSpec) -> torch.device:
+    """The torch device of a target.
+
+    Raises:
+        SpecError: the target asks for a GPU that is not there.
+    """
+    if "cuda" not in ENGINES[target.engine].devices:
+        return torch.device("cpu")
+    present = torch.cuda.is_available()
+    if target.device == "cuda" and not present:
+        raise SpecError("target.device is 'cuda', but torch sees no GPU here: say 'cpu', or run on the GPU machine")
+    return torch.device("cuda" if present and target.device != "cpu" else "cpu")
+
+
+def hardware_name(target: TargetSpec) -> str:
+    """The name of the device that a target is measured on, as records and keys have it.
+
+    Raises:
+        SpecError: the target asks for a GPU that is not there.
+    """
+    device = target_device(target)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            models = {line.split(":", 1)[1].strip() for line in file if line.startswith("model name")}
+        return ", ".join(sorted(models)) or platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def take_turns(
+    timers: Mapping[str, Callable[[], tuple[float, float]]], rounds: int, report: ReportRound | None
+) -> dict[str, Rounds]:
+    """Call every timer once per round.
+
+    Args:
+        timers: by model, a function that gives its prefill and decode milliseconds.
+
+    Returns:
+        The milliseconds of every timer in every round; a first warm-up round is left out.
+    """
+    times: dict[str, Rounds] = {name: {"prefill": [], "decode": []} for name in timers}
+    for number in range(rounds + 1):
+        for name, timer in timers.items():
+            prefill, decode = timer()
+            if number:
+                times[name]["prefill"].append(prefill)
+                times[name]["decode"].append(decode)
+        if report:
+            report(number, rounds)
+    return times
+
+
+def decode_lengths(traffic: Traffic) -> list[int]:
+    """Cache lengths around which decode steps are timed: evenly spaced, since a step's time is linear in the cache."""
+    steps = traffic.generated_tokens - 1
+    points = min(DECODE_POINTS, steps)
+    return [traffic.prompt_tokens + int((point + 0.5) * steps / points) for point in range(points)]
+
+
+def timing_of(rounds: Rounds) -> Timing:
+    """Medians of the rounds, and their interquartile ranges over the medians."""
+
+    def spread(values: list[float]) -> float:
+        low, middle, high = statistics.quantiles(values, n=4)
+        return (high - low) / middle if middle else 0.0
+
+    return Timing(
+        prefill_ms=statistics.median(rounds["prefill"]),
+        decode_ms=statistics.median(rounds["decode"]),
+        prefill_spread=spread(rounds["prefill"]),
+        decode_spread=spread(rounds["decode"]),
+    )
+
+
+def positive_timing(name: str, rounds: Rounds) -> Timing:
+    """The timing of what is measured as a difference of two models.
+
+    Raises:
+        MeasurementError: the difference is not positive, so the noise is larger than what is measured.
+    """
+    timing = timing_of(rounds)
+    if timing.prefill_ms <= 0 or timing.decode_ms < 0:
+        raise MeasurementError(
+            f"measured time of {name} is not positive (prefill {timing.prefill_ms:.4f} ms, decode "
+            f"{timing.decode_ms:.4f} ms): the machine is too noisy; stop other work, or raise target.rounds"
+        )
+    return timing

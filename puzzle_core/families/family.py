@@ -1,0 +1,111 @@
+"""What sets a model family apart: one YAML file per Hugging Face `model_type`, read into a `Family`.
+
+Every family is a decoder whose layers have `self_attn` and `mlp`, built from Hugging Face's own attention, FFN, norm
+and rotary classes. A file describes what these classes do not decide: where norms stand, biases, scalars, what happens
+to logits, which attention kinds layers may have, and which keys of a `config.json` are understood.
+
+A child's `config.json` carries the description of its family, since the modelling code of a child imports nothing
+from here. CONTRIBUTING.md says how to add a family.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from puzzle_core.families.config_keys import COMMON_KEYS, is_neutral
+from puzzle_core.records import Record
+from puzzle_core.yaml_file import parse_record, read_keys
+
+Flag = bool | str
+"""True, False, or the config key whose value it is."""
+
+
+class SubblockNorms(Record):
+    """Names of the norms of one subblock; without a name there is no norm."""
+
+    before: str | None = Field(default=None, description="normalises the input of the subblock")
+    after: str | None = Field(default=None, description="normalises the output, before the residual is added")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that are given."""
+        return tuple(name for name in (self.before, self.after) if name)
+
+
+class Family(Record):
+    """One model family. Fields that end in `_key` name a key of the parent's config.json."""
+
+    model_type: str = Field(description="Hugging Face's name of the family, and the name of the file")
+    class_prefix: str = Field(description="start of Hugging Face's class names: Llama in LlamaAttention")
+    attention_norms: SubblockNorms
+    ffn_norms: SubblockNorms
+    qk_norm: bool = Field(description="attention normalises queries and keys")
+    qkv_bias: Flag = Field(description="query, key and value projections have biases")
+    attention_out_bias: Flag = Field(description="the output projection of attention has a bias")
+    mlp_bias: Flag = Field(description="the projections of the FFN have biases")
+    attention_kinds: tuple[str, ...] = Field(
+        default=("full_attention",), description="values of layer_types that layers may have"
+    )
+    window_key: str | None = Field(default=None, description="a value there gives every layer a sliding window")
+    rotary_layers_key: str | None = Field(default=None, description="per layer 1 (rotary positions) or 0 (none)")
+    embedding_scale_key: str | None = Field(default=None, description="embeddings are multiplied by it")
+    embedding_sqrt_hidden: bool = Field(
+        default=False, description="embeddings are multiplied by the root of hidden_size, rounded to their dtype"
+    )
+    residual_scale_key: str | None = Field(default=None, description="the output of a subblock is multiplied by it")
+    logits_divisor_key: str | None = Field(default=None, description="logits are divided by it")
+    logits_softcap_key: str | None = Field(default=None, description="logits become cap * tanh(logits / cap)")
+    config_keys: tuple[str, ...] = Field(
+        description="config keys, beside those of every family, that Hugging Face's own classes or this row read, or "
+        "that change nothing when a parent runs"
+    )
+
+    @property
+    def attention_prefixes(self) -> tuple[str, ...]:
+        """How names of an attention subblock's tensors start, within a layer."""
+        return ("self_attn.", *(f"{name}." for name in self.attention_norms.names))
+
+    @property
+    def ffn_prefixes(self) -> tuple[str, ...]:
+        """How names of an FFN subblock's tensors start, within a layer."""
+        return ("mlp.", *(f"{name}." for name in self.ffn_norms.names))
+
+    @property
+    def unlike_llama(self) -> list[str]:
+        """Fields of norms and scalars that differ from Llama's: what a format made for Llamas has no place for."""
+        fields = (
+            "attention_norms",
+            "ffn_norms",
+            "embedding_scale_key",
+            "embedding_sqrt_hidden",
+            "residual_scale_key",
+            "logits_divisor_key",
+            "logits_softcap_key",
+        )
+        return [field for field in fields if getattr(self, field) != getattr(FAMILIES["llama"], field)]
+
+    def description(self) -> dict[str, Any]:
+        """The family as a child's config.json carries it: plain values, without what only opening a parent needs."""
+        return self.model_dump(mode="json", exclude={"attention_kinds", "window_key", "config_keys"})
+
+    def unknown_keys(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Keys of a config.json that this row does not know and that are not at a neutral value."""
+        known = {*COMMON_KEYS, *self.config_keys}
+        return {key: value for key, value in config.items() if key not in known and not is_neutral(key, value)}
+
+
+def flag(value: Flag, config: Any) -> bool:
+    """A flag of a family for one parent's config."""
+    return bool(getattr(config, value, False)) if isinstance(value, str) else value
+
+
+def _read_families() -> dict[str, Family]:
+    hint = "it starts with model_type"
+    files = sorted(Path(__file__).parent.glob("*.yaml"))
+    return {f.stem: parse_record(Family, read_keys(f, "family", hint), str(f), "family") for f in files}
+
+
+FAMILIES = _read_families()
+"""The supported families by `model_type`."""

@@ -1,0 +1,43 @@
+"""Digests of the parent and of texts, kept in scratch: a file is read again only after its size or time changed."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from puzzle_core.model.parent import Parent
+from puzzle_core.records import write_text_atomic
+from puzzle_core.text_sources import digest_documents, read_documents, source_files
+
+
+def parent_digest(parent: Parent, scratch: Path) -> str:
+    """Digest of the parent; computing it checks every weight.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite.
+    """
+
+    def compute() -> str:
+        parent.check_finite()
+        return parent.digest
+
+    return _cached(scratch / "parents", [parent.directory / "config.json", *parent.checkpoint.files], compute)
+
+
+def texts_digest(sources: tuple[str, ...], scratch: Path) -> str:
+    """Digest of the texts in these sources, in their order.
+
+    Raises:
+        DataError: as `read_documents`.
+    """
+    return _cached(scratch / "texts", source_files(sources), lambda: digest_documents(read_documents(sources)))
+
+
+def _cached(directory: Path, files: list[Path], compute: Callable[[], str]) -> str:
+    """The digest of these files, computed unless it is known for their paths, sizes and modification times."""
+    signature = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    name = hashlib.sha256(json.dumps(signature).encode()).hexdigest()[:16]
+    cached = directory / f"{name}.digest"
+    if not cached.exists():
+        write_text_atomic(cached, compute())
+    return cached.read_text()

@@ -1,0 +1,38 @@
+"""Making one artifact: lock it, compute it in a staging directory, publish it, and drop its checkpoint."""
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from prefect.runtime import flow_run
+
+from puzzle_core.records import Record, Work
+from tasks.runtime.context import RunContext
+from tasks.runtime.locks import LockMode, artifact_lock, machine_lock
+
+
+def produce(
+    work: Work, context: RunContext, compute: Callable[[Path], Record], lock: LockMode | None = "shared"
+) -> str:
+    """Make the artifact of `work` unless the store has it, and remove the checkpoint of `work` in both cases.
+
+    Args:
+        work: what the stage is asked.
+        context: where the artifact goes.
+        compute: writes the artifact's files into the given directory and returns its record.
+        lock: how the machine is locked meanwhile: "exclusive" for a measurement, none where nothing is computed that
+            could disturb one.
+
+    Returns:
+        The artifact's key.
+    """
+    store = context.store()
+    with artifact_lock(f"{work.key} for {store.place}"):
+        if not store.has(work.key):
+            with store.staging() as staged:
+                with machine_lock(lock) if lock else contextlib.nullcontext():
+                    record = compute(staged)
+                store.publish(work, record, staged, made_by=flow_run.get_name() or "a script")
+    shutil.rmtree(context.checkpoints(work).file.parent, ignore_errors=True)
+    return work.key

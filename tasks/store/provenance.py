@@ -1,0 +1,36 @@
+"""The provenance of a child for its model card: which run made it, and its evaluations beside the parent's."""
+
+from puzzle_core.export.card import Provenance
+from puzzle_core.work import EvaluationRecord
+from tasks.store.manifest import Manifest
+from tasks.store.store import Store
+
+
+def child_provenance(
+    manifest: Manifest, evaluation: EvaluationRecord | None, parent_evaluation: EvaluationRecord | None
+) -> Provenance:
+    """The provenance of the child of this manifest, trained (GKD) or only assembled, with these evaluations."""
+    return Provenance(
+        key=manifest.key,
+        made_by=manifest.made_by,
+        made_at=manifest.made_at,
+        parent=manifest.work["parent"],
+        distilled_tokens=manifest.record.get("tokens"),
+        evaluation=evaluation,
+        parent_evaluation=parent_evaluation,
+    )
+
+
+def stored_provenance(store: Store, key: str) -> Provenance:
+    """The provenance of a child, with an evaluation from the store and the parent's on the same tokens, if any."""
+    manifest = store.manifest(key)
+    evaluations = list(store.manifests(store.keys("evaluation")).values())
+    of_child = next((entry for entry in evaluations if entry.work["child"] == key), None)
+    tokens = of_child.work["tokens"] if of_child else None
+    same_tokens = {"parent": manifest.work["parent"], "child": None, "tokens": tokens}
+    of_parent = next((entry for entry in evaluations if same_tokens.items() <= entry.work.items()), None)
+    return child_provenance(manifest, _record(of_child), _record(of_parent))
+
+
+def _record(manifest: Manifest | None) -> EvaluationRecord | None:
+    return EvaluationRecord.model_validate(manifest.record) if manifest else None

@@ -1,0 +1,347 @@
+"""Every family's row gives transformers' own logits, bitwise; a row that leaves something out does not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from puzzle_core.architecture import Variant
+from puzzle_core.errors import ArtifactError, ParentError
+from puzzle_core.export.source import Source, shared_reasons
+from puzzle_core.families import family as family_module
+from puzzle_core.families.config_keys import COMMON_KEYS, is_neutral
+from puzzle_core.families.family import FAMILIES, Family, SubblockNorms
+from puzzle_core.model.activations import Activations
+from puzzle_core.model.child import load_child, load_parent
+from puzzle_core.model.child_config import read_child_config
+from puzzle_core.model.parent import Parent
+from puzzle_core.model.surgery import variant_block
+from puzzle_core.spec import ParentSpec
+from tests.conftest import CPU, MIXED
+from tests.pico import PICOS, SIZES, Pico, edit_config, write_pico
+
+GRANITE_SCALARS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.25,
+    "attention_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
+GEMMA_2_KEYS = (
+    "attention_bias",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "hidden_activation",
+    "query_pre_attn_scalar",
+    "sliding_window",
+    "use_bidirectional_attention",
+)
+FULL = ["full_attention"] * SIZES["num_hidden_layers"]
+OTHER_PICOS = {
+    "granite": Pico("granite", GRANITE_SCALARS),
+    "gemma": Pico("gemma", {"head_dim": 8}),
+    "olmo2": Pico("olmo2"),
+    "gemma2": Pico(
+        "gemma2",
+        {"head_dim": 8, "layer_types": FULL, "final_logit_softcapping": 2.0, "attn_logit_softcapping": None},
+    ),
+}
+
+
+def row_like_llama(model_type: str, class_prefix: str, **fields) -> Family:
+    return Family.model_validate(
+        FAMILIES["llama"].model_dump() | {"model_type": model_type, "class_prefix": class_prefix} | fields
+    )
+
+
+# Families that are not supported, because not all stages know what they have. They show that the fields work.
+OTHER_ROWS = {
+    "granite": row_like_llama(
+        "granite",
+        "Granite",
+        embedding_scale_key="embedding_multiplier",
+        residual_scale_key="residual_multiplier",
+        logits_divisor_key="logits_scaling",
+        config_keys=("attention_bias", "mlp_bias", *GRANITE_SCALARS),
+    ),
+    "gemma": row_like_llama("gemma", "Gemma", embedding_sqrt_hidden=True),
+    "olmo2": row_like_llama(
+        "olmo2",
+        "Olmo2",
+        attention_norms={"after": "post_attention_layernorm"},
+        ffn_norms={"after": "post_feedforward_layernorm"},
+        qk_norm=True,
+    ),
+    "gemma2": row_like_llama(
+        "gemma2",
+        "Gemma2",
+        attention_norms={"before": "input_layernorm", "after": "post_attention_layernorm"},
+        ffn_norms={"before": "pre_feedforward_layernorm", "after": "post_feedforward_layernorm"},
+        embedding_sqrt_hidden=True,
+        logits_softcap_key="final_logit_softcapping",
+        config_keys=[
+            "attention_bias",
+            "final_logit_softcapping",
+            "attn_logit_softcapping",
+            "query_pre_attn_scalar",
+            "sliding_window",
+            "hidden_activation",
+            "use_bidirectional_attention",
+        ],
+    ),
+}
+LEFT_OUT = {
+    "granite-embedding": ("granite", {"embedding_scale_key": None}),
+    "granite-residual": ("granite", {"residual_scale_key": None}),
+    "granite-logits": ("granite", {"logits_divisor_key": None}),
+    "gemma-embedding": ("gemma", {"embedding_sqrt_hidden": False}),
+    "gemma2-softcap": ("gemma2", {"logits_softcap_key": None}),
+}
+
+
+def transformers_logits(directory: Path, ids_NT: torch.Tensor) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.config._attn_implementation = "sdpa"  # the default of all but Gemma 2, whose attention here caps nothing
+    with torch.no_grad():
+        return model(input_ids=ids_NT.long()).logits
+
+
+def logits_of(directory: Path, ids_NT: torch.Tensor) -> torch.Tensor:
+    parent = Parent(ParentSpec(path=str(directory)))
+    return load_parent(parent, torch.float32, CPU)(input_ids=ids_NT.long()).logits
+
+
+@pytest.fixture(scope="module")
+def other_checkpoint(tmp_path_factory):
+    """The directory of a pico parent of a family that is not supported; shared, so never changed."""
+    return {name: write_pico(tmp_path_factory.mktemp(name), pico) for name, pico in OTHER_PICOS.items()}
+
+
+@pytest.fixture
+def with_rows(monkeypatch):
+    """Make families known for one test, with some of their fields changed."""
+
+    def add(name, **changes):
+        monkeypatch.setitem(FAMILIES, name, OTHER_ROWS[name].model_copy(update=changes))
+
+    return add
+
+
+def test_every_family_has_a_pico_parent_that_is_compared_with_transformers():
+    assert {pico.family for pico in PICOS.values()} == set(FAMILIES)
+    assert set(FAMILIES) == {file.stem for file in Path(family_module.__file__).parent.glob("*.yaml")}
+    assert all(row.model_type == name for name, row in FAMILIES.items())
+
+
+@pytest.mark.parametrize("name", PICOS)
+def test_a_row_gives_the_logits_of_transformers_bitwise(name, checkpoint_of, ids_NT):
+    assert torch.equal(logits_of(checkpoint_of(name), ids_NT), transformers_logits(checkpoint_of(name), ids_NT))
+
+
+@pytest.mark.parametrize("name", PICOS)
+def test_a_row_names_the_norms_and_biases_of_transformers_model(name, checkpoint_of, parent_of):
+    model, row = AutoModelForCausalLM.from_pretrained(checkpoint_of(name)), FAMILIES[PICOS[name].family]
+    tensors = [tensor.removeprefix("model.layers.0.") for tensor in model.state_dict() if ".layers.0." in tensor]
+    shape = parent_of(name).shape
+    norms = {*row.attention_norms.names, *row.ffn_norms.names}
+    assert {tensor.split(".")[0] for tensor in tensors} == {"self_attn", "mlp", *norms}
+    assert shape.qk_norm == ("self_attn.q_norm.weight" in tensors) == ("self_attn.k_norm.weight" in tensors)
+    for flag, projections in (
+        (shape.qkv_bias, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        (shape.attention_out_bias, ("self_attn.o_proj",)),
+        (shape.mlp_bias, ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
+    ):
+        assert [f"{projection}.bias" in tensors for projection in projections] == [flag] * len(projections)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_knows_every_key_that_transformers_config_class_declares(name):
+    keys = set(CONFIG_MAPPING[name]().to_dict())
+    assert {key for key in keys if not key.startswith("_")} <= COMMON_KEYS | set(FAMILIES[name].config_keys)
+    in_published_files = {"max_window_layers"} if name == "smollm3" else set()
+    assert set(FAMILIES[name].config_keys) <= keys | in_published_files
+
+
+def test_the_keys_of_a_row_are_needed(monkeypatch, checkpoint_of):
+    monkeypatch.setitem(FAMILIES, "llama", FAMILIES["llama"].model_copy(update={"config_keys": ("mlp_bias",)}))
+    with pytest.raises(ParentError, match="'llama' does not have here: attention_bias = True"):
+        Parent(ParentSpec(path=str(checkpoint_of("attention-bias"))))
+
+
+@pytest.mark.parametrize("name", OTHER_ROWS)
+def test_fields_of_the_next_families_give_the_logits_of_transformers_bitwise(
+    name, with_rows, other_checkpoint, ids_NT, tmp_path
+):
+    with_rows(name)
+    expected = transformers_logits(other_checkpoint[name], ids_NT)
+    assert torch.equal(logits_of(other_checkpoint[name], ids_NT), expected)
+    parent = Parent(ParentSpec(path=str(other_checkpoint[name])))
+    activations = Activations(tmp_path, parent, ids_NT, torch.float32, CPU)
+    activations.capture_embedding()
+    for layer in range(parent.shape.layers):
+        activations.capture_layer(layer)
+    final = activations.layer_input(parent.shape.layers)
+    assert torch.equal(activations.log_softmax(final), expected.log_softmax(-1))
+
+
+@pytest.mark.parametrize("variant", ["attn:linear", "ffn:i24", "ffn:linear"])
+@pytest.mark.parametrize("name", ["olmo2", "gemma2"])
+def test_variants_keep_the_norms_of_their_subblock_where_the_row_says(name, variant, with_rows, other_checkpoint):
+    with_rows(name)
+    parent, kind = Parent(ParentSpec(path=str(other_checkpoint[name]))), Variant.parse(variant)
+    contribution_I = torch.arange(float(parent.shape.ffn_width))
+    state = kind.row.initial_state(parent.layer_tensors(1), parent.shape, kind.size, contribution_I)
+    block = variant_block(parent, 1, kind, state, torch.float32, CPU)
+    norms = OTHER_ROWS[name].attention_norms if kind.subblock == "attn" else OTHER_ROWS[name].ffn_norms
+    assert {*norms.names} < {tensor.split(".")[0] for tensor in block.state_dict()}
+    for norm in norms.names:
+        assert torch.equal(getattr(block, norm).weight, parent.layer_tensors(1)[f"{norm}.weight"])
+
+
+@pytest.mark.parametrize(("name", "change"), LEFT_OUT.values(), ids=LEFT_OUT)
+def test_a_row_that_ignores_a_scalar_gives_other_logits(name, change, with_rows, other_checkpoint, ids_NT):
+    with_rows(name, **change)
+    logits = logits_of(other_checkpoint[name], ids_NT)
+    assert not torch.allclose(logits, transformers_logits(other_checkpoint[name], ids_NT), atol=0.01)
+
+
+def test_a_row_with_norms_in_other_places_gives_other_logits(monkeypatch, checkpoint_of, ids_NT):
+    changes = {
+        "attention_norms": SubblockNorms(after="input_layernorm"),
+        "ffn_norms": SubblockNorms(after="post_attention_layernorm"),
+    }
+    monkeypatch.setitem(FAMILIES, "llama", FAMILIES["llama"].model_copy(update=changes))
+    logits = logits_of(checkpoint_of("llama"), ids_NT)
+    assert not torch.allclose(logits, transformers_logits(checkpoint_of("llama"), ids_NT), atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["granite", "gemma"])
+def test_a_family_under_the_names_of_llama_would_run_and_be_wrong(name, monkeypatch, other_checkpoint, ids_NT):
+    """The tensors have Llama's names and shapes, so only the config can say that this is no Llama."""
+    llama = FAMILIES["llama"].model_copy(
+        update={"model_type": "llama", "config_keys": (*FAMILIES["llama"].config_keys, *GRANITE_SCALARS)}
+    )
+    monkeypatch.setitem(FAMILIES, "llama", llama)
+    directory = as_llama(other_checkpoint[name], architectures=["LlamaForCausalLM"])
+    logits = logits_of(directory, ids_NT)
+    assert not torch.allclose(logits, transformers_logits(other_checkpoint[name], ids_NT), atol=0.01)
+
+
+def as_llama(directory: Path, **changes) -> Path:
+    """A copy of a checkpoint beside it that says it is a Llama's."""
+    copy = Path(shutil.copytree(directory, directory.with_name(f"{directory.name}-as-llama"), dirs_exist_ok=True))
+    edit_config(copy, model_type="llama", **changes)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("granite", {}, r"model_type 'llama', but its architectures are \['GraniteForCausalLM'\]"),
+        (
+            "granite",
+            {"architectures": None},
+            "'llama' does not have here: attention_multiplier = 0.5, embedding_multiplier = 3.0, logits_scaling = 2.0, "
+            "residual_multiplier = 0.25",
+        ),
+        ("gemma", {}, r"model_type 'llama', but its architectures are \['GemmaForCausalLM'\]"),
+    ],
+    ids=["granite", "granite by its scalars", "gemma"],
+)
+def test_a_family_under_the_names_of_llama_is_refused(name, changes, message, other_checkpoint):
+    directory = as_llama(other_checkpoint[name], **changes)
+    with pytest.raises(ParentError, match=message):
+        Parent(ParentSpec(path=str(directory)))
+
+
+@pytest.mark.parametrize("name", OTHER_PICOS)
+def test_a_family_without_a_row_is_refused(name, other_checkpoint):
+    with pytest.raises(ParentError, match=f"of family '{name}', which is not supported; supported: llama, "):
+        Parent(ParentSpec(path=str(other_checkpoint[name])))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("logit_scale", 0.0625), ("final_logit_softcapping", 30.0), ("use_something", True), ("clip_qkv", 8)],
+)
+def test_a_key_that_no_row_knows_is_refused_by_name(name, key, value, copy_of):
+    directory = copy_of(name)
+    edit_config(directory, **{key: value})
+    with pytest.raises(ParentError, match=f"family '{name}' does not have here: {key} = {value}"):
+        Parent(ParentSpec(path=str(directory)))
+
+
+def test_neutral_values_and_bookkeeping_change_nothing(copy_of, ids_NT, checkpoint_of):
+    directory = copy_of("llama")
+    edit_config(
+        directory,
+        logits_scaling=1.0,
+        final_logit_softcapping=None,
+        use_something=False,
+        clip_qkv=0,
+        unsloth_version="2026.1",
+        _attn_implementation_autoset=True,
+        temperature=0.6,
+        empty={},
+    )
+    assert torch.equal(logits_of(directory, ids_NT), transformers_logits(checkpoint_of("llama"), ids_NT))
+    assert not is_neutral("use_something", True)
+
+
+def test_an_attention_kind_that_the_row_lacks_is_refused_by_name(copy_of):
+    directory = copy_of("qwen3")
+    edit_config(directory, layer_types=["chunked_attention", *FULL[1:]])
+    with pytest.raises(ParentError, match="uses attention of kind 'chunked_attention'"):
+        Parent(ParentSpec(path=str(directory)))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("granite", "embedding_scale_key, residual_scale_key, logits_divisor_key"),
+        ("gemma", "embedding_sqrt_hidden"),
+        ("olmo2", "attention_norms, ffn_norms"),
+    ],
+)
+def test_an_export_refuses_what_its_format_cannot_carry(name, fields, with_rows, other_checkpoint):
+    with_rows(name)
+    reasons = shared_reasons(Source(other_checkpoint[name]))
+    assert f"its family {name} has {fields}, which the format has no place for" in reasons
+
+
+def test_an_export_has_nothing_against_the_norms_and_scalars_of_supported_families():
+    assert {name: row.unlike_llama for name, row in FAMILIES.items()} == {name: [] for name in FAMILIES}
+
+
+def drop_family(directory: Path) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "family"}))
+
+
+def test_a_child_from_before_families_were_described_is_the_same_child(assemble, ids_NT):
+    directory = assemble("smollm3", MIXED)
+    expected = load_child(directory, torch.float32, CPU)(input_ids=ids_NT.long()).logits
+    assert read_child_config(directory).family == FAMILIES["smollm3"].description()
+    drop_family(directory)
+    assert torch.equal(load_child(directory, torch.float32, CPU)(input_ids=ids_NT.long()).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda d: edit_config(d, family={"model_type": "llama"}),
+            "its family wrongly .class_prefix: Field req",
+        ),
+        (lambda d: (drop_family(d), edit_config(d, parent_config={})), "describes no family, and 'None' is not supp"),
+    ],
+    ids=["incomplete", "unknown"],
+)
+def test_a_child_of_a_family_that_nobody_knows_is_refused(damage, message, assemble):
+    directory = assemble("llama")
+    damage(directory)
+    with pytest.raises(ArtifactError, match=message):
+        load_child(directory, torch.float32, CPU)

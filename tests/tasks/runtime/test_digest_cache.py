@@ -1,0 +1,52 @@
+"""Digests are computed once, and again when a file changes."""
+
+import pytest
+
+from puzzle_core import text_sources
+from puzzle_core.errors import DataError, NonFiniteError
+from puzzle_core.model.parent import Parent
+from puzzle_core.spec import ParentSpec
+from tasks.runtime.digest_cache import parent_digest, texts_digest
+from tests.pico import edit_tensors
+
+
+def digest_of_parent(context):
+    return parent_digest(context.open_parent(), context.scratch)
+
+
+def digest_of_texts(context, source):
+    return texts_digest((str(source),), context.scratch)
+
+
+def test_weights_are_looked_at_once_and_again_when_they_change(context_of, copy_of, monkeypatch):
+    directory, looks, check = copy_of("llama"), [], Parent.check_finite
+    monkeypatch.setattr(Parent, "check_finite", lambda parent: looks.append(1) or check(parent))
+    first = digest_of_parent(context_of(directory))
+    assert digest_of_parent(context_of(directory)) == first == Parent(ParentSpec(path=str(directory))).digest
+    assert len(looks) == 1
+    edit_tensors(directory, lambda tensors: tensors["model.norm.weight"][0].fill_(float("inf")))
+    with pytest.raises(NonFiniteError, match=r"'model.norm.weight' has 1 NaN or infinite"):
+        digest_of_parent(context_of(directory))
+    with pytest.raises(NonFiniteError):  # what was refused is not remembered as seen
+        digest_of_parent(context_of(directory))
+    assert len(looks) == 3
+
+
+def test_texts_are_read_once_and_again_when_they_change(context_of, tmp_path, monkeypatch):
+    texts, looks, read = tmp_path / "texts", [], text_sources.read_documents
+    monkeypatch.setattr("tasks.runtime.digest_cache.read_documents", lambda sources: looks.append(1) or read(sources))
+    texts.mkdir()
+    (texts / "a.txt").write_text("one")
+    first = digest_of_texts(context_of(), texts)
+    assert digest_of_texts(context_of(), texts) == first == text_sources.digest_documents(read([str(texts)]))
+    assert len(looks) == 1
+    (texts / "b.txt").write_text("two")
+    second = digest_of_texts(context_of(), texts)
+    (texts / "b.txt").write_text("three")
+    assert len({first, second, digest_of_texts(context_of(), texts)}) == len(looks) == 3
+    (texts / "b.txt").write_bytes(b"caf\xe9")
+    for _ in range(2):  # what was refused is not remembered as read
+        with pytest.raises(DataError, match="is not UTF-8"):
+            digest_of_texts(context_of(), texts)
+    with pytest.raises(DataError, match="does not exist"):
+        digest_of_texts(context_of(), tmp_path / "nothing")
