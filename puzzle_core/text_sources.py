@@ -77,6 +77,21 @@ def digest_documents(documents: Iterable[Document]) -> str:
     return digest.hexdigest()[:40]
 
 
+def check_disjoint(train: Iterable[Document], held_out: Iterable[Document]) -> None:
+    """Refuse texts that are trained on and evaluated on; blanks at the ends of a text do not count.
+
+    Raises:
+        DataError: names the first document that is in both.
+    """
+    trained = {hashlib.sha256(document.text.strip().encode()).digest(): document.name for document in train}
+    for document in held_out:
+        if same := trained.get(hashlib.sha256(document.text.strip().encode()).digest()):
+            raise DataError(
+                f"{document.name} of data.held_out_texts is also in data.train_texts ({same}), so scores and "
+                "evaluation would see what was trained on: leave it out of one of the two"
+            )
+
+
 def stdlib_documents(held_out: bool, include_tests: bool = False) -> Iterator[Document]:
     """Modules of the running interpreter's standard library; one module in eight is held out, chosen by its name.
 
