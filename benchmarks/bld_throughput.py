@@ -1,8 +1,9 @@
 """Training tokens per second of blockwise local distillation against a plain loop that trains the same block.
 
-`puzzle` is `puzzle_core.distill.bld.run` as a task runs it: initial weights, mapped activations, checkpoint check
-after every step, loss curve, divergence check, weights written to disk. `plain loop` is what one would write by hand
-for this one training: the same modules, states in memory, AdamW and nothing else; `own block` is that loop with the
+`puzzle` is `puzzle_core.distill.bld.train_variant` as a task runs it: initial weights, mapped activations, checkpoint
+check after every step, loss curve, divergence check, weights written to disk. `plain loop` is what one would write by
+hand for this one training: the same modules, states in memory, AdamW and nothing else; `own block` is that loop with
+the
 block itself written out in torch, without transformers' modules. All have the same optimizer, schedule, clipping, loss
 and batches, so they must end at the same weights: the largest difference is printed. The ratio is tokens per second
 against the plain loop in the same round (issue: at least 0.95).
@@ -113,7 +114,7 @@ def compare(activations: Activations, layer: int, variant: Variant, spec: BldSpe
     ends: dict[str, dict[str, torch.Tensor]] = {}
 
     def puzzle() -> None:
-        bld.run(work, activations, contributions, place, checkpoints)
+        bld.train_variant(work, activations, contributions, place, checkpoints)
         checkpoints.file.unlink(missing_ok=True)
 
     def plain(by_hand: bool) -> None:

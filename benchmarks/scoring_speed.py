@@ -1,8 +1,9 @@
 """Replace-1-block scores from stored activations against full forward passes of the modified model.
 
-`stored` is `puzzle_core.scoring.run`: the suffix of the parent from the states that enter the replaced block. `full`
-puts the same block variant into the whole parent and runs that from the tokens on. Both build the block variant from
-its weights each time, read the parent's kept log-probabilities, and compute KL, loss increase and top-1 agreement; the
+`stored` is `puzzle_core.scoring.score_block`: the suffix of the parent from the states that enter the replaced block.
+`full` puts the same block variant into the whole parent and runs that from the tokens on. Both build the block variant
+from its weights each time, read the parent's kept log-probabilities, and compute KL, loss increase and top-1
+agreement; the
 capture of the states, done once for all scores of a library, is timed apart. Both compare as many tokens at a time.
 Every block variant of the quickstart's search space is scored, dealt out over the layers so that each layer has as
 many: what a whole library costs, in small.
@@ -110,7 +111,7 @@ def compare(parent: Parent, tokens: int, rounds: int, place: Path) -> tuple[str,
         stored_scores.clear()
         for layer, block, weights in cases:
             work = ScoreWork(parent="", layer=layer, block=block, attention=None, ffn=None, tokens="", dtype="float32")
-            score = scoring.run(work, activations, weights)
+            score = scoring.score_block(work, activations, weights)
             values = score.kl_nats_per_token, score.lm_loss_increase_nats_per_token, score.top1_agreement
             stored_scores.append(values)
 

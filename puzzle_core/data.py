@@ -146,7 +146,7 @@ def batch_rows(step: int, batch_windows: int, windows: int) -> slice | list[int]
     return [(start + i) % windows for i in range(batch_windows)]
 
 
-def run(work: TokensWork, documents: list[Document], tokenizer: Tokenizer, out_dir: Path) -> TokensRecord:
+def pack_split(work: TokensWork, documents: list[Document], tokenizer: Tokenizer, out_dir: Path) -> TokensRecord:
     """Pack one split and write `tokens.safetensors`, int32 (N, T)."""
     tokens = dict(work.earlier_splits) | {work.split: work.tokens}
     packed = pack(

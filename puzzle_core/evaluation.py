@@ -20,7 +20,7 @@ from puzzle_core.work import EvaluateWork, EvaluationRecord
 
 
 @torch.no_grad()
-def run(work: EvaluateWork, parent: Parent, child_dir: Path | None, tokens_dir: Path) -> EvaluationRecord:
+def evaluate(work: EvaluateWork, parent: Parent, child_dir: Path | None, tokens_dir: Path) -> EvaluationRecord:
     """Evaluate a child (or the parent) in float32.
 
     Raises:

@@ -29,7 +29,7 @@ COMPARED_TOKENS = 512
 
 
 @torch.no_grad()
-def run(work: ScoreWork, activations: Activations, weights: dict[str, State]) -> ScoreRecord:
+def score_block(work: ScoreWork, activations: Activations, weights: dict[str, State]) -> ScoreRecord:
     """Score one block variant.
 
     Args:

@@ -65,7 +65,7 @@ class BldWork(Work):
     """One variant of one layer."""
 
     stage: ClassVar[str] = "bld"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     parent: str
     layer: int
@@ -76,7 +76,11 @@ class BldWork(Work):
 
 
 class BldRecord(Record):
-    """How a variant's training went; losses are normalised MSE, without unit."""
+    """How a variant's training went; losses are normalised MSE, without unit.
+
+    `initial_loss` and `final_loss` are of the same held-back windows; where training did not lower the loss, the
+    initial weights are kept and both are equal. `curve` has the loss of every step's own batch.
+    """
 
     layer: int
     variant: VariantId

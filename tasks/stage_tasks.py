@@ -102,7 +102,7 @@ def for_target(inputs: Inputs, target: TargetSpec) -> Inputs:
 def pack_tokens(work: TokensWork, sources: tuple[str, ...], context: RunContext) -> str:
     """Pack one split of the texts."""
     tokenizer = context.open_parent().tokenizer()
-    return produce(work, context, lambda out: data.run(work, read_documents(sources), tokenizer, out))
+    return produce(work, context, lambda out: data.pack_split(work, read_documents(sources), tokenizer, out))
 
 
 @stage_task("importance", "importance")
@@ -110,7 +110,11 @@ def pack_tokens(work: TokensWork, sources: tuple[str, ...], context: RunContext)
 def measure_importance(work: ImportanceWork, context: RunContext) -> str:
     """Channel contributions of every FFN."""
     return produce(
-        work, context, lambda out: importance.run(work, context.open_parent(), context.store().fetch(work.tokens), out)
+        work,
+        context,
+        lambda out: importance.measure_contributions(
+            work, context.open_parent(), context.store().fetch(work.tokens), out
+        ),
     )
 
 
@@ -167,7 +171,7 @@ def train_variant(work: BldWork, context: RunContext) -> str:
     use_threads(context.threads_per_task)
     activations, checkpoints = context.activations(work.tokens, work.spec.dtype), context.checkpoints(work)
     contributions = context.store().fetch(work.contributions) if work.contributions else None
-    return produce(work, context, lambda out: bld.run(work, activations, contributions, out, checkpoints))
+    return produce(work, context, lambda out: bld.train_variant(work, activations, contributions, out, checkpoints))
 
 
 @stage_task("score", "score layer {work.layer} {work.block}")
@@ -178,7 +182,7 @@ def score_block(work: ScoreWork, context: RunContext) -> str:
     subblocks = ((str(work.block.attention), work.attention), (str(work.block.ffn), work.ffn))
     weights = {variant: load_weights(context.store().fetch(key)) for variant, key in subblocks if key}
     activations = context.activations(work.tokens, work.dtype, work.base)
-    return produce(work, context, lambda _: scoring.run(work, activations, weights))
+    return produce(work, context, lambda _: scoring.score_block(work, activations, weights))
 
 
 @stage_task("cost", "cost {work.target.name} batch {work.traffic.batch_size}", tags=["measuring"])
@@ -263,7 +267,7 @@ def distil_child(work: GkdWork, run: TrackedRun, context: RunContext) -> str:
             return launch(request, processes, file, report_progress, visible_gpus(numbers))
         threads = 1 if numbers else available_cores()
         with on_first(numbers):
-            return gkd.run(work, parent, child_dir, tokens_dir, out, checkpoints, report_progress, threads)
+            return gkd.distil(work, parent, child_dir, tokens_dir, out, checkpoints, report_progress, threads)
 
     with gpu_lock(context.runtime.gkd_processes) as numbers:
         return produce(work, context, distil)
@@ -276,7 +280,7 @@ def evaluate_model(work: EvaluateWork, label: str, context: RunContext) -> str:
     use_threads(context.threads_per_task)
     store, parent = context.store(), context.open_parent()
     child_dir = store.fetch(work.child) if work.child else None
-    return produce(work, context, lambda _: evaluation.run(work, parent, child_dir, store.fetch(work.tokens)))
+    return produce(work, context, lambda _: evaluation.evaluate(work, parent, child_dir, store.fetch(work.tokens)))
 
 
 @stage_task("timing", "timing", tags=["measuring"])

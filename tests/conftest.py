@@ -149,7 +149,9 @@ def contributions_of(
     @functools.cache
     def measure(name: str) -> Path:
         directory = tmp_path_factory.mktemp("contributions")
-        importance.run(ImportanceWork(parent=name, tokens="ids"), parent_of(name), tokens_dir, directory)
+        importance.measure_contributions(
+            ImportanceWork(parent=name, tokens="ids"), parent_of(name), tokens_dir, directory
+        )
         return directory
 
     return measure

@@ -5,6 +5,7 @@ subblock being the parent's own and frozen. An attention variant therefore train
 variant starts from the stored post-attention state and so never runs an attention.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,11 +24,14 @@ from puzzle_core.model.surgery import WEIGHTS, variant_block
 from puzzle_core.state_dict import State
 from puzzle_core.work import BldRecord, BldWork
 
+log = logging.getLogger("puzzle")
+HELD_BACK_PART = 32
+"""One window in so many is not trained on: the losses before and after the training are of these windows."""
 DIVERGED_LOSS = 0.05
 """A loss below this is no divergence, however good the start was; 1 is what predicting nothing costs."""
 
 
-def run(
+def train_variant(
     work: BldWork,
     activations: Activations,
     contributions_dir: Path | None,
@@ -49,35 +53,54 @@ def run(
     inputs = activations.layer_input(work.layer) if attends else activations.post_attention(work.layer)
     targets, device = activations.layer_input(work.layer + 1), activations.device
     windows, length = activations.ids_NT.shape
-    batch = spec.batch_tokens // length
+    held_back = max(1, windows // HELD_BACK_PART) if windows > 1 else 0
+    batch, training_windows = spec.batch_tokens // length, windows - held_back
     steps = max(1, windows * spec.epochs // batch)
 
-    def losses(step: int) -> dict[str, torch.Tensor]:
-        rows = batch_rows(step, batch, windows)
+    def loss_of(rows: slice | list[int]) -> torch.Tensor:
         entered, left = inputs[rows].to(device), targets[rows].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
             output = frozen.feed(block.attend(entered, **context)) if attends else block.feed(entered)
-        return {"loss": normalised_mse(left, output)}
+        return normalised_mse(left, output)
+
+    def losses(step: int) -> dict[str, torch.Tensor]:
+        return {"loss": loss_of(batch_rows(step, batch, training_windows))}
+
+    @torch.no_grad()
+    def held_back_loss() -> float:
+        first = training_windows if held_back else 0
+        parts = [slice(n, min(n + batch, windows)) for n in range(first, windows, batch)]
+        total = sum(float(loss_of(part)) * (part.stop - part.start) for part in parts)
+        return total / (windows - first)
 
     def whole_batch(step: int) -> list[MicroBatch]:
         return [partial(losses, step)]
 
     started, what = time.monotonic(), f"BLD of layer {work.layer} {work.variant}"
+    initial = held_back_loss()
+    untrained = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
     terms = train(what, parameters, whole_batch, steps, spec.optimizer, checkpoints, report)
-    curve = [term["loss"] for term in terms]
-    tail = curve[-max(1, steps // 10) :]
-    final = sum(tail) / len(tail)
-    if final > max(2 * curve[0], DIVERGED_LOSS):
+    final, rate = held_back_loss(), spec.optimizer.learning_rate
+    if final > max(2 * initial, DIVERGED_LOSS):
         raise NonFiniteError(
-            f"{what} diverged: its loss went from {curve[0]:.4g} to {final:.4g} in {steps} steps; lower "
-            f"bld.optimizer.learning_rate (now {spec.optimizer.learning_rate})"
+            f"{what} diverged: its loss went from {initial:.4g} to {final:.4g} in {steps} steps; lower "
+            f"bld.optimizer.learning_rate (now {rate})"
         )
-    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, out_dir / WEIGHTS)
+    trained = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
+    if final > initial:
+        log.warning(
+            "%s did not help: its loss on held-back windows went from %.4g to %.4g, so the initial weights are kept; "
+            "try bld.optimizer.learning_rate %.2g (now %g)",
+            *(what, initial, final, rate / 4, rate),
+        )
+        trained = untrained
+    save_file(trained, out_dir / WEIGHTS)
+    curve = [term["loss"] for term in terms]
     return BldRecord(
         layer=work.layer,
         variant=work.variant,
-        initial_loss=curve[0],
-        final_loss=final,
+        initial_loss=initial,
+        final_loss=min(initial, final),
         curve=tuple(curve),
         tokens=steps * spec.batch_tokens,
         seconds=time.monotonic() - started,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from puzzle_core.distill.distributed import ShardedGroup
 
 
-def run(
+def distil(
     work: GkdWork,
     parent: Parent,
     child_dir: Path,

@@ -45,7 +45,7 @@ def _distil(request: GkdRequest, record_file: Path) -> None:
         tell(progress=progress._asdict())
 
     with joined() as together:
-        record = gkd.run(
+        record = gkd.distil(
             request.work,
             Parent(request.parent),
             Path(request.child_dir),

@@ -18,7 +18,7 @@ from puzzle_core.work import ImportanceRecord, ImportanceWork
 
 
 @torch.no_grad()
-def run(work: ImportanceWork, parent: Parent, tokens_dir: Path, out_dir: Path) -> ImportanceRecord:
+def measure_contributions(work: ImportanceWork, parent: Parent, tokens_dir: Path, out_dir: Path) -> ImportanceRecord:
     """Write `contributions.safetensors`: one float32 (I,) per layer.
 
     Raises:

@@ -149,4 +149,7 @@ def _bld_learnt_nothing(inputs: ReportInputs) -> list[str]:
     if not idle:
         return []
     some = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
-    return [f"BLD did not lower the loss of {len(idle)} of {len(inputs.bld)} variants ({some})."]
+    return [
+        f"BLD did not lower the loss of {len(idle)} of {len(inputs.bld)} variants on held-back windows ({some}): they "
+        f"keep their initial weights; try bld.optimizer.learning_rate {inputs.spec.bld.optimizer.learning_rate / 4:g}."
+    ]

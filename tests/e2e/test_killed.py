@@ -52,7 +52,9 @@ def check_uninterrupted(spec, key, place):
     for layer in range(work.layer + 1):
         activations.capture_layer(layer)
     place.mkdir()
-    record = bld.run(work, activations, store.fetch(work.contributions) if work.contributions else None, place)
+    record = bld.train_variant(
+        work, activations, store.fetch(work.contributions) if work.contributions else None, place
+    )
     assert store.manifest(key).record["curve"] == list(record.curve)
     expected, found = load_file(place / WEIGHTS), load_file(store.fetch(key) / WEIGHTS)
     assert expected.keys() == found.keys()
@@ -129,7 +131,7 @@ def test_after_a_kill_during_gkd_the_next_run_gives_the_uninterrupted_child_bitw
     work = plan.gkd(find_answer(plan, context).best.architecture)
     whole = tmp_path / "uninterrupted"
     whole.mkdir()
-    record = gkd.run(
+    record = gkd.distil(
         work, context.open_parent(), context.store().fetch(work.child), context.store().fetch(work.tokens), whole
     )
     resumed = context.store().fetch(work.key)

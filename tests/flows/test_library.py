@@ -79,7 +79,7 @@ def test_at_most_three_layers_lie_in_scratch_and_none_afterwards(spec_of, prefec
 
         return looked
 
-    monkeypatch.setattr(bld, "run", looking(bld.run))
+    monkeypatch.setattr(bld, "train_variant", looking(bld.train_variant))
     monkeypatch.setattr(Activations, "capture_layer", looking(Activations.capture_layer))
     plan, _ = train(spec)
     middles = [{name for name in names if "post-attention" in name} for names in seen]
@@ -114,7 +114,7 @@ def test_states_are_dropped_without_their_parent(spec_of, copy_of, prefect_serve
 
 
 def test_a_diverged_variant_fails_by_name_once_and_the_others_are_in_the_store(spec_of, prefect_server, monkeypatch):
-    spec, run = spec_of(), bld.run
+    spec, run = spec_of(), bld.train_variant
 
     def reckless(work, *arguments):
         if (work.layer, str(work.variant)) == (3, "ffn:i24"):
@@ -122,7 +122,7 @@ def test_a_diverged_variant_fails_by_name_once_and_the_others_are_in_the_store(s
             work = work.model_copy(update={"spec": work.spec.model_copy(update={"optimizer": optimizer})})
         return run(work, *arguments)
 
-    monkeypatch.setattr(bld, "run", reckless)
+    monkeypatch.setattr(bld, "train_variant", reckless)
     recorded = Recorded()
     with pytest.raises(PuzzleError, match=r"BLD of layer 3 ffn:i24 diverged: .*learning.rate"):
         train(spec)

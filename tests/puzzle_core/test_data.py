@@ -77,7 +77,7 @@ def test_stage_writes_one_split_as_if_all_were_packed(tokenizer, tmp_path):
         texts="t",
         tokenizer="t",
     )
-    record = data.run(work, DOCUMENTS, tokenizer, tmp_path)
+    record = data.pack_split(work, DOCUMENTS, tokenizer, tmp_path)
     assert torch.equal(data.read_windows(tmp_path), pack(DOCUMENTS, tokenizer, 8, SPLITS, seed=0)["bld"])
     assert (record.windows, record.tokens, record.bytes_per_token) == (15, 120, 0.75)
 

@@ -20,7 +20,7 @@ WORK = EvaluateWork(parent="p", child="c", tokens="t")
 @pytest.fixture
 def evaluate(parent, tokens_dir):
     """Evaluate a child against the plain parent."""
-    return lambda child_dir: evaluation.run(WORK, parent, child_dir, tokens_dir)
+    return lambda child_dir: evaluation.evaluate(WORK, parent, child_dir, tokens_dir)
 
 
 def test_a_child_has_the_numbers_of_plain_loops(evaluate, assemble, checkpoint_of, ids_NT):

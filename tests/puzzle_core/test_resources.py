@@ -48,7 +48,7 @@ def counted():
 @pytest.mark.parametrize("variant", ["attn:kv1", "attn:linear", "ffn:i24", "ffn:linear"])
 def test_bld(variant, plan, counted, activations, contributions_of, tmp_path):
     work, contributions = plan.bld(2, Variant.parse(variant)), contributions_of("llama")
-    counts = counted(lambda: bld.run(work, activations, contributions, tmp_path))
+    counts = counted(lambda: bld.train_variant(work, activations, contributions, tmp_path))
     counts -= counted(lambda: bld.initial_state(activations, work, contributions))
     assert 192 * resources.bld_flops(plan, work) == pytest.approx(counts, rel=CLOSE)
 
@@ -58,7 +58,7 @@ def test_bld(variant, plan, counted, activations, contributions_of, tmp_path):
 def test_scores(block, layer, plan, counted, activations):
     activations.capture_log_probabilities()
     work = plan.score(layer, BlockVariant.parse(block))
-    counts = counted(lambda: scoring.run(work, activations, {}))
+    counts = counted(lambda: scoring.score_block(work, activations, {}))
     assert 96 * resources.score_flops(plan, work) == pytest.approx(counts, rel=CLOSE)
 
 

@@ -45,7 +45,7 @@ def score(activations, weights_of):
     def run(layer, block, activations=activations, weights=None):
         variants = BlockVariant.parse(block)
         work = ScoreWork(parent="p", layer=layer, block=variants, attention=None, ffn=None, tokens="t", dtype="float32")
-        return scoring.run(work, activations, weights_of(layer, block) if weights is None else weights)
+        return scoring.score_block(work, activations, weights_of(layer, block) if weights is None else weights)
 
     return run
 

@@ -21,7 +21,7 @@ def pack(spec_of, monkeypatch):
     """Pack the calibration tokens; the body fails with these errors, one after the other, and then passes."""
     spec = spec_of()
     plan, context = plan_of(spec)
-    task, run = stage_tasks.pack_tokens.with_options(retry_delay_seconds=0, refresh_cache=True), data.run
+    task, run = stage_tasks.pack_tokens.with_options(retry_delay_seconds=0, refresh_cache=True), data.pack_split
 
     def packing(*errors):
         left = list(errors)

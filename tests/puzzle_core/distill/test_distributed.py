@@ -53,7 +53,7 @@ def alone(place, checkpoint_of, parent_of, assemble, tokens_dir):
         out.mkdir()
         checkpoints = Checkpoints(checkpoint, 0) if checkpoint else None
         try:
-            record = gkd.run(
+            record = gkd.distil(
                 work_of(spec), parent_of(family), children[family], tokens_dir, out, checkpoints, interrupt
             )
         except KeyboardInterrupt:

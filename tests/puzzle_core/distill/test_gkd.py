@@ -32,7 +32,7 @@ def distil(parent_of, tokens_dir, tmp_path):
             dtype=saved_as,
             spec=GkdSpec(**(BATCH | spec)),
         )
-        record = gkd.run(work, parent_of(name), child_dir, tokens_dir, out_dir, checkpoints, report, threads)
+        record = gkd.distil(work, parent_of(name), child_dir, tokens_dir, out_dir, checkpoints, report, threads)
         return record, out_dir
 
     return run

@@ -24,7 +24,7 @@ def test_contributions_do_not_depend_on_the_rows_of_a_batch(
     parent, tokens_dir, contributions_of, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(importance, "FORWARD_TOKENS", 64)
-    importance.run(WORK, parent, tokens_dir, tmp_path)
+    importance.measure_contributions(WORK, parent, tokens_dir, tmp_path)
     for layer in range(parent.shape.layers):
         expected = importance.load_contribution(contributions_of("llama"), layer)
         torch.testing.assert_close(importance.load_contribution(tmp_path, layer), expected)
@@ -34,4 +34,4 @@ def test_a_damaged_layer_is_named(copy_of, tokens_dir, tmp_path):
     directory = copy_of("llama")
     edit_tensors(directory, lambda tensors: tensors["model.layers.3.mlp.up_proj.weight"][0, 0].fill_(torch.inf))
     with pytest.raises(NonFiniteError, match="layer 3"):
-        importance.run(WORK, Parent(ParentSpec(path=str(directory))), tokens_dir, tmp_path)
+        importance.measure_contributions(WORK, Parent(ParentSpec(path=str(directory))), tokens_dir, tmp_path)

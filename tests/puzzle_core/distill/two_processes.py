@@ -48,7 +48,7 @@ def do(case, together):
     if together.leads:
         out.mkdir()
     try:
-        record = gkd.run(
+        record = gkd.distil(
             work_of(case["spec"]),
             Parent(ParentSpec(path=case["parent"])),
             Path(case["child"]),

@@ -72,7 +72,7 @@ def test_nothing_writes_to_the_parent_even_when_a_training_dies(activations, con
             spec=BldSpec(batch_tokens=32, optimizer={"learning_rate": 0.1}),
         )
         with pytest.raises(KeyboardInterrupt):
-            bld.run(work, activations, contributions_of("llama"), tmp_path, report=die)
+            bld.train_variant(work, activations, contributions_of("llama"), tmp_path, report=die)
     after = parent.block(1, torch.float32, CPU).state_dict()
     assert all(torch.equal(own[name], after[name]) for name in own)
     assert [digest_file(file) for file in parent.checkpoint.files] == files

@@ -213,11 +213,11 @@ def test_a_new_kind_is_planned_trained_scored_and_costed(toy_plan, activations, 
     works = [work for work in plan.all_bld() if work.variant == variant]
     assert [work.layer for work in works] == list(range(shape.layers))
     assert works[0].contributions is None
-    record = bld.run(works[1], activations, None, tmp_path)
+    record = bld.train_variant(works[1], activations, None, tmp_path)
     assert record.final_loss < record.initial_loss
     score = next(work for work in plan.all_scores() if work.layer == 1 and work.block.attention == variant)
     assert score.attention == works[1].key
-    scored = scoring.run(score, activations, {str(variant): load_weights(tmp_path)})
+    scored = scoring.score_block(score, activations, {str(variant): load_weights(tmp_path)})
     assert scored.kl_nats_per_token > 0
     tensors = initial_state("llama", 1, str(variant))
     assert variant_size(shape, variant).parameters == sum(tensor.numel() for tensor in tensors.values())
