@@ -16,7 +16,7 @@ from puzzle_core.architecture import ModelShape
 from puzzle_core.errors import ParentError, PuzzleError, reason
 from puzzle_core.families.family import FAMILIES, Family, flag
 from puzzle_core.model.checkpoint import INDEX, SINGLE
-from puzzle_core.model.tokenizer import TOKENIZER_FILES
+from puzzle_core.model.tokenizer import MORE_TEMPLATES, TOKENIZER_FILES
 from puzzle_core.spec import ParentSpec
 
 OTHER_FILES = ("config.json", "generation_config.json", INDEX)
@@ -60,7 +60,7 @@ def fetch(spec: ParentSpec) -> Path:
 def _weight_names(directory: Path) -> list[str]:
     """The files of weights that a checkpoint's index names; hubs have the same weights in other files, too."""
     if not (directory / INDEX).is_file():
-        return [SINGLE]
+        return [SINGLE, "model-?????-of-?????.safetensors"]
     shards = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
     return sorted(glob.escape(shard) for shard in shards)
 

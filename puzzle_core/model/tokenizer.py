@@ -2,8 +2,8 @@
 
 The tokens of a text are those that `tokenizer.json` gives. Where `tokenizer_config.json` names a class such as
 GPT2Tokenizer, transformers 5 takes only the vocabulary from `tokenizer.json`, and splits text by the rule of the class,
-which may be another one (SmolLM splits digits first). So the class is ignored: `tokenizer.json` is opened as it is, with
-the special tokens and the chat templates of the other files. A copy of the files names a class that does the same.
+which may be another one (SmolLM splits digits first). So the class is ignored: `tokenizer.json` is opened as it is,
+with the special tokens and the chat templates of the other files. A copy of the files names a class that does the same.
 """
 
 import importlib

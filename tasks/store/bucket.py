@@ -1,7 +1,7 @@
 """Objects of a bucket, through fsspec and s3fs. Errors that may pass are retried, refusals are raised at once.
 
 The only file that imports fsspec. Endpoint, region and credentials come from the usual AWS environment and profiles
-(`AWS_PROFILE`, `AWS_ENDPOINT_URL`, ...). Of these, messages show only the endpoint, and the server's error code and sentence. Other
+(`AWS_PROFILE`, `AWS_ENDPOINT_URL`, ...). Of these, messages show only the endpoint and the server's error code. Other
 fsspec URLs, such as `memory://` for trials, work in the same way as far as their file system supports it.
 """
 
@@ -303,11 +303,10 @@ class Bucket:
         if _status(error) in (401, 403):
             return f"{self.url} at {self._endpoint()}: these credentials may not {what} there ({code}): ask its owner"
         if _status(error) or isinstance(error, aws.BotoCoreError):
-            said = _server_text(error)
             advice = "check runtime.store and AWS_ENDPOINT_URL"
-            if "checksum" in said.lower():
-                advice = "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required, as the server takes no new checksums"
-            return f"{self.url} at {self._endpoint()}: cannot {what} ({code}{said and f': {said}'}): {advice}"
+            if "checksum" in str(_response(error).get("Error", {}).get("Message", "")).lower():
+                advice = "it refuses the checksums of the request: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+            return f"{self.url} at {self._endpoint()}: cannot {what} ({code}): {advice}"
         return None
 
     def _no_answer(self, error: Exception, waited_s: float) -> str:
@@ -347,11 +346,6 @@ def _code(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError) and code in ("", "404"):
         return "NoSuchKey"
     return code or type(error).__name__
-
-
-def _server_text(error: BaseException) -> str:
-    """The server's own sentence on an error, cut after 200 characters; empty where there is none."""
-    return " ".join(str(_response(error).get("Error", {}).get("Message", "")).split())[:200]
 
 
 def _checksum_settings() -> dict[str, str]:
