@@ -1,8 +1,8 @@
-"""The searches that the exact one is compared with (METHOD section 8, "Order of search methods").
+"""The searches that the exact one is compared with (METHOD section 6).
 
 Each returns a Solution that holds every limit and rule, or raises. They prove nothing, so the bound they report is no
 more than the sum of every layer's least score. Variants that span layers are for the exact search alone: greedy and
-random never take a member of a AllOrNone.
+random never take a member of an AllOrNone.
 
 Legend: L layers, J options of a layer, K limits.
 """
@@ -35,9 +35,8 @@ def greedy(problem: Problem) -> Solution:
     """Budgets split evenly; layers in ascending order of mean score; each takes its best option within its budget.
 
     What a layer leaves rolls to the next. Where no option fits, the one with the smallest overdraft is taken (the worst
-    over the limits, relative to a layer's even share), and the deficit rolls. A AtMostDistinct rule's groups go to
-    the layers
-    served first; later ones have to do with those.
+    over the limits, relative to a layer's even share), and the deficit rolls. The groups of an
+    AtMostDistinct rule go to the layers that come first; later layers choose among them.
 
     Raises:
         InfeasibleError: the deficit was not made up in the end, or a rule leaves a layer without an option. That alone
@@ -103,20 +102,18 @@ def maximise(problem: Problem, resource: str, *, time_limit_s: float = 60.0, rel
             f"there is no resource {resource!r} to maximise (known: {', '.join(sorted(problem.resources))})"
         )
     negated = tuple(-values for values in problem.resources[resource])
-    found = minimise(problem, negated, time_limit_s=time_limit_s, relative_gap=relative_gap)
-    if found is None:
+    minimum = minimise(problem, negated, time_limit_s=time_limit_s, relative_gap=relative_gap)
+    if minimum is None:
         raise explain_infeasible(problem, time_limit_s=time_limit_s)
-    return describe(problem, found.choice, method=f"maximise {resource}", seconds=time.perf_counter() - started)
+    return describe(problem, minimum.choice, method=f"maximise {resource}", seconds=time.perf_counter() - started)
 
 
 def random_choice(problem: Problem, seed: int) -> Solution:
     """A random choice that uses the budget; scores are not looked at.
 
-    From the parent, random layers take random cheaper options (less overdraft in total) until every limit holds;
-    then
-    random layers take random dearer ones (more use in total) for as long as any fits. A AtMostDistinct rule allows
-    each walk
-    random groups; a layer whose parent has none of them starts from its first option that has.
+    From the parent, random layers take random options with less overdraft in total until every limit holds; then random
+    layers take random options with more use in total while one fits. An AtMostDistinct rule allows each walk random
+    groups; a layer whose parent option has another group starts from its first allowed option.
 
     Raises:
         InfeasibleError: no descent out of ATTEMPTS came within limits and rules.
@@ -138,7 +135,7 @@ def random_choice(problem: Problem, seed: int) -> Solution:
 
 
 def _allowed_next(problem: Problem, choice: list[int], layer: int) -> Mask:
-    """Options of a layer that the rules allow beside what is chosen; no member of a AllOrNone."""
+    """Options of a layer that the rules allow beside what is chosen; no member of an AllOrNone."""
     allowed_J = ~tied_options(problem.rules, [len(ids) for ids in problem.options])[layer]
     for rule in problem.rules:
         if isinstance(rule, AtMostDistinct):
@@ -152,7 +149,7 @@ def _allowed_next(problem: Problem, choice: list[int], layer: int) -> Mask:
 
 
 def _random_groups(problem: Problem, random: np.random.Generator) -> list[Mask]:
-    """Options per layer of as many random groups as every AtMostDistinct rule allows; no member of a AllOrNone."""
+    """Options per layer of as many random groups as every AtMostDistinct rule allows; no member of an AllOrNone."""
     allowed = [~tied_J for tied_J in tied_options(problem.rules, [len(ids) for ids in problem.options])]
     for rule in problem.rules:
         if isinstance(rule, AtMostDistinct):
@@ -168,7 +165,9 @@ def _random_walk(problem: Problem, allowed: list[Mask], random: np.random.Genera
     span_K = _nonzero(np.sum([use_KJ.max(axis=1) - use_KJ.min(axis=1) for use_KJ in use_LKJ], axis=0))
     use_LKJ = [use_KJ / span_K[:, None] for use_KJ in use_LKJ]
     room_K = np.array([limit.capacity + 0.5 * TOLERANCE * abs(limit.capacity) for limit in problem.limits]) / span_K
-    choice = [own if mask[own] else int(mask.argmax()) for own, mask in zip(problem.parent, allowed, strict=True)]
+    choice = [
+        parent if mask[parent] else int(mask.argmax()) for parent, mask in zip(problem.parent, allowed, strict=True)
+    ]
 
     def overdraft(used_KJ: Floats) -> Floats:
         return np.asarray(np.maximum(used_KJ - room_K[:, None], 0.0).sum(axis=0))
