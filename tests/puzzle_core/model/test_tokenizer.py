@@ -24,7 +24,10 @@ from puzzle_core.text_sources import Document, stdlib_documents
 END = "<|endoftext|>"
 DIGITS = pre_tokenizers.Digits(individual_digits=True)
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPLITS = {
     "smollm": pre_tokenizers.Sequence([DIGITS, BYTES]),
     "gpt-2": BYTES,
@@ -92,7 +95,7 @@ def test_the_digest_says_how_a_rebuilt_tokenizer_is_opened(copy_of, monkeypatch)
 def test_options_with_which_the_file_is_not_followed_are_refused(copy_of):
     directory = copy_of("llama")
     write_tokenizer(directory, "gpt-2", "PreTrainedTokenizerFast", 600, split_special_tokens=True)
-    with pytest.raises(ParentError, match="gives other tokens than its tokenizer.json"):
+    with pytest.raises(ParentError, match=r"gives other tokens than its tokenizer\.json"):
         opened(directory).tokenizer()
 
 
