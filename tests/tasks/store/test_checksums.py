@@ -8,9 +8,7 @@ import pytest
 from puzzle_core.errors import StorageError
 from tasks.store.bucket import Bucket
 
-ANSWER = (
-    b"<Error><Code>InvalidArgument</Code><Message>Unsupported header 'x-amz-checksum'</Message></Error>"
-)
+ANSWER = b"<Error><Code>InvalidArgument</Code><Message>Unsupported header 'x-amz-checksum'</Message></Error>"
 
 
 @pytest.fixture
