@@ -89,7 +89,7 @@ class Plan:
         return range(self.inputs.shape.layers)
 
     def tokens(self, split: str) -> TokensWork:
-        """One split of packed windows; each leaves the documents of those before it alone."""
+        """One split of packed windows; no two splits share a token."""
         spec = self.spec
         train = (("calibration", spec.importance.tokens), ("bld", spec.bld.tokens), ("gkd", spec.gkd.tokens))
         held_out = (("scoring", spec.scoring.tokens), ("evaluation", spec.evaluation.tokens))
@@ -101,6 +101,8 @@ class Plan:
             earlier_splits=order[:position],
             sequence_length=spec.data.sequence_length,
             seed=spec.data.seed,
+            cut_documents=spec.data.cut_documents,
+            document_start=spec.data.document_start,
             texts=self.inputs.train_texts if order is train else self.inputs.held_out_texts,
             tokenizer=self.inputs.tokenizer,
         )

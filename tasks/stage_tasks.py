@@ -49,7 +49,7 @@ from puzzle_core.work import (
     TokensWork,
 )
 from tasks.runtime.context import RunContext
-from tasks.runtime.digest_cache import parent_digest, texts_digest
+from tasks.runtime.digest_cache import check_texts_disjoint, parent_digest, texts_digest
 from tasks.runtime.locks import gpu_lock, machine_lock
 from tasks.runtime.produce import produce
 from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs
@@ -68,8 +68,10 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec) -> Inp
         PuzzleError: the parent, the texts, the target's device, engine or cost table cannot be used.
     """
     parent = context.open_parent()
-    sources = (*texts.train_texts, *texts.held_out_texts)
-    check_rows(parent.tokenizer(), parent.shape.vocabulary, lambda: read_documents(sources))
+    tokenizer, sources = parent.tokenizer(), (*texts.train_texts, *texts.held_out_texts)
+    start = data.document_start(tokenizer, texts.document_start)
+    check_rows(tokenizer, parent.shape.vocabulary, start, lambda: read_documents(sources))
+    check_texts_disjoint(texts.train_texts, texts.held_out_texts, context.scratch)
     inputs = Inputs(
         parent=parent_digest(parent, context.scratch),
         tokenizer=parent.tokenizer_digest,

@@ -125,12 +125,13 @@ def tokens_without_row(tokenizer: Any, rows: int) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def check_rows(tokenizer: Any, rows: int, read: Callable[[], Iterable[Document]]) -> None:
+def check_rows(tokenizer: Any, rows: int, start: list[int], read: Callable[[], Iterable[Document]]) -> None:
     """Check that no text gives a token that the embedding has no row for; warn of such tokens where none does.
 
     Args:
         tokenizer: of the parent.
         rows: of the embedding.
+        start: the tokens in front of every document.
         read: gives the documents; called only where such tokens exist.
 
     Raises:
@@ -145,9 +146,9 @@ def check_rows(tokenizer: Any, rows: int, read: Callable[[], Iterable[Document]]
     advice = "give a checkpoint whose embedding was resized for them (resize_token_embeddings)"
     if ordinary := tokens.keys() - tokenizer.get_added_vocab().keys():
         raise ParentError(f"{what}; any text may give {min(ordinary)!r}: {advice}")
-    for role in ("bos_token", "eos_token"):
-        if getattr(tokenizer, role) in tokens:
-            raise ParentError(f"{what}; its {role} is one of them: {advice}")
+    for text, number in tokens.items():
+        if number in start:
+            raise ParentError(f"{what}; every document starts with {text!r}: {advice}, or set data.document_start")
     for document in read():
         for text in tokens:
             if text in document.text:

@@ -157,20 +157,19 @@ def test_a_text_with_a_token_that_has_no_row_is_named(too_many):
     rows = too_many.shape.vocabulary
     message = rf"2 tokens .* {rows} rows lacks: '<\|start\|>' \({rows}\).*the text chat holds '<\|start\|>'"
     with pytest.raises(ParentError, match=message):
-        check_rows(too_many.tokenizer(), rows, lambda: [Document("chat", "<|start|>user")])
+        check_rows(too_many.tokenizer(), rows, [], lambda: [Document("chat", "<|start|>user")])
 
 
 def test_tokens_that_no_text_holds_are_a_warning(too_many, caplog):
     with caplog.at_level(logging.WARNING, logger="puzzle"):
-        check_rows(too_many.tokenizer(), too_many.shape.vocabulary, lambda: [Document("plain", "def f")])
+        check_rows(too_many.tokenizer(), too_many.shape.vocabulary, [0], lambda: [Document("plain", "def f")])
     assert "no text of this run holds one" in caplog.text
 
 
-def test_a_begin_of_text_without_a_row_is_refused(too_many):
-    tokenizer = too_many.tokenizer()
-    tokenizer.bos_token = "<|start|>"
-    with pytest.raises(ParentError, match="its bos_token is one of them"):
-        check_rows(tokenizer, too_many.shape.vocabulary, list)
+def test_a_start_of_documents_without_a_row_is_refused(too_many):
+    rows = too_many.shape.vocabulary
+    with pytest.raises(ParentError, match=r"every document starts with '<\|start\|>'"):
+        check_rows(too_many.tokenizer(), rows, [rows], list)
 
 
 def test_exports_leave_out_tokens_without_a_row(too_many, tmp_path):
