@@ -11,7 +11,7 @@ from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
 from prefect.results import get_result_store
 
-from flows.task_runners.choice import check_cluster, check_installed, task_runner
+from flows.task_runners.choice import check_cluster, check_packages, task_runner
 from puzzle_core.errors import DamagedError, PuzzleError
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work
@@ -39,7 +39,7 @@ def plan_run(spec: RunSpec, context: RunContext) -> Plan:
     Raises:
         PuzzleError: the parent, the texts or the target are invalid, a disk is too small, or a worker lacks something.
     """
-    check_installed(context)
+    check_packages(spec, context)
     plan = Plan(spec, open_inputs(context, spec.data, spec.target))
     context.drop_finished_checkpoints()
     store = context.store()

@@ -63,3 +63,9 @@ class ExportError(PuzzleError):
 
 class StorageError(PuzzleError):
     """The artifact store or the scratch directory cannot be written or read (disk full, no permission)."""
+
+
+def reason(error: BaseException) -> str:
+    """The text of another library's error as one line: what is wrong often stands on its second line."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line) or type(error).__name__

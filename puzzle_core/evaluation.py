@@ -3,6 +3,7 @@
 Legend: N windows, T tokens, V vocabulary.
 """
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -55,17 +56,26 @@ def evaluate(work: EvaluateWork, parent: Parent, child_dir: Path | None, tokens_
     )
 
 
+def check_lm_eval(tasks: tuple[str, ...]) -> None:
+    """Check that lm-evaluation-harness is installed where its tasks are asked for.
+
+    Raises:
+        SpecError: it is not installed.
+    """
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise SpecError("evaluation.lm_eval_tasks needs lm-evaluation-harness: pip install lm-eval")
+
+
 def run_lm_eval(model: Any, tokenizer: Any, tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """Run tasks of lm-evaluation-harness by name.
 
     Raises:
         SpecError: the harness is not installed, or does not know a task.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise SpecError("evaluation.lm_eval_tasks needs lm-evaluation-harness: pip install lm-eval") from error
+    check_lm_eval(tasks)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     try:
         results = lm_eval.simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks))
     except KeyError as error:

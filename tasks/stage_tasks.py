@@ -20,6 +20,7 @@ from puzzle_core.distill.loop import Progress
 from puzzle_core.model import child
 from puzzle_core.model.activations import drop_layer
 from puzzle_core.model.surgery import load_weights
+from puzzle_core.model.tokenizer import check_rows
 from puzzle_core.plan import Inputs
 from puzzle_core.records import digest_file
 from puzzle_core.search.problem_builder import ProblemBuilder
@@ -67,7 +68,9 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec) -> Inp
         PuzzleError: the parent, the texts, the target's device, engine or cost table cannot be used.
     """
     parent = context.open_parent()
-    data.document_start(parent.tokenizer(), texts.document_start)
+    tokenizer, sources = parent.tokenizer(), (*texts.train_texts, *texts.held_out_texts)
+    start = data.document_start(tokenizer, texts.document_start)
+    check_rows(tokenizer, parent.shape.vocabulary, start, lambda: read_documents(sources))
     check_texts_disjoint(texts.train_texts, texts.held_out_texts, context.scratch)
     inputs = Inputs(
         parent=parent_digest(parent, context.scratch),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flows.research_targets import find_searches
-from flows.task_runners.choice import check_installed
+from flows.task_runners.choice import check_packages
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work
 from puzzle_core.report.report_tables import Table, format_text
@@ -51,10 +51,10 @@ def describe_plan(spec: RunSpec) -> str:
     """The plan as text: stored and missing artifacts of every stage, and the disk space and tokens of the whole run.
 
     Raises:
-        PuzzleError: the specification, the parent or the texts are invalid, or the task runner is not installed.
+        PuzzleError: the specification, the parent or the texts are invalid, or a package is not installed.
     """
     context = RunContext.of(spec)
-    check_installed(context)
+    check_packages(spec, context)
     plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target))
     shape, needed, store = plan.inputs.shape, resources(plan), context.store()
     stages: dict[str, Sequence[Work]] = {

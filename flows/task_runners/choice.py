@@ -6,6 +6,8 @@ from prefect.task_runners import TaskRunner
 
 from flows.task_runners.threads import CancellableThreadTaskRunner
 from puzzle_core.errors import PuzzleError
+from puzzle_core.evaluation import check_lm_eval
+from puzzle_core.spec import RunSpec
 from tasks.runtime.context import RunContext
 
 
@@ -18,12 +20,13 @@ def task_runner(context: RunContext) -> TaskRunner[Any]:  # Any: each runner has
     return ClusterTaskRunner.of(context)
 
 
-def check_installed(context: RunContext) -> None:
-    """Check that the chosen task runner is installed.
+def check_packages(spec: RunSpec, context: RunContext) -> None:
+    """Check that the optional packages are installed that a run needs: for its task runner and its evaluation.
 
     Raises:
-        PuzzleError: it is not installed.
+        PuzzleError: one is not installed.
     """
+    check_lm_eval(spec.evaluation.lm_eval_tasks)
     if context.runtime.task_runner == "dask":
         try:
             import prefect_dask  # noqa: F401

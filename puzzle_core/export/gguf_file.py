@@ -67,7 +67,7 @@ def export_gguf(source: Source, file: Path, kind: GgufType, *, name: str = "chil
     """
     refuse(source, "GGUF of arch deci", shared_reasons(source))
     layers, rotary = lower(source.architecture, source.shape), _rotary(source)
-    vocabulary = gguf_vocabulary(source.tokenizer, source.shape.vocabulary)
+    vocabulary = gguf_vocabulary(source.tokenizer, source.shape.vocabulary, left_out=source.unusable_tokens)
     tensors = [*_outside(source), *_layer_tensors(source, layers)]
     if rotary.factors is not None:
         factors = torch.from_numpy(rotary.factors)
@@ -83,7 +83,7 @@ def export_gguf(source: Source, file: Path, kind: GgufType, *, name: str = "chil
         architecture=source.architecture,
         parameters=sum(int(np.prod(t.shape)) for t in tensors),
         bytes=file.stat().st_size,
-        remarks=tuple(_remarks(source, layers, kinds, kind)),
+        remarks=(*_remarks(source, layers, kinds, kind), *source.tokenizer_remarks()),
     )
 
 
@@ -138,7 +138,7 @@ def _describe_tokenizer(writer: GGUFWriter, tokenizer: Any, vocabulary: GgufVoca
         (tokenizer.unk_token_id, writer.add_unk_token_id),
         (tokenizer.pad_token_id, writer.add_pad_token_id),
     ):
-        if number is not None:
+        if number is not None and number < len(vocabulary.tokens):
             add(number)
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)

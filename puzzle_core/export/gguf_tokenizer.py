@@ -8,7 +8,7 @@ is missing. Source of names and flags: src/llama-vocab.cpp of llama.cpp.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,11 +55,12 @@ class GgufVocabulary:
     add_space: bool = False
 
 
-def gguf_vocabulary(tokenizer: Any, size: int) -> GgufVocabulary:
+def gguf_vocabulary(tokenizer: Any, size: int, left_out: Container[str] = ()) -> GgufVocabulary:
     """The vocabulary of a tokenizer of transformers.
 
     Args:
         size: rows of the embedding; tokens that the tokenizer lacks are written as unused.
+        left_out: added tokens that are not written.
 
     Raises:
         ExportError: llama.cpp has no tokenizer that gives the same tokens; names what is missing.
@@ -75,6 +76,7 @@ def gguf_vocabulary(tokenizer: Any, size: int) -> GgufVocabulary:
         raise ExportError(
             f"llama.cpp has no tokenizer of the kind {model['type']!r} with these options: BPE is supported"
         )
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in left_out]
     tokens, types = _tokens(content, size)
     add_bos, add_eos = _added(tokenizer)
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
@@ -142,10 +144,10 @@ def _split_name(content: dict[str, Any]) -> str:
     Raises:
         ExportError: llama.cpp has no such split.
     """
-    normalizer = content.get("normalizer")
-    if normalizer and normalizer["type"] != "NFC":  # llama.cpp leaves text as it is; most text is NFC already
+    changing = {step["type"] for step in _steps(content.get("normalizer")) if _changes_text(step)}
+    if changing - {"NFC"}:  # llama.cpp leaves text as it is; most text is NFC already
         raise ExportError(
-            f"the tokenizer normalises text ({normalizer['type']}), which llama.cpp's byte-level BPE does not"
+            f"the tokenizer normalises text ({', '.join(sorted(changing))}), which llama.cpp's byte-level BPE does not"
         )
     split, ignore_merges = _split(content.get("pre_tokenizer")), bool(content["model"].get("ignore_merges"))
     name = SPLITS.get((split, ignore_merges))
@@ -157,9 +159,37 @@ def _split_name(content: dict[str, Any]) -> str:
     return name
 
 
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The normalizers or pre-tokenizers that are applied, in their order; sequences may hold sequences."""
+    if not part:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    inner = part["normalizers"] if "normalizers" in part else part["pretokenizers"]
+    return [step for each in inner for step in _steps(each)]
+
+
+def _changes_text(step: dict[str, Any]) -> bool:
+    """Whether a normalizer can change a text; some have options with which they do nothing."""
+    match step["type"]:
+        case "Strip":
+            return bool(step["strip_left"] or step["strip_right"])
+        case "Prepend":
+            return bool(step["prepend"])
+        case "Replace":
+            return bool(step["pattern"] != {"String": step["content"]})
+        case "BertNormalizer":
+            options = ("clean_text", "handle_chinese_chars", "lowercase")
+            return any(step[name] for name in options) or bool(step.get("strip_accents"))
+        case "Precompiled":
+            return bool(step.get("precompiled_charsmap"))
+        case _:
+            return True
+
+
 def _split(pre_tokenizer: dict[str, Any] | None) -> str:
     """The expression that a byte-level tokenizer splits by, or a name of its combination of parts."""
-    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
+    parts = _steps(pre_tokenizer)
     kinds = [part["type"] for part in parts]
     if not kinds or kinds[-1] != "ByteLevel" or parts[-1]["add_prefix_space"]:
         return f"parts {kinds}"
@@ -173,15 +203,16 @@ def _split(pre_tokenizer: dict[str, Any] | None) -> str:
 
 def _adds_space(content: dict[str, Any]) -> bool:
     """Whether a SentencePiece tokenizer puts a blank before the text; blanks must be written as "▁"."""
-    normalizer, splitter = content.get("normalizer"), content.get("pre_tokenizer")
-    if normalizer is None and splitter and splitter["type"] == "Metaspace" and not splitter.get("split", True):
+    steps = [step for step in _steps(content.get("normalizer")) if _changes_text(step)]
+    splitters = _steps(content.get("pre_tokenizer"))
+    splitter = splitters[0] if len(splitters) == 1 else None
+    if not steps and splitter and splitter["type"] == "Metaspace" and not splitter.get("split", True):
         return bool(splitter["prepend_scheme"] != "never")
-    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
     kinds = [step["type"] for step in steps]
     blanks = steps and kinds[-1] == "Replace" and steps[-1]["pattern"] == {"String": " "}
-    if splitter is None and blanks and steps[-1]["content"] == "▁" and kinds in (["Replace"], ["Prepend", "Replace"]):
+    if not splitters and blanks and steps[-1]["content"] == "▁" and kinds in (["Replace"], ["Prepend", "Replace"]):
         return "Prepend" in kinds
-    raise ExportError(f"llama.cpp has no SentencePiece tokenizer that prepares text by {kinds or splitter}")
+    raise ExportError(f"llama.cpp has no SentencePiece tokenizer that prepares text by {kinds or splitters}")
 
 
 def _scores(tokens: list[str], types: list[int], merges: Iterable[tuple[str, ...]]) -> list[float]:

@@ -22,6 +22,7 @@ from puzzle_core.export.source import ExportRecord, Source, WrittenTensor, refus
 from puzzle_core.formats.block_configs import BlockConfig, block_config, to_block_configs
 from puzzle_core.formats.decilm_config import published_config
 from puzzle_core.model.checkpoint import write_checkpoint
+from puzzle_core.model.tokenizer import copy_tokenizer, leave_out, tokenizer_files
 from puzzle_core.variants.entries import WIDTH_GRID
 
 Widths = Literal["grid", "pad", "any"]
@@ -66,6 +67,7 @@ def export_hf(source: Source, out_dir: Path, *, widths: Widths = "grid", dtype: 
     architecture = padded(source.architecture) if widths == "pad" else source.architecture
     config = _config(source, architecture)
     config["torch_dtype"] = str(weights).removeprefix("torch.")
+    tokens = source.unusable_tokens if tokenizer_files(source.directory) else {}
     counted: Counter[str] = Counter()
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -79,15 +81,16 @@ def export_hf(source: Source, out_dir: Path, *, widths: Widths = "grid", dtype: 
     (out_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     for name in CODE:
         shutil.copyfile(Path(deci_remote.__path__[0]) / name, out_dir / name)
-    for file in source.tokenizer_files:
-        shutil.copyfile(file, out_dir / file.name)
+    copy_tokenizer(source.tokenizer_files, source.directory, out_dir)
+    if tokens:
+        leave_out(out_dir, tokens)
     return ExportRecord(
         format="DeciLM directory",
         dtype=config["torch_dtype"],
         architecture=architecture,
         parameters=counted["parameters"],
         bytes=counted["bytes"],
-        remarks=tuple(_remarks(source.architecture, architecture)),
+        remarks=(*_remarks(source.architecture, architecture), *(source.tokenizer_remarks() if tokens else ())),
     )
 
 

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from puzzle_core.architecture import Architecture
-from puzzle_core.errors import ArtifactError, ExportError
+from puzzle_core.errors import ArtifactError, ExportError, reason
 from puzzle_core.families.family import FAMILIES
 from puzzle_core.formats.block_configs import block_config, from_block_configs
 from puzzle_core.model.checkpoint import Checkpoint
 from puzzle_core.model.child_config import child_config, read_child_config
 from puzzle_core.model.parent import Parent, tensor_shapes
-from puzzle_core.model.parent_config import TOKENIZER_FILES, first_line, shape_of
+from puzzle_core.model.parent_config import shape_of
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
+from puzzle_core.model.tokenizer import open_tokenizer, tokenizer_files, tokens_without_row
 from puzzle_core.records import Record
 from puzzle_core.spec import ParentSpec
 
@@ -77,9 +78,8 @@ class Source:
     @property
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files and the generation config, those that exist."""
-        return [
-            file for name in (*TOKENIZER_FILES, "generation_config.json") if (file := self.directory / name).is_file()
-        ]
+        generation = self.directory / "generation_config.json"
+        return [*tokenizer_files(self.directory), *([generation] if generation.is_file() else [])]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -89,13 +89,35 @@ class Source:
             ExportError: the checkpoint has no tokenizer, or one that is defined by its own code.
         """
         try:
-            files_alone = PreTrainedConfig()  # else it asks config.json, whose model type it does not know
-            return AutoTokenizer.from_pretrained(self.directory, config=files_alone, trust_remote_code=False)
+            return open_tokenizer(self.directory)
         except Exception as error:  # what transformers and tokenizers raise has no common base
             raise ExportError(
-                f"cannot load the tokenizer of {self.directory} ({type(error).__name__}: {first_line(error)}): put the "
+                f"cannot load the tokenizer of {self.directory} ({type(error).__name__}: {reason(error)}): put the "
                 f"parent's tokenizer files there"
             ) from error
+
+    @cached_property
+    def unusable_tokens(self) -> dict[str, int]:
+        """Added tokens that the embedding has no row for, by their texts; an export leaves them out.
+
+        Raises:
+            ExportError: a token of the vocabulary has no row, either.
+        """
+        tokens = tokens_without_row(self.tokenizer, self.shape.vocabulary)
+        if ordinary := tokens.keys() - self.tokenizer.get_added_vocab().keys():
+            raise ExportError(
+                f"the tokenizer of {self.directory} has {len(tokens):,} tokens beyond the {self.shape.vocabulary:,} "
+                f"rows of the embedding, and {min(ordinary)!r} is no added one that could be left out"
+            )
+        return tokens
+
+    def tokenizer_remarks(self) -> list[str]:
+        """What an export leaves out of the tokenizer."""
+        tokens = self.unusable_tokens
+        if not tokens:
+            return []
+        listed = ", ".join(f"{text!r} ({number})" for text, number in tokens.items())
+        return [f"tokens left out, as the embedding with its {self.shape.vocabulary:,} rows lacks them: {listed}"]
 
     def tensors(self) -> Iterator[WrittenTensor]:
         """All tensors by their names in the checkpoint, without a head that is tied to the embedding."""

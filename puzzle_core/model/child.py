@@ -21,6 +21,7 @@ from puzzle_core.model.child_config import read_child_config
 from puzzle_core.model.parent import Parent, build_model, served_as, torch_dtype
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.model.surgery import load_weights
+from puzzle_core.model.tokenizer import copy_tokenizer
 from puzzle_core.spec import Dtype
 from puzzle_core.state_dict import State
 from puzzle_core.work import AssembleWork, ChildRecord
@@ -61,9 +62,9 @@ def write_description(parent: Parent, architecture: Architecture, dtype: Dtype, 
     (out_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     for name in CODE:
         shutil.copyfile(Path(remote.__path__[0]) / name, out_dir / name)
-    for file in (*parent.tokenizer_files, parent.directory / "generation_config.json"):
-        if file.is_file():
-            shutil.copyfile(file, out_dir / file.name)
+    generation = parent.directory / "generation_config.json"
+    files = [*parent.tokenizer_files, *([generation] if generation.is_file() else [])]
+    copy_tokenizer(files, parent.directory, out_dir, allow_code=parent.spec.allow_remote_code is not None)
 
 
 def load_child(directory: Path, dtype: torch.dtype, device: torch.device) -> PuzzleForCausalLM:

@@ -5,7 +5,6 @@
 """
 
 import hashlib
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -15,18 +14,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from puzzle_core.architecture import Architecture, ModelShape
-from puzzle_core.errors import NonFiniteError, ParentError, PuzzleError
+from puzzle_core.errors import NonFiniteError, ParentError, PuzzleError, reason
 from puzzle_core.formats.block_configs import block_config
 from puzzle_core.model.checkpoint import Checkpoint
 from puzzle_core.model.child_config import child_config
 from puzzle_core.model.parent_config import (
-    TOKENIZER_FILES,
     as_config_says,
     fetch,
-    first_line,
     read_config,
     shape_of,
 )
@@ -35,6 +32,7 @@ from puzzle_core.model.remote.modeling_puzzle import (
     PuzzleBlock,
     PuzzleForCausalLM,
 )
+from puzzle_core.model.tokenizer import is_rebuilt, open_tokenizer, tokenizer_code, tokenizer_files
 from puzzle_core.records import canonical_json, digest_file
 from puzzle_core.spec import Dtype, ParentSpec
 
@@ -58,6 +56,7 @@ class Parent:
             self.shape = shape_of(self.config, self.directory)
             expected = tensor_shapes(self.puzzle_config())
         self.checkpoint = Checkpoint(self.directory, ParentError)
+        _check_types(self.checkpoint)
         self.checkpoint.check(expected)
         _check_tie(self.checkpoint, self.shape)
         self._cached_bytes = cached_bytes
@@ -80,16 +79,17 @@ class Parent:
     @property
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files, and the checkpoint's Python files if the spec allows remote code."""
-        files = [self.directory / name for name in TOKENIZER_FILES]
         code = sorted(self.directory.glob("*.py")) if self.spec.allow_remote_code else []
-        return [file for file in (*files, *code) if file.is_file()]
+        return [*tokenizer_files(self.directory), *code]
 
     @cached_property
     def tokenizer_digest(self) -> str:
-        """Digest of the tokenizer's files."""
+        """Digest of the tokenizer's files, and of how they are opened where AutoTokenizer gives other tokens."""
         digest = hashlib.sha256()
         for file in self.tokenizer_files:
-            digest.update(f"{file.name} {digest_file(file)}\n".encode())
+            digest.update(f"{file.relative_to(self.directory).as_posix()} {digest_file(file)}\n".encode())
+        if is_rebuilt(self.directory):
+            digest.update(b"opened by tokenizer.json alone\n")
         return digest.hexdigest()[:40]
 
     def check_finite(self) -> None:
@@ -115,28 +115,21 @@ class Parent:
                 allow by name.
         """
         try:
-            code = self._tokenizer_code()
+            code = tokenizer_code(self.directory)
             if code and self.spec.allow_remote_code not in code:
                 raise ParentError(
                     f"the tokenizer of {self.directory} is code of the checkpoint itself ({code[0]}); read it, and "
                     f"allow it with parent.allow_remote_code: {code[0]}"
                 )
-            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=bool(code))
+            return open_tokenizer(self.directory, allow_code=bool(code))
         except PuzzleError:
             raise
         except Exception as error:  # what transformers and tokenizers raise of a damaged file has no common base
             names = ", ".join(file.name for file in self.tokenizer_files) or "none"
             raise ParentError(
-                f"cannot load the tokenizer of {self.directory} ({type(error).__name__}: {first_line(error)}); its "
+                f"cannot load the tokenizer of {self.directory} ({type(error).__name__}: {reason(error)}); its "
                 f"files there are: {names}; fetch them again"
             ) from error
-
-    def _tokenizer_code(self) -> list[str]:
-        """The classes in the checkpoint's own Python files that its tokenizer needs."""
-        file = self.directory / "tokenizer_config.json"
-        settings = json.loads(file.read_text()) if file.is_file() else {}
-        classes = (settings.get("auto_map") or {}).get("AutoTokenizer")
-        return [name for name in (classes if isinstance(classes, list) else [classes]) if name]
 
     def layer_tensors(self, layer: int) -> dict[str, torch.Tensor]:
         """The tensors of one layer by their names within it, as stored."""
@@ -234,6 +227,16 @@ def _shapes(model: PuzzleForCausalLM, config: PuzzleConfig) -> dict[str, tuple[i
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight")
     return shapes
+
+
+def _check_types(checkpoint: Checkpoint) -> None:
+    """Refuse weights that are not plain floats, whatever config.json says of quantisation."""
+    for name, header in checkpoint.headers.items():
+        if header.dtype not in ("F64", "F32", "F16", "BF16"):
+            raise ParentError(
+                f"{checkpoint.directory} holds quantised weights: {name!r} is of type {header.dtype}; give the "
+                f"checkpoint before quantisation, in float32, float16 or bfloat16"
+            )
 
 
 def _check_tie(checkpoint: Checkpoint, shape: ModelShape) -> None:

@@ -4,6 +4,7 @@ What this project cannot run correctly is refused here by name, before any weigh
 """
 
 import contextlib
+import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,21 +13,14 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from puzzle_core.architecture import ModelShape
-from puzzle_core.errors import ParentError, PuzzleError
+from puzzle_core.errors import ParentError, PuzzleError, reason
 from puzzle_core.families.family import FAMILIES, Family, flag
+from puzzle_core.model.checkpoint import INDEX, SINGLE
+from puzzle_core.model.tokenizer import MORE_TEMPLATES, TOKENIZER_FILES
 from puzzle_core.spec import ParentSpec
 
+OTHER_FILES = ("config.json", "generation_config.json", INDEX)
 STATE_DEPENDENT_ROPE = {"dynamic", "longrope"}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -52,12 +46,23 @@ def fetch(spec: ParentSpec) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["*.safetensors", "*.json", *TOKENIZER_FILES, *(["*.py"] if spec.allow_remote_code else [])]
-        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=wanted))
+        wanted = [*OTHER_FILES, *TOKENIZER_FILES, f"{MORE_TEMPLATES}/*.jinja"]
+        wanted += ["*.py"] if spec.allow_remote_code else []
+        fetched = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=wanted))
+        commit = fetched.name if fetched.parent.name == "snapshots" else spec.revision
+        return Path(snapshot_download(spec.path, revision=commit, allow_patterns=[*wanted, *_weight_names(fetched)]))
     except Exception as error:
         raise ParentError(
-            f"parent.path {spec.path!r} is no directory here, and the hub did not give it ({first_line(error)})"
+            f"parent.path {spec.path!r} is no directory here, and the hub did not give it ({reason(error)})"
         ) from error
+
+
+def _weight_names(directory: Path) -> list[str]:
+    """The files of weights that a checkpoint's index names; hubs have the same weights in other files, too."""
+    if not (directory / INDEX).is_file():
+        return [SINGLE, "model-?????-of-?????.safetensors"]
+    shards = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
+    return sorted(glob.escape(shard) for shard in shards)
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
@@ -82,7 +87,7 @@ def read_config(directory: Path) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
-        raise ParentError(f"{directory / 'config.json'} is not valid: {first_line(error)}") from error
+        raise ParentError(f"{directory / 'config.json'} is not valid: {reason(error)}") from error
     _check_attention_kinds(config, family, directory)
     rope = config.rope_parameters or {}
     if rope.get("rope_type") in STATE_DEPENDENT_ROPE:
@@ -154,7 +159,7 @@ def as_config_says(directory: Path) -> Iterator[None]:
     except Exception as error:
         raise ParentError(
             f"{directory / 'config.json'} is not valid: no model can be made as it says "
-            f"({type(error).__name__}: {first_line(error)})"
+            f"({type(error).__name__}: {reason(error)})"
         ) from error
 
 
@@ -184,8 +189,3 @@ def shape_of(config: PreTrainedConfig, directory: Path) -> ModelShape:
         qk_norm=family.qk_norm,
         max_positions=config.max_position_embeddings,
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of another library's error text."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import logging
 import math
+import os
 import random
 import threading
 import time
@@ -97,7 +98,12 @@ class Bucket:
             raise SpecError("runtime.store holds credentials or options: give s3://bucket/prefix, and set AWS_PROFILE")
         if parts.scheme in ("file", "local"):
             raise SpecError(f"runtime.store {url!r} is a directory: give its path alone")
-        s3 = {"use_listings_cache": False, "skip_instance_cache": True, "max_concurrency": RANGES_AT_ONCE}
+        s3 = {
+            "use_listings_cache": False,
+            "skip_instance_cache": True,
+            "max_concurrency": RANGES_AT_ONCE,
+            "config_kwargs": _checksum_settings(),
+        }
         try:
             self.fs, root = fsspec.core.url_to_fs(url, **(s3 if parts.scheme == "s3" else {}))
         except (ValueError, ImportError) as error:
@@ -297,7 +303,10 @@ class Bucket:
         if _status(error) in (401, 403):
             return f"{self.url} at {self._endpoint()}: these credentials may not {what} there ({code}): ask its owner"
         if _status(error) or isinstance(error, aws.BotoCoreError):
-            return f"{self.url} at {self._endpoint()}: cannot {what} ({code}): check runtime.store and AWS_ENDPOINT_URL"
+            advice = "check runtime.store and AWS_ENDPOINT_URL"
+            if "checksum" in str(_response(error).get("Error", {}).get("Message", "")).lower():
+                advice = "it refuses the checksums of the request: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+            return f"{self.url} at {self._endpoint()}: cannot {what} ({code}): {advice}"
         return None
 
     def _no_answer(self, error: Exception, waited_s: float) -> str:
@@ -337,6 +346,15 @@ def _code(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError) and code in ("", "404"):
         return "NoSuchKey"
     return code or type(error).__name__
+
+
+def _checksum_settings() -> dict[str, str]:
+    """Botocore's settings of checksums: only where S3 requires them, unless the environment says otherwise.
+
+    Other servers refuse the headers of botocore's default. The store has digests of its own.
+    """
+    settings = ("request_checksum_calculation", "response_checksum_validation")
+    return {name: "when_required" for name in settings if f"AWS_{name.upper()}" not in os.environ}
 
 
 def _is_transient(error: Exception) -> bool:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from puzzle_core import evaluation
 from puzzle_core.errors import NonFiniteError, SpecError
+from puzzle_core.evaluation import check_lm_eval
 from puzzle_core.model.child import load_child
 from puzzle_core.work import EvaluateWork
 from tests.conftest import CPU, MIXED
@@ -70,3 +71,10 @@ def test_tasks_without_the_harness_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SpecError, match="pip install lm-eval"):
         evaluation.run_lm_eval(None, None, ("hellaswag",))
+
+
+def test_a_missing_harness_is_named_before_the_run(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    check_lm_eval(())
+    with pytest.raises(SpecError, match="pip install lm-eval"):
+        check_lm_eval(("hellaswag",))

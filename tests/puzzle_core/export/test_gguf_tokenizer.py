@@ -69,6 +69,35 @@ def test_single_digits_are_smollm():
     assert gguf_vocabulary(byte_level(pre_tokenizers.Sequence(parts)), 8).pre == "smollm"
 
 
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        normalizers.Sequence([]),
+        normalizers.Sequence([normalizers.Sequence([]), normalizers.NFC()]),
+        normalizers.Strip(left=False, right=False),
+        normalizers.Prepend(""),
+        normalizers.Replace("a", "a"),
+    ],
+    ids=str,
+)
+def test_normalizers_that_do_nothing_are_none(normalizer):
+    assert gguf_vocabulary(byte_level(normalizer=normalizer), 8).pre == "gpt-2"
+
+
+def test_a_sequence_in_a_sequence_is_its_parts():
+    parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    nested = pre_tokenizers.Sequence([pre_tokenizers.Sequence(parts)])
+    assert gguf_vocabulary(byte_level(nested), 8).pre == "smollm"
+
+
+def test_tokens_that_are_left_out_are_not_written():
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    whole = gguf_vocabulary(tokenizer, 10)
+    assert "<|end|>" in whole.tokens
+    assert "<|end|>" not in gguf_vocabulary(tokenizer, whole.tokens.index("<|end|>"), left_out={"<|end|>"}).tokens
+
+
 def test_bos_and_eos_are_added_as_the_tokenizer_does():
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

@@ -101,6 +101,12 @@ def truncate(directory):
     file.write_bytes(file.read_bytes()[:-8])
 
 
+def store_as(directory, dtype):
+    edit_tensors(
+        directory, lambda tensors: tensors.update({n: t.to(dtype) for n, t in tensors.items() if t.dim() == 2})
+    )
+
+
 REFUSED = {
     "no config": ("llama", lambda d: (d / "config.json").unlink(), "has no config.json"),
     "config not JSON": ("llama", lambda d: (d / "config.json").write_text("{"), "is not JSON"),
@@ -146,6 +152,14 @@ REFUSED = {
     "shard truncated": ("sharded", truncate, "model-00002.* is truncated"),
     "index wrong": ("sharded", forget_a_shard, "names 1 tensors that its shards do not hold.*model.norm.bias"),
     "index not an index": ("sharded", lambda d: (d / INDEX).write_text("[]"), "is not a safetensors index"),
+    "stale layer types": (
+        "llama",
+        lambda d: edit_config(d, layer_types=["full_attention"] * 9),
+        r"is not valid.*must be equal to the number of `layer_types` \(9\)",
+    ),
+    "number as a text": ("llama", lambda d: edit_config(d, rms_norm_eps="1e-5"), "'rms_norm_eps' expected float"),
+    "8-bit floats": ("llama", lambda d: store_as(d, torch.float8_e4m3fn), "quantised weights: .* is of type F8_E4M3"),
+    "8-bit numbers": ("llama", lambda d: store_as(d, torch.int8), "quantised weights: .* is of type I8"),
     "pickle": ("llama", to_pickle, "pytorch_model.bin is a pickle, which is never read"),
     "tied to another head": (
         "tied",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from safetensors.torch import load_file
 from transformers import dynamic_module_utils
 
 from puzzle_core.architecture import Architecture
@@ -110,6 +111,24 @@ def test_a_parent_of_the_hub_is_the_one_in_the_directory(hub, coded):
     assert parent.digest == Parent(ParentSpec(path=str(coded))).digest
     assert parent.directory.name == COMMIT
     assert hub["model.safetensors"] == 1
+
+
+def test_the_same_weights_in_other_files_stay_on_the_hub(hub, coded):
+    others = {"consolidated.safetensors", "params.json", "optimizer.safetensors"}
+    for name in others:
+        (coded / name).write_bytes(b"x")
+    Parent(ParentSpec(path=OWNER[1:]))
+    assert hub["model.safetensors"] == hub["config.json"] == 1
+    assert not hub.keys() & others
+
+
+def test_the_shards_of_an_index_are_fetched_by_their_names(hub, coded):
+    names = load_file(coded / "model.safetensors").keys()
+    (coded / "model.safetensors").rename(coded / "weights-a.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "weights-a.safetensors")}
+    (coded / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert Parent(ParentSpec(path=OWNER[1:])).digest == Parent(ParentSpec(path=str(coded))).digest
+    assert hub["weights-a.safetensors"] == 1
 
 
 def test_code_of_the_hub_is_not_even_fetched_unless_it_is_allowed(hub):
