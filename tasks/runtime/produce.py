@@ -10,12 +10,15 @@ from prefect.runtime import flow_run
 from puzzle_core.records import Record, Work
 from tasks.runtime.context import RunContext
 from tasks.runtime.locks import LockMode, artifact_lock, machine_lock
+from tasks.runtime.named_inputs import check_parent
 
 
 def produce(
     work: Work, context: RunContext, compute: Callable[[Path], Record], lock: LockMode | None = "shared"
 ) -> str:
     """Make the artifact of `work` unless the store has it, and remove the checkpoint of `work` in both cases.
+
+    The parent is compared with what `work` names before the computation and after it, since weights are read lazily.
 
     Args:
         work: what the stage is asked.
@@ -26,13 +29,18 @@ def produce(
 
     Returns:
         The artifact's key.
+
+    Raises:
+        ParentError: the parent is not the one that `work` names, or changed meanwhile; nothing is stored.
     """
     store = context.store()
     with artifact_lock(f"{work.key} for {store.place}"):
         if not store.has(work.key):
+            check_parent(work, context)
             with store.staging() as staged:
                 with machine_lock(lock) if lock else contextlib.nullcontext():
                     record = compute(staged)
+                check_parent(work, context)
                 store.publish(work, record, staged, made_by=flow_run.get_name() or "a script")
     shutil.rmtree(context.checkpoints(work).file.parent, ignore_errors=True)
     return work.key

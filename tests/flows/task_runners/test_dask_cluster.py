@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 from distributed import Client, LocalCluster
 from prefect import flow, task
+from safetensors.torch import load_file, save
 
 from flows.build_library import build_library, train_variants
 from flows.submit import side_by_side
 from flows.task_runners import dask_cluster
 from puzzle_core.errors import PuzzleError
-from tasks.runtime.context import RunContext, _open_parent
+from puzzle_core.model.checkpoint import SINGLE
+from tasks.runtime import opened_parent
+from tasks.runtime.context import RunContext
 from tasks.store.store import Store
 from tests.workflow import SCORED, TRAINED, Recorded, artifacts, of_stage, plan_of
 
@@ -48,7 +51,7 @@ def contents(store, scratch):
 
 
 def opened_parents():
-    return os.getpid(), _open_parent.cache_info().misses
+    return os.getpid(), len(opened_parent._held)
 
 
 def test_a_cluster_of_processes_makes_the_same_bits(finished, again, address, prefect_server, tmp_path):
@@ -69,6 +72,49 @@ def test_a_cluster_of_processes_makes_the_same_bits(finished, again, address, pr
     assert len({pid for pid, _ in worked.values()} - {os.getpid()}) == 2
     assert all(parents for _, parents in worked.values())
     assert not list(Path(spec.runtime.scratch).glob("activations/*/*"))
+
+
+def overwrite(directory, factor):
+    """Other weights of the same size, written in place."""
+    changed = load_file(directory / SINGLE)
+    for tensor in changed.values():
+        tensor.mul_(factor)
+    (directory / SINGLE).write_bytes(save(changed, metadata={"format": "pt"}))
+
+
+@pytest.mark.fault(
+    "weights change under a long-lived worker ({runner})", "model.safetensors written in place between and during runs"
+)
+@pytest.mark.parametrize("runner", ["threads", "dask"])
+def test_nothing_is_made_from_weights_that_a_process_has_still_open(
+    runner, spec_of, copy_of, address, prefect_server, tmp_path, outcome
+):
+    directory = copy_of("llama")
+    where = {"task_runner": runner} | ({"dask_address": address} if runner == "dask" else {})
+    spec = spec_of(parent={"path": str(directory)}, runtime=where)
+    build_library(spec)
+    old = artifacts(spec.runtime.store)
+    overwrite(directory, 1.5)
+    build_library(spec)
+    new = artifacts(spec.runtime.store).keys() - old.keys()
+    assert (len(of_stage(new, "bld")), len(of_stage(new, "score"))) == (TRAINED, SCORED)
+    fresh = shutil.copytree(directory, tmp_path / "fresh")
+    apart = {name: str(tmp_path / "apart" / name) for name in ("store", "scratch")}
+    build_library(spec_of(parent={"path": str(fresh)}, runtime=apart))
+    found, wanted = contents(spec.runtime.store, tmp_path), contents(apart["store"], tmp_path)
+    assert {key: found[key] for key in wanted} == wanted
+    assert new <= wanted.keys()
+    plan, context = plan_of(spec)
+    remove(spec, *of_stage(new, "bld"))
+    overwrite(directory, 0.5)
+    before = artifacts(spec.runtime.store)
+    with pytest.raises(PuzzleError, match=f"its digest was {plan.inputs.parent} when the run started, and is "):
+        side_by_side(train_variants, context)(plan, context)
+    assert artifacts(spec.runtime.store) == before
+    outcome(
+        run="the next one opens the parent anew and ends right; one that has begun is refused",
+        store=f"{TRAINED} trainings and {SCORED} scores, bitwise those of a new process; none from other weights",
+    )
 
 
 @pytest.mark.long
