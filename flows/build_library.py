@@ -40,8 +40,7 @@ def build_library(spec: RunSpec) -> None:
     Args:
         spec: The run specification; target, scenario, search, GKD and evaluation are not used.
     """
-    context = RunContext.of(spec)
-    build_planned_library.fn(plan_run(spec, context), context)
+    build_planned_library.fn(*plan_run(spec))
 
 
 @flow(

@@ -52,6 +52,7 @@ from tasks.runtime.context import RunContext
 from tasks.runtime.digest_cache import parent_digest, texts_digest
 from tasks.runtime.locks import gpu_lock, machine_lock
 from tasks.runtime.named_inputs import read_named_costs, read_named_documents
+from tasks.runtime.opened_parent import hub_commit
 from tasks.runtime.produce import produce
 from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs
 from tasks.tracking.live_curve import LiveCurve
@@ -77,6 +78,7 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec) -> Inp
         train_texts=texts_digest(texts.train_texts, context.scratch),
         held_out_texts=texts_digest(texts.held_out_texts, context.scratch),
         hardware="",
+        parent_commit=hub_commit(context.parent, parent),
     )
     return for_target(inputs, target)
 
@@ -93,7 +95,7 @@ def for_target(inputs: Inputs, target: TargetSpec) -> Inputs:
         read_costs(Path(target.table))
     return inputs.model_copy(
         update={
-            "hardware": target.hardware.device if target.hardware else hardware_name(target),
+            "hardware": _hardware(target),
             "cost_table": digest_file(Path(target.table)) if target.table else None,
         }
     )
@@ -297,7 +299,7 @@ def write_report(work: ReportWork, context: RunContext) -> str:
     """Write the tables and figures of the whole run."""
     from puzzle_core.report import collect, report
 
-    inputs = collect.collect(work, lambda key: context.store().manifest(key).record)
+    inputs = collect.collect(work, lambda key: context.store().manifest(key).record, context.parent.path)
     return produce(work, context, lambda out: report.run(inputs, out))
 
 
@@ -314,6 +316,13 @@ def _dropped_if_parent_changes(digest: str, directory: Path, context: RunContext
     except PuzzleError:
         shutil.rmtree(directory, ignore_errors=True)
         raise
+
+
+def _hardware(target: TargetSpec) -> str:
+    """What costs hold for: the measured machine, or the device of the figures; the target of an imported table."""
+    if target.costs == "measured":
+        return hardware_name(target)
+    return target.hardware.device if target.hardware else target.name
 
 
 def _costs(work: SearchWork, target: TargetSpec, context: RunContext) -> CostTable:

@@ -31,15 +31,27 @@ from tasks.store.store import Store
 
 
 class RunContext(Record):
-    """The parent and the runtime settings of one run, with what tasks open by them."""
+    """The parent and the runtime settings of one run, with what tasks open by them.
+
+    `parent_commit` is the hub's commit that the parent was fetched at, `mlflow_run` the id of the run in MLflow.
+    """
 
     parent: ParentSpec
     runtime: RuntimeSpec
+    parent_commit: str | None = None
+    mlflow_run: str | None = None
 
     @classmethod
     def of(cls, spec: RunSpec) -> "RunContext":
         """The context of a run specification."""
         return cls(parent=spec.parent, runtime=spec.runtime)
+
+    def at_commit(self, commit: str | None) -> "RunContext":
+        """The same context, whose tasks on all machines open a hub's parent at this commit."""
+        if commit is None:
+            return self
+        parent = self.parent.model_copy(update={"revision": commit})
+        return self.model_copy(update={"parent": parent, "parent_commit": commit})
 
     @property
     def scratch(self) -> Path:

@@ -42,7 +42,8 @@ def open_parent(spec: ParentSpec) -> Parent:
 
 def hub_commit(spec: ParentSpec, parent: Parent) -> str | None:
     """The commit of the hub that this parent was fetched at; none of a directory."""
-    return None if Path(spec.path).is_dir() else parent.directory.name
+    name = parent.directory.name
+    return name if not Path(spec.path).is_dir() and _COMMIT.fullmatch(name) else None
 
 
 def _open(spec: ParentSpec) -> _Held:

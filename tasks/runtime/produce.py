@@ -1,16 +1,20 @@
 """Making one artifact: lock it, compute it in a staging directory, publish it, and drop its checkpoint."""
 
 import contextlib
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from prefect.runtime import flow_run
+from prefect.runtime import flow_run, task_run
 
+from puzzle_core.device import default_device, device_name
 from puzzle_core.records import Record, Work
 from tasks.runtime.context import RunContext
 from tasks.runtime.locks import LockMode, artifact_lock, machine_lock
 from tasks.runtime.named_inputs import check_parent
+from tasks.runtime.software import software
+from tasks.store.origin import Origin
 
 
 def produce(
@@ -41,6 +45,20 @@ def produce(
                 with machine_lock(lock) if lock else contextlib.nullcontext():
                     record = compute(staged)
                 check_parent(work, context)
-                store.publish(work, record, staged, made_by=flow_run.get_name() or "a script")
+                store.publish(work, record, staged, made_by=flow_run.get_name() or "a script", origin=_origin(context))
     shutil.rmtree(context.checkpoints(work).file.parent, ignore_errors=True)
     return work.key
+
+
+def _origin(context: RunContext) -> Origin:
+    """What makes an artifact in the present task."""
+    return Origin(
+        software=software(),
+        host=platform.node(),
+        device=device_name(default_device()),
+        parent=context.parent.path,
+        parent_commit=context.parent_commit,
+        prefect_flow_run=flow_run.get_id(),
+        prefect_task_run=task_run.get_id(),
+        mlflow_run=context.mlflow_run,
+    )

@@ -16,7 +16,7 @@ from flows.submit import side_by_side
 from flows.task_runners import dask_cluster
 from puzzle_core.errors import PuzzleError
 from puzzle_core.model.checkpoint import SINGLE
-from tasks.runtime import opened_parent
+from tasks.runtime import opened_parent, software
 from tasks.runtime.context import RunContext
 from tasks.store.store import Store
 from tests.workflow import SCORED, TRAINED, Recorded, artifacts, of_stage, plan_of
@@ -167,12 +167,14 @@ def test_a_worker_that_sees_another_directory_is_named(spec_of, address, prefect
     spec = spec_of(runtime={"task_runner": "dask", "dask_address": address, "scratch": "here"})
     with Client(address, set_as_default=False) as client:
         where = client.run(os.getcwd)
-        wrong = next(iter(where))
+        wrong, digest = next(iter(where)), plan_of(spec)[0].inputs.parent
         try:
             client.run(os.chdir, str(tmp_path))
-            dask_cluster.check_workers(RunContext.of(spec), address)
+            dask_cluster.check_workers(RunContext.of(spec), address, digest)
             client.run(os.chdir, "/", workers=[wrong])
-            with pytest.raises(PuzzleError, match=r"1 of 2 Dask workers .*\n.*runtime.scratch is /here there") as told:
+            with pytest.raises(
+                PuzzleError, match=r"1 of 2 Dask workers .*\n.*runtime.scratch is /here on this worker"
+            ) as told:
                 build_library(spec)
         finally:
             for worker, directory in where.items():
@@ -180,6 +182,27 @@ def test_a_worker_that_sees_another_directory_is_named(spec_of, address, prefect
     assert wrong in str(told.value)
     assert of_stage(artifacts(spec.runtime.store), "tokens") == set()
     assert not list((tmp_path / "here").glob(".seen*"))
+
+
+def pretend(name, version):
+    software.software().versions[name] = version
+
+
+def test_a_worker_with_other_packages_other_code_or_another_parent_is_named(spec_of, address, prefect_server):
+    context = plan_of(spec_of())[1]
+    digest = context.open_parent().digest
+    with Client(address, set_as_default=False) as client:
+        wrong = next(iter(client.run(os.getpid)))
+        own = software.software().versions["torch"]
+        try:
+            client.run(pretend, "torch", "1.0", workers=[wrong])
+            with pytest.raises(PuzzleError, match=rf"1 of 2 .*\n{wrong}: it has torch 1\.0 instead of {own}: install"):
+                dask_cluster.check_workers(context, address, digest)
+        finally:
+            client.run(pretend, "torch", own, workers=[wrong])
+        dask_cluster.check_workers(context, address, digest)
+    with pytest.raises(PuzzleError, match=rf"2 of 2 .*\n.*its digest was another when .* and is {digest} here"):
+        dask_cluster.check_workers(context, address, "another")
 
 
 def test_a_cluster_that_is_not_there_is_refused_before_any_work(spec_of, prefect_server, monkeypatch):
@@ -194,7 +217,7 @@ def test_a_cluster_without_workers_is_refused(spec_of):
     with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as empty:
         spec = spec_of(runtime={"task_runner": "dask", "dask_address": empty.scheduler_address})
         with pytest.raises(PuzzleError, match=r"has no workers: start some with `dask worker tcp://127.0.0.1"):
-            dask_cluster.check_workers(RunContext.of(spec), empty.scheduler_address)
+            dask_cluster.check_workers(RunContext.of(spec), empty.scheduler_address, "parent")
 
 
 def test_without_dask_the_run_says_what_to_install(spec_of, prefect_server, monkeypatch):
