@@ -252,7 +252,7 @@ class SearchWork(Work):
     """
 
     stage: ClassVar[str] = "search"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     parent: str
     shape: ModelShape
@@ -309,7 +309,7 @@ class ReportWork(Work):
     """Everything a report shows, by key; `spec` as `Plan.spec_of_content` has it: without places."""
 
     stage: ClassVar[str] = "report"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     spec: RunSpec
     shape: ModelShape
