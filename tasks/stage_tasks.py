@@ -49,7 +49,7 @@ from puzzle_core.work import (
     TokensWork,
 )
 from tasks.runtime.context import RunContext
-from tasks.runtime.digest_cache import parent_digest, texts_digest
+from tasks.runtime.digest_cache import check_texts_disjoint, parent_digest, texts_digest
 from tasks.runtime.locks import gpu_lock, machine_lock
 from tasks.runtime.named_inputs import read_named_costs, read_named_documents
 from tasks.runtime.opened_parent import hub_commit
@@ -70,7 +70,8 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec) -> Inp
         PuzzleError: the parent, the texts, the target's device, engine or cost table cannot be used.
     """
     parent = context.open_parent()
-    parent.tokenizer()
+    data.document_start(parent.tokenizer(), texts.document_start)
+    check_texts_disjoint(texts.train_texts, texts.held_out_texts, context.scratch)
     inputs = Inputs(
         parent=parent_digest(parent, context.scratch),
         tokenizer=parent.tokenizer_digest,

@@ -8,7 +8,7 @@ from pathlib import Path
 from puzzle_core.errors import DataError, ParentError, PuzzleError
 from puzzle_core.model.parent import Parent
 from puzzle_core.records import write_text_atomic
-from puzzle_core.text_sources import digest_documents, read_documents, source_files
+from puzzle_core.text_sources import check_disjoint, digest_documents, read_documents, source_files
 
 Signature = tuple[tuple[str, tuple[int, int, int, int] | None], ...]
 """By file: size in bytes, time of modification and of change in ns, and inode; none of a file that is not there."""
@@ -47,10 +47,28 @@ def texts_digest(sources: tuple[str, ...], scratch: Path) -> str:
     return _cached(scratch / "texts", files, lambda: digest_documents(read_documents(sources)), DataError)
 
 
-def _cached(directory: Path, files: list[Path], compute: Callable[[], str], error: type[PuzzleError]) -> str:
+def check_texts_disjoint(train: tuple[str, ...], held_out: tuple[str, ...], scratch: Path) -> None:
+    """Refuse held-out texts that are among the texts for training.
+
+    Raises:
+        DataError: names the first document that is in both, or a file changes meanwhile.
+    """
+
+    def compute() -> str:
+        check_disjoint(read_documents(train), read_documents(held_out))
+        return "disjoint"
+
+    train_files, held_out_files = source_files(train), source_files(held_out)
+    purpose = f"the first {len(train_files)} files are for training"
+    _cached(scratch / "texts", [*train_files, *held_out_files], compute, DataError, purpose)
+
+
+def _cached(
+    directory: Path, files: list[Path], compute: Callable[[], str], error: type[PuzzleError], purpose: str = "digest"
+) -> str:
     """The digest of these files, computed unless it is known for their signature."""
     signature = signature_of(files)
-    name = hashlib.sha256(json.dumps(signature).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps([purpose, signature]).encode()).hexdigest()[:16]
     cached = directory / f"{name}.digest"
     if not cached.exists():
         digest = compute()
