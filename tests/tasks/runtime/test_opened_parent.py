@@ -121,7 +121,15 @@ def test_nothing_is_stored_of_a_parent_that_changes_while_it_is_used(context_of,
 def test_work_that_names_another_tokenizer_is_refused(context_of):
     context = context_of()
     work = TokensWork(
-        split="bld", tokens=1, earlier_splits=(), sequence_length=8, seed=0, texts="texts", tokenizer="another"
+        split="bld",
+        tokens=1,
+        earlier_splits=(),
+        sequence_length=8,
+        seed=0,
+        texts="texts",
+        tokenizer="another",
+        cut_documents=False,
+        document_start="auto",
     )
     found = context.open_parent().tokenizer_digest
     with pytest.raises(ParentError, match=f"the tokenizer of .* asks for another, and {found} was found"):
