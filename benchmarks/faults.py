@@ -23,6 +23,7 @@ PLACES = [
     "tests/e2e/test_s3.py",
     "tests/e2e/test_deploy.py",
     "tests/tasks/store/test_store_s3.py",
+    "tests/flows/task_runners/test_dask_cluster.py",
 ]
 COLUMNS = ("fault", "how it was injected", "the run", "finished work, nothing half-written", "Prefect and MLflow", "s")
 MARKS = ("<!-- faults -->", "<!-- end of faults -->")

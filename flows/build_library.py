@@ -40,8 +40,7 @@ def build_library(spec: RunSpec) -> None:
     Args:
         spec: The run specification; target, scenario, search, GKD and evaluation are not used.
     """
-    context = RunContext.of(spec)
-    build_planned_library.fn(plan_run(spec, context), context)
+    build_planned_library.fn(*plan_run(spec))
 
 
 @flow(
@@ -88,8 +87,8 @@ def train_variants(plan: Plan, context: RunContext) -> None:
     show_cached("bld", plan, [work for work in works if work.key in stored_keys], context)
     if not untrained_layers:
         return
-    tokens, dtype = plan.tokens("bld").key, plan.spec.bld.dtype
-    states = context.activations_directory(plan.inputs.parent, tokens, dtype)
+    parent, tokens, dtype = plan.inputs.parent, plan.tokens("bld").key, plan.spec.bld.dtype
+    states = context.activations_directory(parent, tokens, dtype)
     last, bar, running = (
         untrained_layers[-1],
         ProgressArtifact("bld", plan.spec.name),
@@ -106,11 +105,11 @@ def train_variants(plan: Plan, context: RunContext) -> None:
         record_trained(missing[layer], context)
         return done + len(futures)
 
-    capture = capture_layer.submit(tokens, dtype, 0, bool(missing[0]), context)
+    capture = capture_layer.submit(parent, tokens, dtype, 0, bool(missing[0]), context)
     for layer in range(last + 1):
         capture.result()
         if layer < last:
-            capture = capture_layer.submit(tokens, dtype, layer + 1, bool(missing[layer + 1]), context)
+            capture = capture_layer.submit(parent, tokens, dtype, layer + 1, bool(missing[layer + 1]), context)
         running[layer] = [submit(train_variant, work, context) for work in missing[layer]]
         if layer:
             done = finish(layer - 1)
@@ -141,10 +140,10 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
     tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
     first = min(work.layer for work in missing)
     for layer in plan.layers:
-        capture_layer(tokens, dtype, layer, layer >= first and base is None, context)
-    capture_log_probabilities(tokens, dtype, context)
+        capture_layer(plan.inputs.parent, tokens, dtype, layer, layer >= first and base is None, context)
+    capture_log_probabilities(plan.inputs.parent, tokens, dtype, context)
     for layer in plan.layers if base else ():
-        capture_layer(tokens, dtype, layer, layer >= first, context, base)
+        capture_layer(plan.inputs.parent, tokens, dtype, layer, layer >= first, context, base)
     futures = [submit(score_block, work, context) for work in missing]
     wait_all("scores", futures, done, len(works), ProgressArtifact("scores", plan.spec.name))
     for captured in (None, base) if base else (None,):

@@ -37,8 +37,7 @@ def puzzle(spec: RunSpec) -> str:
     Returns:
         The key of the report.
     """
-    context = RunContext.of(spec)
-    plan = plan_run(spec, context)
+    plan, context = plan_run(spec)
     return retry_after_damage(spec, lambda: _from_parent_to_report(plan, context))
 
 

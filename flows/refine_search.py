@@ -31,8 +31,7 @@ def refine_search(spec: RunSpec) -> None:
     Args:
         spec: The run specification; its search must be in the store.
     """
-    context = RunContext.of(spec)
-    refine_planned_search.fn(plan_run(spec, context), context)
+    refine_planned_search.fn(*plan_run(spec))
 
 
 @flow(

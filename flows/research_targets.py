@@ -55,8 +55,8 @@ def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
     Raises:
         PuzzleError: names every target that failed, once all others are done.
     """
-    context = RunContext.of(spec)
-    searches = find_searches(plan_run(spec, context), context, Path(targets))
+    plan, context = plan_run(spec)
+    searches = find_searches(plan, context, Path(targets))
     keys, errors = {}, []
     for search in searches:
         error = search.error

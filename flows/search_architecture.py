@@ -36,8 +36,7 @@ def search_architecture(spec: RunSpec) -> None:
         CoverageError: the store lacks scores.
         InfeasibleError: no architecture meets the limits.
     """
-    context = RunContext.of(spec)
-    search_planned_architecture.fn(plan_run(spec, context), context)
+    search_planned_architecture.fn(*plan_run(spec))
 
 
 @flow(

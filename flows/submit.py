@@ -22,6 +22,7 @@ from tasks.runtime.context import RunContext
 from tasks.runtime.disk_space import check_disk_space
 from tasks.stage_tasks import open_inputs, pack_tokens
 from tasks.task_policies import cache_key
+from tasks.tracking.tracking import current_run
 from tasks.ui_artifacts import ProgressArtifact
 
 log = logging.getLogger("puzzle")
@@ -33,21 +34,26 @@ T = TypeVar("T")
 # `Any` below stands for the parameters of tasks of every signature, and for the results of their futures.
 
 
-def plan_run(spec: RunSpec, context: RunContext) -> Plan:
+def plan_run(spec: RunSpec) -> tuple[Plan, RunContext]:
     """Open the inputs, plan the work, and check disks and workers.
+
+    Returns:
+        The plan, and the context of its tasks, which open the same commit of a hub's parent.
 
     Raises:
         PuzzleError: the parent, the texts or the target are invalid, a disk is too small, or a worker lacks something.
     """
+    context = RunContext.of(spec)
     check_packages(spec, context)
     plan = Plan(spec, open_inputs(context, spec.data, spec.target))
+    context = context.at_commit(plan.inputs.parent_commit)
     context.drop_finished_checkpoints()
     store = context.store()
     needed = resources(plan, done=store.keys(BldWork.stage) | store.keys(ScoreWork.stage))
     check_disk_space(context, needed.scratch_bytes, needed.store_bytes)
     if needed.scratch_bytes:
-        check_cluster(context)
-    return plan
+        check_cluster(context, plan.inputs.parent)
+    return plan, context
 
 
 def side_by_side(flow: Flow[P, T], context: RunContext) -> Flow[P, T]:
@@ -61,7 +67,8 @@ def ensure(task: Task[Any, str], work: Work, context: RunContext, **arguments: A
     if stored:
         mark_cached(task, work)
     try:
-        key: str = _with_timeout(task, context, refresh=not stored)(work=work, context=context, **arguments)
+        run = _with_timeout(task, context, refresh=not stored)
+        key: str = run(work=work, context=_tracked(context), **arguments)
     except TimeoutError as error:
         raise timeout_error(f"{task.name} ({work.key})", error) from error
     return key
@@ -70,7 +77,7 @@ def ensure(task: Task[Any, str], work: Work, context: RunContext, **arguments: A
 def submit(task: Task[Any, str], work: Work, context: RunContext, **arguments: Any) -> PrefectFuture[str]:
     """Submit one task whose artifact the store lacks."""
     future: PrefectFuture[str] = _with_timeout(task, context, refresh=True).submit(
-        work=work, context=context, **arguments
+        work=work, context=_tracked(context), **arguments
     )
     return future
 
@@ -153,6 +160,12 @@ def mark_cached(task: Task[Any, str], work: Work) -> None:
     results, key = run_results.update_for_task(task, _sync=True), cache_key(work)
     if not results.exists(key):
         results.write(work.key, key=key)
+
+
+def _tracked(context: RunContext) -> RunContext:
+    """The context with the id of the present MLflow run, which the manifests of artifacts record."""
+    run = current_run()
+    return context.model_copy(update={"mlflow_run": run.run_id}) if run else context
 
 
 def _with_timeout(task: Task[Any, str], context: RunContext, refresh: bool) -> Task[Any, str]:

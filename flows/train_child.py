@@ -10,7 +10,7 @@ from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, 
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
 from puzzle_core.search.search_record import SearchRecord
-from puzzle_core.spec import RunSpec, RuntimeSpec
+from puzzle_core.spec import RunSpec
 from puzzle_core.work import ReportedModel, ReportWork
 from tasks import stage_tasks
 from tasks.runtime.context import RunContext
@@ -35,8 +35,7 @@ def train_child(spec: RunSpec) -> None:
     Args:
         spec: The run specification; its search must be in the store.
     """
-    context = RunContext.of(spec)
-    train_planned_child.fn(plan_run(spec, context), context)
+    train_planned_child.fn(*plan_run(spec))
 
 
 @flow(
@@ -109,7 +108,7 @@ def report_work(plan: Plan, context: RunContext) -> ReportWork:
     refine = plan.refine()
     costs = plan.costs().get((plan.spec.scenario.name, batch_size))
     return ReportWork(
-        spec=plan.spec.model_copy(update={"runtime": RuntimeSpec()}),
+        spec=plan.spec_of_content(),
         shape=plan.inputs.shape,
         search=plan.search().key,
         bld=tuple(work.key for work in plan.all_bld()),

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import os
+import platform
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,18 @@ _given: contextvars.ContextVar[torch.device | None] = contextvars.ContextVar("de
 def default_device() -> torch.device:
     """The device that was given to the task at hand; otherwise the first GPU, or the CPU where there is none."""
     return _given.get() or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or of this machine's processor."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            models = {line.split(":", 1)[1].strip() for line in file if line.startswith("model name")}
+        return ", ".join(sorted(models)) or platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
 
 
 def gpu_names() -> list[str]:
@@ -49,6 +62,16 @@ def on_first(gpus: list[int]) -> contextlib.AbstractContextManager[None]:
 def available_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> float:
+    """Memory that this process may use: the machine's, or less where its control group has a limit."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="utf-8") as file:
+            return min(machine, float(file.read().replace("max", "inf")))
+    except OSError:
+        return machine
 
 
 def use_threads(threads: int) -> None:

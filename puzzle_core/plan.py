@@ -11,7 +11,7 @@ from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Var
 from puzzle_core.engines import ENGINES
 from puzzle_core.errors import SpecError
 from puzzle_core.records import Record
-from puzzle_core.spec import RunSpec, ScenarioSpec, VariantsSpec
+from puzzle_core.spec import ParentSpec, RunSpec, RuntimeSpec, ScenarioSpec, VariantsSpec
 from puzzle_core.work import (
     AssembleWork,
     BldWork,
@@ -33,7 +33,8 @@ HELD_OUT_SPLITS = ("scoring", "evaluation")
 class Inputs(Record):
     """What a plan needs to know of the outside world: the parent, the texts, the machine, and an imported cost table.
 
-    The parent, the texts and the table are digests.
+    The parent, the texts and the table are digests. `parent_commit` is the hub's commit that the parent was fetched at,
+    and enters no key.
     """
 
     parent: str
@@ -43,6 +44,7 @@ class Inputs(Record):
     held_out_texts: str
     hardware: str
     cost_table: str | None = None
+    parent_commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -280,6 +282,19 @@ class Plan:
             traffic=_traffic(self.spec.scenario, batch_size),
             target=self.spec.target.model_copy(update={"rounds": self.spec.evaluation.timing_rounds}),
             hardware=self.inputs.hardware,
+        )
+
+    def spec_of_content(self) -> RunSpec:
+        """The spec with digests in place of paths, and without its runtime part: equal wherever files lie."""
+        spec, inputs = self.spec, self.inputs
+        texts = {"train_texts": (inputs.train_texts,), "held_out_texts": (inputs.held_out_texts,)}
+        return spec.model_copy(
+            update={
+                "parent": ParentSpec(path=inputs.parent),
+                "data": spec.data.model_copy(update=texts),
+                "target": spec.target.model_copy(update={"table": inputs.cost_table}),
+                "runtime": RuntimeSpec(),
+            }
         )
 
 

@@ -126,6 +126,13 @@ class TargetSpec(Record):
     )
     threads: Positive = Field(1, description="CPU threads while measuring")
     rounds: int = Field(7, ge=3, description="Interleaved rounds of a measurement; medians are kept")
+    machine: str | None = Field(
+        None,
+        min_length=1,
+        pattern=r"^[^\x00-\x1f]+$",
+        description="For measured costs: your name of the machine, which keys hold instead of its fingerprint",
+        exclude_if=lambda name: name is None,
+    )
     hardware: HardwareSpec | None = Field(None, description="For roofline costs: the device's figures")
     table: str | None = Field(None, description="For imported costs: path of the cost table")
 
@@ -137,6 +144,12 @@ class TargetSpec(Record):
                 raise ValueError(f"costs are {kind}, but {key} is missing: give it, or say another kind of costs")
             if self.costs != kind and given:
                 raise ValueError(f"{key} is given, but costs are {self.costs}: say `costs: {kind}`, or leave {key} out")
+        return self
+
+    @model_validator(mode="after")
+    def _machine_is_measured(self) -> Self:
+        if self.machine and self.costs != "measured":
+            raise ValueError(f"machine is given, but costs are {self.costs}, which are measured on none: leave it out")
         return self
 
     @model_validator(mode="after")

@@ -305,10 +305,10 @@ class ReportedModel(Record):
 
 
 class ReportWork(Work):
-    """Everything a report shows, by key; `spec` without its runtime part."""
+    """Everything a report shows, by key; `spec` as `Plan.spec_of_content` has it: without places."""
 
     stage: ClassVar[str] = "report"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     spec: RunSpec
     shape: ModelShape

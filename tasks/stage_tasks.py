@@ -4,9 +4,10 @@ The key of a task's work is both its cache key in Prefect and the key of its art
 where it lacks an artifact, the flows run the task again even if Prefect has a cached result.
 """
 
+import contextlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from puzzle_core import data, evaluation, scoring
@@ -17,6 +18,7 @@ from puzzle_core.device import available_cores, on_first, use_threads, visible_g
 from puzzle_core.distill import bld, gkd, importance
 from puzzle_core.distill.launch import GkdRequest, launch
 from puzzle_core.distill.loop import Progress
+from puzzle_core.errors import PuzzleError
 from puzzle_core.model import child
 from puzzle_core.model.activations import drop_layer
 from puzzle_core.model.surgery import load_weights
@@ -51,6 +53,8 @@ from puzzle_core.work import (
 from tasks.runtime.context import RunContext
 from tasks.runtime.digest_cache import check_texts_disjoint, parent_digest, texts_digest
 from tasks.runtime.locks import gpu_lock, machine_lock
+from tasks.runtime.named_inputs import read_named_costs, read_named_documents
+from tasks.runtime.opened_parent import hub_commit
 from tasks.runtime.produce import produce
 from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs
 from tasks.tracking.live_curve import LiveCurve
@@ -79,6 +83,7 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec) -> Inp
         train_texts=texts_digest(texts.train_texts, context.scratch),
         held_out_texts=texts_digest(texts.held_out_texts, context.scratch),
         hardware="",
+        parent_commit=hub_commit(context.parent, parent),
     )
     return for_target(inputs, target)
 
@@ -95,7 +100,7 @@ def for_target(inputs: Inputs, target: TargetSpec) -> Inputs:
         read_costs(Path(target.table))
     return inputs.model_copy(
         update={
-            "hardware": target.hardware.device if target.hardware else hardware_name(target),
+            "hardware": _hardware(target),
             "cost_table": digest_file(Path(target.table)) if target.table else None,
         }
     )
@@ -105,7 +110,9 @@ def for_target(inputs: Inputs, target: TargetSpec) -> Inputs:
 def pack_tokens(work: TokensWork, sources: tuple[str, ...], context: RunContext) -> str:
     """Pack one split of the texts."""
     tokenizer = context.open_parent().tokenizer()
-    return produce(work, context, lambda out: data.pack_split(work, read_documents(sources), tokenizer, out))
+    return produce(
+        work, context, lambda out: data.pack_split(work, read_named_documents(work.texts, sources), tokenizer, out)
+    )
 
 
 @stage_task("importance", "importance")
@@ -124,6 +131,7 @@ def measure_importance(work: ImportanceWork, context: RunContext) -> str:
 @stage_task("capture layer", "capture layer {layer} ({tokens})", cached=False)
 @with_gpu
 def capture_layer(
+    parent: str,
     tokens: str,
     dtype: Dtype,
     layer: int,
@@ -134,6 +142,7 @@ def capture_layer(
     """Run one layer on its stored inputs and store its outputs.
 
     Args:
+        parent: digest of the parent.
         tokens: key of the tokens artifact.
         dtype: what activations are computed and stored in.
         layer: its number; layer 0 also embeds the tokens.
@@ -142,8 +151,8 @@ def capture_layer(
         base: the child whose layer it is; the parent's where it is none.
     """
     use_threads(context.threads_per_task)
-    activations = context.activations(tokens, dtype, base)
-    with machine_lock("shared"):
+    activations = context.activations(parent, tokens, dtype, base)
+    with machine_lock("shared"), _dropped_if_parent_changes(parent, activations.directory, context):
         if layer == 0 and not activations.has_layer_input(0):
             activations.capture_embedding()
         activations.capture_layer(layer, keep_post_attention)
@@ -151,11 +160,12 @@ def capture_layer(
 
 @stage_task("capture log-probabilities", "capture log-probabilities", cached=False)
 @with_gpu
-def capture_log_probabilities(tokens: str, dtype: Dtype, context: RunContext) -> None:
+def capture_log_probabilities(parent: str, tokens: str, dtype: Dtype, context: RunContext) -> None:
     """Store the parent's log-probabilities, which scores compare with, where they are small enough."""
     use_threads(context.threads_per_task)
-    with machine_lock("shared"):
-        context.activations(tokens, dtype).capture_log_probabilities()
+    activations = context.activations(parent, tokens, dtype)
+    with machine_lock("shared"), _dropped_if_parent_changes(parent, activations.directory, context):
+        activations.capture_log_probabilities()
 
 
 @stage_task("drop activations", "drop activations", cached=False)
@@ -172,7 +182,7 @@ def drop_activations(directory: Path, layer: int | None = None) -> None:
 def train_variant(work: BldWork, context: RunContext) -> str:
     """Blockwise local distillation of one variant of one layer."""
     use_threads(context.threads_per_task)
-    activations, checkpoints = context.activations(work.tokens, work.spec.dtype), context.checkpoints(work)
+    activations, checkpoints = context.activations(work.parent, work.tokens, work.spec.dtype), context.checkpoints(work)
     contributions = context.store().fetch(work.contributions) if work.contributions else None
     return produce(work, context, lambda out: bld.train_variant(work, activations, contributions, out, checkpoints))
 
@@ -184,7 +194,7 @@ def score_block(work: ScoreWork, context: RunContext) -> str:
     use_threads(context.threads_per_task)
     subblocks = ((str(work.block.attention), work.attention), (str(work.block.ffn), work.ffn))
     weights = {variant: load_weights(context.store().fetch(key)) for variant, key in subblocks if key}
-    activations = context.activations(work.tokens, work.dtype, work.base)
+    activations = context.activations(work.parent, work.tokens, work.dtype, work.base)
     return produce(work, context, lambda _: scoring.score_block(work, activations, weights))
 
 
@@ -301,14 +311,36 @@ def write_report(work: ReportWork, context: RunContext) -> str:
     from puzzle_core.report import collect
     from puzzle_core.report.report import render_report
 
-    inputs = collect.collect(work, lambda key: context.store().manifest(key).record)
+    inputs = collect.collect(work, lambda key: context.store().manifest(key).record, context.parent.path)
     return produce(work, context, lambda out: render_report(inputs, out))
+
+
+@contextlib.contextmanager
+def _dropped_if_parent_changes(digest: str, directory: Path, context: RunContext) -> Iterator[None]:
+    """Remove the captured activations of a directory where the parent is no longer the one of this digest.
+
+    Raises:
+        ParentError: the parent changed within the block.
+    """
+    yield
+    try:
+        context.parent_of(digest)
+    except PuzzleError:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def _hardware(target: TargetSpec) -> str:
+    """What costs hold for: the measured machine, or the device of the figures; the target of an imported table."""
+    if target.costs == "measured":
+        return hardware_name(target)
+    return target.hardware.device if target.hardware else target.name
 
 
 def _costs(work: SearchWork, target: TargetSpec, context: RunContext) -> CostTable:
     """The costs that a search uses: the target's own table, or what the store has for its variants."""
     if target.table:
-        return read_costs(Path(target.table))
+        return read_named_costs(work.cost_table, Path(target.table))
     store = context.store()
     records = {(scenario, batch): store.record(CostRecord, key) for scenario, batch, key in work.costs}
     return cost_table(work.variants, work.shape, records)

@@ -37,8 +37,12 @@ def check_packages(spec: RunSpec, context: RunContext) -> None:
             ) from error
 
 
-def check_cluster(context: RunContext) -> None:
+def check_cluster(context: RunContext, parent: str) -> None:
     """Check that the cluster at `runtime.dask_address`, if there is one, can run this run's tasks.
+
+    Args:
+        context: the run's context.
+        parent: digest of the parent.
 
     Raises:
         PuzzleError: the cluster cannot be reached, or one of its workers lacks something.
@@ -46,4 +50,4 @@ def check_cluster(context: RunContext) -> None:
     if context.runtime.dask_address:
         from flows.task_runners.dask_cluster import check_workers
 
-        check_workers(context, context.runtime.dask_address)
+        check_workers(context, context.runtime.dask_address, parent)

@@ -19,6 +19,8 @@ from prefect_dask.task_runners import DaskTaskRunner
 from flows.task_runners.threads import stop_thread
 from puzzle_core.errors import PuzzleError
 from tasks.runtime.context import RunContext
+from tasks.runtime.software import difference, software
+from tasks.store.origin import Software
 
 CONNECT_SECONDS = 20
 # `Any` below stands for objects of distributed, which has no types, and for arguments that only pass through.
@@ -68,8 +70,16 @@ def _stop(keys: set[str], dask_worker: Any) -> None:
                 stop_thread(thread)
 
 
-def check_workers(context: RunContext, address: str) -> None:
-    """Check that every worker of a cluster shares this machine's disks and reaches the store and Prefect's API.
+def check_workers(context: RunContext, address: str, parent: str) -> None:
+    """Check that every worker of a cluster can do this run's tasks.
+
+    A worker has the code and the packages of this process, shares this machine's disks, holds the same parent, and
+    reaches the store and Prefect's API.
+
+    Args:
+        context: the run's context.
+        address: the cluster's scheduler.
+        parent: digest of the parent.
 
     Raises:
         PuzzleError: the scheduler does not respond, the cluster has no workers, or workers lack something; names each.
@@ -88,7 +98,8 @@ def check_workers(context: RunContext, address: str) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
         try:
-            replies = client.run(partial(_lacks, context, probes, PREFECT_API_URL.value()), on_error="return")
+            lacks = partial(_lacks, context, probes, PREFECT_API_URL.value(), parent, software())
+            replies = client.run(lacks, on_error="return")
         finally:
             probe.unlink()
     if not replies:
@@ -98,19 +109,23 @@ def check_workers(context: RunContext, address: str) -> None:
         lines = "\n".join(f"{worker}: {lack}" for worker, lack in lacking.items())
         raise PuzzleError(
             f"{len(lacking)} of {len(replies)} Dask workers at {address} cannot do this run's tasks:\n{lines}\n"
-            "every worker needs this project installed, the same scratch directory and store under the same absolute "
-            "paths (or a store in a bucket), the parent, and Prefect's API (docs/scale.md)"
+            "every worker needs the same version of this project and of its packages, the same scratch directory and "
+            "store under equal absolute paths (or a store in a bucket), the parent, and Prefect's API (docs/scale.md)"
         )
 
 
-def _lacks(context: RunContext, probes: dict[str, Path], api_url: str) -> str | None:
+def _lacks(context: RunContext, probes: dict[str, Path], api_url: str, parent: str, expected: Software) -> str | None:
     """What a worker lacks, or nothing; runs on the worker.
 
     Args:
         context: the run's context.
         probes: by setting, a file that the starting machine has created in that directory.
         api_url: the URL of Prefect's API.
+        parent: digest of the parent.
+        expected: the software of the process that started the run.
     """
+    if other := difference(expected, software()):
+        return other
     for name, file in probes.items():
         if not file.exists():
             return f"{name} is not the directory {file.parent} of the machine that started the run"
@@ -120,6 +135,6 @@ def _lacks(context: RunContext, probes: dict[str, Path], api_url: str) -> str | 
         return f"runtime.store is {Path(context.runtime.store).resolve()} on this worker: give an absolute path"
     if Path(context.runtime.scratch).resolve() != probes["runtime.scratch"].parent:
         return f"runtime.scratch is {Path(context.runtime.scratch).resolve()} on this worker: give an absolute path"
-    context.open_parent()
+    context.parent_of(parent)
     with urllib.request.urlopen(f"{api_url}/health", timeout=10):
         return None

@@ -3,17 +3,22 @@
 Models take turns in every round, so that a drift of the machine's speed affects all of them alike.
 """
 
-import platform
+import importlib
+import re
 import statistics
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
+from puzzle_core.device import available_cores, device_name, memory_bytes
 from puzzle_core.engines import ENGINES
 from puzzle_core.errors import MeasurementError, SpecError
 from puzzle_core.target import TargetSpec
 from puzzle_core.work import Timing, Traffic
 
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+CLOCK_POLICY = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 OUTSIDE, PARENT = "outside", "parent"
 DECODE_POINTS, STEPS_PER_POINT = 4, 8
 STACK_BYTES = 512 * 2**20
@@ -40,20 +45,35 @@ def target_device(target: TargetSpec) -> torch.device:
 
 
 def hardware_name(target: TargetSpec) -> str:
-    """The name of the device that a target is measured on, as records and keys have it.
+    """What a target is measured on, as records and keys have it: the user's name of the machine, or a fingerprint.
+
+    The fingerprint has what times depend on beside the target itself: device, engine, torch, cores and memory; of a GPU
+    also CUDA and the driver; of a processor its clock policy, where the system says it.
 
     Raises:
         SpecError: the target asks for a GPU that is not there.
     """
     device = target_device(target)
+    if target.machine:
+        return target.machine
+    parts = [device_name(device), f"{available_cores()} cores", f"{round(memory_bytes() / 2**30)} GiB"]
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        properties = torch.cuda.get_device_properties(device)
+        parts += [f"{round(properties.total_memory / 2**30)} GiB of GPU memory", f"CUDA {torch.version.cuda}"]
+        parts += [f"driver {version}" for version in _first_match(NVIDIA_DRIVER, r"Kernel Module.*?\s(\d[\d.]+)")]
+    else:
+        parts += [f"{policy} clock" for policy in _first_match(CLOCK_POLICY, r"(\w+)")]
+    if module := ENGINES[target.engine].costs_module:
+        parts.append(str(importlib.import_module(module).engine_version()))
+    return ", ".join(dict.fromkeys([*parts, f"torch {torch.__version__}"]))
+
+
+def _first_match(file: Path, pattern: str) -> list[str]:
+    """The first group of a pattern in a file of the system; nothing where there is none."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            models = {line.split(":", 1)[1].strip() for line in file if line.startswith("model name")}
-        return ", ".join(sorted(models)) or platform.machine()
+        return re.findall(pattern, file.read_text())[:1]
     except OSError:
-        return platform.processor() or platform.machine()
+        return []
 
 
 def take_turns(

@@ -9,6 +9,7 @@ is told in lines of JSON on the standard output, for whoever started the process
 import json
 import logging
 import os
+import platform
 import signal
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from puzzle_core.distill import gkd
 from puzzle_core.distill.distributed import joined
 from puzzle_core.distill.launch import TOLD, GkdRequest, record_of
 from puzzle_core.distill.loop import Checkpoints, Progress
-from puzzle_core.errors import PuzzleError
+from puzzle_core.errors import ParentError, PuzzleError
 from puzzle_core.model.parent import Parent
 from puzzle_core.parent_death import end_with_parent
 
@@ -44,10 +45,13 @@ def _distil(request: GkdRequest, record_file: Path) -> None:
     def report(progress: Progress) -> None:
         tell(progress=progress._asdict())
 
+    parent = Parent(request.parent)
+    if os.environ["LOCAL_RANK"] == "0":
+        _check_parent(parent, request.work.parent)
     with joined() as together:
         record = gkd.distil(
             request.work,
-            Parent(request.parent),
+            parent,
             Path(request.child_dir),
             Path(request.tokens_dir),
             Path(request.out_dir),
@@ -57,6 +61,19 @@ def _distil(request: GkdRequest, record_file: Path) -> None:
         )
         if together.leads:
             record.write(record_file)
+
+
+def _check_parent(parent: Parent, digest: str) -> None:
+    """Compare the parent on this machine with the one that the work names.
+
+    Raises:
+        ParentError: it is another one.
+    """
+    if parent.digest != digest:
+        raise ParentError(
+            f"the parent {parent.directory} on {platform.node()} is not the one of this run: its digest was {digest} "
+            f"when the run started, and is {parent.digest} here: copy the same files to every machine, and start again"
+        )
 
 
 class _Telling(logging.Handler):

@@ -5,7 +5,7 @@ Pickle files are never read. Every read opens its file again, so threads may sha
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
@@ -41,19 +41,34 @@ class Checkpoint:
             error: no safetensors, a missing or truncated shard, or an index that names a tensor no shard has.
         """
         self.directory, self.error = directory, error
-        self.files, indexed = _files(directory, error)
+        self.files, indexed = checkpoint_files(directory, error)
         self.headers: dict[str, TensorHeader] = {}
         self._file_of: dict[str, Path] = {}
-        for file in self.files:
-            headers = {n: header for n, header in _read_headers(file, error).items() if not n.endswith(DERIVED)}
-            self.headers |= headers
-            self._file_of |= dict.fromkeys(headers, file)
-        missing = sorted(name for name in indexed - self.headers.keys() if not name.endswith(DERIVED))
+        self.chosen: dict[str, str] = {}
+        """Of tensors that several shards hold: the one that the index names, relative to the directory."""
+        headers = {file: _read_headers(file, error) for file in self.files}
+        holders: dict[str, list[Path]] = {}
+        for file, found in headers.items():
+            for name in found:
+                if not name.endswith(DERIVED):
+                    holders.setdefault(name, []).append(file)
+        missing = sorted(n for n, file in indexed.items() if file not in holders.get(n, ()) and not n.endswith(DERIVED))
         if missing:
             raise error(
                 f"{directory / INDEX} names {len(missing)} tensors that its shards do not hold, the first being "
-                f"{missing[0]!r}: fetch or make the checkpoint again"
+                f"{missing[0]!r} in {indexed[missing[0]].name}: fetch or make the checkpoint again"
             )
+        for name, files in holders.items():
+            if len(files) > 1 and name not in indexed:
+                names = ", ".join(file.name for file in files)
+                raise error(
+                    f"{directory} holds {name!r} in {len(files)} shards ({names}), and {INDEX} does not say which one "
+                    "counts: fetch or make the checkpoint again"
+                )
+            self._file_of[name] = file = indexed.get(name, files[0])
+            self.headers[name] = headers[file][name]
+            if len(files) > 1:
+                self.chosen[name] = file.relative_to(directory).as_posix()
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, read from its file.
@@ -138,26 +153,53 @@ def _save_part(directory: Path, part: int, tensors: dict[str, torch.Tensor]) -> 
     return dict.fromkeys(tensors, part)
 
 
-def _files(directory: Path, error: type[PuzzleError]) -> tuple[list[Path], set[str]]:
-    """The safetensors files, sorted, and the tensor names in the index, if there is one."""
+class CheckpointFiles(NamedTuple):
+    """The files of a checkpoint's weights, sorted, and by tensor the one that the index names, if there is an index."""
+
+    files: list[Path]
+    indexed: dict[str, Path]
+
+
+def checkpoint_files(directory: Path, error: type[PuzzleError]) -> CheckpointFiles:
+    """The files that weights are read from, by transformers' own rule.
+
+    `model.safetensors` counts before an index with its shards. Of an index the shards that it names count, also in a
+    folder. Files in other formats beside them do not.
+
+    Raises:
+        error: there is neither, the index is not valid, or shards are missing.
+    """
+    if (directory / SINGLE).is_file():
+        return CheckpointFiles([directory / SINGLE], {})
     if (directory / INDEX).is_file():
         try:
             weight_map: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
-            shards = sorted({directory / Path(file).name for file in weight_map.values()})
+            indexed = {name: directory / file for name, file in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as cause:
             raise error(f"{directory / INDEX} is not a safetensors index: {cause}") from cause
-        missing = [shard.name for shard in shards if not shard.is_file()]
+        outside = sorted(file for file in set(weight_map.values()) if _leaves(file))
+        if outside or not indexed:
+            names = f"a shard outside its directory, {outside[0]!r}" if outside else "no shards"
+            raise error(f"{directory / INDEX} names {names}: fetch or make the checkpoint again")
+        shards = sorted(set(indexed.values()))
+        missing = [shard.relative_to(directory).as_posix() for shard in shards if not shard.is_file()]
         if missing:
             raise error(
                 f"{directory} lacks {len(missing)} of its {len(shards)} shards, the first being {missing[0]}: fetch "
                 f"or make the checkpoint again"
             )
-        return shards, set(weight_map)
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE], set()
+        return CheckpointFiles(shards, indexed)
+    others = [file.name for file in sorted(directory.glob("*.safetensors"))]
+    hint = f"; {others[0]} is not a name that transformers reads: save the model with save_pretrained" if others else ""
     pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt"))
-    hint = f"; {pickled[0].name} is a pickle, which is never read: convert it to safetensors" if pickled else ""
+    hint += f"; {pickled[0].name} is a pickle, which is never read: convert it to safetensors" if pickled else ""
     raise error(f"{directory} holds neither {SINGLE} nor {INDEX}{hint}")
+
+
+def _leaves(file: str) -> bool:
+    """Whether a path in an index leads out of the checkpoint's directory."""
+    path = PurePosixPath(file)
+    return path.is_absolute() or ".." in path.parts or "\\" in file
 
 
 def _read_headers(file: Path, error: type[PuzzleError]) -> dict[str, TensorHeader]:

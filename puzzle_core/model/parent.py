@@ -4,6 +4,7 @@
 (parent_config.py).
 """
 
+import contextlib
 import hashlib
 import threading
 from collections import OrderedDict
@@ -19,9 +20,10 @@ from transformers import PreTrainedConfig
 from puzzle_core.architecture import Architecture, ModelShape
 from puzzle_core.errors import NonFiniteError, ParentError, PuzzleError, reason
 from puzzle_core.formats.block_configs import block_config
-from puzzle_core.model.checkpoint import Checkpoint
+from puzzle_core.model.checkpoint import INDEX, SINGLE, Checkpoint, checkpoint_files
 from puzzle_core.model.child_config import child_config
 from puzzle_core.model.parent_config import (
+    ADAPTER,
     as_config_says,
     fetch,
     read_config,
@@ -32,7 +34,14 @@ from puzzle_core.model.remote.modeling_puzzle import (
     PuzzleBlock,
     PuzzleForCausalLM,
 )
-from puzzle_core.model.tokenizer import is_rebuilt, open_tokenizer, tokenizer_code, tokenizer_files
+from puzzle_core.model.tokenizer import (
+    MORE_TEMPLATES,
+    TOKENIZER_FILES,
+    is_rebuilt,
+    open_tokenizer,
+    tokenizer_code,
+    tokenizer_files,
+)
 from puzzle_core.records import canonical_json, digest_file
 from puzzle_core.spec import Dtype, ParentSpec
 
@@ -47,10 +56,15 @@ class Parent:
             feature, a missing or truncated shard, or tensors that do not match the config.
     """
 
-    def __init__(self, spec: ParentSpec, *, cached_bytes: int = 4 * 2**30):
-        """Open `spec.path`, keeping at most `cached_bytes` of layer weights in memory."""
+    def __init__(self, spec: ParentSpec, directory: Path | None = None, *, cached_bytes: int = 4 * 2**30):
+        """Open `spec.path`, keeping at most `cached_bytes` of layer weights in memory.
+
+        Args:
+            spec: names the parent.
+            directory: of its files, where it was fetched before.
+        """
         self.spec = spec
-        self.directory = fetch(spec)
+        self.directory = directory or fetch(spec)
         self.config = read_config(self.directory)
         with as_config_says(self.directory):
             self.shape = shape_of(self.config, self.directory)
@@ -74,7 +88,14 @@ class Parent:
         digest = hashlib.sha256(canonical_json(_plain(self.config)).encode())
         for file in self.checkpoint.files:
             digest.update(digest_file(file).encode())
+        for name, place in sorted(self.checkpoint.chosen.items()):
+            digest.update(f"{name} {place}".encode())
         return digest.hexdigest()[:40]
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files that the digest follows from: the config, an index, and those of the weights."""
+        return [self.directory / "config.json", self.directory / INDEX, *self.checkpoint.files]
 
     @property
     def tokenizer_files(self) -> list[Path]:
@@ -173,6 +194,15 @@ class Parent:
                     self._cache.popitem(last=False)
             self._cache.move_to_end(key)
             return self._cache[key]
+
+
+def source_files(directory: Path) -> list[Path]:
+    """All files that an opened parent may read in a directory, also those that are not there."""
+    names = ["config.json", "generation_config.json", ADAPTER, SINGLE, INDEX, *TOKENIZER_FILES]
+    with contextlib.suppress(ParentError):
+        names += [file.relative_to(directory).as_posix() for file in checkpoint_files(directory, ParentError).files]
+    found = [*sorted(directory.glob("*.py")), *sorted((directory / MORE_TEMPLATES).glob("*.jinja"))]
+    return [*(directory / name for name in dict.fromkeys(names)), *found]
 
 
 _BUILDING = threading.Lock()

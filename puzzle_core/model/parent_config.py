@@ -19,7 +19,8 @@ from puzzle_core.model.checkpoint import INDEX, SINGLE
 from puzzle_core.model.tokenizer import MORE_TEMPLATES, TOKENIZER_FILES
 from puzzle_core.spec import ParentSpec
 
-OTHER_FILES = ("config.json", "generation_config.json", INDEX)
+ADAPTER = "adapter_config.json"
+OTHER_FILES = ("config.json", "generation_config.json", ADAPTER, INDEX)
 STATE_DEPENDENT_ROPE = {"dynamic", "longrope"}
 SIZES = (
     "hidden_size",
@@ -80,6 +81,7 @@ def read_config(directory: Path) -> PreTrainedConfig:
     if not isinstance(content, dict):
         raise ParentError(f"{directory / 'config.json'} is not a JSON object")
     family = _family_of(content, directory)
+    _check_weights_are_whole(content, directory)
     if content.get("quantization_config"):
         raise ParentError(f"{directory} holds quantised weights: give the checkpoint before quantisation")
     _check_sizes(content, directory)
@@ -93,6 +95,20 @@ def read_config(directory: Path) -> PreTrainedConfig:
     if rope.get("rope_type") in STATE_DEPENDENT_ROPE:
         raise ParentError(f"{directory} uses rope type {rope['rope_type']!r}, which is not supported")
     return config
+
+
+def _check_weights_are_whole(content: dict[str, Any], directory: Path) -> None:
+    """Refuse a checkpoint whose weights are not those of model.safetensors or of its shards alone."""
+    if (directory / ADAPTER).exists():
+        raise ParentError(
+            f"{directory} holds an adapter ({ADAPTER}), which transformers adds to the weights of its base model: "
+            "give a checkpoint that the adapter is merged into (peft's merge_and_unload), or remove the adapter's files"
+        )
+    if named := content.get("transformers_weights"):
+        raise ParentError(
+            f"{directory / 'config.json'} names the file of its weights (transformers_weights = {named!r}), which is "
+            "not supported: save the model again with transformers' save_pretrained, which writes model.safetensors"
+        )
 
 
 def _family_of(content: dict[str, Any], directory: Path) -> Family:

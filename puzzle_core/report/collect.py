@@ -1,6 +1,7 @@
 """Gather what a report shows from the records of its work."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from puzzle_core.architecture import Architecture
@@ -13,11 +14,12 @@ from puzzle_core.work import BldRecord, CostRecord, EvaluationRecord, GkdRecord,
 R = TypeVar("R", bound=Record)
 
 
-def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]]) -> ReportInputs:
+def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]], parent_path: str) -> ReportInputs:
     """The inputs of a report; models of equal architecture have equal times.
 
     Args:
         record_of: the record of an artifact by its key.
+        parent_path: the parent as the run names it, whose last part the report shows.
     """
 
     def record(kind: type[R], key: str) -> R:
@@ -49,6 +51,7 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]]) -> Rep
     artifacts = {"search": work.search, "costs": work.costs, "gkd": work.gkd, "timing": timing}
     return ReportInputs(
         spec=work.spec,
+        parent_name=Path(parent_path).name,
         shape=work.shape,
         search=search,
         bld=tuple(record(BldRecord, key) for key in work.bld),

@@ -92,7 +92,8 @@ def render_report(inputs: ReportInputs, out_dir: Path) -> ReportRecord:
 def title(inputs: ReportInputs) -> str:
     """Run, parent, scenario and target."""
     spec = inputs.spec
-    return f"{spec.name}: a child of {spec.parent.path} for {spec.scenario.name} on {spec.target.name}"
+    parent = inputs.parent_name or spec.parent.path
+    return f"{spec.name}: a child of {parent} for {spec.scenario.name} on {spec.target.name}"
 
 
 def headline_sentence(inputs: ReportInputs) -> str:
@@ -119,7 +120,7 @@ def making_table(inputs: ReportInputs) -> report_tables.Table:
     tokens, seconds = sum(r.tokens for r in inputs.bld), sum(r.seconds for r in inputs.bld)
     ended = "proved best" if chosen.optimal else f"gap {percent_text(chosen.gap)}"
     rows = [
-        ("parent", spec.parent.path + (f", revision {spec.parent.revision}" if spec.parent.revision else "")),
+        ("parent", f"{inputs.parent_name}, digest {spec.parent.path}" if inputs.parent_name else spec.parent.path),
         ("hardware", derived.hardware(inputs)),
         ("costs", _costs_text(inputs.costs)),
         ("served in", spec.target.dtype),

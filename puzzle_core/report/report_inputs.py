@@ -26,7 +26,8 @@ class ModelResult(Record):
 class ReportInputs(Record):
     """Everything that a report shows. Models are listed in the order parent, children as they came to be, baselines."""
 
-    spec: RunSpec
+    spec: RunSpec = Field(description="With digests in place of the paths of parent, texts and cost table")
+    parent_name: str = Field("", description="How the report calls the parent")
     shape: ModelShape
     search: SearchRecord
     bld: tuple[BldRecord, ...]

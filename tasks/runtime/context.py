@@ -1,6 +1,6 @@
 """The places and resources of one run: parent, artifact store, scratch directory, workers. No part of any key.
 
-A process opens a parent and a store once, since all tasks of a worker share them.
+A process opens a parent (opened_parent.py) and a store once, since all tasks of a worker share them.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from puzzle_core.data import read_windows
 from puzzle_core.device import available_cores, default_device
 from puzzle_core.distill.launch import Launch
 from puzzle_core.distill.loop import Checkpoints
+from puzzle_core.errors import ParentError
 from puzzle_core.model.activations import Activations, ChildActivations
 from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.model.surgery import load_weights
@@ -25,19 +26,32 @@ from puzzle_core.state_dict import State
 from puzzle_core.work import AssembleWork
 from tasks.runtime.digest_cache import parent_digest
 from tasks.runtime.locks import artifact_lock
+from tasks.runtime.opened_parent import open_parent
 from tasks.store.store import Store
 
 
 class RunContext(Record):
-    """The parent and the runtime settings of one run, with what tasks open by them."""
+    """The parent and the runtime settings of one run, with what tasks open by them.
+
+    `parent_commit` is the hub's commit that the parent was fetched at, `mlflow_run` the id of the run in MLflow.
+    """
 
     parent: ParentSpec
     runtime: RuntimeSpec
+    parent_commit: str | None = None
+    mlflow_run: str | None = None
 
     @classmethod
     def of(cls, spec: RunSpec) -> "RunContext":
         """The context of a run specification."""
         return cls(parent=spec.parent, runtime=spec.runtime)
+
+    def at_commit(self, commit: str | None) -> "RunContext":
+        """The same context, whose tasks on all machines open a hub's parent at this commit."""
+        if commit is None:
+            return self
+        parent = self.parent.model_copy(update={"revision": commit})
+        return self.model_copy(update={"parent": parent, "parent_commit": commit})
 
     @property
     def scratch(self) -> Path:
@@ -67,19 +81,38 @@ class RunContext(Record):
         return _open_store(self.runtime)
 
     def open_parent(self) -> Parent:
-        """The parent, opened once per process."""
-        return _open_parent(self.parent)
+        """The parent as its files are now, opened once per process until they change."""
+        return open_parent(self.parent)
 
-    def activations(self, tokens: str, dtype: Dtype, base: AssembleWork | None = None) -> Activations:
+    def parent_of(self, digest: str) -> Parent:
+        """The parent, where it is the one of this digest.
+
+        Raises:
+            ParentError: it is another one.
+        """
+        parent = self.open_parent()
+        found = parent_digest(parent, self.scratch)
+        if found != digest:
+            raise ParentError(
+                f"the parent {self.parent.path} is not the one of this run: its digest was {digest} when the run "
+                f"started, and is {found} here: its files changed since, or are others on this machine; start the run "
+                "again, which gives the new weights keys of their own"
+            )
+        return parent
+
+    def activations(self, digest: str, tokens: str, dtype: Dtype, base: AssembleWork | None = None) -> Activations:
         """The captured activations of one split of tokens.
 
         Args:
+            digest: of the parent.
             tokens: key of the tokens artifact.
             dtype: what they are computed and stored in.
             base: the child that they are captured from; the parent where it is none.
+
+        Raises:
+            ParentError: the parent is another one.
         """
-        parent = self.open_parent()
-        digest, windows = parent_digest(parent, self.scratch), read_windows(self.store().fetch(tokens))
+        parent, windows = self.parent_of(digest), read_windows(self.store().fetch(tokens))
         directory = self.activations_directory(digest, tokens, dtype)
         of_parent = Activations(directory, parent, windows, torch_dtype(dtype), default_device())
         if base is None:
@@ -112,11 +145,6 @@ class RunContext(Record):
         for directory in checkpoints.glob("*/*/*"):
             if store.has(directory.relative_to(checkpoints).as_posix()):
                 shutil.rmtree(directory, ignore_errors=True)
-
-
-@functools.lru_cache(maxsize=1)
-def _open_parent(spec: ParentSpec) -> Parent:
-    return Parent(spec)
 
 
 @functools.lru_cache(maxsize=4)

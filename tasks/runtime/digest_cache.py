@@ -1,13 +1,25 @@
-"""Digests of the parent and of texts, kept in scratch: a file is read again only after its size or time changed."""
+"""Digests of the parent and of texts, kept in scratch: a file is read again only after its size or times changed."""
 
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+from puzzle_core.errors import DataError, ParentError, PuzzleError
 from puzzle_core.model.parent import Parent
 from puzzle_core.records import write_text_atomic
 from puzzle_core.text_sources import check_disjoint, digest_documents, read_documents, source_files
+
+Signature = tuple[tuple[str, tuple[int, int, int, int] | None], ...]
+"""By file: size in bytes, time of modification and of change in ns, and inode; none of a file that is not there."""
+
+
+def signature_of(files: list[Path]) -> Signature:
+    """What changes whenever the content of one of these files does, and is read without reading them.
+
+    The time of change is in it because a copy may set the time of modification.
+    """
+    return tuple((str(file), _status(file)) for file in files)
 
 
 def parent_digest(parent: Parent, scratch: Path) -> str:
@@ -15,29 +27,31 @@ def parent_digest(parent: Parent, scratch: Path) -> str:
 
     Raises:
         NonFiniteError: a weight is NaN or infinite.
+        ParentError: a file changes meanwhile.
     """
 
     def compute() -> str:
         parent.check_finite()
         return parent.digest
 
-    return _cached(scratch / "parents", [parent.directory / "config.json", *parent.checkpoint.files], compute)
+    return _cached(scratch / "parents", parent.weight_files, compute, ParentError)
 
 
 def texts_digest(sources: tuple[str, ...], scratch: Path) -> str:
     """Digest of the texts in these sources, in their order.
 
     Raises:
-        DataError: as `read_documents`.
+        DataError: as `read_documents`, or a file changes meanwhile.
     """
-    return _cached(scratch / "texts", source_files(sources), lambda: digest_documents(read_documents(sources)))
+    files = source_files(sources)
+    return _cached(scratch / "texts", files, lambda: digest_documents(read_documents(sources)), DataError)
 
 
 def check_texts_disjoint(train: tuple[str, ...], held_out: tuple[str, ...], scratch: Path) -> None:
     """Refuse held-out texts that are among the texts for training.
 
     Raises:
-        DataError: names the first document that is in both.
+        DataError: names the first document that is in both, or a file changes meanwhile.
     """
 
     def compute() -> str:
@@ -46,14 +60,27 @@ def check_texts_disjoint(train: tuple[str, ...], held_out: tuple[str, ...], scra
 
     train_files, held_out_files = source_files(train), source_files(held_out)
     purpose = f"the first {len(train_files)} files are for training"
-    _cached(scratch / "texts", [*train_files, *held_out_files], compute, purpose)
+    _cached(scratch / "texts", [*train_files, *held_out_files], compute, DataError, purpose)
 
 
-def _cached(directory: Path, files: list[Path], compute: Callable[[], str], purpose: str = "digest") -> str:
-    """The digest of these files, computed unless it is known for their paths, sizes and modification times."""
-    signature = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def _cached(
+    directory: Path, files: list[Path], compute: Callable[[], str], error: type[PuzzleError], purpose: str = "digest"
+) -> str:
+    """The digest of these files, computed unless it is known for their signature."""
+    signature = signature_of(files)
     name = hashlib.sha256(json.dumps([purpose, signature]).encode()).hexdigest()[:16]
     cached = directory / f"{name}.digest"
     if not cached.exists():
-        write_text_atomic(cached, compute())
+        digest = compute()
+        if signature_of(files) != signature:
+            raise error(f"{files[0].parent}: files change while they are read: run again once they are whole")
+        write_text_atomic(cached, digest)
     return cached.read_text()
+
+
+def _status(file: Path) -> tuple[int, int, int, int] | None:
+    try:
+        status = file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino

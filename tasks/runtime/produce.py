@@ -1,21 +1,28 @@
 """Making one artifact: lock it, compute it in a staging directory, publish it, and drop its checkpoint."""
 
 import contextlib
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from prefect.runtime import flow_run
+from prefect.runtime import flow_run, task_run
 
+from puzzle_core.device import default_device, device_name
 from puzzle_core.records import Record, Work
 from tasks.runtime.context import RunContext
 from tasks.runtime.locks import LockMode, artifact_lock, machine_lock
+from tasks.runtime.named_inputs import check_parent
+from tasks.runtime.software import software
+from tasks.store.origin import Origin
 
 
 def produce(
     work: Work, context: RunContext, compute: Callable[[Path], Record], lock: LockMode | None = "shared"
 ) -> str:
     """Make the artifact of `work` unless the store has it, and remove the checkpoint of `work` in both cases.
+
+    The parent is compared with what `work` names before the computation and after it, since weights are read lazily.
 
     Args:
         work: what the stage is asked.
@@ -26,13 +33,32 @@ def produce(
 
     Returns:
         The artifact's key.
+
+    Raises:
+        ParentError: the parent is not the one that `work` names, or changed meanwhile; nothing is stored.
     """
     store = context.store()
     with artifact_lock(f"{work.key} for {store.place}"):
         if not store.has(work.key):
+            check_parent(work, context)
             with store.staging() as staged:
                 with machine_lock(lock) if lock else contextlib.nullcontext():
                     record = compute(staged)
-                store.publish(work, record, staged, made_by=flow_run.get_name() or "a script")
+                check_parent(work, context)
+                store.publish(work, record, staged, made_by=flow_run.get_name() or "a script", origin=_origin(context))
     shutil.rmtree(context.checkpoints(work).file.parent, ignore_errors=True)
     return work.key
+
+
+def _origin(context: RunContext) -> Origin:
+    """What makes an artifact in the present task."""
+    return Origin(
+        software=software(),
+        host=platform.node(),
+        device=device_name(default_device()),
+        parent=context.parent.path,
+        parent_commit=context.parent_commit,
+        prefect_flow_run=flow_run.get_id(),
+        prefect_task_run=task_run.get_id(),
+        mlflow_run=context.mlflow_run,
+    )

@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from puzzle_core.errors import SpecError
 from puzzle_core.records import Record, canonical_json
+from tasks.store.origin import Origin
 
 MANIFEST = "record.json"
 KEY = re.compile(r"[\w-]+/v\d+/[0-9a-f]{40}")
@@ -25,6 +26,7 @@ class Manifest(Record):
     """`record.json`: the stage's work and record, the artifact's files, and which run made it when.
 
     `place` is the directory of the files below the artifact's: empty in a local store, named by content in a bucket.
+    `origin` says what made the artifact; older manifests lack it.
     """
 
     key: str
@@ -34,6 +36,7 @@ class Manifest(Record):
     made_by: str
     made_at: str
     place: str = ""
+    origin: Origin | None = None
 
     @model_validator(mode="after")
     def _stays_inside(self) -> "Manifest":

@@ -25,6 +25,7 @@ from puzzle_core.spec import RuntimeSpec
 from tasks.store.bucket import Bucket, Entry
 from tasks.store.cache import Cache
 from tasks.store.manifest import KEY, MANIFEST, Manifest, StoredFile, check_key, content_name
+from tasks.store.origin import Origin
 from tasks.store.packs import RecordText, pack_groups, read_pack, write_pack
 from tasks.store.staging import clear_abandoned, directory_in_use, move_into_place, writing_to
 
@@ -94,7 +95,10 @@ class Store:
             return dict(_walk(self._root, prefix))
         entries = self._bucket.listing(prefix)
         ending = f"/{MANIFEST}"
-        self._tags |= {path.removesuffix(ending): entry.tag for path, entry in entries.items() if path.endswith(ending)}
+        tags = {path.removesuffix(ending): entry.tag for path, entry in entries.items() if path.endswith(ending)}
+        for key in [key for key, tag in tags.items() if key in self._texts and self._texts[key].tag not in ("", tag)]:
+            self._forget(key)  # it was removed and made again by another process
+        self._tags |= tags
         return entries
 
     def manifest(self, key: str) -> Manifest:
@@ -200,7 +204,7 @@ class Store:
             with directory_in_use(parent) as directory:
                 yield directory
 
-    def publish(self, work: Work, record: Record, staged: Path, made_by: str) -> None:
+    def publish(self, work: Work, record: Record, staged: Path, made_by: str, origin: Origin | None = None) -> None:
         """Make the staged files and this record the artifact of `work`, unless the store has it.
 
         Args:
@@ -208,6 +212,7 @@ class Store:
             record: what it answers.
             staged: a directory of `staging`.
             made_by: the name of the run.
+            origin: what made the artifact.
 
         Raises:
             StorageError: the bucket refuses, or gives no good answer.
@@ -222,6 +227,7 @@ class Store:
             made_by=made_by,
             made_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             place="" if self.is_local else content_name(files),
+            origin=origin,
         )
         if self._bucket is None:
             manifest.write(staged / MANIFEST)

@@ -110,7 +110,7 @@ def record_child(plan: Plan, context: RunContext, run: TrackedRun, work: ReportW
     from puzzle_core.report import collect, derived, report
 
     steps = Steps(plan, context)
-    inputs = collect.collect(work, lambda key: context.store().manifest(key).record)
+    inputs = collect.collect(work, lambda key: context.store().manifest(key).record, plan.spec.parent.path)
     numbers, headline = derived.headline(inputs), report.headline_sentence(inputs)
     quality = inputs.child.evaluation
     run.metrics([("perplexity", quality.perplexity, 0), ("top1_accuracy", quality.top1_accuracy, 0)])

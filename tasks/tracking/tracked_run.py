@@ -30,6 +30,7 @@ from prefect.runtime import flow_run
 
 from puzzle_core.records import Record, canonical_json
 from tasks.runtime.process import this_process
+from tasks.runtime.software import software
 from tasks.tracking.mlflow_client import (
     PROCESS_TAG,
     ensure_experiment,
@@ -226,7 +227,7 @@ def start_run(name: str, uri: str, experiment: str, scratch: str, around: Tracke
         "prefect.flow_run_url": str(flow_run.get_flow_run_ui_url()),
         TOKEN_TAG: token,
         OUTERMOST_TAG: outermost,
-    }
+    } | _source_tags()
 
     def create() -> None:
         client = mlflow_client(uri)
@@ -247,6 +248,13 @@ def start_run(name: str, uri: str, experiment: str, scratch: str, around: Tracke
         outbox.flush()
     run_id = _ids[token].run if token in _ids else None
     return TrackedRun(uri=uri, experiment=experiment, run_id=run_id, token=token, outermost=outermost, scratch=scratch)
+
+
+def _source_tags() -> dict[str, str]:
+    """MLflow's own tag of the commit, where the code lies in a checkout, and what else tells the code apart."""
+    own = software()
+    tags = {"puzzle.code": own.code, "puzzle.dirty": str(own.dirty).lower()}
+    return tags | ({"mlflow.source.git.commit": own.commit} if own.commit else {})
 
 
 @functools.lru_cache(maxsize=8)

@@ -47,7 +47,7 @@ def check_uninterrupted(spec, key, place):
     """Train one variant once more, without a stop: the same weights and the same curve, bitwise."""
     plan, context = plan_of(spec)
     work = next(work for work in plan.all_bld() if work.key == key)
-    store, activations = context.store(), context.activations(work.tokens, work.spec.dtype)
+    store, activations = context.store(), context.activations(work.parent, work.tokens, work.spec.dtype)
     activations.capture_embedding()
     for layer in range(work.layer + 1):
         activations.capture_layer(layer)

@@ -101,8 +101,8 @@ def test_states_are_dropped_without_their_parent(spec_of, copy_of, prefect_serve
     work = plan.tokens("bld")
     ensure_tokens(plan, context, "bld")
     for layer in range(2):
-        capture_layer(work.key, "float32", layer, True, context)
-    directory = context.activations(work.key, "float32").directory
+        capture_layer(plan.inputs.parent, work.key, "float32", layer, True, context)
+    directory = context.activations(plan.inputs.parent, work.key, "float32").directory
     Path(spec.parent.path).rename(f"{spec.parent.path}-away")
     moved = RunContext(parent=ParentSpec(path=spec.parent.path), runtime=spec.runtime)
     assert moved.activations_directory(plan.inputs.parent, work.key, "float32") == directory

@@ -33,8 +33,8 @@ def keys(file: Path) -> dict[str, dict[str, str | int]]:
     block = BlockVariant.parse(f"attn:kv4+ffn:i{shape.ffn_width // 2}")
     child = Architecture.of_parent(shape).replace(1, block).replace(2, BlockVariant.parse("attn:linear+ffn:no_op"))
     report = ReportWork(
-        spec=spec, shape=shape, search="search", bld=(), scores=(), refine=None, costs=None, gkd="gkd", timing=None,
-        models=(),
+        spec=plan.spec_of_content(), shape=shape, search="search", bld=(), scores=(), refine=None, costs=None,
+        gkd="gkd", timing=None, models=(),
     )  # fmt: skip
     works = {
         "tokens": [plan.tokens(split) for split in ("calibration", "bld", "gkd", "scoring", "evaluation")],
@@ -62,6 +62,19 @@ def keys(file: Path) -> dict[str, dict[str, str | int]]:
 @pytest.mark.parametrize("file", SPECS, ids=lambda file: file.stem)
 def test_keys_are_those_of_before(file):
     assert keys(file) == json.loads(GOLDEN.read_text())[file.stem]
+
+
+def test_a_report_has_one_key_however_its_places_are_spelled():
+    spec = load_spec(SPECS[0])
+    inputs = Inputs(shape=Parent(spec.parent).shape, **{name: name for name in INPUTS})
+    elsewhere = {
+        "parent": ParentSpec(path="elsewhere", revision="main"),
+        "data": spec.data.model_copy(update={"train_texts": ("a.txt", "b.txt"), "held_out_texts": ("c.txt",)}),
+    }
+    first, second = (Plan(each, inputs).spec_of_content() for each in (spec, spec.model_copy(update=elsewhere)))
+    assert first == second
+    other = inputs.model_copy(update={"train_texts": "others"})
+    assert Plan(spec, other).spec_of_content() != first
 
 
 def test_another_number_of_tokens_changes_the_golden(tmp_path):

@@ -1,6 +1,7 @@
 """The library on a Dask cluster: the same bits as in threads, and a cluster that cannot do it is refused by name."""
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -9,12 +10,15 @@ from pathlib import Path
 import pytest
 from distributed import Client, LocalCluster
 from prefect import flow, task
+from safetensors.torch import load_file, save
 
 from flows.build_library import build_library, train_variants
 from flows.submit import side_by_side
 from flows.task_runners import dask_cluster
 from puzzle_core.errors import PuzzleError
-from tasks.runtime.context import RunContext, _open_parent
+from puzzle_core.model.checkpoint import SINGLE
+from tasks.runtime import opened_parent, software
+from tasks.runtime.context import RunContext
 from tasks.store.store import Store
 from tests.workflow import SCORED, TRAINED, Recorded, artifacts, of_stage, plan_of
 
@@ -48,7 +52,7 @@ def contents(store, scratch):
 
 
 def opened_parents():
-    return os.getpid(), _open_parent.cache_info().misses
+    return os.getpid(), len(opened_parent._held)
 
 
 def test_a_cluster_of_processes_makes_the_same_bits(finished, again, address, prefect_server, tmp_path):
@@ -69,6 +73,49 @@ def test_a_cluster_of_processes_makes_the_same_bits(finished, again, address, pr
     assert len({pid for pid, _ in worked.values()} - {os.getpid()}) == 2
     assert all(parents for _, parents in worked.values())
     assert not list(Path(spec.runtime.scratch).glob("activations/*/*"))
+
+
+def overwrite(directory, factor):
+    """Other weights of the same size, written in place."""
+    changed = load_file(directory / SINGLE)
+    for tensor in changed.values():
+        tensor.mul_(factor)
+    (directory / SINGLE).write_bytes(save(changed, metadata={"format": "pt"}))
+
+
+@pytest.mark.fault(
+    "weights change under a long-lived worker ({runner})", "model.safetensors written in place between and during runs"
+)
+@pytest.mark.parametrize("runner", ["threads", "dask"])
+def test_nothing_is_made_from_weights_that_a_process_has_still_open(
+    runner, spec_of, copy_of, address, prefect_server, tmp_path, outcome
+):
+    directory = copy_of("llama")
+    where = {"task_runner": runner} | ({"dask_address": address} if runner == "dask" else {})
+    spec = spec_of(parent={"path": str(directory)}, runtime=where)
+    build_library(spec)
+    old = artifacts(spec.runtime.store)
+    overwrite(directory, 1.5)
+    build_library(spec)
+    new = artifacts(spec.runtime.store).keys() - old.keys()
+    assert (len(of_stage(new, "bld")), len(of_stage(new, "score"))) == (TRAINED, SCORED)
+    fresh = shutil.copytree(directory, tmp_path / "fresh")
+    apart = {name: str(tmp_path / "apart" / name) for name in ("store", "scratch")}
+    build_library(spec_of(parent={"path": str(fresh)}, runtime=apart))
+    found, wanted = contents(spec.runtime.store, tmp_path), contents(apart["store"], tmp_path)
+    assert {key: found[key] for key in wanted} == wanted
+    assert new <= wanted.keys()
+    plan, context = plan_of(spec)
+    remove(spec, *of_stage(new, "bld"))
+    overwrite(directory, 0.5)
+    before = artifacts(spec.runtime.store)
+    with pytest.raises(PuzzleError, match=f"its digest was {plan.inputs.parent} when the run started, and is "):
+        side_by_side(train_variants, context)(plan, context)
+    assert artifacts(spec.runtime.store) == before
+    outcome(
+        run="the next one opens the parent anew and ends right; one that has begun is refused",
+        store=f"{TRAINED} trainings and {SCORED} scores, bitwise those of a new process; none from other weights",
+    )
 
 
 @pytest.mark.long
@@ -121,10 +168,10 @@ def test_a_worker_that_sees_another_directory_is_named(spec_of, address, prefect
     spec = spec_of(runtime={"task_runner": "dask", "dask_address": address, "scratch": "here"})
     with Client(address, set_as_default=False) as client:
         where = client.run(os.getcwd)
-        wrong = next(iter(where))
+        wrong, digest = next(iter(where)), plan_of(spec)[0].inputs.parent
         try:
             client.run(os.chdir, str(tmp_path))
-            dask_cluster.check_workers(RunContext.of(spec), address)
+            dask_cluster.check_workers(RunContext.of(spec), address, digest)
             client.run(os.chdir, "/", workers=[wrong])
             with pytest.raises(
                 PuzzleError, match=r"1 of 2 Dask workers .*\n.*runtime.scratch is /here on this worker"
@@ -136,6 +183,29 @@ def test_a_worker_that_sees_another_directory_is_named(spec_of, address, prefect
     assert wrong in str(told.value)
     assert of_stage(artifacts(spec.runtime.store), "tokens") == set()
     assert not list((tmp_path / "here").glob(".seen*"))
+
+
+def pretend(name, version):
+    software.software().versions[name] = version
+
+
+def test_a_worker_with_other_packages_other_code_or_another_parent_is_named(spec_of, address, prefect_server):
+    context = plan_of(spec_of())[1]
+    digest = context.open_parent().digest
+    with Client(address, set_as_default=False) as client:
+        wrong = next(iter(client.run(os.getpid)))
+        own = software.software().versions["torch"]
+        try:
+            client.run(pretend, "torch", "1.0", workers=[wrong])
+            with pytest.raises(
+                PuzzleError, match=rf"1 of 2 .*\n{wrong}: it has torch 1\.0 instead of {re.escape(own)}: install"
+            ):
+                dask_cluster.check_workers(context, address, digest)
+        finally:
+            client.run(pretend, "torch", own, workers=[wrong])
+        dask_cluster.check_workers(context, address, digest)
+    with pytest.raises(PuzzleError, match=rf"2 of 2 .*\n.*its digest was another when .* and is {digest} here"):
+        dask_cluster.check_workers(context, address, "another")
 
 
 def test_a_cluster_that_is_not_there_is_refused_before_any_work(spec_of, prefect_server, monkeypatch):
@@ -150,7 +220,7 @@ def test_a_cluster_without_workers_is_refused(spec_of):
     with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as empty:
         spec = spec_of(runtime={"task_runner": "dask", "dask_address": empty.scheduler_address})
         with pytest.raises(PuzzleError, match=r"has no workers: start some with `dask worker tcp://127.0.0.1"):
-            dask_cluster.check_workers(RunContext.of(spec), empty.scheduler_address)
+            dask_cluster.check_workers(RunContext.of(spec), empty.scheduler_address, "parent")
 
 
 def test_without_dask_the_run_says_what_to_install(spec_of, prefect_server, monkeypatch):

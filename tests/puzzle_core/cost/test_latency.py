@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from puzzle_core.architecture import Architecture, Variant
-from puzzle_core.cost import latency
+from puzzle_core.cost import latency, measuring
 from puzzle_core.cost.measuring import hardware_name, timing_of
+from puzzle_core.device import available_cores
 from puzzle_core.errors import MeasurementError, SpecError
 from puzzle_core.model.child import random_child
 from puzzle_core.sizes import architecture_parameters, outside_parameters, variant_size
@@ -93,4 +94,24 @@ def test_medians_and_spreads():
 def test_a_gpu_that_is_not_there_is_said():
     with pytest.raises(SpecError, match="sees no GPU here"):
         hardware_name(TargetSpec(device="cuda"))
-    assert hardware_name(TargetSpec(device="cpu"))
+
+
+def test_a_measurement_names_the_machine_and_what_it_runs(monkeypatch):
+    target = TargetSpec(device="cpu")
+    here = hardware_name(target)
+    assert f"torch {torch.__version__}" in here
+    assert f"{available_cores()} cores" in here
+    names = {here}
+    for name, value in (("available_cores", lambda: 999), ("memory_bytes", lambda: 2.0**50)):
+        monkeypatch.setattr(measuring, name, value)
+        names.add(hardware_name(target))
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    names.add(hardware_name(target))
+    assert len(names) == 4
+    assert hardware_name(TargetSpec(device="cpu", machine="node 7")) == "node 7"
+
+
+def test_a_machine_is_named_only_where_it_is_measured():
+    with pytest.raises(ValueError, match="machine is given, but costs are imported"):
+        TargetSpec(costs="imported", table="table.csv", machine="node 7")
+    assert "machine" not in TargetSpec().model_dump()

@@ -12,18 +12,18 @@ import pytest
 from puzzle_core import errors
 from puzzle_core.distill import gkd_worker
 from puzzle_core.distill.launch import GkdRequest, Launch, launch
-from puzzle_core.errors import LostProcessError, NonFiniteError
+from puzzle_core.errors import LostProcessError, NonFiniteError, ParentError
 from puzzle_core.spec import ParentSpec
 from tests.conftest import MIXED
 from tests.puzzle_core.distill.two_processes import work_of
 
 
 @pytest.fixture
-def request_of(checkpoint_of, assemble, tokens_dir, tmp_path):
+def request_of(checkpoint_of, parent, assemble, tokens_dir, tmp_path):
     """A request, with changes of the GKD spec."""
     (tmp_path / "out").mkdir()
     return lambda **spec: GkdRequest(
-        work=work_of(spec),
+        work=work_of(spec).model_copy(update={"parent": parent.digest}),
         parent=ParentSpec(path=str(checkpoint_of("llama"))),
         child_dir=str(assemble("llama", MIXED)),
         tokens_dir=str(tokens_dir),
@@ -44,6 +44,15 @@ def processes(file):
         if str(file).encode() in words:
             found.append((b"torch.distributed.run" in words, int(place.name)))
     return [number for _, number in sorted(found)]
+
+
+def test_a_machine_with_another_parent_is_refused(request_of, tmp_path):
+    asked = request_of()
+    asked = asked.model_copy(update={"work": asked.work.model_copy(update={"parent": "another"})})
+    with pytest.raises(
+        ParentError, match=rf"its digest was another when the run started, and is {'[0-9a-f]' * 40} here"
+    ):
+        launch(asked, Launch(processes=1), tmp_path / "request.json")
 
 
 class Cancelled(BaseException):

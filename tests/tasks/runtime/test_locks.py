@@ -175,8 +175,11 @@ def test_every_task_that_computes_is_on_a_gpu(three_gpus, spec_of, monkeypatch):
     with locks.gpu_lock(3):
         for task, arguments in (
             (stage_tasks.measure_importance, (plan.importance(), context)),
-            (stage_tasks.capture_layer, (plan.tokens("bld").key, "float32", 0, True, context)),
-            (stage_tasks.capture_log_probabilities, (plan.tokens("scoring").key, "float32", context)),
+            (stage_tasks.capture_layer, (plan.inputs.parent, plan.tokens("bld").key, "float32", 0, True, context)),
+            (
+                stage_tasks.capture_log_probabilities,
+                (plan.inputs.parent, plan.tokens("scoring").key, "float32", context),
+            ),
             (stage_tasks.train_variant, (plan.all_bld()[0], context)),
             (stage_tasks.score_block, (plan.all_scores()[0], context)),
             (stage_tasks.evaluate_model, (plan.evaluate(None), "parent", context)),
