@@ -97,7 +97,7 @@ def up(directory: Path, ports: Ports) -> None:
         for service in started[:-1]:
             _start(service, directory, logs / f"{service.name}.log")
         worker = started[-1]
-        crash_orphans(worker.environment["PREFECT_API_URL"], no_worker=True)
+        crash_orphans(worker.environment["PREFECT_API_URL"], deployments=True)
         _start(worker, directory, logs / "worker.log")
         _run(["prefect", "--no-prompt", "deploy", "--all"], worker.environment, directory, logs / "deploy.log")
         (directory / PREFECT_HOME / RUNNING).write_text(worker.environment["PREFECT_API_URL"])
