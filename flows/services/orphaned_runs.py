@@ -1,9 +1,9 @@
 """Flow runs that have not ended: cancelled before their worker stops, or marked as crashed when their process is gone.
 
 When a run's process is killed and no worker runs, Prefect shows the run as Running for ever, and later runs of its
-deployment wait for it. `make down` cancels running runs. A run of this project's flows is labelled with its process. The next
-command on that machine marks runs whose labelled process has ended, and no others: a server may be shared. It leaves
-runs of deployments to their worker, to Prefect's heartbeats, and to `make up` before it starts a worker.
+deployment wait for it. `make down` cancels running runs. A run of this project's flows is labelled with its process.
+The next command on that machine marks runs whose labelled process has ended, and no others: a server may be shared.
+It leaves runs of deployments to their worker, to Prefect's heartbeats, and to `make up` before it starts a worker.
 """
 
 import datetime

@@ -24,6 +24,7 @@ from tasks.tracking.tracked_models import (
     HEADLINE_TAG,
     KEY_TAG,
     all_models,
+    allowed_name,
     by_key,
     products_of,
     registered,
@@ -112,7 +113,7 @@ def _find_child(client: MlflowClient, models: list[LoggedModel], name: str) -> L
         labels |= aliases | {f"{family}@{alias}": version for alias, version in aliases.items()}
         if version := labels.get(name):
             return models_by_key.get(version.tags[KEY_TAG])
-    named = [model for model in models if model.name in (f"child-{name}", name)]
+    named = [model for model in models if model.name in (allowed_name(f"child-{name}"), name, allowed_name(name))]
     return named[-1] if named else None
 
 
