@@ -93,7 +93,8 @@ def _open(name: str) -> IO[bytes]:
     Raises:
         PuzzleError: the directory in the temporary one is not this user's own.
     """
-    lock_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # a file: refused below
+        lock_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
     if not os.environ.get("PUZZLE_LOCK_DIR"):  # one that the user names may be shared
         check_owned(lock_directory())
     return (lock_directory() / name).open("ab")
