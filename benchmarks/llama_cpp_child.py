@@ -25,9 +25,9 @@ from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
 from puzzle_core.cost import llama_cpp
 from puzzle_core.cost.measuring import hardware_name
 from puzzle_core.model.parent import Parent
-from puzzle_core.search import run_search
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table
+from puzzle_core.search.run_search import find_architecture
 from puzzle_core.search.search_record import FoundArchitecture, Prediction
 from puzzle_core.search.tables import Option, ScoreTable
 from puzzle_core.sizes import architecture_parameters, variant_size
@@ -103,8 +103,8 @@ def compare(name: str, parent: Parent, options: argparse.Namespace) -> str:
         }
     )
     table = cost_table(SPACE, shape, {("chat", options.batch): costs})
-    found = run_search.run(ProblemBuilder(request, made_up_scores(shape, options.seed), table))
-    child = found.chosen
+    found = find_architecture(ProblemBuilder(request, made_up_scores(shape, options.seed), table))
+    child = found.best
     models = (("parent", own), ("child", child.architecture))
     timing = TimingWork(shape=shape.digest(), architectures=models, traffic=traffic, target=target, hardware="here")
     measured = llama_cpp.time_architectures(timing, parent).models

@@ -18,9 +18,9 @@ from puzzle_core.cost.roofline import roofline
 from puzzle_core.errors import PuzzleError
 from puzzle_core.report.report_tables import Table, format_text
 from puzzle_core.report.units import NONE, number_text
-from puzzle_core.search import run_search
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table
+from puzzle_core.search.run_search import find_architecture
 from puzzle_core.search.tables import Option, ScoreTable
 from puzzle_core.spec import SearchRequest, VariantsSpec
 from puzzle_core.target import load_target
@@ -74,12 +74,12 @@ def search(file: Path, scores: ScoreTable) -> tuple[str, ...]:
     for batch_size in request.scenario.batch_sizes:
         traffic = Traffic(prompt_tokens=2048, generated_tokens=256, batch_size=batch_size)
         records["chat", batch_size] = roofline(SHAPE, (*attentions, *ffns), traffic, target)
-    instance = ProblemBuilder(request, scores, cost_table(VARIANTS, SHAPE, records))
+    builder = ProblemBuilder(request, scores, cost_table(VARIANTS, SHAPE, records))
     try:
-        record = run_search.run(instance)
+        record = find_architecture(builder)
     except PuzzleError as error:
         return target.name, f"{time.perf_counter() - started:.1f}", NONE, NONE, NONE, str(error).splitlines()[-1]
-    seconds, chosen = time.perf_counter() - started, record.chosen
+    seconds, chosen = time.perf_counter() - started, record.best
     speedup = record.parent.total_ms / chosen.prediction.total_ms
     proof = "optimal" if chosen.optimal else f"gap {chosen.gap:.1e}"
     return (

@@ -1,6 +1,6 @@
 """What a run takes by formula (puzzle_core/resources.py), beside what a finished run took and for a parent of any size.
 
-    python -m benchmarks.scale SPEC [--set runtime.store=...]    # a spec whose run is in its store: forecast and found
+    python -m benchmarks.scale SPEC [--set runtime.store=...]    # a spec whose run is in its store: formula and run
     python -m benchmarks.scale --shape llama-70b                 # deployments/kubernetes/prefect.yaml, by formula alone
 
 A rate (`--tflops`, of one GPU, effective) turns operations into GPU-hours; it is an assumption, not a measurement.
@@ -17,7 +17,7 @@ import yaml
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
 from puzzle_core.plan import Inputs, Plan
 from puzzle_core.report.report_tables import Table, format_text
-from puzzle_core.resources import forecast
+from puzzle_core.resources import resources
 from puzzle_core.search.search_record import SearchRecord
 from puzzle_core.spec import parse_spec
 from puzzle_core.spec_file import load_spec
@@ -42,8 +42,8 @@ LLAMA_70B = ModelShape(
 )
 
 
-class FoundArchitecture(NamedTuple):
-    """What a finished run took: the numbers under the names of `Forecast`, the child, and seconds of BLD and GKD."""
+class FinishedRun(NamedTuple):
+    """What a finished run took: counts by the names of `Resources`, the child, and seconds of BLD and GKD."""
 
     counts: dict[str, int]
     architecture: Architecture
@@ -51,12 +51,12 @@ class FoundArchitecture(NamedTuple):
     gkd_seconds: float
 
 
-def found_of(plan: Plan, store: Any) -> FoundArchitecture:
+def found_of(plan: Plan, store: Any) -> FinishedRun:
     """What lies in the store of a finished run."""
     bld = store.manifests(work.key for work in plan.all_bld()).values()
     trained = [BldRecord.model_validate(manifest.record) for manifest in bld]
     scores = store.manifests(work.key for work in plan.all_scores()).values()
-    chosen = SearchRecord.model_validate(store.manifest(plan.search().key).record).chosen.architecture
+    chosen = SearchRecord.model_validate(store.manifest(plan.search().key).record).best.architecture
     child = ChildRecord.model_validate(store.manifest(plan.assemble(chosen).key).record)
     gkd = GkdRecord.model_validate(store.manifest(plan.gkd(chosen).key).record)
     weights = [store.fetch(manifest.key) / "weights.safetensors" for manifest in bld]
@@ -69,7 +69,7 @@ def found_of(plan: Plan, store: Any) -> FoundArchitecture:
         "library_bytes": sum(map(_tensor_bytes, weights)),
         "child_bytes": child.parameter_bytes,
     }
-    return FoundArchitecture(counts, chosen, sum(record.seconds for record in trained), gkd.seconds)
+    return FinishedRun(counts, chosen, sum(record.seconds for record in trained), gkd.seconds)
 
 
 def _tensor_bytes(file: Path) -> int:
@@ -79,7 +79,7 @@ def _tensor_bytes(file: Path) -> int:
 
 
 def compare(spec_file: Path, overrides: tuple[str, ...]) -> str:
-    """Forecast and found, of a finished run."""
+    """A finished run beside the formulas."""
     from tasks.runtime.context import RunContext
     from tasks.stage_tasks import open_inputs
 
@@ -87,12 +87,12 @@ def compare(spec_file: Path, overrides: tuple[str, ...]) -> str:
     context = RunContext.of(spec)
     plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target))
     found = found_of(plan, context.store())
-    told = forecast(plan, found.architecture)
-    rows = [(name, f"{told._asdict()[name]:,}", f"{count:,}") for name, count in found.counts.items()]
-    rows.append(("BLD, GFLOP/s of a task", "", f"{told.bld_flops / found.bld_seconds / 1e9:.1f}"))
-    rows.append(("GKD, GFLOP/s", "", f"{told.gkd_flops / found.gkd_seconds / 1e9:.1f}"))
-    title = f"{spec.name}: what was forecast, and what the run took"
-    return format_text(Table(title=title, columns=("", "forecast", "found"), rows=tuple(rows), text_columns=1))
+    expected = resources(plan, found.architecture)
+    rows = [(name, f"{expected._asdict()[name]:,}", f"{count:,}") for name, count in found.counts.items()]
+    rows.append(("BLD, GFLOP/s of a task", "", f"{expected.bld_flops / found.bld_seconds / 1e9:.1f}"))
+    rows.append(("GKD, GFLOP/s", "", f"{expected.gkd_flops / found.gkd_seconds / 1e9:.1f}"))
+    title = f"{spec.name}: by formula, and in the finished run"
+    return format_text(Table(title=title, columns=("", "by formula", "run"), rows=tuple(rows), text_columns=1))
 
 
 def by_formula(shape: ModelShape, tflops: float, processes: int) -> str:
@@ -100,9 +100,9 @@ def by_formula(shape: ModelShape, tflops: float, processes: int) -> str:
     spec = parse_spec(yaml.safe_load(KUBERNETES.read_text())["definitions"]["spec"], str(KUBERNETES))
     inputs = {name: name for name in ("parent", "tokenizer", "train_texts", "held_out_texts", "hardware")}
     plan = Plan(spec, Inputs(shape=shape, **inputs))
-    half = BlockVariant.parse(f"attn:kv2+ffn:i{shape.ffn_width // 2}")
-    told = forecast(plan, Architecture(layers=(half,) * shape.layers), processes)
-    rows = [(name, _words(name, value, tflops)) for name, value in told._asdict().items()]
+    block = BlockVariant.parse(f"attn:kv2+ffn:i{shape.ffn_width // 2}")
+    expected = resources(plan, Architecture(layers=(block,) * shape.layers), processes)
+    rows = [(name, _words(name, value, tflops)) for name, value in expected._asdict().items()]
     title = f"{spec.name} at an effective {tflops:g} TFLOP/s per GPU, GKD in {processes} processes"
     return format_text(Table(title=title, columns=("", "by formula"), rows=tuple(rows), text_columns=1))
 

@@ -22,7 +22,7 @@ KEPT_GOAL, SPEED_GOAL = 0.97, 1.4
 
 def choices_table(inputs: ReportInputs) -> Table:
     """MIP and baselines, one row each."""
-    chosen = derived.measured(inputs, inputs.search.chosen.architecture)
+    chosen = derived.measured(inputs, inputs.search.best.architecture)
     assert chosen, "a report holds the assembled child"
     rows = [_row(inputs, found, chosen.evaluation.kl_nats_per_token) for found in found_of(inputs)]
     parent = inputs.parent
@@ -55,7 +55,7 @@ def choices_table(inputs: ReportInputs) -> Table:
 
 def found_of(inputs: ReportInputs) -> list[FoundArchitecture]:
     """What the search chose, then the baselines."""
-    return [inputs.search.chosen, *inputs.search.baselines]
+    return [inputs.search.best, *inputs.search.baselines]
 
 
 def kl_ratios(inputs: ReportInputs) -> dict[str, float]:

@@ -25,12 +25,12 @@ def table(runs: list[ReportInputs]) -> Table:
         rows.append(
             (
                 inputs.spec.name,
-                ", ".join(f"{name} {text}" for name, text in inputs.spec.scenario.limits.asked().items()),
+                ", ".join(f"{name} {text}" for name, text in inputs.spec.scenario.limits.by_name().items()),
                 str(len(set(inputs.bld) - set(runs[0].bld))),
                 str(len(set(inputs.scores) - set(runs[0].scores))),
                 percent_text(numbers["parameters_ratio"]),
                 times_text(numbers.get("speedup_end_to_end", float("nan"))),
-                number_text(inputs.search.chosen.score),
+                number_text(inputs.search.best.score),
                 number_text(before),
                 number_text(numbers["kl_nats_per_token"]),
                 percent_text(numbers["top1_kept"]),
@@ -62,7 +62,7 @@ def figure(runs: list[ReportInputs]) -> bytes:
     points = sorted((found.prediction.total_ms, found.score) for found in runs[0].search.frontier)
     axes.plot(*zip(*points, strict=True), color=GREY, marker=".", label="frontier: sum of scores")
     for inputs in runs:
-        chosen, (before, *_, after) = inputs.search.chosen, inputs.children
+        chosen, (before, *_, after) = inputs.search.best, inputs.children
         x = chosen.prediction.total_ms
         axes.scatter([x], [chosen.score], marker="*", s=140, color=VERMILLION, zorder=3)
         axes.annotate(inputs.spec.name, (x, chosen.score), textcoords="offset points", xytext=(6, 6), fontsize=8)

@@ -54,7 +54,7 @@ def refine_planned_search(plan: Plan, context: RunContext) -> None:
         candidates = _measured(0, first, plan, context)
         best = min(candidates, key=_kl)
         for number in range(1, spec.search.iterations + 1):
-            base = best.found.architecture
+            base = best.solution.architecture
             with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
                 side_by_side(score_variants, context)(plan, context, base)
             search = plan.search(base, first.batch_sizes)
@@ -66,7 +66,7 @@ def refine_planned_search(plan: Plan, context: RunContext) -> None:
             if _kl(best_of_round) >= best.measured_kl:
                 break
             best = best_of_round
-        record = RefineRecord(chosen=candidates.index(best), candidates=tuple(candidates))
+        record = RefineRecord(best=candidates.index(best), candidates=tuple(candidates))
         ensure(stage_tasks.store_refinement, work, context, record=record)
         record_refined(plan, context, run, record)
 
@@ -106,7 +106,7 @@ def _measured(
             Candidate(
                 round=number,
                 rank=rank,
-                found=solution.model_copy(update=relative_to_parent),
+                solution=solution.model_copy(update=relative_to_parent),
                 measured_kl=evaluation.kl_nats_per_token,
             )
         )

@@ -15,6 +15,7 @@ from flows.task_runners.choice import check_cluster, check_installed, task_runne
 from puzzle_core.errors import DamagedError, PuzzleError
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work
+from puzzle_core.resources import resources
 from puzzle_core.spec import RunSpec
 from puzzle_core.work import BldWork, ScoreWork
 from tasks.runtime.context import RunContext
@@ -42,9 +43,9 @@ def plan_run(spec: RunSpec, context: RunContext) -> Plan:
     plan = Plan(spec, open_inputs(context, spec.data, spec.target))
     context.drop_finished_checkpoints()
     store = context.store()
-    volume = plan.volume(store.keys(BldWork.stage) | store.keys(ScoreWork.stage))
-    check_disk_space(context, volume.scratch_bytes, volume.store_bytes)
-    if volume.scratch_bytes:
+    needed = resources(plan, done=store.keys(BldWork.stage) | store.keys(ScoreWork.stage))
+    check_disk_space(context, needed.scratch_bytes, needed.store_bytes)
+    if needed.scratch_bytes:
         check_cluster(context)
     return plan
 

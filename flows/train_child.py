@@ -57,8 +57,8 @@ def train_planned_child(plan: Plan, context: RunContext) -> None:
         architectures = children(search)
         for label, architecture in architectures.items():
             ensure(stage_tasks.assemble_child, plan.assemble(architecture), context, label=label)
-        ensure(stage_tasks.distil_child, plan.gkd(search.chosen.architecture), context, run=run)
-        if timing := plan.timing(timed(plan, search), search.chosen.prediction.batch_size):
+        ensure(stage_tasks.distil_child, plan.gkd(search.best.architecture), context, run=run)
+        if timing := plan.timing(timed(plan, search), search.best.prediction.batch_size):
             ensure(stage_tasks.time_models, timing, context)
         side_by_side(evaluate_models, context)(plan, context)
         record_child(plan, context, run, report_work(plan, context))
@@ -83,7 +83,7 @@ def evaluate_models(plan: Plan, context: RunContext) -> None:
 
 def children(search: SearchRecord) -> dict[str, Architecture]:
     """The chosen architecture and the baselines, by label."""
-    return {ASSEMBLED: search.chosen.architecture} | {
+    return {ASSEMBLED: search.best.architecture} | {
         baseline.method: baseline.architecture for baseline in search.baselines
     }
 
@@ -96,18 +96,18 @@ def timed(plan: Plan, search: SearchRecord) -> dict[str, Architecture]:
 def evaluated(plan: Plan, search: SearchRecord) -> dict[str, str | None]:
     """Artifact keys of all evaluated models by label; none for the parent."""
     assembled = {label: plan.assemble(architecture).key for label, architecture in children(search).items()}
-    return {PARENT: None, TRAINED: plan.gkd(search.chosen.architecture).key, **assembled}
+    return {PARENT: None, TRAINED: plan.gkd(search.best.architecture).key, **assembled}
 
 
 def report_work(plan: Plan, context: RunContext) -> ReportWork:
     """The report of a plan; the search must be in the store, and refined if the specification says so."""
     search = find_answer(plan, context)
     parent = Architecture.of_parent(plan.inputs.shape)
-    architectures = {PARENT: parent, ASSEMBLED: search.chosen.architecture, TRAINED: search.chosen.architecture}
+    architectures = {PARENT: parent, ASSEMBLED: search.best.architecture, TRAINED: search.best.architecture}
     architectures |= children(search)
     kinds = {PARENT: "parent", ASSEMBLED: "child", TRAINED: "child"}
     keys = evaluated(plan, search)
-    batch_size = search.chosen.prediction.batch_size
+    batch_size = search.best.prediction.batch_size
     refine = plan.refine()
     costs = plan.costs().get((plan.spec.scenario.name, batch_size))
     return ReportWork(
@@ -118,7 +118,7 @@ def report_work(plan: Plan, context: RunContext) -> ReportWork:
         scores=tuple(work.key for work in plan.all_scores()),
         costs=costs.key if costs else None,
         refine=refine.key if refine else None,
-        gkd=plan.gkd(search.chosen.architecture).key,
+        gkd=plan.gkd(search.best.architecture).key,
         timing=plan.timing(timed(plan, search), batch_size),
         models=tuple(
             ReportedModel(

@@ -28,8 +28,8 @@ class Restriction(NamedTuple):
     """Something that an engine cannot run.
 
     `broken` gives the part of a sentence that says how an architecture breaks it, or none. `constraints` are the values
-    of a search's `form` under which no architecture breaks it. A restriction that excludes a whole kind of variants has
-    none: the kind's row names it (`restricted_by`).
+    of a search's `constraints` under which no architecture breaks it. A restriction that excludes a whole kind of
+    variants has none: the kind's row names it (`restricted_by`).
     """
 
     broken: Callable[[Architecture], str | None]
@@ -211,8 +211,8 @@ def restrictions(engines: Sequence[str]) -> frozenset[str]:
     return frozenset(rule.restriction for engine in engines for rule in ENGINES[engine].rules)
 
 
-def constraints(engines: Sequence[str]) -> dict[str, Any]:
-    """Values of a search's `form` under which every one of these engines runs the child."""
+def required_constraints(engines: Sequence[str]) -> dict[str, Any]:
+    """Values of a search's `constraints` under which every one of these engines runs the child."""
     return {key: value for name in restrictions(engines) for key, value in RESTRICTIONS[name].constraints.items()}
 
 

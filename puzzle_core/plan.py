@@ -3,16 +3,14 @@
 Flows submit what a plan names and the store lacks; `puzzle check` prints the same plan without doing any of it.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
 from puzzle_core.engines import ENGINES
 from puzzle_core.errors import SpecError
 from puzzle_core.records import Record
-from puzzle_core.sizes import DTYPE_BYTES, architecture_parameters, variant_size
 from puzzle_core.spec import RunSpec, ScenarioSpec, VariantsSpec
 from puzzle_core.work import (
     AssembleWork,
@@ -29,9 +27,6 @@ from puzzle_core.work import (
     Traffic,
 )
 
-BLD_STATES = 7
-"""State files that lie on the disk at most while variants train: two each of three layers, and what leaves the last."""
-LARGEST_LOG_PROBABILITIES_BYTES = 2**30
 HELD_OUT_SPLITS = ("scoring", "evaluation")
 
 
@@ -48,15 +43,6 @@ class Inputs(Record):
     held_out_texts: str
     hardware: str
     cost_table: str | None = None
-
-
-class Volume(NamedTuple):
-    """What a run takes at most."""
-
-    scratch_bytes: int
-    store_bytes: int
-    trained_tokens: int
-    forward_tokens: int
 
 
 @dataclass(frozen=True)
@@ -290,28 +276,6 @@ class Plan:
             traffic=_traffic(self.spec.scenario, batch_size),
             target=self.spec.target.model_copy(update={"rounds": self.spec.evaluation.timing_rounds}),
             hardware=self.inputs.hardware,
-        )
-
-    def volume(self, done: Container[str] = frozenset()) -> Volume:
-        """What the run still takes when the artifacts in `done` are there."""
-        spec, shape = self.spec, self.inputs.shape
-        variants = [work for work in self.all_bld() if work.key not in done]
-        scores = [work for work in self.all_scores() if work.key not in done]
-        bld_state = spec.bld.tokens * shape.hidden * DTYPE_BYTES[spec.bld.dtype]
-        scoring_state = spec.scoring.tokens * shape.hidden * DTYPE_BYTES[spec.scoring.dtype]
-        kept = min(LARGEST_LOG_PROBABILITIES_BYTES, spec.scoring.tokens * shape.vocabulary * 4)
-        scratch = [0]
-        if variants:
-            scratch.append(BLD_STATES * bld_state)
-        if scores:
-            scratch.append((2 * shape.layers + 1) * scoring_state + kept)
-        parent = architecture_parameters(shape, Architecture.of_parent(shape)) * DTYPE_BYTES[spec.target.dtype]
-        trained = sum(4 * variant_size(shape, work.variant).parameters for work in variants)
-        return Volume(
-            scratch_bytes=max(scratch),
-            store_bytes=trained + (2 + len(spec.search.baselines)) * parent,
-            trained_tokens=len(variants) * spec.bld.tokens * spec.bld.epochs + spec.gkd.tokens * spec.gkd.epochs,
-            forward_tokens=len(scores) * spec.scoring.tokens,
         )
 
 

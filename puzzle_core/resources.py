@@ -1,24 +1,33 @@
-"""What a run takes before it is started: tasks, tokens, bytes and floating-point operations, by formula. No torch.
+"""Tasks, tokens, bytes and floating-point operations that a run takes, by formula, before it starts. No torch.
 
-Operations are those of matrix products, two for each multiplication with its addition. An attention compares all pairs
-of a window's tokens; kernels that leave the masked half out do fewer. docs/scale.md has the figures of a 70B parent.
+Operations are those of matrix products: two for each multiplication with its addition. An attention compares all pairs
+of a window's tokens; kernels that skip the masked pairs do fewer. docs/scale.md has the figures of a 70B parent.
 """
 
+from collections.abc import Container
 from typing import NamedTuple
 
-from puzzle_core.architecture import Architecture, ModelShape, Variant
-from puzzle_core.plan import BLD_STATES, LARGEST_LOG_PROBABILITIES_BYTES, Plan
-from puzzle_core.sizes import DTYPE_BYTES, architecture_parameters, variant_size
+from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.plan import Plan
+from puzzle_core.sizes import DTYPE_BYTES, LARGEST_LOG_PROBABILITIES_BYTES, architecture_parameters, variant_size
 from puzzle_core.work import BldWork, ScoreWork
 
-FORWARD, BOTH_WAYS, ATTENTION_BOTH_WAYS = 1, 3, 3.5
-"""Forward passes that a forward and a backward pass are worth; attention kernels compute half of theirs again."""
+BLD_STATES = 7
+"""Files of hidden states on the scratch disk during BLD, at most: two for each of three layers, and the last output."""
+FORWARD, FORWARD_BACKWARD, ATTENTION_FORWARD_BACKWARD = 1, 3, 3.5
+"""Cost relative to a forward pass. Attention kernels compute half of their forward pass again in the backward pass."""
 TRAINING_BYTES = 16
-"""Of each trained parameter: weight, gradient and two moments, in float32."""
+"""Bytes per trained parameter: weight, gradient and two moments, in float32."""
+CHECKPOINT_BYTES = 12
+"""Bytes per trained parameter in a checkpoint: weight and two moments, in float32."""
 
 
-class Forecast(NamedTuple):
-    """What one run takes: library, scores, and one child of the given architecture."""
+class Resources(NamedTuple):
+    """What one run takes: its library, its scores, and one child.
+
+    Scratch bytes are the most at any time. `state_bytes` is the size of one file of hidden states in BLD.
+    `gkd_device_bytes` are the weights and states that each process of GKD holds.
+    """
 
     bld_tasks: int
     score_tasks: int
@@ -30,77 +39,109 @@ class Forecast(NamedTuple):
     score_scratch_bytes: int
     library_bytes: int
     child_bytes: int
+    store_bytes: int
     gkd_device_bytes: int
     gkd_checkpoint_bytes: int
     bld_flops: float
     score_flops: float
     gkd_flops: float
 
+    @property
+    def scratch_bytes(self) -> int:
+        """The most at any time: BLD and scores do not use the scratch disk at the same time."""
+        return max(self.bld_scratch_bytes, self.score_scratch_bytes)
 
-def forecast(plan: Plan, child: Architecture, gkd_processes: int = 1) -> Forecast:
-    """What is to come.
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of BLD and GKD."""
+        return self.bld_tokens + self.gkd_tokens
+
+
+def resources(
+    plan: Plan, child: Architecture | None = None, gkd_processes: int = 1, done: Container[str] = frozenset()
+) -> Resources:
+    """The resources of a run.
 
     Args:
-        child: the architecture of the child that GKD trains.
-        gkd_processes: how many processes share GKD; `gkd_device_bytes` is what each holds of weights and states.
+        child: the architecture that GKD trains; that of the parent, the largest child, while it is not known.
+        gkd_processes: number of processes that share GKD.
+        done: keys of artifacts in the store; their trainings and scores take nothing.
     """
     spec, shape = plan.spec, plan.inputs.shape
-    variants, scores = plan.all_bld(), plan.all_scores()
+    variants = [work for work in plan.all_bld() if work.key not in done]
+    scores = [work for work in plan.all_scores() if work.key not in done]
+    parent = Architecture.of_parent(shape)
+    child = child or parent
+    parent_size, child_size = (architecture_parameters(shape, architecture) for architecture in (parent, child))
     bld_tokens = spec.bld.tokens * spec.bld.epochs
-    state, score_state = (part.tokens * shape.hidden * DTYPE_BYTES[part.dtype] for part in (spec.bld, spec.scoring))
-    log_probabilities = min(LARGEST_LOG_PROBABILITIES_BYTES, spec.scoring.tokens * shape.vocabulary * 4)
-    parent_size = architecture_parameters(shape, Architecture.of_parent(shape))
-    child_size = architecture_parameters(shape, child)
-    held = child_size * TRAINING_BYTES + parent_size * DTYPE_BYTES[spec.gkd.dtype]
     gkd_tokens = spec.gkd.tokens * spec.gkd.epochs
-    return Forecast(
+    state, score_state = (part.tokens * shape.hidden * DTYPE_BYTES[part.dtype] for part in (spec.bld, spec.scoring))
+    log_probabilities = min(LARGEST_LOG_PROBABILITIES_BYTES, _log_probability_bytes(plan))
+    library = sum(DTYPE_BYTES["float32"] * variant_size(shape, work.variant).parameters for work in variants)
+    child_bytes = child_size * DTYPE_BYTES[spec.target.dtype]
+    return Resources(
         bld_tasks=len(variants),
         score_tasks=len(scores),
         bld_tokens=len(variants) * bld_tokens,
         score_tokens=len(scores) * spec.scoring.tokens,
         gkd_tokens=gkd_tokens,
         state_bytes=state,
-        bld_scratch_bytes=BLD_STATES * state,
-        score_scratch_bytes=(2 * shape.layers + 1) * score_state + log_probabilities,
-        library_bytes=sum(4 * variant_size(shape, work.variant).parameters for work in variants),
-        child_bytes=child_size * DTYPE_BYTES[spec.target.dtype],
-        gkd_device_bytes=held // gkd_processes,
-        gkd_checkpoint_bytes=child_size * 12,
+        bld_scratch_bytes=BLD_STATES * state if variants else 0,
+        score_scratch_bytes=(2 * shape.layers + 1) * score_state + log_probabilities if scores else 0,
+        library_bytes=library,
+        child_bytes=child_bytes,
+        store_bytes=library + (2 + len(spec.search.baselines)) * child_bytes,
+        gkd_device_bytes=(child_size * TRAINING_BYTES + parent_size * DTYPE_BYTES[spec.gkd.dtype]) // gkd_processes,
+        gkd_checkpoint_bytes=child_size * CHECKPOINT_BYTES,
         bld_flops=bld_tokens * sum(bld_flops(plan, work) for work in variants),
         score_flops=spec.scoring.tokens * sum(score_flops(plan, work) for work in scores),
-        gkd_flops=gkd_tokens * gkd_flops(plan, child, computed_again=gkd_processes > 1),
+        gkd_flops=gkd_tokens * gkd_flops(plan, child, recompute=gkd_processes > 1),
     )
 
 
 def bld_flops(plan: Plan, work: BldWork) -> float:
-    """Operations per token of one variant's training; an attention trains through the parent's FFN."""
+    """Operations per token of one variant's training. The gradient of an attention passes through the parent's FFN."""
     shape, length = plan.inputs.shape, plan.spec.data.sequence_length
     weights, products = _forward(shape, work.variant, length)
     through = 2 * _forward(shape, shape.parent_block.ffn, length)[0] if work.variant.subblock == "attn" else 0
-    return BOTH_WAYS * weights + ATTENTION_BOTH_WAYS * products + through
+    return FORWARD_BACKWARD * weights + ATTENTION_FORWARD_BACKWARD * products + through
 
 
 def score_flops(plan: Plan, work: ScoreWork) -> float:
-    """Operations per token of one score: the block (its FFN alone where the attention is the parent's), what follows
-    it, the head, and the parent's own head again where its predictions are too large to be kept."""
+    """Operations per token of one score: the block, the layers after it, and the head.
+
+    A block with the parent's attention starts at its FFN. The parent's head runs again when its log-probabilities are
+    too large for the scratch disk.
+    """
     shape, length = plan.inputs.shape, plan.spec.data.sequence_length
-    own = shape.parent_block
-    variants = [work.block.ffn] if work.block.attention == own.attention else list(work.block.subblocks)
-    variants += list(own.subblocks) * (shape.layers - 1 - work.layer)
-    kept = plan.spec.scoring.tokens * shape.vocabulary * 4 <= LARGEST_LOG_PROBABILITIES_BYTES
-    return sum(sum(_forward(shape, variant, length)) for variant in variants) + _head(shape) * (1 if kept else 2)
+    parent = shape.parent_block
+    block = _block_forward(shape, work.block, length)
+    if work.block.attention == parent.attention:
+        block = sum(_forward(shape, work.block.ffn, length))
+    heads = 1 if _log_probability_bytes(plan) <= LARGEST_LOG_PROBABILITIES_BYTES else 2
+    return block + (shape.layers - 1 - work.layer) * _block_forward(shape, parent, length) + heads * _head(shape)
 
 
-def gkd_flops(plan: Plan, child: Architecture, computed_again: bool) -> float:
-    """Operations per token of GKD; sharded over processes, every block of the child is computed again going back."""
+def gkd_flops(plan: Plan, child: Architecture, recompute: bool) -> float:
+    """Operations per token of GKD. With `recompute`, the backward pass computes every block of the child again."""
     shape, length = plan.inputs.shape, plan.spec.data.sequence_length
-    parent = [_forward(shape, variant, length) for variant in shape.parent_block.subblocks]
-    total = shape.layers * sum(map(sum, parent)) + _head(shape) * (FORWARD + BOTH_WAYS)
+    total = shape.layers * _block_forward(shape, shape.parent_block, length)
+    total += _head(shape) * (FORWARD + FORWARD_BACKWARD)
     for block in child.layers:
         for variant in block.subblocks:
             weights, products = _forward(shape, variant, length)
-            total += BOTH_WAYS * weights + ATTENTION_BOTH_WAYS * products + computed_again * (weights + products)
+            total += FORWARD_BACKWARD * weights + ATTENTION_FORWARD_BACKWARD * products
+            total += recompute * (weights + products)
     return total
+
+
+def _log_probability_bytes(plan: Plan) -> int:
+    return plan.spec.scoring.tokens * plan.inputs.shape.vocabulary * DTYPE_BYTES["float32"]
+
+
+def _block_forward(shape: ModelShape, block: BlockVariant, length: int) -> float:
+    """Operations per token of a block's forward pass."""
+    return sum(sum(_forward(shape, variant, length)) for variant in block.subblocks)
 
 
 def _forward(shape: ModelShape, variant: Variant, length: int) -> tuple[float, float]:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 from puzzle_core.architecture import Architecture, ModelShape, Variant
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+LARGEST_LOG_PROBABILITIES_BYTES = 2**30
+"""Log-probabilities of the parent up to this size stay on the scratch disk; larger ones are computed again."""
 
 
 class VariantSize(NamedTuple):

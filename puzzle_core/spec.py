@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from puzzle_core.architecture import BlockVariant, ModelShape, Variant, VariantId
 from puzzle_core.credentials import SCHEMA_PATTERN, has_credentials
-from puzzle_core.engines import ServingEngine, constraints, restrictions
+from puzzle_core.engines import ServingEngine, required_constraints, restrictions
 from puzzle_core.quantities import (
     parse_bytes,
     parse_column,
@@ -123,8 +123,8 @@ class VariantsSpec(Record):
         return [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
 
     def served_by(self, engines: tuple[ServingEngine, ...], shape: ModelShape) -> "VariantsSpec":
-        """The same space less the variants that one of these engines runs in no layer."""
-        form = served_form(FormSpec(), engines)
+        """The same space without the variants that one of these engines runs in no layer."""
+        constraints = ConstraintsSpec().for_engines(engines)
         switches = {
             row.spec_field: False
             for row in KINDS.values()
@@ -134,11 +134,10 @@ class VariantsSpec(Record):
         def changed(part: "VariantsSpec | VariantRange") -> dict[str, Any]:
             changes: dict[str, Any] = {name: False for name in switches if getattr(part, name)}
             if part.ids:
-                changes["ids"] = tuple(variant for variant in part.ids if allows(form, engines, variant))
-            if form.ffn_multiple_of > 1 and (part.ffn_ratios, part.ffn_widths) != (None, None):
+                changes["ids"] = tuple(variant for variant in part.ids if constraints.allows(variant, engines))
+            if (multiple := constraints.ffn_multiple_of) > 1 and (part.ffn_ratios, part.ffn_widths) != (None, None):
                 widths = self._widths(part.ffn_ratios or (), part.ffn_widths or (), shape)
-                fitting = tuple(sorted(width for width in widths if not width % form.ffn_multiple_of))
-                changes |= {"ffn_ratios": (), "ffn_widths": fitting}
+                changes |= {"ffn_ratios": (), "ffn_widths": tuple(sorted(w for w in widths if not w % multiple))}
             return changes
 
         layers = tuple(exception.model_copy(update=changed(exception)) for exception in self.layers)
@@ -225,8 +224,8 @@ class LimitsSpec(Record):
     )
     columns: dict[str, str] = Field({}, description="At most: any other column of the cost table, for instance energy")
 
-    def asked(self) -> dict[str, str]:
-        """Every limit that is set, by name; those on columns by the column's name."""
+    def by_name(self) -> dict[str, str]:
+        """Every limit that is set, by name; a limit on another column by the name of the column."""
         named = self.model_dump(exclude={"columns"}, exclude_none=True)
         return named | self.columns
 
@@ -266,7 +265,7 @@ class MixSpec(Record):
     )
     latency: Seconds | None = Field(None, description="At most: weighted mean of prefill plus the whole generation")
 
-    def asked(self) -> dict[str, str]:
+    def by_name(self) -> dict[str, str]:
         """Every limit that is set, by name."""
         return self.model_dump(exclude_none=True)
 
@@ -278,8 +277,8 @@ class KeepSpec(Record):
     ffn: tuple[int, ...] = Field((), description="Layers that keep the parent's FFN")
 
 
-class FormSpec(Record):
-    """What an architecture may look like: rules of whoever serves it."""
+class ConstraintsSpec(Record):
+    """What an architecture must look like, whatever it scores and costs."""
 
     keep: KeepSpec = KeepSpec()
     linear: bool = Field(True, description="Allow linear layers in place of subblocks")
@@ -293,22 +292,20 @@ class FormSpec(Record):
         description="Devices that share every layer: FFN widths are a multiple of it, KV heads too, or divide it",
     )
 
+    def for_engines(self, engines: tuple[ServingEngine, ...]) -> "ConstraintsSpec":
+        """These constraints and those of every engine on sizes and places (puzzle_core/engines.py)."""
+        required = required_constraints(engines)
+        multiple = math.lcm(self.ffn_multiple_of, required.get("ffn_multiple_of", 1))
+        return self.model_copy(update=required | {"ffn_multiple_of": multiple})
 
-def served_form(form: FormSpec, engines: tuple[ServingEngine, ...]) -> FormSpec:
-    """The form, narrowed to the sizes and places that all these engines run (puzzle_core/engines.py)."""
-    update = constraints(engines)
-    multiple = math.lcm(form.ffn_multiple_of, update.get("ffn_multiple_of", 1))
-    return form.model_copy(update=update | {"ffn_multiple_of": multiple})
-
-
-def allows(form: FormSpec, engines: tuple[ServingEngine, ...], variant: Variant) -> bool:
-    """Whether the form and these engines allow a variant anywhere."""
-    row = variant.row
-    if row.restricted_by and not row.restricted_by.isdisjoint(restrictions(engines)):
-        return False
-    if row.form_field and not getattr(form, row.form_field):
-        return False
-    return row.fits_devices(variant.size, form.tensor_parallel) and variant.ffn_width % form.ffn_multiple_of == 0
+    def allows(self, variant: Variant, engines: tuple[ServingEngine, ...]) -> bool:
+        """Whether these constraints and these engines allow a variant in any layer."""
+        row = variant.row
+        if row.restricted_by and not row.restricted_by.isdisjoint(restrictions(engines)):
+            return False
+        if row.constraint_field and not getattr(self, row.constraint_field):
+            return False
+        return row.fits_devices(variant.size, self.tensor_parallel) and variant.ffn_width % self.ffn_multiple_of == 0
 
 
 Baseline = Literal["mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"]
@@ -341,21 +338,16 @@ class SearchSpec(Record):
 
 
 class SearchRequest(Record):
-    """What a search is asked: traffic and limits, rules of form, and how to search."""
+    """The input of a search: traffic and limits, constraints on the architecture, and settings of the search."""
 
     scenario: ScenarioSpec
     more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
     mix: MixSpec | None = None
-    form: FormSpec = FormSpec()
+    constraints: ConstraintsSpec = ConstraintsSpec()
     engines: tuple[ServingEngine, ...] = Field(
         (), description="Serving engines that must all run the child: what one of them cannot is left out"
     )
     search: SearchSpec = SearchSpec()
-
-    @property
-    def served_form(self) -> FormSpec:
-        """The rules of form and of all engines."""
-        return served_form(self.form, self.engines)
 
     @property
     def scenarios(self) -> tuple[ScenarioSpec, ...]:
@@ -368,12 +360,12 @@ class SearchRequest(Record):
         return self.model_copy(update={"scenario": main, "more_scenarios": tuple(more)})
 
     @model_validator(mode="after")
-    def _something_asked(self) -> "SearchRequest":
+    def _some_limit(self) -> "SearchRequest":
         names = [scenario.name for scenario in self.scenarios]
         if len(set(names)) < len(names):
             raise ValueError(f"scenarios {', '.join(names)}: give every scenario its own name")
-        asked = [scenario.limits.asked() for scenario in self.scenarios] + [self.mix.asked() if self.mix else {}]
-        if not any(asked):
+        limits = [scenario.limits.by_name() for scenario in self.scenarios]
+        if not any(limits) and not (self.mix and self.mix.by_name()):
             known = ", ".join(name for name in LimitsSpec.model_fields)
             raise ValueError(f"no limit given: set at least one of {known} under scenario.limits")
         return self
@@ -490,7 +482,7 @@ class RunSpec(Record):
     scenario: ScenarioSpec
     more_scenarios: tuple[ScenarioSpec, ...] = Field((), description="Other traffic that the same child must serve")
     mix: MixSpec | None = Field(None, description="Limits on the weighted mix of all scenarios")
-    form: FormSpec = FormSpec()
+    constraints: ConstraintsSpec = ConstraintsSpec()
     engines: tuple[ServingEngine, ...] = Field(
         (), description="Serving engines that must all run the child: what one of them cannot is left out"
     )
@@ -529,12 +521,12 @@ class RunSpec(Record):
     @model_validator(mode="after")
     def _whole_windows(self) -> "RunSpec":
         window = self.data.sequence_length
-        asked = {"bld.batch_tokens": self.bld.batch_tokens, "gkd.batch_tokens": self.gkd.batch_tokens}
+        batches = {"bld.batch_tokens": self.bld.batch_tokens, "gkd.batch_tokens": self.gkd.batch_tokens}
         if self.gkd.micro_batch_tokens:
-            asked["gkd.micro_batch_tokens"] = self.gkd.micro_batch_tokens
+            batches["gkd.micro_batch_tokens"] = self.gkd.micro_batch_tokens
             if self.gkd.batch_tokens % self.gkd.micro_batch_tokens:
                 raise ValueError("gkd.batch_tokens must be a multiple of gkd.micro_batch_tokens")
-        for name, tokens in asked.items():
+        for name, tokens in batches.items():
             if tokens % window:
                 raise ValueError(f"{name} is {tokens}, not a multiple of data.sequence_length ({window})")
         return self

@@ -252,7 +252,7 @@ class SearchWork(Work):
     """
 
     stage: ClassVar[str] = "search"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     parent: str
     shape: ModelShape
@@ -309,7 +309,7 @@ class ReportWork(Work):
     """Everything a report shows, by key; `spec` without its runtime part."""
 
     stage: ClassVar[str] = "report"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     spec: RunSpec
     shape: ModelShape

@@ -12,6 +12,9 @@ from puzzle_core.errors import SpecError
 
 Model = TypeVar("Model", bound=BaseModel)
 
+RENAMED_KEYS = {"form": "constraints"}
+"""Old names of keys. A record that has the new key refuses the old one with the new one's name."""
+
 
 def read_keys(path: Path, what: str, hint: str) -> dict[str, Any]:
     """The keys and values of a YAML file, not validated yet.
@@ -57,7 +60,10 @@ def _explain(error: dict[str, Any], model: type[BaseModel], what: str) -> str:
     place = ".".join(str(part) for part in error["loc"]) or what
     if error["type"] == "extra_forbidden":
         known = _fields_at(model, error["loc"][:-1])
-        nearest = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        key = str(error["loc"][-1])
+        if RENAMED_KEYS.get(key) in known:
+            return f"{place}: `{key}` is now `{RENAMED_KEYS[key]}`"
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys here: {', '.join(known)}"
         return f"{place}: unknown key; {hint}"
     message = str(error["msg"]).removeprefix("Value error, ")

@@ -22,9 +22,9 @@ from puzzle_core.model.activations import drop_layer
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.plan import Inputs
 from puzzle_core.records import digest_file
-from puzzle_core.search import run_search
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table, score_table, unscored_table
+from puzzle_core.search.run_search import check_feasible, find_architecture
 from puzzle_core.search.search_record import RefineRecord
 from puzzle_core.search.table_files import read_costs
 from puzzle_core.search.tables import CostTable
@@ -201,7 +201,7 @@ def check_limits(work: SearchWork, target: TargetSpec, context: RunContext) -> N
     Raises:
         InfeasibleError: no architecture can.
     """
-    run_search.check_feasible(
+    check_feasible(
         ProblemBuilder(work.request, unscored_table(work.variants, work.shape), _costs(work, target, context))
     )
 
@@ -214,7 +214,7 @@ def search_architecture(work: SearchWork, target: TargetSpec, context: RunContex
     base, objective = work.base.architecture if work.base else None, work.request.search.objective
     scores = score_table(records, work.composition, objective, work.variants, work.shape, base)
     return produce(
-        work, context, lambda _: run_search.run(ProblemBuilder(work.request, scores, _costs(work, target, context)))
+        work, context, lambda _: find_architecture(ProblemBuilder(work.request, scores, _costs(work, target, context)))
     )
 
 
@@ -290,10 +290,11 @@ def time_models(work: TimingWork, context: RunContext) -> str:
 @stage_task("report", "report")
 def write_report(work: ReportWork, context: RunContext) -> str:
     """Write the tables and figures of the whole run."""
-    from puzzle_core.report import collect, report
+    from puzzle_core.report import collect
+    from puzzle_core.report.report import render_report
 
     inputs = collect.collect(work, lambda key: context.store().manifest(key).record)
-    return produce(work, context, lambda out: report.run(inputs, out))
+    return produce(work, context, lambda out: render_report(inputs, out))
 
 
 def _costs(work: SearchWork, target: TargetSpec, context: RunContext) -> CostTable:

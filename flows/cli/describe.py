@@ -9,6 +9,7 @@ from puzzle_core.plan import Plan
 from puzzle_core.records import Work
 from puzzle_core.report.report_tables import Table, format_text
 from puzzle_core.report.units import NONE, number_text, percent_text
+from puzzle_core.resources import resources
 from puzzle_core.spec import RunSpec
 from tasks.runtime.context import RunContext
 from tasks.stage_tasks import open_inputs
@@ -31,8 +32,8 @@ def describe_targets(spec: RunSpec, directory: Path) -> str:
         if record is None:
             rows.append((search.target, costs, "no", NONE, NONE))
             continue
-        share = record.chosen.prediction.total_ms / record.parent.total_ms
-        rows.append((search.target, costs, "yes", number_text(record.chosen.score), percent_text(share)))
+        share = record.best.prediction.total_ms / record.parent.total_ms
+        rows.append((search.target, costs, "yes", number_text(record.best.score), percent_text(share)))
     return (
         format_text(
             Table(
@@ -55,7 +56,7 @@ def describe_plan(spec: RunSpec) -> str:
     context = RunContext.of(spec)
     check_installed(context)
     plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target))
-    shape, volume, store = plan.inputs.shape, plan.volume(), context.store()
+    shape, needed, store = plan.inputs.shape, resources(plan), context.store()
     stages: dict[str, Sequence[Work]] = {
         "tokens": [plan.tokens(split) for split in ("calibration", "bld", "gkd", "scoring", "evaluation")],
         "importance": [plan.importance()],
@@ -81,8 +82,8 @@ def describe_plan(spec: RunSpec) -> str:
     lines += [
         "",
         "if nothing were in the store:",
-        f"  scratch disk: {volume.scratch_bytes / 2**20:,.0f} MiB",
-        f"  store: {volume.store_bytes / 2**20:,.0f} MiB",
-        f"  tokens: {volume.trained_tokens:,} trained on, {volume.forward_tokens:,} scored",
+        f"  scratch disk: {needed.scratch_bytes / 2**20:,.0f} MiB",
+        f"  store: {needed.store_bytes / 2**20:,.0f} MiB",
+        f"  tokens: {needed.trained_tokens:,} trained on, {needed.score_tokens:,} scored",
     ]
     return "\n".join(lines) + "\n"

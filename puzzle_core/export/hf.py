@@ -98,7 +98,7 @@ def refusal_reasons(source: Source, widths: Widths) -> list[str]:
     if off_grid and widths == "grid":
         listed = ", ".join(f"layer {layer} {variant}" for layer, variant in off_grid.items())
         reasons.append(
-            f"FFN widths must be multiples of {WIDTH_GRID} ({listed}): search with `form: {{ffn_multiple_of: "
+            f"FFN widths must be multiples of {WIDTH_GRID} ({listed}): search with `constraints: {{ffn_multiple_of: "
             f"{WIDTH_GRID}}}`, or export with `--widths pad` (zero channels up to the next multiple) or `--widths any` "
             f"(vLLM and transformers only)"
         )

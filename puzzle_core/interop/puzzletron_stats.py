@@ -1,8 +1,8 @@
 """The costs of a puzzletron campaign, `subblock_stats.json`, as rows of a cost table.
 
-The file is a list of profiles. Each holds for one batch size, prompt and generation length and set of precisions
-(`args`), and has costs of every subblock in every layer, and of what lies outside (`non_block`). Memory there is in
-MiB and of the whole batch, times are in ms for the whole batch and generation:
+The file is a list of profiles. Each profile is for one batch size, prompt length, generation length and set of
+precisions (`args`). It has the costs of every subblock in every layer, and outside the blocks (`non_block`). Memory is
+in MiB for the whole batch, times are in ms for the whole batch and generation:
 
     memory_mib                     memory_bytes         weights and KV cache of the batch at its full context
     kv_cache_memory_mib            kv_bytes_per_token   over (batch_size + prefill_queue_size) * sequence length
@@ -30,7 +30,7 @@ _SUBBLOCKS: dict[str, tuple[str, Subblock]] = {"AttentionConfig": ("attention", 
 _MAY_DIFFER = {"batch_size", "prefill_seq_len", "generation_seq_len"}
 
 
-class Traffic(NamedTuple):
+class TrafficLengths(NamedTuple):
     """Tokens of one request."""
 
     prompt_tokens: int
@@ -38,7 +38,7 @@ class Traffic(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How the scenario of this traffic is called."""
+        """The name of the scenario."""
         return f"{self.prompt_tokens}-in-{self.generated_tokens}-out"
 
 
@@ -74,29 +74,29 @@ class _Profile(Foreign):
 
 
 @dataclass(frozen=True)
-class Costs:
-    """The costs that were taken.
+class CampaignCosts:
+    """The costs of the profiles that were read.
 
     Attributes:
-        table: as a search reads them.
-        batch_sizes: those of every kind of traffic.
+        table: the costs, for a search.
+        batch_sizes: by the lengths of the traffic.
         hidden, heads: hidden width and query heads of the parent.
         precision: types of weights, activations and KV cache.
-        left: how many profiles of the file were not taken.
+        left: number of profiles of the file that were not read.
     """
 
     table: CostTable
-    batch_sizes: Mapping[Traffic, list[int]]
+    batch_sizes: Mapping[TrafficLengths, list[int]]
     hidden: int
     heads: int
     precision: str
     left: int
 
     def check_covers(self, layer: int, block: BlockVariant) -> None:
-        """Whether every column is there for this block, in every traffic and at every batch size.
+        """Check that this block has every column, in every traffic and at every batch size.
 
         Raises:
-            CoverageError: one is not; names the half, the column and the place.
+            CoverageError: one is missing; names the subblock, the column and the place.
         """
         for traffic, batch_sizes in self.batch_sizes.items():
             for batch_size in batch_sizes:
@@ -112,73 +112,70 @@ class Costs:
             yield {"subblock": subblock, "variant": variant, **where, **row.values}
 
 
-def read_stats(path: Path, wanted: Mapping[str, str]) -> Costs:
+def read_stats(path: Path, wanted: Mapping[str, str]) -> CampaignCosts:
     """The costs of a campaign.
 
     Args:
         path: the file.
-        wanted: values of `args`, by key, that profiles must have. Where they say no precision and there are profiles
-            in bfloat16 throughout, those are taken: no other precision is timed there.
+        wanted: values of `args`, by key, that a profile must have. Without a precision among them, profiles that are
+            all bfloat16 come first: the campaign times no other precision.
 
     Raises:
-        PuzzleError: the file is damaged or holds other things than attention and FFN, no profile is as wanted, or
-            those that are differ in more than batch size and sequence lengths.
+        PuzzleError: the file is damaged or has subblocks other than attention and FFN, no profile matches `wanted`, or
+            matching profiles differ in more than batch size and sequence lengths.
     """
     profiles = read_json(path, "the costs", list)
     named = {f"{path.name} profile {number}": content for number, content in enumerate(profiles)}
     parsed = {place: parse_foreign(_Profile, content, place) for place, content in named.items()}
-    taken = _as_wanted(path, parsed, wanted)
-    args = {place: parse_foreign(_Args, profile.args, f"{place}, args") for place, profile in taken.items()}
-    batch_sizes: dict[Traffic, list[int]] = {}
-    for place, its in args.items():
-        sizes = batch_sizes.setdefault(Traffic(its.prefill_seq_len, its.generation_seq_len), [])
-        if its.batch_size in sizes:
-            raise SpecError(f"{place}: its batch size and sequence lengths were in a profile before")
-        sizes.append(its.batch_size)
-    rows = [row for place, profile in taken.items() for row in _rows(profile, args[place], place)]
-    first, precision = next(iter(args.values())), next(iter(taken.values())).args
-    return Costs(
+    matching = _matching(path, parsed, wanted)
+    args = {place: parse_foreign(_Args, profile.args, f"{place}, args") for place, profile in matching.items()}
+    batch_sizes: dict[TrafficLengths, list[int]] = {}
+    for place, arguments in args.items():
+        lengths = TrafficLengths(arguments.prefill_seq_len, arguments.generation_seq_len)
+        sizes = batch_sizes.setdefault(lengths, [])
+        if arguments.batch_size in sizes:
+            raise SpecError(f"{place}: an earlier profile has the same batch size and sequence lengths")
+        sizes.append(arguments.batch_size)
+    rows = [row for place, profile in matching.items() for row in _rows(profile, args[place], place)]
+    first, precision = next(iter(args.values())), next(iter(matching.values())).args
+    return CampaignCosts(
         table=CostTable(tuple(rows)),
         batch_sizes={traffic: sorted(sizes) for traffic, sizes in sorted(batch_sizes.items())},
         hidden=first.n_embd,
         heads=first.n_head,
         precision=", ".join(f"{key.removesuffix('_dtype')} {_text(precision.get(key))}" for key in _DTYPES),
-        left=len(parsed) - len(taken),
+        left=len(parsed) - len(matching),
     )
 
 
-def _as_wanted(path: Path, profiles: Mapping[str, _Profile], wanted: Mapping[str, str]) -> dict[str, _Profile]:
-    """The profiles that are meant, which may differ in batch size and sequence lengths only."""
-    taken = {
+def _matching(path: Path, profiles: Mapping[str, _Profile], wanted: Mapping[str, str]) -> dict[str, _Profile]:
+    """The profiles with the wanted values, which may differ in batch size and sequence lengths only."""
+    matching = {
         place: profile
         for place, profile in profiles.items()
         if all(_text(profile.args.get(key)) == _text(value) for key, value in wanted.items())
     }
-    if not taken:
-        asked = ", ".join(f"{key}={value}" for key, value in wanted.items()) or "any"
-        raise SpecError(f"none of the {len(profiles)} profiles in {path} has {asked}; there are: {_values(profiles)}")
-    plain = {
-        p: profile for p, profile in taken.items() if {_text(profile.args.get(k)) for k in _DTYPES} == {"bfloat16"}
+    if not matching:
+        values = ", ".join(f"{key}={value}" for key, value in wanted.items()) or "any"
+        raise SpecError(f"none of the {len(profiles)} profiles in {path} has {values}; there are: {_values(profiles)}")
+    bfloat16 = {
+        p: profile for p, profile in matching.items() if {_text(profile.args.get(k)) for k in _DTYPES} == {"bfloat16"}
     }
-    if plain and not wanted.keys() & set(_DTYPES):
-        taken = plain
-    if differing := _values(taken):
+    if bfloat16 and not wanted.keys() & set(_DTYPES):
+        matching = bfloat16
+    if differing := _values(matching):
         raise SpecError(
-            f"{path} holds costs for several settings ({differing}), and one search takes one: say which, for instance "
+            f"{path} holds costs for several settings ({differing}), and a search takes one: choose with "
             f"--stats {differing.split(',')[0].replace(' ', '')}"
         )
-    return taken
+    return matching
 
 
 def _values(profiles: Mapping[str, _Profile]) -> str:
-    """Every key of `args` that must be equal and is not, with its values."""
+    """Every key of `args` that should be equal in all profiles and is not, with its values."""
     keys = sorted({key for profile in profiles.values() for key in profile.args} - _MAY_DIFFER)
-    found = {key: sorted({_text(profile.args.get(key)) for profile in profiles.values()}) for key in keys}
-    return "; ".join(f"{key}={', '.join(values)}" for key, values in found.items() if len(values) > 1)
-
-
-def _precisions(profile: _Profile) -> set[str]:
-    return {_text(profile.args.get(key)) for key in _DTYPES}
+    values_of = {key: sorted({_text(profile.args.get(key)) for profile in profiles.values()}) for key in keys}
+    return "; ".join(f"{key}={', '.join(values)}" for key, values in values_of.items() if len(values) > 1)
 
 
 def _text(value: Any) -> str:
@@ -186,7 +183,7 @@ def _text(value: Any) -> str:
 
 
 def _rows(profile: _Profile, args: _Args, place: str) -> Iterator[CostRow]:
-    scenario = Traffic(args.prefill_seq_len, args.generation_seq_len).name
+    scenario = TrafficLengths(args.prefill_seq_len, args.generation_seq_len).name
     context = (args.batch_size + args.prefill_queue_size) * (args.prefill_seq_len + args.generation_seq_len)
     for number, costs in enumerate(profile.subblocks):
         origin = f"{place} subblock {number}"
@@ -198,7 +195,7 @@ def _rows(profile: _Profile, args: _Args, place: str) -> Iterator[CostRow]:
     outside = _values_of(profile.non_block)
     for column in _TIMES.values():
         if column not in outside and any(column in _values_of(costs) for costs in profile.subblocks):
-            raise CoverageError(f"{place} times its subblocks and not what lies outside: non_block has no {column}")
+            raise CoverageError(f"{place} times its subblocks, and its non_block has no {column}")
     yield CostRow(OUTSIDE, outside, None, args.batch_size, scenario, f"{place} non_block")
 
 

@@ -20,7 +20,7 @@ from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import StorageError
 from puzzle_core.model.parent import Parent
 from puzzle_core.model.surgery import Subblocks, load_subblocks
-from puzzle_core.plan import LARGEST_LOG_PROBABILITIES_BYTES
+from puzzle_core.sizes import LARGEST_LOG_PROBABILITIES_BYTES
 from puzzle_core.state_dict import State
 
 FORWARD_TOKENS = 4096

@@ -95,7 +95,7 @@ def quality_figure(inputs: ReportInputs) -> Figure:
     x = f"prefill + decode, predicted ({unit})"
     label_axes(left, "Predicted", x, f"sum of scores ({OBJECTIVE_UNITS[search.objective]})")
     label_axes(right, "Measured on assembled models", x, "KL to the parent (nats per token)")
-    found = (search.chosen, *search.baselines, *search.frontier)
+    found = (search.best, *search.baselines, *search.frontier)
     log_scale_to_zero(left, [f.score for f in found])
     log_scale_to_zero(right, [model.evaluation.kl_nats_per_token for model in inputs.models])
     least_ms = min(f.prediction.total_ms for f in found)
@@ -188,7 +188,7 @@ def _draw_predicted(axes: Axes, inputs: ReportInputs, scale: float) -> None:
     for (marker, colour), found in zip(_styles(search.baselines), search.baselines, strict=True):
         _mark(axes, found.prediction.total_ms / scale, found.score, marker, colour, derived.method_name(found))
     _mark(axes, search.parent.total_ms / scale, 0, "o", BLACK, "parent")
-    chosen = search.chosen
+    chosen = search.best
     _mark(axes, chosen.prediction.total_ms / scale, chosen.score, "*", VERMILLION, "child, after assembly")
 
 
@@ -200,7 +200,7 @@ def _draw_measured(axes: Axes, inputs: ReportInputs, scale: float) -> None:
             kl = model.evaluation.kl_nats_per_token
             _mark(axes, found.prediction.total_ms / scale, kl, marker, colour, derived.method_name(found))
     _mark(axes, search.parent.total_ms / scale, inputs.parent.evaluation.kl_nats_per_token, "o", BLACK, "parent")
-    x, kls = search.chosen.prediction.total_ms / scale, [c.evaluation.kl_nats_per_token for c in inputs.children]
+    x, kls = search.best.prediction.total_ms / scale, [c.evaluation.kl_nats_per_token for c in inputs.children]
     _mark(axes, x, kls[0], "*", VERMILLION, "child, after assembly")
     if len(kls) > 1:
         axes.annotate("", (x, kls[-1]), (x, kls[0]), arrowprops={"arrowstyle": "->", "color": VERMILLION})
@@ -245,7 +245,7 @@ def _draw_times(axes: Axes, inputs: ReportInputs) -> None:
 def _score_points(inputs: ReportInputs) -> list[tuple[str, float, float]]:
     """Names, measured KL and predicted score of what was assembled."""
     search = inputs.search
-    named = [("MIP (chosen)", search.chosen), *((derived.method_name(f), f) for f in search.baselines)]
+    named = [("MIP (chosen)", search.best), *((derived.method_name(f), f) for f in search.baselines)]
     pairs = [(name, found, derived.measured(inputs, found.architecture)) for name, found in named]
     points = [(name, m.evaluation.kl_nats_per_token, found.score) for name, found, m in pairs if m]
     return [point for point in points if point[1] > 0 and point[2] > 0]

@@ -13,7 +13,7 @@ from puzzle_core.report import derived, report_tables
 from puzzle_core.report.figures import all_figures
 from puzzle_core.report.plotting import png_bytes
 from puzzle_core.report.report_inputs import ReportInputs
-from puzzle_core.report.report_warnings import flags
+from puzzle_core.report.report_warnings import report_warnings
 from puzzle_core.report.units import (
     count_text,
     duration_text,
@@ -37,13 +37,13 @@ CAPTIONS = {
 
 
 class ReportRecord(Record):
-    """What a report is called, where its pages lie, and what it says in numbers and warnings."""
+    """Title and files of a report, its headline numbers, and its warnings."""
 
     title: str
     markdown: str
     html: str
     headline: dict[str, float]
-    flags: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 class _Picture(NamedTuple):
@@ -52,7 +52,7 @@ class _Picture(NamedTuple):
     data: str
 
 
-def run(inputs: ReportInputs, out_dir: Path) -> ReportRecord:
+def render_report(inputs: ReportInputs, out_dir: Path) -> ReportRecord:
     """Write `report.md`, `report.html`, `report.json` (the inputs) and `figures/*.png`."""
     pictures = {name: _write_figure(name, figure, out_dir) for name, figure in all_figures(inputs).items()}
     record = ReportRecord(
@@ -60,7 +60,7 @@ def run(inputs: ReportInputs, out_dir: Path) -> ReportRecord:
         markdown=MARKDOWN,
         html=HTML,
         headline=derived.headline(inputs),
-        flags=tuple(flags(inputs)),
+        warnings=tuple(report_warnings(inputs)),
     )
     environment = _environment()
     for file in (MARKDOWN, HTML):
@@ -115,7 +115,7 @@ def headline_sentence(inputs: ReportInputs) -> str:
 
 def making_table(inputs: ReportInputs) -> report_tables.Table:
     """How the child came to be: parent, hardware, tokens, hours, and how the search ended."""
-    spec, chosen = inputs.spec, inputs.search.chosen
+    spec, chosen = inputs.spec, inputs.search.best
     tokens, seconds = sum(r.tokens for r in inputs.bld), sum(r.seconds for r in inputs.bld)
     ended = "proved best" if chosen.optimal else f"gap {percent_text(chosen.gap)}"
     rows = [

@@ -72,4 +72,4 @@ class ReportInputs(Record):
     @property
     def batch_size(self) -> int:
         """The batch size that the search chose, which all times hold for."""
-        return self.search.chosen.prediction.batch_size
+        return self.search.best.prediction.batch_size

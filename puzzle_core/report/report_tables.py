@@ -22,10 +22,10 @@ from puzzle_core.report.units import (
     speed_text,
     times_text,
 )
-from puzzle_core.search.search_record import FoundArchitecture, LimitUse, Price
+from puzzle_core.search.search_record import FoundArchitecture, LimitPrice, LimitUse
 from puzzle_core.work import BldRecord
 
-LIMIT_COLUMNS = ("limit", "scenario", "asked for", "allowed", "predicted", "slack", "one step more", "would gain")
+LIMIT_COLUMNS = ("limit", "scenario", "asked for", "allowed", "predicted", "slack", "step", "gain of step")
 OBJECTIVE_UNITS = {"kl": "KL, nats per token", "lm_loss": "LM loss, nats per token", "disagreement": "share of tokens"}
 
 
@@ -114,7 +114,7 @@ def baselines_table(inputs: ReportInputs) -> Table:
     """The chosen architecture beside what other ways to choose come to at the same limits, none of them distilled."""
     search = inputs.search
     others = [(f"MIP, solution {rank}", found) for rank, found in enumerate(search.solutions[1:], start=2)]
-    named = [("MIP (chosen)", search.chosen), *others, *((derived.method_name(f), f) for f in search.baselines)]
+    named = [("MIP (chosen)", search.best), *others, *((derived.method_name(f), f) for f in search.baselines)]
     rows = [_found_row(inputs, name, found) for name, found in named]
     placed = {found.architecture for _, found in named}
     rows += [
@@ -137,10 +137,10 @@ def shortlist_table(inputs: ReportInputs) -> Table:
     refine = inputs.refine
     rows = [
         (
-            f"round {candidate.round}, solution {candidate.rank}" + (" (chosen)" if number == refine.chosen else ""),
-            number_text(candidate.found.score),
+            f"round {candidate.round}, solution {candidate.rank}" + (" (chosen)" if number == refine.best else ""),
+            number_text(candidate.solution.score),
             number_text(candidate.measured_kl),
-            percent_text(derived.block_time_share(inputs, candidate.found.prediction)),
+            percent_text(derived.block_time_share(inputs, candidate.solution.prediction)),
         )
         for number, candidate in enumerate(refine.candidates if refine else ())
         if refine
@@ -159,7 +159,7 @@ def limits_table(inputs: ReportInputs) -> Table:
     return Table(
         title="Limits",
         columns=LIMIT_COLUMNS,
-        rows=tuple(limit_row(use, inputs.search.prices) for use in inputs.search.chosen.limits),
+        rows=tuple(limit_row(use, inputs.search.prices) for use in inputs.search.best.limits),
         text_columns=3,
         note="Shares are of the parent's own predicted value. Block times leave out what lies outside the blocks.",
     )
@@ -297,19 +297,19 @@ def _quality_cells(inputs: ReportInputs, model: ModelResult | None) -> tuple[str
     return number_text(evaluation.kl_nats_per_token), number_text(evaluation.perplexity), kept
 
 
-def limit_row(use: LimitUse, prices: Sequence[Price]) -> tuple[str, ...]:
+def limit_row(use: LimitUse, prices: Sequence[LimitPrice]) -> tuple[str, ...]:
     """One limit: asked, allowed, used, what is left, and what a looser limit would buy in score."""
-    slack = use.allowed - use.used if use.sense == "at_most" else use.used - use.allowed
+    slack = use.threshold - use.usage if use.sense == "at_most" else use.usage - use.threshold
     price = next((p for p in prices if (p.scenario, p.limit) == (use.scenario, use.name)), None)
     return (
         use.name.replace("_", " "),
         use.scenario,
-        use.asked,
-        f"{'≤' if use.sense == 'at_most' else '≥'} {_in_unit(use.allowed, use.unit)}",
-        _in_unit(use.used, use.unit),
-        f"{_in_unit(slack, use.unit)} ({percent_text(slack / use.allowed)})",
+        use.text,
+        f"{'≤' if use.sense == 'at_most' else '≥'} {_in_unit(use.threshold, use.unit)}",
+        _in_unit(use.usage, use.unit),
+        f"{_in_unit(slack, use.unit)} ({percent_text(slack / use.threshold)})",
         _in_unit(price.step, price.unit) if price else NONE,
-        number_text(price.gained) if price else NONE,
+        number_text(price.gain) if price else NONE,
     )
 
 

@@ -1,4 +1,4 @@
-"""What in a run looks suspicious: sentences for whoever decides about the child. Nothing here is an error."""
+"""Warnings: sentences on suspicious results, for the person who accepts or rejects the child. None is an error."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,11 @@ from puzzle_core.architecture import EMPTY_BLOCK
 from puzzle_core.report import derived
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.report.units import duration_text, number_text, percent_text, signed_percent_text, times_text
-from puzzle_core.search.search_record import Prediction
+from puzzle_core.search.search_record import Prediction, SearchRecord
 from puzzle_core.work import Timing
 
 EMPTY_SHARE, TIME_ERROR, TIME_SPREAD, KL_MARGIN = 0.5, 0.15, 0.15, 0.05
-"""More layers empty, predictions further off, rounds further apart, a baseline better by more: worth a sentence."""
+"""A warning appears above these shares: empty layers, error of predicted times, spread of times, gain of a baseline."""
 
 _MEASURED: dict[str, Callable[[Timing], float]] = {
     "time_to_first_token": lambda timing: timing.prefill_ms,
@@ -20,21 +20,43 @@ _MEASURED: dict[str, Callable[[Timing], float]] = {
 }
 
 
-def flags(inputs: ReportInputs) -> list[str]:
-    """Every sentence that applies, the gravest first."""
+def report_warnings(inputs: ReportInputs) -> list[str]:
+    """Every sentence that applies, the most serious first."""
     return [
         *_child_not_faster(inputs),
         *_measured_limits(inputs),
         *_worse_after_gkd(inputs),
         *_better_baselines(inputs),
-        *_empty_layers(inputs),
         *_predictions_off(inputs),
         *_noisy_times(inputs),
         *_bld_learnt_nothing(inputs),
-        *_search_not_proved(inputs),
-        *inputs.search.flags,
-        *(f"Left out: {what}. {reason}" for what, reason in inputs.search.skipped.items()),
+        *search_warnings(inputs.search),
     ]
+
+
+def search_warnings(search: SearchRecord) -> list[str]:
+    """Sentences on the best architecture of a search, and the reasons for what the search left out."""
+    best = search.best
+    layers = len(best.architecture.layers)
+    covered = sum(span - 1 for span in best.spans.values())
+    empty = sum(block == EMPTY_BLOCK for block in best.architecture.layers) - covered
+    warnings = []
+    if empty > EMPTY_SHARE * layers:
+        warnings.append(
+            f"{empty} of {layers} layers are empty: for such limits, a smaller parent may be the better start."
+        )
+    if best.score > search.largest_score:
+        warnings.append(
+            f"The score {number_text(best.score)} is above every measured score (at most "
+            f"{number_text(search.largest_score)}): a sum of scores is least certain there. Assemble and evaluate the "
+            "child before you trust it."
+        )
+    if not best.optimal:
+        warnings.append(
+            f"The search stopped after {duration_text(best.seconds)} with a gap of {percent_text(best.gap)}: a better "
+            "architecture may exist. Raise search.time_limit_s."
+        )
+    return warnings + [f"Left out: {name}. {reason}" for name, reason in search.omissions.items()]
 
 
 def _child_not_faster(inputs: ReportInputs) -> list[str]:
@@ -48,26 +70,26 @@ def _child_not_faster(inputs: ReportInputs) -> list[str]:
 
 
 def _measured_limits(inputs: ReportInputs) -> list[str]:
-    """Limits that measured times do not hold; shares of the parent's refer to its measured time."""
+    """Limits that the measured times exceed. A share refers to the measured time of the parent."""
     timing, parent = inputs.child.timing, inputs.parent.timing
     if timing is None or parent is None:
         return []
-    found = []
-    for use in inputs.search.chosen.limits:
+    warnings = []
+    for use in inputs.search.best.limits:
         time_of = _MEASURED.get(use.name)
         if time_of is None or use.scenario != inputs.spec.scenario.name:
             continue
-        predicted = inputs.search.chosen.prediction
+        predicted = inputs.search.best.prediction
         used = time_of(timing) / time_of(_as_timing(predicted))
-        allowed = use.allowed / use.used if use.sense == "at_most" else use.used / use.allowed
-        if use.asked.rstrip().endswith("%"):
+        allowed = use.threshold / use.usage if use.sense == "at_most" else use.usage / use.threshold
+        if use.text.rstrip().endswith("%"):
             allowed *= time_of(parent) / time_of(_as_timing(inputs.search.parent))
         if used > allowed:
-            found.append(
+            warnings.append(
                 f"The limit on {use.name.replace('_', ' ')} holds as predicted, and not as measured: the child takes "
                 f"{percent_text(used / allowed - 1)} more time than allowed."
             )
-    return found
+    return warnings
 
 
 def _as_timing(predicted: Prediction) -> Timing:
@@ -85,25 +107,17 @@ def _worse_after_gkd(inputs: ReportInputs) -> list[str]:
 
 
 def _better_baselines(inputs: ReportInputs) -> list[str]:
-    chosen = derived.measured(inputs, inputs.search.chosen.architecture)
-    if chosen is None:
+    best = derived.measured(inputs, inputs.search.best.architecture)
+    if best is None:
         return []
-    own = chosen.evaluation.kl_nats_per_token
-    better = [model for model in inputs.baselines if model.evaluation.kl_nats_per_token < (1 - KL_MARGIN) * own]
+    kl = best.evaluation.kl_nats_per_token
+    better = [model for model in inputs.baselines if model.evaluation.kl_nats_per_token < (1 - KL_MARGIN) * kl]
     return [
         f"The baseline {model.name} has a lower measured KL ({number_text(model.evaluation.kl_nats_per_token)}) than "
-        f"the architecture that the search chose ({number_text(own)}), both before distillation: the library is weak, "
+        f"the architecture that the search chose ({number_text(kl)}), both before distillation: the library is weak, "
         "or scores do not add up here."
         for model in better
     ]
-
-
-def _empty_layers(inputs: ReportInputs) -> list[str]:
-    layers = inputs.child.architecture.layers
-    empty = sum(block == EMPTY_BLOCK for block in layers)
-    if empty <= EMPTY_SHARE * len(layers):
-        return []
-    return [f"{empty} of {len(layers)} layers are empty: for such limits, a smaller parent may be the better start."]
 
 
 def _predictions_off(inputs: ReportInputs) -> list[str]:
@@ -136,13 +150,3 @@ def _bld_learnt_nothing(inputs: ReportInputs) -> list[str]:
         return []
     some = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
     return [f"BLD did not lower the loss of {len(idle)} of {len(inputs.bld)} variants ({some})."]
-
-
-def _search_not_proved(inputs: ReportInputs) -> list[str]:
-    chosen = inputs.search.chosen
-    if chosen.optimal:
-        return []
-    return [
-        f"The search stopped after {duration_text(chosen.seconds)} with a gap of {percent_text(chosen.gap)}: a better "
-        "architecture may exist. Raise search.time_limit_s."
-    ]

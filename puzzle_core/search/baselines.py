@@ -1,8 +1,8 @@
-"""The searches that the exact one is compared with (METHOD section 8, "Order of search methods").
+"""The searches that the exact one is compared with (METHOD section 6).
 
 Each returns a Solution that holds every limit and rule, or raises. They prove nothing, so the bound they report is no
 more than the sum of every layer's least score. Variants that span layers are for the exact search alone: greedy and
-random never take a member of a AllOrNone.
+random never take a member of an AllOrNone.
 
 Legend: L layers, J options of a layer, K limits.
 """
@@ -35,9 +35,8 @@ def greedy(problem: Problem) -> Solution:
     """Budgets split evenly; layers in ascending order of mean score; each takes its best option within its budget.
 
     What a layer leaves rolls to the next. Where no option fits, the one with the smallest overdraft is taken (the worst
-    over the limits, relative to a layer's even share), and the deficit rolls. A AtMostDistinct rule's groups go to
-    the layers
-    served first; later ones have to do with those.
+    over the limits, relative to a layer's even share), and the deficit rolls. The groups of an
+    AtMostDistinct rule go to the layers that come first; later layers choose among them.
 
     Raises:
         InfeasibleError: the deficit was not made up in the end, or a rule leaves a layer without an option. That alone
@@ -112,11 +111,9 @@ def maximise(problem: Problem, resource: str, *, time_limit_s: float = 60.0, rel
 def random_choice(problem: Problem, seed: int) -> Solution:
     """A random choice that uses the budget; scores are not looked at.
 
-    From the parent, random layers take random cheaper options (less overdraft in total) until every limit holds;
-    then
-    random layers take random dearer ones (more use in total) for as long as any fits. A AtMostDistinct rule allows
-    each walk
-    random groups; a layer whose parent has none of them starts from its first option that has.
+    From the parent, random layers take random options with less overdraft in total until every limit holds; then random
+    layers take random options with more use in total while one fits. An AtMostDistinct rule allows each walk random
+    groups; a layer whose parent option has another group starts from its first allowed option.
 
     Raises:
         InfeasibleError: no descent out of ATTEMPTS came within limits and rules.
@@ -138,7 +135,7 @@ def random_choice(problem: Problem, seed: int) -> Solution:
 
 
 def _allowed_next(problem: Problem, choice: list[int], layer: int) -> Mask:
-    """Options of a layer that the rules allow beside what is chosen; no member of a AllOrNone."""
+    """Options of a layer that the rules allow beside what is chosen; no member of an AllOrNone."""
     allowed_J = ~tied_options(problem.rules, [len(ids) for ids in problem.options])[layer]
     for rule in problem.rules:
         if isinstance(rule, AtMostDistinct):
@@ -152,7 +149,7 @@ def _allowed_next(problem: Problem, choice: list[int], layer: int) -> Mask:
 
 
 def _random_groups(problem: Problem, random: np.random.Generator) -> list[Mask]:
-    """Options per layer of as many random groups as every AtMostDistinct rule allows; no member of a AllOrNone."""
+    """Options per layer of as many random groups as every AtMostDistinct rule allows; no member of an AllOrNone."""
     allowed = [~tied_J for tied_J in tied_options(problem.rules, [len(ids) for ids in problem.options])]
     for rule in problem.rules:
         if isinstance(rule, AtMostDistinct):

@@ -46,11 +46,6 @@ class Best(Generic[Key]):
     solution: Solution
     alternatives: dict[Key, Alternative]
 
-    @property
-    def bound(self) -> float:
-        """No choice of any of the problems scores less."""
-        return min(alternative.bound for alternative in self.alternatives.values())
-
 
 def solve_best(problems: Mapping[Key, Problem], *, time_limit_s: float = 60.0, relative_gap: float = 1e-6) -> Best[Key]:
     """The best choice of all problems. Of those that score the same, within the relative gap, the first key's wins.

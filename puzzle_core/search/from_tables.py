@@ -8,20 +8,22 @@ import pandas as pd
 
 from puzzle_core.architecture import BlockVariant
 from puzzle_core.errors import SpecError
-from puzzle_core.search import run_search
 from puzzle_core.search.problem_builder import ProblemBuilder
+from puzzle_core.search.run_search import find_architecture
 from puzzle_core.search.search_record import FoundArchitecture, SearchRecord
 from puzzle_core.search.table_files import read_costs, read_scores
 from puzzle_core.spec import ScenarioSpec, SearchRequest
-from puzzle_core.yaml_file import parse_record, read_keys
+from puzzle_core.yaml_file import RENAMED_KEYS, parse_record, read_keys
+
+SCENARIO_KEYS = ("scenario", "more_scenarios")
 
 
 def read_request(paths: Sequence[Path]) -> SearchRequest:
-    """What is asked, from scenario files.
+    """The input of a search, from scenario files.
 
-    A file holds one scenario (`name`, `prompt_tokens`, `limits`, ...), or the keys of a run specification that say what
-    is asked: `scenario`, `more_scenarios`, `mix`, `form`, `engines`, `search`; its other keys are not looked at. The
-    first file's scenario is the main one, and where two files have another key, the first file's counts.
+    A file holds one scenario (`name`, `prompt_tokens`, `limits`, ...), or keys of a run specification. Of these,
+    `scenario`, `more_scenarios`, `mix`, `constraints`, `engines` and `search` are read, and all others are ignored. The
+    first file's scenario is the main one. A key that several files have is taken from the first of them.
 
     Raises:
         SpecError: names the file, the key, and the nearest known one.
@@ -51,11 +53,11 @@ def search_tables(
     Raises:
         PuzzleError: bad tables, limits that nothing can meet.
     """
-    instance = ProblemBuilder(request, read_scores(scores, score, maximise, parent), read_costs(costs))
-    record = run_search.run(instance)
+    builder = ProblemBuilder(request, read_scores(scores, score, maximise, parent), read_costs(costs))
+    record = find_architecture(builder)
     out.mkdir(parents=True, exist_ok=True)
     record.write(out / "search.json")
-    record.chosen.architecture.write(out / "architecture.json")
+    record.best.architecture.write(out / "architecture.json")
     pd.DataFrame([_row(found) for found in record.frontier]).to_csv(out / "frontier.csv", index=False)
     return record
 
@@ -68,7 +70,8 @@ def _read_one(path: Path) -> dict[str, Any]:
     more = content.get("more_scenarios") or []
     if not isinstance(more, list):
         raise SpecError(f"{path}: more_scenarios must be a list of scenarios")
-    kept = {name: content[name] for name in ("mix", "form", "engines", "search") if name in content}
+    names = (*SearchRequest.model_fields, *RENAMED_KEYS)
+    kept = {name: value for name, value in content.items() if name in names and name not in SCENARIO_KEYS}
     return kept | {"scenarios": [content["scenario"], *more]}
 
 

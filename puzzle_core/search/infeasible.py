@@ -1,9 +1,8 @@
 """Why no architecture meets the limits: the fewest that cannot hold together, and what each of them could be.
 
 METHOD section 6 and DESIGN rule 5: an infeasible search says what was asked, what can be reached, and what to do.
-"Parts" are what was asked: limits and AtMostDistinct rules. An AllOrNone is not asked for, it is what the
-options are, so it
-holds throughout.
+"Parts" are the limits and the AtMostDistinct rules of the request. An AllOrNone rule describes the options and always
+holds.
 """
 
 import math
@@ -69,10 +68,11 @@ def _only(problem: Problem, parts: Iterable[Part]) -> Problem:
 def _fewest_impossible(problem: Problem, parts: tuple[Part, ...], deadline: float) -> tuple[Part, ...]:
     """The smallest set of parts that cannot hold together, in about as many solves as there are parts.
 
-    First a deletion filter: a part that can go goes, which leaves a set none of whose parts can go. Then the duality
-    of conflicts and corrections: whatever choice exists breaks some parts, and every impossible set has one of those.
-    The smallest set with one of each such correction seen so far is either impossible, and then no smaller one is, or
-    there is a choice for it, which is another correction.
+    Step 1, the deletion filter: drop each part without which the rest is still impossible. The result is a set that is
+    impossible and becomes possible without any of its parts. Step 2, conflicts and corrections: a choice breaks some
+    parts (a correction), and every impossible set has a part of each correction. Take the smallest set that hits all
+    corrections known so far. Either it is impossible, and no smaller set is; or some choice holds it, and the parts
+    that this choice breaks are another correction.
     """
     corrections: list[Parts] = []
 

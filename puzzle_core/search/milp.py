@@ -6,9 +6,9 @@
                sum of x over the columns of layer i that take group g    <= y[g]          for every AtMostDistinct
                sum y[g]                                                  <= at_most
 
-A column takes one option of one layer, or all members of a AllOrNone at once: one column for the whole variant.
+A column takes one option of one layer, or all members of an AllOrNone at once: one column for the whole variant.
 
-Legend: L layers, J options of a layer, K limits, N columns x, M options taken by columns (M = N without a AllOrNone).
+Legend: L layers, J options of a layer, K limits, N columns x, M options taken by columns (M = N without an AllOrNone).
 """
 
 import math
@@ -32,17 +32,15 @@ Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 
-class Counted(NamedTuple):
-    """A AtMostDistinct rule: the group of every option taken, (M,), and how many different ones there may be."""
+class GroupLimit(NamedTuple):
+    """An AtMostDistinct rule: the group of every option taken, (M,), and how many different ones there may be."""
 
     group: Indices
     at_most: int
 
 
 class Rows(NamedTuple):
-    """Rows of the model as entries (row, column, value) and bounds; columns from N on are the y of AtMostDistinct
-    rules.
-    """
+    """Rows of the model as entries (row, column, value) and bounds; columns from N on are y of AtMostDistinct rules."""
 
     row: Indices
     column: Indices
@@ -62,7 +60,7 @@ class Model:
     option: Indices
     cost: Floats
     use: Floats
-    distinct: tuple[Counted, ...]
+    distinct: tuple[GroupLimit, ...]
 
     def only(self, columns_N: Mask) -> Self:
         """The same model with these columns alone."""
@@ -74,7 +72,7 @@ class Model:
             option=self.option[entries],
             cost=self.cost[columns_N],
             use=self.use[:, columns_N],
-            distinct=tuple(Counted(rule.group[entries], rule.at_most) for rule in self.distinct),
+            distinct=tuple(GroupLimit(rule.group[entries], rule.at_most) for rule in self.distinct),
         )
 
     def columns_of(self, choice: Sequence[int]) -> Mask:
@@ -123,7 +121,7 @@ class Model:
 
 
 def program(model: Model, rows: Rows, *, integer: bool) -> highspy.HighsLp:
-    """HiGHS's own form. Without `integer`, columns have no upper bound, which the rows imply."""
+    """The model as HiGHS takes it. Without `integer`, columns have no upper bound, which the rows imply."""
     order = np.lexsort((rows.column, rows.row))
     form = highspy.HighsLp()
     form.num_col_, form.num_row_ = rows.columns, rows.lower.size
@@ -187,14 +185,14 @@ def _columns(problem: Problem, layer: Indices, option: Indices) -> tuple[Indices
     return column, np.argsort(column, kind="stable")
 
 
-def _counted(problem: Problem, kept: list[Indices], taken: Indices) -> list[Counted]:
+def _counted(problem: Problem, kept: list[Indices], taken: Indices) -> list[GroupLimit]:
     """The AtMostDistinct rules that options kept can break."""
     counted = []
     for rule in problem.rules:
         if isinstance(rule, AtMostDistinct):
             group = np.concatenate([groups[rows] for groups, rows in zip(rule.groups, kept, strict=True)])
             if np.setdiff1d(group, [UNCOUNTED]).size > rule.at_most:
-                counted.append(Counted(group[taken], rule.at_most))
+                counted.append(GroupLimit(group[taken], rule.at_most))
     return counted
 
 
@@ -211,13 +209,11 @@ def headroom(limit: Limit, column: Column) -> float:
 def keep_useful(problem: Problem, costs: Column) -> list[Indices] | None:
     """Indices of the options per layer that a best choice can need, or None when some layer has none.
 
-    An option goes when it alone exceeds the headroom of a limit, or when another of its layer costs no more, uses
-    no
-    more of any limited resource, and counts in no other group of a AtMostDistinct rule: swapping that one in keeps
-    every
-    limit and rule and never costs more. This holds with limits made by `Problem.avoiding` too, since the layers shared
-    are a resource like any other. Members of a AllOrNone neither beat nor are beaten, and go when one of them goes. Of
-    two equal options the parent's own stays, else the first.
+    An option goes when it alone exceeds the headroom of a limit, or when another option of its layer costs no
+    more, uses no more of any limited resource, and counts in no other group of an AtMostDistinct rule: the other option
+    keeps every limit and rule and never costs more. This holds with limits made by `Problem.avoiding` too, since shared
+    layers are a resource like any other. Members of an AllOrNone neither beat nor are beaten, and go when one of them
+    goes. Of two equal options the parent's own stays, else the first.
     """
     columns = [problem.resources[limit.resource] for limit in problem.limits]
     room_K = np.array([headroom(limit, column) for limit, column in zip(problem.limits, columns, strict=True)])

@@ -1,7 +1,7 @@
 """From tables and a request to search problems: one for every combination of batch sizes (METHOD sections 5 and 6).
 
-What lies outside the blocks is taken off each limit first. Options that the form forbids are left out. Shares in limits
-are of what the parent takes at the same batch size.
+The cost outside the blocks is subtracted from each limit. Options that the constraints forbid are left out. A share in
+a limit is relative to the parent's own value at the same batch size.
 
 Legend: L layers, J options of a layer. A column is a tuple of L arrays (J,), as in `problem.py`.
 """
@@ -28,24 +28,24 @@ from puzzle_core.search.problem import Column, Limit, Problem
 from puzzle_core.search.rules import AllOrNone, AtMostDistinct, Rule
 from puzzle_core.search.search_record import LimitUse, Prediction
 from puzzle_core.search.tables import OUTSIDE, CostTable, Option, ScoreTable
-from puzzle_core.spec import FormSpec, ScenarioSpec, SearchRequest, allows
+from puzzle_core.spec import ConstraintsSpec, ScenarioSpec, SearchRequest
 
 MIX = "mix"
-"""In the names of limits and resources: the weighted mix of all scenarios."""
+"""The weighted mix of all scenarios, in the names of limits and resources."""
 DERIVED = {
     "memory_bytes": ("parameter_bytes", "kv_bytes_per_token"),
     "runtime_ms": ("prefill_ms", "decode_ms"),
     "active_parameters": ("parameters",),
 }
-"""Columns that are computed from others where a table does not have them."""
+"""Columns that are computed from others when a table lacks them."""
 
 BatchSizes = Mapping[str, int]
 """The batch size of every scenario, by its name."""
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What a limit is on: a column, and how the limit is written and read."""
+class _LimitType:
+    """The column of a limit, its unit, the parser of its text, and whether the cost outside the blocks counts."""
 
     column: str
     unit: str
@@ -53,18 +53,18 @@ class _Kind:
     outside: bool = True
 
 
-KINDS = {
-    "memory": _Kind("memory_bytes", "bytes", parse_bytes),
-    "parameters": _Kind("parameters", "params", parse_parameters),
-    "active_parameters": _Kind("active_parameters", "params", parse_parameters),
-    "kv_bytes_per_token": _Kind("kv_bytes_per_token", "bytes", parse_bytes),
-    "throughput": _Kind("runtime_ms", "tok/s", parse_throughput),
-    "time_to_first_token": _Kind("prefill_ms", "ms", parse_seconds),
-    "time_per_output_token": _Kind("decode_ms", "ms", parse_seconds),
-    "latency": _Kind("runtime_ms", "ms", parse_seconds),
-    "block_time": _Kind("runtime_ms", "ms", parse_share, outside=False),
-    "block_prefill_time": _Kind("prefill_ms", "ms", parse_share, outside=False),
-    "block_decode_time": _Kind("decode_ms", "ms", parse_share, outside=False),
+LIMIT_TYPES = {
+    "memory": _LimitType("memory_bytes", "bytes", parse_bytes),
+    "parameters": _LimitType("parameters", "params", parse_parameters),
+    "active_parameters": _LimitType("active_parameters", "params", parse_parameters),
+    "kv_bytes_per_token": _LimitType("kv_bytes_per_token", "bytes", parse_bytes),
+    "throughput": _LimitType("runtime_ms", "tok/s", parse_throughput),
+    "time_to_first_token": _LimitType("prefill_ms", "ms", parse_seconds),
+    "time_per_output_token": _LimitType("decode_ms", "ms", parse_seconds),
+    "latency": _LimitType("runtime_ms", "ms", parse_seconds),
+    "block_time": _LimitType("runtime_ms", "ms", parse_share, outside=False),
+    "block_prefill_time": _LimitType("prefill_ms", "ms", parse_share, outside=False),
+    "block_decode_time": _LimitType("decode_ms", "ms", parse_share, outside=False),
 }
 
 
@@ -72,8 +72,10 @@ KINDS = {
 class ResolvedLimit:
     """One limit of a request at given batch sizes.
 
-    `capacity` and `outside` are in the unit of the resource; `tokens` turns its time into a throughput, `steps` into a
-    time per step.
+    Attributes:
+        capacity, outside: of the whole model and of the parts outside the blocks, in the unit of the resource.
+        tokens: tokens per batch, which turn a time into a throughput; 0 for other limits.
+        steps: decode steps, which turn a time into a time per step; 1 for other limits.
     """
 
     scenario: str
@@ -88,7 +90,7 @@ class ResolvedLimit:
 
     @property
     def label(self) -> str:
-        """Its name among all limits."""
+        """The unique name of the limit."""
         return f"{self.scenario}/{self.name}"
 
     def limit(self) -> Limit:
@@ -96,57 +98,57 @@ class ResolvedLimit:
         return Limit(self.label, self.resource, self.capacity - self.outside, "ms" if self.tokens else self.unit)
 
     def in_terms(self, total: float) -> float:
-        """A whole use of the resource as the limit speaks of it."""
+        """The use of a whole model in the terms of the limit: a throughput, a time per step, or the use itself."""
         return self.tokens / total * 1e3 if self.tokens else total / self.steps
 
     def capacity_of(self, value: float) -> float:
-        """The capacity of the blocks alone at which the limit has this value."""
+        """The capacity of the blocks alone when the limit has this value."""
         return (self.tokens / value * 1e3 if self.tokens else value * self.steps) - self.outside
 
     def use(self, blocks: float) -> LimitUse:
-        """The limit with what blocks use of it."""
+        """The limit, with the use of all blocks together."""
         return LimitUse(
             scenario=self.scenario,
             name=self.name,
-            asked=self.text,
+            text=self.text,
             unit=self.unit,
             sense="at_least" if self.tokens else "at_most",
-            allowed=self.in_terms(self.capacity),
-            used=self.in_terms(blocks + self.outside),
+            threshold=self.in_terms(self.capacity),
+            usage=self.in_terms(blocks + self.outside),
         )
 
 
 @dataclass
 class ProblemBuilder:
-    """A request over tables. Nothing of the tables changes; columns are computed once per scenario and batch size.
+    """A request and its tables. The tables do not change; columns are computed once per scenario and batch size.
 
     Attributes:
-        form: the rules of form, those of the engines that must run the child among them.
-        layers: the options of every layer that the form allows, the parent's own first.
+        constraints: those of the request and of the engines that must run the child.
+        layers: the options of every layer that the constraints allow, the parent's own first.
 
     Raises (on construction):
-        SpecError: the form forbids the parent's own block, names a layer that is not there, or a limit is on a column
-            that the cost table does not have.
+        SpecError: the constraints forbid the parent's own block or name a layer that does not exist, or a limit is on a
+            column that the cost table does not have.
     """
 
     request: SearchRequest
     scores: ScoreTable
     costs: CostTable
-    form: FormSpec = field(init=False)
+    constraints: ConstraintsSpec = field(init=False)
     layers: tuple[tuple[Option, ...], ...] = field(init=False)
     _costs: dict[tuple[str, str, int, Hashable], float] = field(default_factory=dict, init=False, repr=False)
     _columns: dict[tuple[str, tuple[int, ...]], Column] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.form = self.request.served_form
-        _check_form(self.request, self.form, self.scores)
-        own = Option(self.scores.parent)
+        self.constraints = self.request.constraints.for_engines(self.request.engines)
+        _check_constraints(self.request, self.constraints, self.scores)
+        parent = Option(self.scores.parent)
         self.layers = tuple(
-            (own, *(option for option in scores if option != own and self._allowed(layer, option)))
+            (parent, *(option for option in scores if option != parent and self._allowed(layer, option)))
             for layer, scores in enumerate(self.scores.layers)
         )
         for scenario in self.request.scenarios:
-            for name in scenario.limits.asked():
+            for name in scenario.limits.by_name():
                 self._check_column(scenario.name, name)
         if self.request.mix:
             for scenario in self.request.scenarios:
@@ -155,16 +157,16 @@ class ProblemBuilder:
     def problem(self, batch_sizes: BatchSizes) -> Problem:
         """The problem at these batch sizes, with every limit of the request.
 
-        Resources have the names `scenario/column`, and `mix/column` for the mix. Those of limits are there, and the
-        main scenario's `runtime_ms` and `parameters` where the table has them.
+        Resources are named `scenario/column`, and `mix/column` for the mix: those of all limits, and `runtime_ms` and
+        `parameters` of the main scenario if the table has them.
 
         Raises:
             CoverageError: an option has no cost.
         """
-        asked = self.asked(batch_sizes)
+        limits = self.limits(batch_sizes)
         main = self.request.scenario.name
-        wanted = {limit.resource for limit in asked}
-        wanted |= {f"{main}/{column}" for column in ("runtime_ms", "parameters") if self._has(column)}
+        resources = {limit.resource for limit in limits}
+        resources |= {f"{main}/{column}" for column in ("runtime_ms", "parameters") if self._has(column)}
         covering = self._covering()
         return Problem(
             options=tuple(
@@ -176,37 +178,42 @@ class ProblemBuilder:
             ),
             score=self.column(lambda layer, option: self.scores.layers[layer][option]),
             parent=(0,) * len(self.layers),
-            resources={name: self._resource(name, batch_sizes) for name in sorted(wanted)},
-            limits=tuple(limit.limit() for limit in asked),
+            resources={name: self._resource(name, batch_sizes) for name in sorted(resources)},
+            limits=tuple(limit.limit() for limit in limits),
             rules=tuple(self._rules(covering)),
         )
 
-    def asked(self, batch_sizes: BatchSizes) -> list[ResolvedLimit]:
+    def limits(self, batch_sizes: BatchSizes) -> list[ResolvedLimit]:
         """Every limit, with its capacity at these batch sizes."""
-        found = []
+        limits = []
         for scenario in self.request.scenarios:
             batch = batch_sizes[scenario.name]
-            for name, text in scenario.limits.asked().items():
-                kind = KINDS.get(name) or _Kind(name, column_unit(name), functools.partial(parse_column, name))
-                resource = f"{scenario.name}/{kind.column}"
+            for name, text in scenario.limits.by_name().items():
+                limit_type = LIMIT_TYPES.get(name) or _LimitType(
+                    name, column_unit(name), functools.partial(parse_column, name)
+                )
+                resource = f"{scenario.name}/{limit_type.column}"
                 tokens = float(batch * scenario.counted_tokens) if name == "throughput" else 0.0
                 steps = max(1, scenario.generated_tokens - 1) if name == "time_per_output_token" else 1
-                found.append(self._ask(scenario.name, name, text, resource, kind, tokens, steps, batch_sizes))
-        for name, text in self.request.mix.asked().items() if self.request.mix else ():
+                limits.append(
+                    self._resolve(scenario.name, name, text, resource, limit_type, tokens, steps, batch_sizes)
+                )
+        for name, text in self.request.mix.by_name().items() if self.request.mix else ():
             column = "request_ms" if name == "throughput" else "runtime_ms"
             weights = self._weights()
             tokens = sum(w * s.counted_tokens for s, w in weights) if name == "throughput" else 0.0
-            found.append(self._ask(MIX, name, text, f"{MIX}/{column}", KINDS[name], tokens, 1, batch_sizes))
-        return found
+            resource = f"{MIX}/{column}"
+            limits.append(self._resolve(MIX, name, text, resource, LIMIT_TYPES[name], tokens, 1, batch_sizes))
+        return limits
 
     def options_of(self, choice: Sequence[int]) -> list[Option | None]:
-        """The options that a choice in `problem` names; None for a layer that an earlier one's option covers."""
+        """The options of a choice of `problem`; None for a layer that the option of an earlier layer covers."""
         return [
             options[index] if index < len(options) else None for options, index in zip(self.layers, choice, strict=True)
         ]
 
     def predict(self, architecture: Architecture, batch_sizes: BatchSizes) -> dict[str, Prediction]:
-        """What a whole child takes in every scenario, in all columns that are there; empty layers take nothing."""
+        """The costs of a whole child in every scenario, in all columns; an empty layer costs nothing."""
         predictions = {}
         for scenario in self.request.scenarios:
             batch = batch_sizes[scenario.name]
@@ -222,46 +229,46 @@ class ProblemBuilder:
         return predictions
 
     def times(self, batch_sizes: BatchSizes) -> dict[str, float]:
-        """Prefill plus decode of every subblock variant, and of what lies outside, in the main scenario."""
+        """Prefill plus decode in ms in the main scenario: of every subblock variant, and outside the blocks."""
         main = self.request.scenario
         parts = {
             OUTSIDE,
             *(str(v) for options in self.layers for option in options for v in option.block.subblocks),
         }
-        found = {}
+        times = {}
         for part in sorted(parts):
             values = [
                 self.costs.part(column, part, main.name, batch_sizes[main.name]) for column in DERIVED["runtime_ms"]
             ]
             if None not in values:
-                found[part] = sum(value for value in values if value)
-        return found
+                times[part] = sum(value for value in values if value)
+        return times
 
     def limit_uses(self, architecture: Architecture, batch_sizes: BatchSizes) -> tuple[LimitUse, ...]:
-        """Every limit with what this architecture uses of it."""
+        """Every limit, with the use of this architecture."""
         uses = []
-        for asked in self.asked(batch_sizes):
+        for limit in self.limits(batch_sizes):
             blocks = [
-                self._resource_of(asked.resource, layer, block, batch_sizes)
+                self._resource_of(limit.resource, layer, block, batch_sizes)
                 for layer, block in enumerate(architecture.layers)
                 if block != EMPTY_BLOCK
             ]
-            uses.append(asked.use(sum(blocks)))
+            uses.append(limit.use(sum(blocks)))
         return tuple(uses)
 
-    def _ask(
+    def _resolve(
         self,
         scenario: str,
         name: str,
         text: str,
         resource: str,
-        kind: _Kind,
+        limit_type: _LimitType,
         tokens: float,
         steps: int,
         batch_sizes: BatchSizes,
     ) -> ResolvedLimit:
-        outside = self._resource_of(resource, None, None, batch_sizes) if kind.outside else 0.0
-        quantity = kind.parse(text)
+        outside = self._resource_of(resource, None, None, batch_sizes) if limit_type.outside else 0.0
+        quantity = limit_type.parse(text)
         if quantity.relative:
             layers = range(len(self.layers))
             blocks = sum(self._resource_of(resource, layer, self.scores.parent, batch_sizes) for layer in layers)
@@ -270,8 +277,8 @@ class ProblemBuilder:
         elif tokens:
             capacity = tokens / quantity.value * 1e3
         else:
-            capacity = quantity.value * steps * (1e3 if kind.parse is parse_seconds else 1.0)
-        return ResolvedLimit(scenario, name, text, resource, kind.unit, capacity, outside, tokens, steps)
+            capacity = quantity.value * steps * (1e3 if limit_type.parse is parse_seconds else 1.0)
+        return ResolvedLimit(scenario, name, text, resource, limit_type.unit, capacity, outside, tokens, steps)
 
     def _resource(self, name: str, batch_sizes: BatchSizes) -> Column:
         where = name.rsplit("/", 1)[0]
@@ -283,7 +290,7 @@ class ProblemBuilder:
         return self._columns[key]
 
     def column(self, value: Callable[[int, Option], float]) -> Column:
-        """A column over all options; a layer that is covered adds nothing of its own."""
+        """A column over all options; 0 for a layer that an earlier option covers."""
         covering = self._covering()
         return tuple(
             np.array([*(value(layer, option) for option in options), *(0.0 for _ in covering[layer])])
@@ -291,7 +298,7 @@ class ProblemBuilder:
         )
 
     def _resource_of(self, name: str, layer: int | None, block: BlockVariant | None, batch_sizes: BatchSizes) -> float:
-        """A resource of one block, or of what lies outside when there is no block."""
+        """A resource of one block, or of the parts outside the blocks when `block` is None."""
         where, column = name.rsplit("/", 1)
 
         def of_scenario(scenario: ScenarioSpec, column: str) -> float:
@@ -328,13 +335,13 @@ class ProblemBuilder:
         return sum(raw(part) for part in DERIVED[column])
 
     def _has(self, column: str) -> bool:
-        there = set(self.costs.columns)
-        return column in there or (column in DERIVED and there.issuperset(DERIVED[column]))
+        columns = self.costs.columns
+        return column in columns or (column in DERIVED and columns.issuperset(DERIVED[column]))
 
     def _check_column(self, scenario: str, name: str) -> None:
-        column = KINDS[name].column if name in KINDS else name
+        column = LIMIT_TYPES[name].column if name in LIMIT_TYPES else name
         if not self._has(column):
-            parts = f", which is made of {' and '.join(DERIVED[column])}" if column in DERIVED else ""
+            parts = f" or {' and '.join(DERIVED[column])}" if column in DERIVED else ""
             raise SpecError(
                 f"limit {name} of scenario {scenario} needs the column {column}{parts}, and the cost table does not "
                 f"have it (columns: {', '.join(sorted(self.costs.columns))})"
@@ -345,7 +352,7 @@ class ProblemBuilder:
         return [(scenario, scenario.weight / total) for scenario in self.request.scenarios]
 
     def _covering(self) -> list[list[tuple[int, Option]]]:
-        """For every layer: the options of earlier layers that would cover it, with their first layer."""
+        """For every layer: the options of earlier layers that span it, each with its first layer."""
         covering: list[list[tuple[int, Option]]] = [[] for _ in self.layers]
         for first, options in enumerate(self.layers):
             for option in options:
@@ -354,10 +361,10 @@ class ProblemBuilder:
         return covering
 
     def _rules(self, covering: list[list[tuple[int, Option]]]) -> list[Rule]:
-        form, rules = self.form, list[Rule]()
-        if form.max_ffn_widths:
-            rules.append(self._distinct("different FFN widths", _ffn_width, form.max_ffn_widths, covering))
-        if form.uniform_kv_heads:
+        constraints, rules = self.constraints, list[Rule]()
+        if constraints.max_ffn_widths:
+            rules.append(self._distinct("different FFN widths", _ffn_width, constraints.max_ffn_widths, covering))
+        if constraints.uniform_kv_heads:
             rules.append(self._distinct("different numbers of KV heads", _kv_heads, 1, covering))
         for first, options in enumerate(self.layers):
             for index, option in enumerate(options):
@@ -379,15 +386,15 @@ class ProblemBuilder:
         return AtMostDistinct(name, groups, at_most)
 
     def _allowed(self, layer: int, option: Option) -> bool:
-        form, own, count = self.form, self.scores.parent, len(self.scores.layers)
+        constraints, parent, count = self.constraints, self.scores.parent, len(self.scores.layers)
         covered = range(layer, layer + option.span)
-        for kept, subblock in ((form.keep.attention, "attention"), (form.keep.ffn, "ffn")):
-            changed = getattr(option.block, subblock) != getattr(own, subblock)
+        for kept, subblock in ((constraints.keep.attention, "attention"), (constraints.keep.ffn, "ffn")):
+            changed = getattr(option.block, subblock) != getattr(parent, subblock)
             if any(index % count in covered for index in kept) and (changed or option.span > 1):
                 return False
-        if form.attention_first and layer == 0 and not option.block.attention.kv_heads:
+        if constraints.attention_first and layer == 0 and not option.block.attention.kv_heads:
             return False
-        return all(allows(form, self.request.engines, variant) for variant in option.block.subblocks)
+        return all(constraints.allows(variant, self.request.engines) for variant in option.block.subblocks)
 
 
 def _kv_heads(block: BlockVariant) -> int:
@@ -398,16 +405,16 @@ def _ffn_width(block: BlockVariant) -> int:
     return block.ffn.ffn_width
 
 
-def _check_form(request: SearchRequest, form: FormSpec, scores: ScoreTable) -> None:
+def _check_constraints(request: SearchRequest, constraints: ConstraintsSpec, scores: ScoreTable) -> None:
     count = len(scores.layers)
-    for subblock, layers in (("attention", form.keep.attention), ("ffn", form.keep.ffn)):
+    for subblock, layers in (("attention", constraints.keep.attention), ("ffn", constraints.keep.ffn)):
         for layer in layers:
             if not -count <= layer < count:
-                raise SpecError(f"form.keep.{subblock} names layer {layer}, and there are {count} layers")
+                raise SpecError(f"constraints.keep.{subblock} names layer {layer}, and there are {count} layers")
     for variant in scores.parent.subblocks:
-        if not allows(form, request.engines, variant):
+        if not constraints.allows(variant, request.engines):
             of_engines = f", for engines {', '.join(request.engines)}" if request.engines else ""
             raise SpecError(
-                f"form rules out the parent's own {variant}: see ffn_multiple_of ({form.ffn_multiple_of}{of_engines}) "
-                f"and tensor_parallel ({form.tensor_parallel})"
+                f"constraints rule out the parent's own {variant}: see ffn_multiple_of "
+                f"({constraints.ffn_multiple_of}{of_engines}) and tensor_parallel ({constraints.tensor_parallel})"
             )

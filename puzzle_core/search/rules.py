@@ -1,4 +1,4 @@
-"""Rules of form: what a choice must look like, whatever it scores and costs.
+"""Rules: constraints on a choice that depend on neither scores nor costs.
 
 Legend: L layers, J options of a layer; a choice is a tuple of L option indices.
 """
@@ -15,7 +15,7 @@ from puzzle_core.errors import CoverageError, SpecError
 Indices = NDArray[np.int64]
 
 UNCOUNTED = -1
-"""The group of an option that a AtMostDistinct rule does not count."""
+"""The group of an option that an AtMostDistinct rule does not count."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ def check_rules(rules: tuple[Rule, ...], options: tuple[tuple[str, ...], ...], p
     """Check each rule, and that no option is tied twice.
 
     Raises:
-        CoverageError: a AtMostDistinct does not have one group per option.
+        CoverageError: an AtMostDistinct does not have one group per option.
         SpecError: a rule is on options that are not there, ties a parent's own, or ties what another one ties.
     """
     tied: dict[tuple[int, int], str] = {}
@@ -131,7 +131,7 @@ def check_rules(rules: tuple[Rule, ...], options: tuple[tuple[str, ...], ...], p
 
 
 def tied_options(rules: Sequence[Rule], sizes: Sequence[int]) -> list[NDArray[np.bool_]]:
-    """Per layer, which options are members of a AllOrNone, (J,)."""
+    """Per layer, which options are members of an AllOrNone, (J,)."""
     tied = [np.zeros(size, dtype=bool) for size in sizes]
     for rule in rules:
         for layer, option in rule.members if isinstance(rule, AllOrNone) else ():

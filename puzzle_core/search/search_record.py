@@ -1,4 +1,4 @@
-"""What a search answers: architectures with bounds, limits and prices, and the candidates that were measured."""
+"""The result of a search: architectures with bounds, limits and prices, and the candidates that were measured."""
 
 from typing import Literal
 
@@ -7,9 +7,9 @@ from puzzle_core.records import Record
 
 
 class Prediction(Record):
-    """What an architecture is predicted to take in one scenario at one batch size, all that lies outside included.
+    """Predicted costs of a whole model in one scenario at one batch size.
 
-    `totals` has every column of the cost table; the properties raise KeyError where a table lacks theirs.
+    `totals` has every column of the cost table. A property raises KeyError where the table lacks its column.
     """
 
     batch_size: int
@@ -42,21 +42,22 @@ class Prediction(Record):
 
 
 class LimitUse(Record):
-    """One limit as it was asked, and in its unit: what is allowed, and what the whole architecture uses."""
+    """One limit: its text in the request, and in `unit` its threshold and the value of the whole architecture."""
 
     scenario: str
     name: str
-    asked: str
+    text: str
     unit: str
     sense: Literal["at_most", "at_least"]
-    allowed: float
-    used: float
+    threshold: float
+    usage: float
 
 
 class FoundArchitecture(Record):
-    """One architecture and why: how it was found, its predicted score and costs by scenario, and its limits.
+    """One architecture: the method that found it, its predicted score, its costs by scenario, and its limits.
 
-    `spans` says which layers' blocks replace several consecutive layers; those after them are empty.
+    `spans` has the number of layers that a block replaces, by its first layer, where that is more than one. The other
+    layers of a span are empty.
     """
 
     method: str
@@ -77,37 +78,37 @@ class FoundArchitecture(Record):
 
 
 class BatchSizeOutcome(Record):
-    """One combination of batch sizes, and what it came to: its best score, or why it has none or was not solved."""
+    """One combination of batch sizes: its best score, or the reason why it has none or was not solved."""
 
     batch_sizes: dict[str, int]
     score: float | None
     outcome: str
 
 
-class Price(Record):
-    """What one limit costs: loosened by `step` (in the limit's unit), the score falls by `gained`."""
+class LimitPrice(Record):
+    """The price of one limit: the best score falls by `gain` when the limit is relaxed by `step`, in its unit."""
 
     scenario: str
     limit: str
     unit: str
     step: float
-    gained: float
+    gain: float
 
 
 class RunnerUp(Record):
-    """What a layer would take were its choice forbidden, and by how much the score would rise; none if nothing fits."""
+    """The option that a layer takes when its own option is forbidden, and the rise of the score; None if none fits."""
 
     layer: int
-    chosen: str
+    option: str
     other: str | None
     rise: float | None
 
 
 class SearchRecord(Record):
-    """The answer of a search: the chosen architecture first among `solutions`, and what it stands beside.
+    """The result of a search. The best architecture is the first of `solutions`.
 
-    `times` are prefill plus decode milliseconds by subblock variant, and of what lies `outside`, in the main scenario;
-    those that the cost table does not have are missing.
+    `times` are prefill plus decode in ms in the main scenario, by subblock variant and for `outside`, where the cost
+    table has them. `largest_score` is the largest score of a single block. `omissions` has a reason by name.
     """
 
     objective: str
@@ -117,14 +118,14 @@ class SearchRecord(Record):
     solutions: tuple[FoundArchitecture, ...]
     baselines: tuple[FoundArchitecture, ...]
     frontier: tuple[FoundArchitecture, ...]
-    tried: tuple[BatchSizeOutcome, ...]
-    prices: tuple[Price, ...]
+    outcomes: tuple[BatchSizeOutcome, ...]
+    prices: tuple[LimitPrice, ...]
     runner_ups: tuple[RunnerUp, ...]
-    flags: tuple[str, ...]
-    skipped: dict[str, str]
+    largest_score: float
+    omissions: dict[str, str]
 
     @property
-    def chosen(self) -> FoundArchitecture:
+    def best(self) -> FoundArchitecture:
         """The best architecture."""
         return self.solutions[0]
 
@@ -135,23 +136,23 @@ class SearchRecord(Record):
 
 
 class Candidate(Record):
-    """An architecture that was assembled and measured: which round's search found it, and its KL to the parent."""
+    """An architecture that was assembled and measured, the search round that found it, and its KL to the parent."""
 
     round: int
     rank: int
-    found: FoundArchitecture
+    solution: FoundArchitecture
     measured_kl: float
 
 
 class RefineRecord(Record):
-    """Every candidate of every round, and the one with the least measured KL."""
+    """Every candidate of every round; `best` is the index of the one with the least measured KL."""
 
-    chosen: int
+    best: int
     candidates: tuple[Candidate, ...]
 
 
-def with_refinement(answer: SearchRecord, record: RefineRecord) -> SearchRecord:
-    """The answer with the best measured candidate first among its solutions."""
-    best = record.candidates[record.chosen].found
-    others = tuple(found for found in answer.solutions if found.architecture != best.architecture)
-    return answer.model_copy(update={"solutions": (best, *others)})
+def with_refinement(search: SearchRecord, refinement: RefineRecord) -> SearchRecord:
+    """The search with the best measured candidate first among its solutions."""
+    best = refinement.candidates[refinement.best].solution
+    others = tuple(solution for solution in search.solutions if solution.architecture != best.architecture)
+    return search.model_copy(update={"solutions": (best, *others)})

@@ -1,4 +1,4 @@
-"""What one more unit of each limit would buy: the exact search again, with a little more room."""
+"""The price of each limit: the gain in score when the limit is relaxed, from a second exact search."""
 
 import math
 from collections.abc import Mapping
@@ -8,29 +8,24 @@ from puzzle_core.errors import SpecError
 from puzzle_core.search.mip import solve
 from puzzle_core.search.problem import Limit, Problem, Solution
 
-STEP = 0.01
-"""How far a capacity is relaxed, as a part of it, where the caller names no step."""
+RELATIVE_STEP = 0.01
+"""The default step by which a capacity is relaxed, relative to the capacity."""
 
 
 @dataclass(frozen=True)
 class Price:
-    """What more room in one limit buys.
+    """The gain in score when one limit is relaxed.
 
     Attributes:
-        step: by how much the capacity was relaxed, in the limit's unit.
-        gain: by how much the best score falls with it; 0 where the limit does not matter.
-        most: by how much it would fall without the limit.
+        step: increase of the capacity, in the limit's unit.
+        gain: decrease of the best score with this step; 0 if the limit does not bind.
+        most: decrease of the best score without the limit.
     """
 
     limit: Limit
     step: float
     gain: float
     most: float
-
-    @property
-    def gain_per_unit(self) -> float:
-        """Gain by unit of the limit, an average over the step: the trade-off is a staircase."""
-        return self.gain / self.step
 
 
 def prices(
@@ -41,24 +36,26 @@ def prices(
     time_limit_s: float = 60.0,
     relative_gap: float = 1e-6,
 ) -> list[Price]:
-    """The price of every limit, in their order: one solve without the limit, and one with more room where that helps.
+    """The price of every limit, in their order: one solve without the limit, and one with the step if the limit binds.
 
-    Gains are differences of two searches: one below `relative_gap` of what the limits cost counts as none.
+    A gain is the difference of two searches. A gain below `relative_gap` of the cost of all limits counts as 0.
 
     Args:
         solution: the best of the problem.
-        steps: by limit name, in its unit; otherwise STEP of the capacity.
-        time_limit_s: for each solve; when it ends, the gain is what was found by then.
+        steps: by limit name, in its unit; RELATIVE_STEP of the capacity for other limits.
+        time_limit_s: for each solve; when it ends, the best solution until then gives the gain.
 
     Raises:
-        SpecError: a step is for no limit, or not above 0.
-        TimeLimitError: never without a choice, since `solution` is one.
+        SpecError: a step names no limit, or is not above 0.
+        TimeLimitError: never, since each solve starts from `solution`.
     """
-    sizes = {limit.name: STEP * abs(limit.capacity) or STEP for limit in problem.limits} | dict(steps or {})
+    sizes = {limit.name: RELATIVE_STEP * abs(limit.capacity) or RELATIVE_STEP for limit in problem.limits} | dict(
+        steps or {}
+    )
     wrong = [name for name, step in sizes.items() if step <= 0.0 or name not in solution.used]
     if wrong:
         raise SpecError(
-            f"a price needs a step above 0 for a limit that is there, got {sizes[wrong[0]]} for {wrong[0]!r} "
+            f"a price needs a step above 0 for a known limit, got {sizes[wrong[0]]} for {wrong[0]!r} "
             f"(limits: {', '.join(solution.used) or 'none'})"
         )
 
@@ -70,10 +67,10 @@ def prices(
         gained = solution.objective - better.objective
         return gained if gained > noise else 0.0
 
-    found = []
+    results = []
     for limit in problem.limits:
         step = sizes[limit.name]
         most = gain(problem.with_limits(other for other in problem.limits if other is not limit))
         more = gain(problem.with_capacity(limit.name, limit.capacity + step)) if most else 0.0
-        found.append(Price(limit, step, more, most))
-    return found
+        results.append(Price(limit, step, more, most))
+    return results

@@ -33,7 +33,7 @@ def ffn_mult_of(width: int, hidden: int) -> float:
         raise SpecError(
             f"block_configs cannot carry an FFN of width {width} (hidden {hidden}): engines round widths up to a "
             f"multiple of {WIDTH_GRID} and would take {width_of(ffn_mult, hidden)}; "
-            f"search with `form: {{ffn_multiple_of: {WIDTH_GRID}}}`"
+            f"search with `constraints: {{ffn_multiple_of: {WIDTH_GRID}}}`"
         )
     return ffn_mult
 

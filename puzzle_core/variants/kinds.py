@@ -68,7 +68,7 @@ class VariantKind:
         order: place in lists, where kinds stand from the most capable to nothing; larger sizes stand first within one.
         spec_field: the field of `variants` in a spec that offers it: a list of sizes, or a switch. Without one it is
             offered by ids alone (`variants.ids`).
-        form_field: the switch of `form` that allows it; without one it is always allowed.
+        constraint_field: the switch of `constraints` that allows it; without one it is always allowed.
         restricted_by: restrictions of engines (puzzle_core/engines.py) that rule the kind out altogether.
         parameters: weights and biases of its modules, the norm in front not counted.
         keeps_norm: whether the norm in front of the subblock stays.
@@ -95,7 +95,7 @@ class VariantKind:
     sized: bool = False
     order: int
     spec_field: str | None = None
-    form_field: str | None = None
+    constraint_field: str | None = None
     restricted_by: frozenset[str] = frozenset()
     parameters: OfShape = _nothing
     keeps_norm: bool = True
@@ -202,7 +202,7 @@ _ROWS = (
         word="linear",
         order=1,
         spec_field="linear",
-        form_field="linear",
+        constraint_field="linear",
         restricted_by=frozenset({"no_linear"}),
         parameters=lambda shape, size: shape.hidden * shape.hidden + _attention_bias(shape) * shape.hidden,
         linear_bias=_attention_bias,
@@ -218,7 +218,7 @@ _ROWS = (
         word="no_op",
         order=2,
         spec_field="no_op",
-        form_field="no_op",
+        constraint_field="no_op",
         keeps_norm=False,
         flag="no_op",
         entry=lambda size: {"num_key_value_heads": None},
@@ -250,7 +250,7 @@ _ROWS = (
         word="linear",
         order=1,
         spec_field="linear",
-        form_field="linear",
+        constraint_field="linear",
         restricted_by=frozenset({"no_linear"}),
         parameters=lambda shape, size: shape.hidden * shape.hidden + _ffn_bias(shape) * shape.hidden,
         linear_bias=_ffn_bias,
@@ -266,7 +266,7 @@ _ROWS = (
         word="no_op",
         order=2,
         spec_field="no_op",
-        form_field="no_op",
+        constraint_field="no_op",
         keeps_norm=False,
         flag="no_op",
         entry=lambda size: {"intermediate_size": None},

@@ -78,9 +78,9 @@ def record_library(plan: Plan, context: RunContext, run: TrackedRun) -> None:
 @_tolerate_missing
 def record_architecture(plan: Plan, context: RunContext, run: TrackedRun, key: str) -> None:
     """Log the chosen architecture's figures; the run makes the costs and the architecture."""
-    steps, chosen = Steps(plan, context), context.store().record(SearchRecord, key).chosen
+    steps, chosen = Steps(plan, context), context.store().record(SearchRecord, key).best
     run.metrics([("score", chosen.score, 0), ("gap", chosen.gap, 0), ("batch_size", chosen.prediction.batch_size, 0)])
-    run.metrics([(f"limit/{limit.name}", limit.used / limit.allowed, 0) for limit in chosen.limits])
+    run.metrics([(f"limit/{limit.name}", limit.usage / limit.threshold, 0) for limit in chosen.limits])
     run.text(artifact_table(context.store(), (*steps.cost_keys, key)), TABLE)
     run.uses(steps.parent, steps.library, steps.scores)
     run.makes(steps.costs)
@@ -91,7 +91,7 @@ def record_architecture(plan: Plan, context: RunContext, run: TrackedRun, key: s
 def record_refined(plan: Plan, context: RunContext, run: TrackedRun, record: RefineRecord) -> None:
     """Log predicted and measured KL of every candidate, in their order; the run makes the best architecture."""
     for step, candidate in enumerate(record.candidates):
-        run.metrics([("kl_predicted", candidate.found.score, step), ("kl_measured", candidate.measured_kl, step)])
+        run.metrics([("kl_predicted", candidate.solution.score, step), ("kl_measured", candidate.measured_kl, step)])
     steps = Steps(plan, context)
     run.uses(steps.library, steps.architecture)
     run.makes(steps.answer)

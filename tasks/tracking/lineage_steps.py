@@ -108,7 +108,7 @@ class Steps:
     def architecture(self) -> Model:
         """The architecture that the search chose."""
         key = self._plan.search().key
-        chosen = self._store.record(SearchRecord, key).chosen
+        chosen = self._store.record(SearchRecord, key).best
         return self._architecture("architecture", key, (self.scores.key, self.costs.key), chosen, "")
 
     @cached_property
@@ -118,14 +118,16 @@ class Steps:
         if refine is None:
             return self.architecture
         record = self._store.record(RefineRecord, refine.key)
-        best = record.candidates[record.chosen]
+        best = record.candidates[record.best]
         remark = f"measured KL {number_text(best.measured_kl)}, best of {len(record.candidates)}; "
-        return self._architecture("refined", refine.key, (self.architecture.key, self.library.key), best.found, remark)
+        return self._architecture(
+            "refined", refine.key, (self.architecture.key, self.library.key), best.solution, remark
+        )
 
     def _architecture(
         self, name: str, key: str, sources: tuple[str, ...], found: FoundArchitecture, remark: str
     ) -> Model:
-        used = [f"{use.name} {use.asked} used to {percent_text(use.used / use.allowed)}" for use in found.limits]
+        used = [f"{use.name} {use.text} used to {percent_text(use.usage / use.threshold)}" for use in found.limits]
         about: dict[str, object] = {"library": self.library.key, "score": found.score}
         return Model(
             kind="architecture",

@@ -126,7 +126,7 @@ def test_after_a_kill_during_gkd_the_next_run_gives_the_uninterrupted_child_bitw
     assert 0 < done < 60
     assert f"resuming at step {done + 1} from" in caplog.text
     plan, context = plan_of(spec)
-    work = plan.gkd(find_answer(plan, context).chosen.architecture)
+    work = plan.gkd(find_answer(plan, context).best.architecture)
     whole = tmp_path / "uninterrupted"
     whole.mkdir()
     record = gkd.run(

@@ -13,6 +13,7 @@ from puzzle_core.distill import bld
 from puzzle_core.errors import PuzzleError
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.surgery import WEIGHTS
+from puzzle_core.resources import resources
 from puzzle_core.spec import ParentSpec
 from puzzle_core.work import ScoreRecord
 from tasks.runtime.context import RunContext
@@ -85,7 +86,7 @@ def test_at_most_three_layers_lie_in_scratch_and_none_afterwards(spec_of, prefec
     assert max(map(len, middles)) <= 3
     assert max(map(len, middles)) > 1
     state = spec.bld.tokens * plan.inputs.shape.hidden * 4
-    assert max(map(len, seen)) * state <= plan.volume().scratch_bytes
+    assert max(map(len, seen)) * state <= resources(plan).scratch_bytes
     assert {name for names in seen for name in names} >= {
         "layer-input-000.bin",
         "post-attention-004.bin",

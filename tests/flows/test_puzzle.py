@@ -25,7 +25,7 @@ def stages_of(keys):
 
 def chosen(spec):
     plan, context = plan_of(spec)
-    return SearchRecord.model_validate(context.store().manifest(plan.search().key).record).chosen
+    return SearchRecord.model_validate(context.store().manifest(plan.search().key).record).best
 
 
 def test_a_whole_run_ends_with_the_final_table(finished):

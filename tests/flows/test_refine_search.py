@@ -24,15 +24,15 @@ def with_refinement(spec):
 def test_the_least_measured_kl_wins_and_each_is_what_an_evaluation_says(again):
     record, plan, context = with_refinement(again(search=SEARCH))
     measured = [candidate.measured_kl for candidate in record.candidates]
-    assert record.candidates[record.chosen].measured_kl == min(measured)
+    assert record.candidates[record.best].measured_kl == min(measured)
     first = [candidate for candidate in record.candidates if candidate.round == 0]
     assert len(first) == 3
-    assert len({candidate.found.architecture for candidate in first}) == 3
+    assert len({candidate.solution.architecture for candidate in first}) == 3
     for candidate in record.candidates:
-        manifest = context.store().manifest(plan.measure(candidate.found.architecture).key)
+        manifest = context.store().manifest(plan.measure(candidate.solution.architecture).key)
         assert EvaluationRecord.model_validate(manifest.record).kl_nats_per_token == candidate.measured_kl
-        assert all(use.used <= use.allowed for use in candidate.found.limits)
-    assert find_answer(plan, context).chosen.architecture == record.candidates[record.chosen].found.architecture
+        assert all(use.usage <= use.threshold for use in candidate.solution.limits)
+    assert find_answer(plan, context).best.architecture == record.candidates[record.best].solution.architecture
 
 
 def test_rounds_go_on_only_while_the_measured_kl_falls(again):
@@ -48,7 +48,7 @@ def test_rounds_go_on_only_while_the_measured_kl_falls(again):
 
 @pytest.mark.parametrize("composition", ["pairs", "subblocks"])
 def test_a_score_in_a_child_is_the_kl_of_the_child_so_changed(again, composition):
-    base = find_answer(*plan_of(again())).chosen.architecture
+    base = find_answer(*plan_of(again())).best.architecture
     spec = again(scoring={"composition": composition})
     plan, context = plan_of(spec)
     score_variants(plan, context, base)
@@ -84,5 +84,5 @@ def test_the_whole_run_trains_the_refined_child_and_reports_the_shortlist(again)
     plan, context = plan_of(spec)
     directory = context.store().fetch(report)
     inputs = ReportInputs.read(directory / "report.json")
-    assert inputs.child.architecture == find_answer(plan, context).chosen.architecture
+    assert inputs.child.architecture == find_answer(plan, context).best.architecture
     assert "Shortlist: predicted and measured" in (directory / "report.md").read_text()

@@ -41,7 +41,7 @@ def test_every_target_gets_an_answer_from_the_library_as_it_is(again, targets):
     assert computed.count("open inputs") == 1
     for key in found.values():
         record = search_of(spec, key)
-        assert all(use.used <= use.allowed for use in record.chosen.limits)
+        assert all(use.usage <= use.threshold for use in record.best.limits)
         assert record.parent.total_ms > 0
 
 

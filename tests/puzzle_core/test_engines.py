@@ -17,8 +17,8 @@ from puzzle_core.errors import InfeasibleError, SpecError
 from puzzle_core.export.hf import export_hf
 from puzzle_core.export.source import Source
 from puzzle_core.plan import Inputs, Plan
-from puzzle_core.search import run_search
 from puzzle_core.search.problem_builder import ProblemBuilder
+from puzzle_core.search.run_search import find_architecture
 from puzzle_core.search.tables import CostRow, CostTable, Option, ScoreTable
 from puzzle_core.spec import RunSpec, SearchRequest, VariantsSpec, parse_spec
 from puzzle_core.target import TargetSpec
@@ -112,7 +112,8 @@ def test_a_row_that_is_added_is_read_by_spec_plan_search_and_export(monkeypatch,
     monkeypatch.setitem(ENGINES, "toy", toy_engine.ROW)
     assert {str(work.variant) for work in plan("toy").all_bld()} == {"attn:kv1", "ffn:i256"}
     search = {"frontier_points": 2, "explain": False, "baselines": []}
-    free, bound = (run_search.run(instance(0, engines=e, search=search)).chosen.architecture for e in ([], ["toy"]))
+    builders = (builder(0, engines=engines, search=search) for engines in ([], ["toy"]))
+    free, bound = (find_architecture(of_engines).best.architecture for of_engines in builders)
     assert len(obstacles(free)["Toy"]) > 0
     assert obstacles(bound)["Toy"] == []
 
@@ -147,7 +148,7 @@ def test_vllm_itself_fails_where_its_rules_are_broken_and_nowhere_else(tmp_path)
     assert {name for name, answer in answers.items() if not answer.startswith("ok")} == restrictions(["vllm"])
 
 
-def instance(seed: int, **asked) -> ProblemBuilder:
+def builder(seed: int, **asked) -> ProblemBuilder:
     """Four layers of random scores, under which what engines cannot run often is best; at most half of the time."""
     chance = random.Random(seed)
     blocks = [BlockVariant(attention=a, ffn=f) for a in ATTENTIONS for f in FFNS]
@@ -164,32 +165,32 @@ def test_every_answer_of_a_search_runs_on_its_engines(engines):
     plain = broken = 0
     for seed in range(12):
         search = {"solutions": 3, "frontier_points": 3, "explain": False}
-        record = run_search.run(instance(seed, engines=engines, search=search))
+        record = find_architecture(builder(seed, engines=engines, search=search))
         answers = (*record.solutions, *record.baselines, *record.frontier)
         for found in answers:
             said = obstacles(found.architecture)
             assert not [said[READERS[engine]] for engine in engines if engine in READERS and said[READERS[engine]]]
-        said = obstacles(run_search.run(instance(seed, search=search)).chosen.architecture)
+        said = obstacles(find_architecture(builder(seed, search=search)).best.architecture)
         plain, broken = plain + 1, broken + any(said[READERS[e]] for e in engines if e in READERS)
     assert broken > plain / 2, "engines must have ruled out what would have been best"
 
 
 @pytest.mark.parametrize("engines", [["llama.cpp"], ["transformers", "llama.cpp"], []])
 def test_engines_that_run_everything_take_nothing_from_the_search(engines):
-    assert instance(0, engines=engines).layers == instance(0).layers
+    assert builder(0, engines=engines).layers == builder(0).layers
 
 
 def test_a_parent_that_an_engine_cannot_run_is_refused_by_name():
-    found = instance(0)
+    found = builder(0)
     scores = ScoreTable(BlockVariant(attention=ATTENTIONS[0], ffn=FFNS[2]), found.scores.layers)
-    with pytest.raises(SpecError, match=r"rules out the parent's own ffn:i100.*\(256, for engines sglang\)"):
+    with pytest.raises(SpecError, match=r"rule out the parent's own ffn:i100.*\(256, for engines sglang\)"):
         ProblemBuilder(found.request.model_copy(update={"engines": ("sglang",)}), scores, found.costs)
 
 
 def test_limits_that_only_the_forbidden_could_meet_are_infeasible_and_say_what_can_be_had():
     with pytest.raises(InfeasibleError, match=r"block_decode_time was 3%.*can be had.*"):
-        run_search.run(instance(0, engines=["vllm"], scenario={"limits": {"block_decode_time": "3%"}}))
-    run_search.run(instance(0, scenario={"limits": {"block_decode_time": "3%"}}))
+        find_architecture(builder(0, engines=["vllm"], scenario={"limits": {"block_decode_time": "3%"}}))
+    find_architecture(builder(0, scenario={"limits": {"block_decode_time": "3%"}}))
 
 
 SPEC = {

@@ -5,6 +5,7 @@ import pytest
 from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import SpecError
 from puzzle_core.plan import Inputs, Plan
+from puzzle_core.resources import resources
 from puzzle_core.spec import parse_spec
 from tests.conftest import MIXED
 
@@ -92,8 +93,8 @@ def test_a_child_names_the_library_of_its_trained_halves(plan):
 
 def test_what_is_done_takes_nothing_more(plan):
     done = {work.key for work in [*plan().all_bld(), *plan().all_scores()]}
-    fresh, rest = plan().volume(), plan().volume(done)
-    assert (rest.scratch_bytes, rest.forward_tokens) == (0, 0)
+    fresh, rest = resources(plan()), resources(plan(), done=done)
+    assert (rest.scratch_bytes, rest.score_tokens, rest.library_bytes) == (0, 0, 0)
     assert fresh.trained_tokens - rest.trained_tokens == 20 * 262_144
 
 

@@ -53,6 +53,8 @@ def test_the_least_spec_is_enough():
         ({"scenario": {"limits": {"memry": "1GB"}}}, "scenario.limits.memry: unknown key; did you mean 'memory'?"),
         ({"variants": {"layers": [{"first_layer": 0, "last_layer": 1, "kv_head": [1]}]}}, "did you mean 'kv_heads'?"),
         ({"gkd": {"zzz": 1}}, "gkd.zzz: unknown key; known keys here: tokens, epochs, batch_tokens"),
+        ({"form": {"linear": False}}, "form: `form` is now `constraints`"),
+        ({"scenario": {"form": {}}}, "scenario.form: unknown key; known keys here"),
     ],
 )
 def test_an_unknown_key_comes_with_the_nearest_known_one(parts, message):

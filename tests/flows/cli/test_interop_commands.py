@@ -51,7 +51,7 @@ def test_a_campaign_is_imported_and_searched_without_torch(campaign, tmp_path, c
     done = subprocess.run([sys.executable, "-c", probe, *command], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 False", done.stderr
     expected = search_tables(out / "scores.csv", out / "costs.csv", read_request([scenario]), tmp_path / "again")
-    assert Architecture.read(answer / "architecture.json") == expected.chosen.architecture
+    assert Architecture.read(answer / "architecture.json") == expected.best.architecture
 
 
 def test_an_import_says_what_is_wrong(campaign, tmp_path, capsys):

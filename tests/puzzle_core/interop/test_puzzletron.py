@@ -63,7 +63,7 @@ def test_the_optimum_is_that_of_brute_force(campaign: Campaign, tmp_path: Path, 
     }
     expected = best(campaign, traffic, share * size, rate / share, 0.9 * prefill)
     assert 0 < expected < math.inf
-    assert search(tmp_path / "out", traffic, limits).chosen.score == pytest.approx(expected, abs=1e-12)
+    assert search(tmp_path / "out", traffic, limits).best.score == pytest.approx(expected, abs=1e-12)
 
 
 def test_units_are_those_of_the_files(campaign: Campaign, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_other_precisions_are_taken_when_asked_for(campaign: Campaign, tmp_path:
 def test_a_campaign_without_times_can_be_searched_by_memory(campaign: Campaign, tmp_path: Path) -> None:
     campaign.timed = False
     import_puzzle_dir(campaign.write(), tmp_path / "out")
-    assert search(tmp_path / "out", TRAFFICS[0], {"memory": "70%"}).chosen.score > 0
+    assert search(tmp_path / "out", TRAFFICS[0], {"memory": "70%"}).best.score > 0
     with pytest.raises(PuzzleError, match=r"limit latency .* needs the column runtime_ms"):
         search(tmp_path / "out", TRAFFICS[0], {"latency": "70%"})
 
@@ -108,7 +108,7 @@ def test_one_block_may_replace_several_layers(campaign: Campaign, tmp_path: Path
     campaign.spans = {(1, 2): 0.0001}
     import_puzzle_dir(campaign.write(), tmp_path / "out")
     record = search(tmp_path / "out", TRAFFICS[0], {"parameters": "90%"})
-    assert (record.chosen.score, record.chosen.spans) == (0.0001, {1: 2})
+    assert (record.best.score, record.best.spans) == (0.0001, {1: 2})
 
 
 def test_another_measure_counts_from_the_parents_own(campaign: Campaign, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ DAMAGE = {
     "a library of version 2": (
         LIBRARY,
         lambda c: {"version": 2, "entries": c},
-        "of version 2: read are libraries of version 1",
+        "has version 2; only version 1, a list, is supported",
     ),
     "a replacement of another width": (
         LIBRARY,
@@ -229,12 +229,12 @@ DAMAGE = {
     "times without those outside": (
         STATS,
         lambda c: c[BF16_PROFILE]["non_block"].update(runtime_ms=None),
-        f"profile {BF16_PROFILE} times its subblocks and not what lies outside: non_block has no runtime_ms",
+        f"profile {BF16_PROFILE} times its subblocks, and its non_block has no runtime_ms",
     ),
     "two profiles for one batch size": (
         STATS,
         lambda c: c.append(c[BF16_PROFILE]),
-        "its batch size and sequence lengths were in a prof",
+        "an earlier profile has the same batch size and sequence lengths",
     ),
     "several widths of the whole model": (
         STATS,

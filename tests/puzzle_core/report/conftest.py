@@ -24,7 +24,7 @@ def timing(prefill_ms: float, decode_ms: float, spread: float = 0.02) -> Timing:
 
 
 def holds(use: LimitUse) -> bool:
-    return use.used <= use.allowed if use.sense == "at_most" else use.used >= use.allowed
+    return use.usage <= use.threshold if use.sense == "at_most" else use.usage >= use.threshold
 
 
 class MadeUp:
@@ -78,7 +78,7 @@ class MadeUp:
             "kl",
         )
         costs = cost_table(self.spec.variants, self.shape, {(self.name, BATCH): self.measured})
-        self.instance = ProblemBuilder(self.spec.request, scores, costs)
+        self.builder = ProblemBuilder(self.spec.request, scores, costs)
 
     def _time(self, variant: Variant) -> Timing:
         own = self.own.attention if variant.subblock == "attn" else self.own.ffn
@@ -99,7 +99,7 @@ class MadeUp:
 
         def price(layer: int, block: BlockVariant) -> float:
             score = 0.0 if block == self.own else self.scores[layer, block]
-            times = (self.instance.costs.block(c, layer, block, self.name, BATCH) for c in ("prefill_ms", "decode_ms"))
+            times = (self.builder.costs.block(c, layer, block, self.name, BATCH) for c in ("prefill_ms", "decode_ms"))
             return score + weight * sum(times)
 
         return Architecture(
@@ -110,11 +110,11 @@ class MadeUp:
         score = sum(self.scores.get((i, b), 0.0) for i, b in enumerate(architecture.layers))
         return FoundArchitecture(
             method=method, architecture=architecture, score=score, bound=score, gap=0.0, optimal=True, seconds=0.04,
-            predictions=self.predict(architecture), limits=self.instance.limit_uses(architecture, self.batch_sizes),
+            predictions=self.predict(architecture), limits=self.builder.limit_uses(architecture, self.batch_sizes),
         )  # fmt: skip
 
     def predict(self, architecture: Architecture) -> dict[str, Prediction]:
-        return self.instance.predict(architecture, self.batch_sizes)
+        return self.builder.predict(architecture, self.batch_sizes)
 
     def model(self, name: str, kind: Any, architecture: Architecture, kl: float) -> ModelResult:
         p = self.predict(architecture)[self.name]
@@ -191,12 +191,13 @@ class MadeUp:
                 objective="kl",
                 batch_sizes=self.batch_sizes,
                 parents=self.predict(parent),
-                times=self.instance.times(self.batch_sizes),
+                times=self.builder.times(self.batch_sizes),
                 solutions=(found,),
                 baselines=tuple(baselines.values()),
                 frontier=frontier,
-                tried=(), prices=(), runner_ups=(), flags=(),
-                skipped={},
+                outcomes=(), prices=(), runner_ups=(),
+                largest_score=max(self.scores.values()),
+                omissions={},
             ),
             bld=self.bld(),
             scores=tuple(

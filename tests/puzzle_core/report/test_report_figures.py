@@ -45,7 +45,7 @@ def test_quality_against_speed(inputs: ReportInputs) -> None:
     assert left.get_ylabel() == "sum of scores (KL, nats per token)"
     star = right.collections[-1].get_offsets()
     np.testing.assert_allclose(
-        star, [[inputs.search.chosen.prediction.total_ms, inputs.child.evaluation.kl_nats_per_token]]
+        star, [[inputs.search.best.prediction.total_ms, inputs.child.evaluation.kl_nats_per_token]]
     )
 
 
@@ -104,7 +104,7 @@ def test_only_what_there_is(make_inputs: Make) -> None:
 @pytest.mark.parametrize("zeros", [True, False])
 def test_draws_where_everything_is_the_parent(make_inputs: Make, zeros: bool) -> None:
     inputs = make_inputs(layers=2, gkd=False)
-    parent = inputs.search.chosen.model_copy(
+    parent = inputs.search.best.model_copy(
         update={"architecture": inputs.parent.architecture, "score": 0.0, "prediction": inputs.search.parent}
     )
     update = {"solutions": (parent,)} | ({"baselines": (), "frontier": ()} if zeros else {})

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from puzzle_core.report.report import ReportRecord, escape_markdown, headline_sentence, run, spec_yaml
+from puzzle_core.report.report import ReportRecord, escape_markdown, headline_sentence, render_report, spec_yaml
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.spec import parse_spec
 
@@ -21,7 +21,7 @@ Make = Callable[..., ReportInputs]
 @pytest.fixture(scope="module")
 def written(inputs: ReportInputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[ReportRecord, Path]:
     out = tmp_path_factory.mktemp("report")
-    return run(inputs, out), out
+    return render_report(inputs, out), out
 
 
 def test_files(written: tuple[ReportRecord, Path], inputs: ReportInputs) -> None:
@@ -87,7 +87,7 @@ def test_strange_names_are_shown_as_they_are(make_inputs: Make, tmp_path: Path) 
         "limits": {"memory": "75%"},
     }
     inputs = make_inputs(layers=2, scenario=scenario).model_copy(update={"artifacts": {strange: "a|b"}})
-    record = run(inputs, tmp_path)
+    record = render_report(inputs, tmp_path)
     assert "<script" not in (tmp_path / record.html).read_text()
     assert "&lt;script&gt;" in (tmp_path / record.html).read_text()
     before_spec = (tmp_path / record.markdown).read_text().partition("The specification")[0]
@@ -97,18 +97,18 @@ def test_strange_names_are_shown_as_they_are(make_inputs: Make, tmp_path: Path) 
 
 def test_a_single_layer_without_gkd(make_inputs: Make, tmp_path: Path) -> None:
     inputs = make_inputs(layers=1, gkd=False)
-    record = run(inputs, tmp_path)
+    record = render_report(inputs, tmp_path)
     page = (tmp_path / record.markdown).read_text()
     assert "after GKD" not in page
     assert not (tmp_path / "figures/gkd.png").exists()
     assert record.headline["kl_nats_per_token"] == inputs.children[0].evaluation.kl_nats_per_token
 
 
-def test_flags_come_first(make_inputs: Make, tmp_path: Path) -> None:
+def test_warnings_come_first(make_inputs: Make, tmp_path: Path) -> None:
     inputs = make_inputs(layers=1)
-    search = inputs.search.model_copy(update={"skipped": {"batch size 64": "needs 3 GiB <more>"}})
-    record = run(inputs.model_copy(update={"search": search}), tmp_path)
-    assert any("batch size 64" in flag for flag in record.flags)
+    search = inputs.search.model_copy(update={"omissions": {"batch size 64": "needs 3 GiB <more>"}})
+    record = render_report(inputs.model_copy(update={"search": search}), tmp_path)
+    assert any("batch size 64" in warning for warning in record.warnings)
     assert "needs 3 GiB &lt;more&gt;" in (tmp_path / record.html).read_text()
     page = (tmp_path / record.markdown).read_text()
     assert 0 < page.index("Look at this first") < page.index("The child beside its parent")

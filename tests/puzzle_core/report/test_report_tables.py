@@ -106,16 +106,16 @@ def test_limits_in_the_words_of_the_limit(inputs: ReportInputs) -> None:
     rows = rows_of(report_tables.limits_table(inputs))
     assert rows["memory"][:2] == ("chatbot", "75%")
     assert rows["memory"][2] == "≤ 30.0 MiB"
-    uses = {use.name: use for use in inputs.search.chosen.limits}
+    uses = {use.name: use for use in inputs.search.best.limits}
     assert rows["throughput"][2].startswith("≥ ")
-    assert rows["throughput"][3] == f"{uses['throughput'].used:.0f} tok/s"
+    assert rows["throughput"][3] == f"{uses['throughput'].usage:.0f} tok/s"
     assert rows["time to first token"][1:3] == ("900ms", "≤ 900 ms")
 
 
 def test_slack_of_throughput_is_what_is_above_the_limit(inputs: ReportInputs) -> None:
-    chosen = inputs.search.chosen
+    chosen = inputs.search.best
     use = next(use for use in chosen.limits if use.name == "throughput").model_copy(
-        update={"allowed": 256.0, "used": 320.0}
+        update={"threshold": 256.0, "usage": 320.0}
     )
     search = inputs.search.model_copy(update={"solutions": (chosen.model_copy(update={"limits": (use,)}),)})
     (row,) = report_tables.limits_table(inputs.model_copy(update={"search": search})).rows
@@ -124,7 +124,7 @@ def test_slack_of_throughput_is_what_is_above_the_limit(inputs: ReportInputs) ->
 
 def test_layers_sum_up_to_what_was_predicted(inputs: ReportInputs) -> None:
     layers = derived.layer_facts(inputs)
-    chosen, parent = inputs.search.chosen, inputs.search.parent
+    chosen, parent = inputs.search.best, inputs.search.parent
     assert sum(fact.score for fact in layers) == pytest.approx(chosen.score)
     assert sum(f.saved_ms for f in layers) == pytest.approx(parent.total_ms - chosen.prediction.total_ms)
     table = report_tables.layers_table(inputs)
@@ -156,7 +156,7 @@ def test_baselines_beside_the_chosen(inputs: ReportInputs) -> None:
     methods = ["MIP (chosen)", "greedy", "uniform", "random", "maximise parameters"]
     assert [row[0] for row in table.rows] == methods
     outside = 96.0
-    share = (inputs.search.chosen.prediction.total_ms - outside) / (inputs.search.parent.total_ms - outside)
+    share = (inputs.search.best.prediction.total_ms - outside) / (inputs.search.parent.total_ms - outside)
     assert table.rows[0][-1] == f"{share:.1%}".replace("%", " %")
     assembled = inputs.children[0].evaluation
     assert table.rows[0][2] == f"{assembled.kl_nats_per_token:.3f}"
@@ -170,7 +170,7 @@ def test_a_baseline_that_the_search_does_not_know_is_not_dropped(inputs: ReportI
 
 
 def test_predicted_against_measured(plain: ReportInputs) -> None:
-    predicted = plain.search.chosen.prediction
+    predicted = plain.search.best.prediction
     rows = {row[:2]: row[2:] for row in report_tables.predicted_table(plain).rows}
     assert ("parent, with the costs", "prefill") in rows
     assert rows["child after GKD", "decode"][1:] == ("600 ms", f"{(predicted.decode_ms / 600 - 1) * 100:+.1f} %")

@@ -46,7 +46,7 @@ def test_equals_solving_each(ruled_problem: Callable, brute_force: Callable) -> 
         assert best.solution.objective == pytest.approx(least, rel=1e-6, abs=1e-9)
         assert best.key == next(key for key, value in each.items() if value is not None and value <= least + 1e-6)
         assert problems[best.key].feasible(best.solution.choice)
-        assert best.bound <= best.solution.objective
+        assert best.alternatives[best.key].bound <= best.solution.objective
         assert list(best.alternatives) == list(problems)
         for key, other in best.alternatives.items():
             value = math.inf if each[key] is None else each[key]

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from puzzle_core.architecture import Architecture, BlockVariant
-from puzzle_core.errors import InfeasibleError, PuzzleError
+from puzzle_core.errors import InfeasibleError, PuzzleError, SpecError
 from puzzle_core.search.from_tables import read_request, search_tables
 from puzzle_core.search.search_record import SearchRecord
 from puzzle_core.search.table_files import read_costs, read_scores
@@ -55,12 +55,12 @@ def search(place: Path, **options: Any) -> SearchRecord:
 def test_the_best_of_a_table_that_can_be_counted_by_hand(tmp_path: Path) -> None:
     # The parent takes 6 + 2 * 33 = 72 ms; one i256 saves 11 ms, one no-op attention too: the cheapest way down is 0.5.
     record = search(tmp_path)
-    assert [str(block) for block in record.chosen.architecture.layers] == ["attn:kv4+ffn:i512", "attn:kv4+ffn:i256"]
-    assert (record.chosen.score, record.chosen.optimal) == (0.5, True)
-    assert record.chosen.prediction.total_ms == 61
+    assert [str(block) for block in record.best.architecture.layers] == ["attn:kv4+ffn:i512", "attn:kv4+ffn:i256"]
+    assert (record.best.score, record.best.optimal) == (0.5, True)
+    assert record.best.prediction.total_ms == 61
     out = tmp_path / "out"
     assert SearchRecord.read(out / "search.json") == record
-    assert Architecture.read(out / "architecture.json") == record.chosen.architecture
+    assert Architecture.read(out / "architecture.json") == record.best.architecture
     frontier = pd.read_csv(out / "frontier.csv")
     assert frontier["score"].is_monotonic_decreasing
     assert frontier["chat/runtime_ms"].is_monotonic_increasing
@@ -79,8 +79,8 @@ def test_other_formats_give_the_same_answer(tmp_path: Path, suffix: str) -> None
     again = search_tables(
         scores.with_suffix(suffix), costs.with_suffix(suffix), read_request([scenario]), tmp_path / "again"
     )
-    assert again.chosen.architecture == plain.chosen.architecture
-    assert again.chosen.limits == plain.chosen.limits
+    assert again.best.architecture == plain.best.architecture
+    assert again.best.limits == plain.best.limits
 
 
 def test_block_rows_and_layer_rows_win_over_subblock_rows(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_block_rows_and_layer_rows_win_over_subblock_rows(tmp_path: Path) -> Non
     lines += [",".join([*row[:2], "", "", "", *row[2:]]) for row in rows]
     lines.append(",,kv4,i256,1,8,,90,9")
     record = search(tmp_path, costs="\n".join(lines))
-    assert str(record.chosen.architecture.layers[1]) != "attn:kv4+ffn:i256", "it is dear in layer 1 now"
+    assert str(record.best.architecture.layers[1]) != "attn:kv4+ffn:i256", "it is dear in layer 1 now"
 
 
 def test_larger_scores_may_be_better(tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_larger_scores_may_be_better(tmp_path: Path) -> None:
     with pytest.raises(PuzzleError, match=r"which column is the score.*accuracy, seconds"):
         search_tables(scores, costs, read_request([scenario]), tmp_path / "out")
     record = search_tables(scores, costs, read_request([scenario]), tmp_path / "out", score="accuracy", maximise=True)
-    assert str(record.chosen.architecture.layers[1]) == "attn:kv4+ffn:i256"
-    assert record.chosen.score == -19.5
+    assert str(record.best.architecture.layers[1]) == "attn:kv4+ffn:i256"
+    assert record.best.score == -19.5
 
 
 def test_the_parent_is_the_widest_or_the_one_that_is_named(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_bad_limits_are_refused(tmp_path: Path, limits: dict[str, Any], message:
 def test_infeasible_says_what_can_be_had(tmp_path: Path) -> None:
     with pytest.raises(InfeasibleError, match=r"latency was 20ms, and at least 50\.0ms"):
         search(tmp_path, limits={"latency": "20ms"})
-    assert search(tmp_path, limits={"latency": "50.0ms"}).chosen.prediction.total_ms == 50
+    assert search(tmp_path, limits={"latency": "50.0ms"}).best.prediction.total_ms == 50
 
 
 def test_scenarios_of_several_files_hold_together(tmp_path: Path) -> None:
@@ -166,11 +166,19 @@ def test_scenarios_of_several_files_hold_together(tmp_path: Path) -> None:
     request = read_request([first, second])
     assert [scenario.name for scenario in request.scenarios] == ["chat", "rag"]
     record = search_tables(scores, costs, request, tmp_path / "out")
-    assert record.chosen.prediction.parameters <= 500
+    assert record.best.prediction.parameters <= 500
     run_spec = tmp_path / "run.yaml"
     content = yaml.safe_load(first.read_text())
-    run_spec.write_text(yaml.safe_dump({"parent": {"path": "x"}, "scenario": content, "form": {"no_op": False}}))
-    assert read_request([run_spec]).form.no_op is False
+    run_spec.write_text(yaml.safe_dump({"parent": {"path": "x"}, "scenario": content, "constraints": {"no_op": False}}))
+    assert read_request([run_spec]).constraints.no_op is False
+
+
+def test_an_old_key_is_refused_with_the_new_name(tmp_path: Path) -> None:
+    *_, scenario = write(tmp_path)
+    content = {"scenario": yaml.safe_load(scenario.read_text()), "form": {"no_op": False}}
+    scenario.write_text(yaml.safe_dump(content))
+    with pytest.raises(SpecError, match="form: `form` is now `constraints`"):
+        read_request([scenario])
 
 
 def test_the_command_imports_neither_torch_nor_prefect_nor_mlflow(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rules of form: what they refuse, what they do to a problem, and the exact search under them."""
+"""Rules: what they refuse, what they do to a problem, and the exact search under them."""
 
 from collections.abc import Callable
 from dataclasses import replace

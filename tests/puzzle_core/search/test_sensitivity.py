@@ -9,7 +9,7 @@ from puzzle_core.errors import InfeasibleError, SpecError
 from puzzle_core.search import sensitivity as module
 from puzzle_core.search.mip import solve
 from puzzle_core.search.problem import Limit, Problem
-from puzzle_core.search.sensitivity import STEP, prices
+from puzzle_core.search.sensitivity import RELATIVE_STEP, prices
 
 
 def test_by_hand(pair: Problem) -> None:
@@ -17,8 +17,7 @@ def test_by_hand(pair: Problem) -> None:
     problem = pair.with_limits([Limit("memory", "bytes", 16.0, "GB"), Limit("latency", "ms", 99.0, "ms")])
     memory, latency = prices(problem, solve(problem), steps={"memory": 4.0})
     assert (memory.limit.name, memory.step, memory.gain, memory.most) == ("memory", 4.0, 1.0, 1.0)
-    assert memory.gain_per_unit == 0.25
-    assert (latency.step, latency.gain, latency.most, latency.gain_per_unit) == (pytest.approx(0.99), 0.0, 0.0, 0.0)
+    assert (latency.step, latency.gain, latency.most) == (pytest.approx(0.99), 0.0, 0.0)
     memory, _ = prices(problem, solve(problem), steps={"memory": 1.0})
     assert (memory.gain, memory.most) == (0.0, 1.0)
 
@@ -48,17 +47,18 @@ def test_a_limit_that_does_not_bind_takes_one_solve(pair: Problem, monkeypatch: 
     monkeypatch.setattr(module, "solve", lambda *args, **named: solved.append(1) or solve(*args, **named))
     found = prices(problem, solution)
     assert len(solved) == 3, "memory without and with more room, latency without"
-    assert [price.step for price in found] == pytest.approx([16 * STEP, 99 * STEP])
+    assert [price.step for price in found] == pytest.approx([16 * RELATIVE_STEP, 99 * RELATIVE_STEP])
 
 
 def test_a_capacity_of_nothing_has_a_step(pair: Problem) -> None:
     free = replace(pair, resources={"ms": tuple(values * 0.0 for values in pair.score)})
     problem = free.with_limits([Limit("latency", "ms", 0.0, "ms")])
-    assert [price.gain_per_unit for price in prices(problem, solve(problem))] == [0.0]
+    (price,) = prices(problem, solve(problem))
+    assert (price.step, price.gain) == (RELATIVE_STEP, 0.0)
 
 
 @pytest.mark.parametrize("steps", [{"memory": 0.0}, {"memory": -1.0}, {"memroy": 1.0}])
 def test_what_cannot_be_asked(pair: Problem, steps: dict[str, float]) -> None:
     problem = pair.with_limits([Limit("memory", "bytes", 16.0, "GB")])
-    with pytest.raises(SpecError, match=r"a step above 0 for a limit that is there.*limits: memory"):
+    with pytest.raises(SpecError, match=r"a step above 0 for a known limit.*limits: memory"):
         prices(problem, solve(problem), steps=steps)

@@ -25,13 +25,13 @@ from puzzle_core.formats.block_configs import block_config, from_block_configs, 
 from puzzle_core.model import child
 from puzzle_core.model.surgery import WEIGHTS, load_weights, variant_block
 from puzzle_core.plan import Inputs, Plan
-from puzzle_core.resources import forecast
-from puzzle_core.search import run_search
+from puzzle_core.resources import resources
 from puzzle_core.search.from_tables import read_request, search_tables
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table, score_table
+from puzzle_core.search.run_search import find_architecture
 from puzzle_core.sizes import variant_size
-from puzzle_core.spec import FormSpec, VariantsSpec, parse_spec
+from puzzle_core.spec import ConstraintsSpec, VariantsSpec, parse_spec
 from puzzle_core.variants.kinds import KINDS, VariantKind, kinds_of
 from puzzle_core.work import AssembleWork, ScoreRecord
 from tests.conftest import CPU
@@ -91,7 +91,7 @@ def test_restrictions_and_fields_of_rows_are_there():
     restrictions = RESTRICTIONS.keys()
     assert {name for row in ROWS for name in row.restricted_by} <= restrictions
     assert {row.spec_field for row in ROWS} - {None} <= VariantsSpec.model_fields.keys()
-    assert {row.form_field for row in ROWS} - {None} <= FormSpec.model_fields.keys()
+    assert {row.constraint_field for row in ROWS} - {None} <= ConstraintsSpec.model_fields.keys()
 
 
 def test_variants_of_a_layer_stand_from_the_parents_own_to_nothing(parent):
@@ -174,7 +174,7 @@ def toy_plan(toy, parent):
                 "batch_sizes": [2],
                 "limits": {"kv_bytes_per_token": "50%"},
             },
-            "form": {"no_op": False, "linear": False},
+            "constraints": {"no_op": False, "linear": False},
             "scoring": {"composition": "subblocks"},
             "target": {"costs": "roofline", "hardware": HARDWARE},
         }
@@ -228,7 +228,7 @@ def test_a_new_kind_is_planned_trained_scored_and_costed(toy_plan, activations, 
     assert variant in costs.variants
     record = roofline(shape, costs.variants, costs.traffic, costs.target)
     assert record.variants["attn:toy2"] == record.variants["attn:kv2"] != record.variants["attn:toy1"]
-    taken = forecast(plan, Architecture.of_parent(shape).replace(1, score.block))
+    taken = resources(plan, Architecture.of_parent(shape).replace(1, score.block))
     assert taken.bld_tasks == len(plan.all_bld())
 
 
@@ -249,7 +249,7 @@ def search_of(plan, scored_best):
     costs = {place: roofline(shape, work.variants, work.traffic, work.target) for place, work in plan.costs().items()}
     table = score_table(scores, "subblocks", "kl", plan.variants, shape)
     builder = ProblemBuilder(plan.spec.request, table, cost_table(plan.variants, shape, costs))
-    return run_search.run(builder).chosen.architecture
+    return find_architecture(builder).best.architecture
 
 
 def test_a_new_kind_is_searched_and_left_out_where_an_engine_cannot_run_it(toy_plan):
@@ -272,7 +272,7 @@ def test_a_new_kind_is_searched_from_tables(toy, tmp_path):
     )
     request = read_request([tmp_path / "scenario.yaml"])
     record = search_tables(tmp_path / "scores.csv", tmp_path / "costs.csv", request, tmp_path / "out")
-    assert [str(block) for block in record.chosen.architecture.layers] == ["attn:toy2+ffn:i8", "attn:kv2+ffn:i8"]
+    assert [str(block) for block in record.best.architecture.layers] == ["attn:toy2+ffn:i8", "attn:kv2+ffn:i8"]
 
 
 def test_a_new_kind_is_assembled_and_described_and_its_export_refused(toy, parent, initial_state, tmp_path):
