@@ -424,7 +424,8 @@ class RuntimeSpec(Record):
     )
     dask_address: str | None = Field(
         None,
-        pattern=r"^(tcp|tls)://[^@/?#\s]+:[0-9]+$",
+        pattern=r"^(tcp|tls)://[^/?#\s]+:[0-9]+$",
+        json_schema_extra={"pattern": r"^(tcp|tls)://[^@/?#\s]+:[0-9]+$"},
         description="Scheduler of a running Dask cluster, for instance tcp://10.0.0.5:8786; none starts processes here",
     )
     gkd_processes: Positive = Field(
@@ -453,6 +454,8 @@ class RuntimeSpec(Record):
                 "mlflow_uri holds credentials: say http://host:port and set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             )
+        if "@" in (self.dask_address or ""):
+            raise ValueError("dask_address holds credentials: say tcp://host:port, or set Dask's TLS up for tls://")
         return self
 
     @model_validator(mode="after")

@@ -68,7 +68,7 @@ def lineage_of(uri: str, name: str) -> list[Step]:
     """
     client = mlflow_client(uri)
     models = list(all_models(client, experiment_ids(client)))
-    child = _find_child(client, models, name)
+    child = find_child(client, models, name)
     if child is None:
         names = sorted({str(model.name) for model in models if model.model_type == "child"})
         names += sorted(model.name for model in client.search_registered_models())
@@ -98,7 +98,7 @@ def missing(steps: Iterable[Step], store: str | None) -> tuple[dict[str, list[st
     return gone, unreachable
 
 
-def _find_child(client: MlflowClient, models: list[LoggedModel], name: str) -> LoggedModel | None:
+def find_child(client: MlflowClient, models: list[LoggedModel], name: str) -> LoggedModel | None:
     """The model of this key, registered name or alias, or the newest model of this name."""
     models_by_key = by_key(models)
     if name in models_by_key:

@@ -173,8 +173,8 @@ def products_of(models: dict[str, LoggedModel]) -> dict[str, list[str]]:
 
 
 def allowed_name(text: str) -> str:
-    """The text with characters replaced that MLflow does not take in names of registered models and aliases."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")
+    """The text with characters replaced that MLflow does not take in names of models and aliases; never empty."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "unnamed"
 
 
 def _versions(client: MlflowClient, name: str, key: str) -> list[ModelVersion]:
