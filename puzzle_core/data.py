@@ -1,13 +1,15 @@
 """Texts in, packed token batches out: disjoint splits for calibration, BLD, scoring, GKD and evaluation.
 
-Documents are shuffled once with a fixed seed, joined with the tokenizer's begin-of-text token, and cut into
+Documents are shuffled once with a fixed seed, each gets a token in front (`document_start`), and all are cut into
 windows of `sequence_length` tokens. Batches are consecutive windows, so a step number alone says which tokens
 it sees: data order is deterministic, and training resumes anywhere.
 
 Legend: N windows, T tokens per window.
 """
 
+import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,52 +20,122 @@ from puzzle_core.errors import DataError
 from puzzle_core.text_sources import Document
 from puzzle_core.work import TokensRecord, TokensWork
 
+DOCUMENTS_AT_A_TIME = 16
+START_OF_PRETRAINING = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>")
+"""Tokens that pretraining puts between documents, where a tokenizer itself puts nothing in front of a text."""
+CHAT_MARKERS = frozenset(
+    [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|end|>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "<|user|>",
+        "<|assistant|>",
+    ]
+)
+"""Tokens that mark a turn of a chat; a document never starts with one of them unless the specification names it."""
+
 
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that packing needs."""
 
-    bos_token_id: int | None
-    eos_token_id: int | None
+    bos_token: str | None
+    eos_token: str | None
 
     def __call__(self, text: list[str], **options: Any) -> Any: ...
 
     def decode(self, ids: list[int], **options: Any) -> str: ...
 
+    def get_vocab(self) -> dict[str, int]: ...
 
-def pack(
-    documents: list[Document], tokenizer: Tokenizer, sequence_length: int, tokens: dict[str, int], seed: int
-) -> dict[str, torch.Tensor]:
-    """Cut documents into packed windows, one disjoint set of documents per split.
+
+def document_start(tokenizer: Tokenizer, choice: str = "auto") -> list[int]:
+    """Ids in front of every document.
 
     Args:
-        tokens: how many tokens each split asks for, in the order in which they are served.
+        choice: `none`, a token of the vocabulary, or `auto`: what the tokenizer itself puts in front of a text, else
+            the token that pretraining puts between documents, else its begin-of-text or end-of-text token where that
+            is no marker of a chat, else nothing.
+
+    Raises:
+        DataError: the vocabulary has no token `choice`.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if choice == "none":
+        return []
+    if choice != "auto":
+        if choice not in vocabulary:
+            raise DataError(
+                f"data.document_start is {choice!r}, which is no token of the parent's vocabulary: name one of its "
+                "tokens, or say 'auto' or 'none'"
+            )
+        return [vocabulary[choice]]
+    [whole], [text] = (
+        tokenizer(["a"], add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False)
+    )
+    in_front = next((list(whole[:n]) for n in range(1, len(whole)) if whole[n : n + len(text)] == text), [])
+    if in_front:
+        return in_front
+    candidates = [*START_OF_PRETRAINING, tokenizer.bos_token, tokenizer.eos_token]
+    usable = [token for token in candidates if token in vocabulary and token not in CHAT_MARKERS]
+    return [vocabulary[token] for token in usable[:1] if token]
+
+
+def pack(
+    documents: list[Document],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    tokens: dict[str, int],
+    seed: int,
+    cut_documents: bool = True,
+    start: str = "auto",
+) -> dict[str, torch.Tensor]:
+    """Cut documents into packed windows; no token is served twice.
+
+    Args:
+        tokens: number of tokens of each split, in the order in which they are served.
+        cut_documents: give the rest of a split's last document to the next split; otherwise that rest is left out, and
+            no two splits share a document.
+        start: what stands in front of a document, as `document_start` takes it.
 
     Returns:
         For each split an int32 tensor (N, T) with N = ceil(tokens / T).
 
     Raises:
-        DataError: the documents hold fewer tokens than asked.
+        DataError: the documents hold fewer tokens than the splits need, or there is no token `start`.
     """
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
-    remaining = iter(order)
+    remaining = _token_ids((documents[i] for i in order), tokenizer, document_start(tokenizer, start))
     packed: dict[str, torch.Tensor] = {}
-    for split, asked in tokens.items():
-        windows = -(-asked // sequence_length)
-        wanted = windows * sequence_length
-        stream: list[int] = []
-        while len(stream) < wanted:
-            chunk = [documents[i].text for _, i in zip(range(16), remaining, strict=False)]
-            if not chunk:
+    rest: list[int] = []
+    for split, wanted in tokens.items():
+        windows = -(-wanted // sequence_length)
+        needed = windows * sequence_length
+        stream, rest = rest, []
+        while len(stream) < needed:
+            ids = next(remaining, None)
+            if ids is None:
+                others = f" after serving {', '.join(packed)}" if packed else ""
                 raise DataError(
-                    f"split {split!r} asks for {wanted:,} tokens ({windows:,} windows of {sequence_length}), but the "
-                    f"texts gave only {len(stream):,} after serving {', '.join(packed) or 'no other split'}: "
-                    f"ask for fewer tokens or add texts"
+                    f"split {split!r} needs {needed:,} tokens ({windows:,} windows of {sequence_length}), but the "
+                    f"{len(documents):,} documents of the texts gave only {len(stream):,}{others}: ask for fewer "
+                    "tokens, add texts, or let splits share documents (data.cut_documents)"
                 )
-            for ids in tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
-                stream += _with_start(ids, tokenizer)
-        packed[split] = torch.tensor(stream[:wanted], dtype=torch.int32).view(windows, sequence_length)
+            stream += ids
+        if cut_documents:
+            rest = stream[needed:]
+        packed[split] = torch.tensor(stream[:needed], dtype=torch.int32).view(windows, sequence_length)
     return packed
+
+
+def _token_ids(documents: Iterator[Document], tokenizer: Tokenizer, start: list[int]) -> Iterator[list[int]]:
+    """The ids of one document after the other; documents go to the tokenizer a few at a time, which is faster."""
+    while texts := [document.text for document in itertools.islice(documents, DOCUMENTS_AT_A_TIME)]:
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield start + ids
 
 
 def batch_rows(step: int, batch_windows: int, windows: int) -> slice | list[int]:
@@ -74,15 +146,13 @@ def batch_rows(step: int, batch_windows: int, windows: int) -> slice | list[int]
     return [(start + i) % windows for i in range(batch_windows)]
 
 
-def _with_start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return ids if start is None else [start, *ids]
-
-
 def run(work: TokensWork, documents: list[Document], tokenizer: Tokenizer, out_dir: Path) -> TokensRecord:
     """Pack one split and write `tokens.safetensors`, int32 (N, T)."""
-    asked = dict(work.earlier_splits) | {work.split: work.tokens}
-    windows_NT = pack(documents, tokenizer, work.sequence_length, asked, work.seed)[work.split]
+    tokens = dict(work.earlier_splits) | {work.split: work.tokens}
+    packed = pack(
+        documents, tokenizer, work.sequence_length, tokens, work.seed, work.cut_documents, work.document_start
+    )
+    windows_NT = packed[work.split]
     save_file({"tokens": windows_NT}, out_dir / "tokens.safetensors")
     sample = tokenizer.decode(windows_NT[:64].flatten().tolist(), skip_special_tokens=True)
     return TokensRecord(

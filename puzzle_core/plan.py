@@ -72,9 +72,9 @@ class Plan:
                 f"engines asks for {', '.join(refusing)}, but the parent's family {shape.family} normalises queries "
                 "and keys, which no exported format has a place for (docs/engines.md): leave engines out"
             )
-        asked = {"data.sequence_length": spec.data.sequence_length}
-        asked |= {f"scenario {s.name}": s.prompt_tokens + s.generated_tokens for s in spec.scenarios}
-        for what, tokens in asked.items():
+        lengths = {"data.sequence_length": spec.data.sequence_length}
+        lengths |= {f"scenario {s.name}": s.prompt_tokens + s.generated_tokens for s in spec.scenarios}
+        for what, tokens in lengths.items():
             if tokens > shape.max_positions:
                 raise SpecError(f"{what} is {tokens}, but the parent's context holds {shape.max_positions} tokens")
 
@@ -89,7 +89,7 @@ class Plan:
         return range(self.inputs.shape.layers)
 
     def tokens(self, split: str) -> TokensWork:
-        """One split of packed windows; each leaves the documents of those before it alone."""
+        """One split of packed windows; no two splits share a token."""
         spec = self.spec
         train = (("calibration", spec.importance.tokens), ("bld", spec.bld.tokens), ("gkd", spec.gkd.tokens))
         held_out = (("scoring", spec.scoring.tokens), ("evaluation", spec.evaluation.tokens))
@@ -101,6 +101,8 @@ class Plan:
             earlier_splits=order[:position],
             sequence_length=spec.data.sequence_length,
             seed=spec.data.seed,
+            cut_documents=spec.data.cut_documents,
+            document_start=spec.data.document_start,
             texts=self.inputs.train_texts if order is train else self.inputs.held_out_texts,
             tokenizer=self.inputs.tokenizer,
         )
@@ -140,11 +142,13 @@ class Plan:
 
         The base is the parent, or a child; the child itself is scored too, by its own block in layer 0.
         """
-        own = base.layers[layer] if base else self.inputs.shape.parent_block
+        base_block = base.layers[layer] if base else self.inputs.shape.parent_block
         blocks = self.variants.blocks_of_layer(layer, self.inputs.shape)
         if self.spec.scoring.composition == "subblocks":
-            blocks = [block for block in blocks if own.attention == block.attention or own.ffn == block.ffn]
-        return [block for block in blocks if block != own or (base and layer == 0)]
+            blocks = [
+                block for block in blocks if base_block.attention == block.attention or base_block.ffn == block.ffn
+            ]
+        return [block for block in blocks if block != base_block or (base and layer == 0)]
 
     def score(self, layer: int, block: BlockVariant, base: Architecture | None = None) -> ScoreWork:
         """The score of one block variant in the parent, or in a child."""
@@ -187,8 +191,8 @@ class Plan:
         distinct = {
             variant
             for layer in self.layers
-            for found in self.variants.of_layer(layer, self.inputs.shape)
-            for variant in found
+            for variants in self.variants.of_layer(layer, self.inputs.shape)
+            for variant in variants
             if not variant.is_empty
         }
         return {

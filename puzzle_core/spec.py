@@ -60,6 +60,14 @@ class DataSpec(Record):
     )
     sequence_length: int = Field(256, ge=8, description="Tokens per window")
     seed: int = Field(0, description="Order of the documents")
+    cut_documents: bool = Field(
+        True,
+        description="The rest of the document that fills a split goes to the next one; false: splits share no document",
+    )
+    document_start: str = Field(
+        "auto",
+        description="In front of every document: auto (as the tokenizer or its pretraining has it), none, or a token",
+    )
 
 
 class VariantRange(Record):

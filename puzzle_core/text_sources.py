@@ -1,24 +1,37 @@
 """Documents from text sources: files, directories, and the standard library of the running Python."""
 
+import bz2
+import contextlib
 import gzip
 import hashlib
 import json
+import logging
+import lzma
 import os
+import re
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from puzzle_core.errors import DataError
 
+log = logging.getLogger(__name__)
 STDLIB = "python-stdlib"
-
-
 _STDLIB_SKIPPED = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
-
-
 _STDLIB_SPLITS = {f"{STDLIB}:train": False, f"{STDLIB}:held-out": True}
+_JSON_LINES = (".jsonl", ".ndjson", ".jl")
+_DATA = (".json", ".parquet", *_JSON_LINES)
+_DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+}
+_COMPRESSION = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
+_NO_TEXT = re.compile(r"(dataset_infos?|state|dataset_dict)\.json|readme(\.\w+)?|licen[cs]e(\.\w+)?", re.IGNORECASE)
+"""Files that describe a data set and hold none of it; they are left out where a directory has files of data."""
+_LOOK_CHARACTERS = 1 << 20
 
 
 class Document(NamedTuple):
@@ -31,8 +44,9 @@ class Document(NamedTuple):
 def read_documents(sources: Iterable[str]) -> list[Document]:
     """Read every document of every source, in a stable order.
 
-    A source is `python-stdlib:train`, `python-stdlib:held-out`, a text file (one document), a `.json` list of
-    strings, a `.jsonl` or `.jsonl.gz` with one string or one object with a `text` per line, or a directory of these.
+    A source is `python-stdlib:train`, `python-stdlib:held-out`, a text file (one document), a JSON list of strings or
+    of objects with a `text`, JSON Lines of these under any ending, a Parquet file with a column `text`, one of these
+    compressed by gzip, bzip2 or xz, or a directory of them. A byte order mark is skipped.
 
     Raises:
         DataError: a source is missing, empty, not UTF-8, not of a known form, or holds half a surrogate pair.
@@ -61,6 +75,21 @@ def digest_documents(documents: Iterable[Document]) -> str:
     for document in documents:
         digest.update(hashlib.sha256(document.text.encode()).digest())
     return digest.hexdigest()[:40]
+
+
+def check_disjoint(train: Iterable[Document], held_out: Iterable[Document]) -> None:
+    """Refuse texts that are trained on and evaluated on; blanks at the ends of a text do not count.
+
+    Raises:
+        DataError: names the first document that is in both.
+    """
+    trained = {hashlib.sha256(document.text.strip().encode()).digest(): document.name for document in train}
+    for document in held_out:
+        if same := trained.get(hashlib.sha256(document.text.strip().encode()).digest()):
+            raise DataError(
+                f"{document.name} of data.held_out_texts is also in data.train_texts ({same}), so scores and "
+                "evaluation would see what was trained on: leave it out of one of the two"
+            )
 
 
 def stdlib_documents(held_out: bool, include_tests: bool = False) -> Iterator[Document]:
@@ -97,10 +126,22 @@ def _files_of(source: str) -> list[Path]:
         raise DataError(f"unknown text source {source!r}: say {' or '.join(map(repr, _STDLIB_SPLITS))}")
     path = Path(source)
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        return _files_with_text(path)
     if path.is_file():
         return [path]
     raise DataError(f"text source {source!r} does not exist: give a file, a directory or '{STDLIB}:train'")
+
+
+def _files_with_text(directory: Path) -> list[Path]:
+    """The files of a directory, without hidden ones and those that only describe a data set."""
+    parts = ((file, file.relative_to(directory).parts) for file in sorted(directory.rglob("*")) if file.is_file())
+    files = [file for file, names in parts if not any(name.startswith(".") for name in names)]
+    if not any({*file.suffixes} & {*_DATA} and not _NO_TEXT.fullmatch(file.name) for file in files):
+        return files
+    left_out = [file for file in files if _NO_TEXT.fullmatch(file.name)]
+    if left_out:
+        log.info("%s: %s hold no text and are left out", directory, ", ".join(file.name for file in left_out))
+    return [file for file in files if file not in left_out]
 
 
 def _stdlib() -> Path:
@@ -117,36 +158,20 @@ def _stdlib_files(held_out: bool, include_tests: bool = False) -> list[Path]:
 
 
 def _read_file(path: Path) -> Iterator[Document]:
-    content = path.read_bytes()
+    items: Iterable[Any]
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] == [".gz"]:
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} is not a whole gzip file ({error}): replace it") from error
-        suffixes.pop()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 (byte {error.start} is 0x{content[error.start]:02x}): convert it, for instance "
-            f"with `iconv -t utf-8`"
-        ) from error
-    try:
-        if suffixes[-1:] == [".json"]:
-            items = json.loads(text) if text.strip() else []
-            if not isinstance(items, list):
-                raise DataError(f"{path} holds a JSON {type(items).__name__}: a list of strings is wanted")
-        elif suffixes[-1:] == [".jsonl"]:
-            items = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            items = [text]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not valid JSON ({error})") from error
+    if suffixes[-1:] == [".parquet"]:
+        items = _parquet_texts(path)
+    else:
+        text = _text_of(path, _plain_bytes(path))
+        items = _json_items(path, text, whole=".json" in suffixes[-2:], lines={*_JSON_LINES} & {*suffixes[-2:]})
     for number, item in enumerate(items):
         body = item.get("text") if isinstance(item, dict) else item
         if not isinstance(body, str):
-            raise DataError(f"{path}, entry {number}: neither a string nor an object with a string under 'text'")
+            raise DataError(
+                f"{path}, entry {number}: neither a string nor an object with a string under 'text'; name "
+                "the files that hold text, or write it under 'text'"
+            )
         try:
             body.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -155,3 +180,87 @@ def _read_file(path: Path) -> Iterator[Document]:
                 f"surrogate pair and no text: repair or drop this entry"
             ) from error
         yield Document(f"{path}#{number}", body)
+
+
+def _plain_bytes(path: Path) -> bytes:
+    """The bytes of a file, decompressed where its ending names a compression."""
+    suffix = path.suffix.lower()
+    if suffix in (".zst", ".zstd"):
+        raise DataError(
+            f"{path} is compressed by zstandard, which is not read here: decompress it (`unzstd {path.name}`)"
+        )
+    content = path.read_bytes()
+    if suffix not in _DECOMPRESS:
+        return content
+    try:
+        return _DECOMPRESS[suffix](content)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path} is not a whole {_COMPRESSION[suffix]} file ({error}): replace it") from error
+
+
+def _text_of(path: Path, content: bytes) -> str:
+    """UTF-8 text; a byte order mark in front is skipped."""
+    if content.startswith(b"PAR1"):
+        raise DataError(f"{path} is a Parquet file: give it the ending .parquet")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 (byte {error.start} is 0x{content[error.start]:02x}): convert it, for instance "
+            f"with `iconv -t utf-8`, or leave it out if it holds no text"
+        ) from error
+
+
+def _json_items(path: Path, text: str, whole: bool, lines: Collection[str]) -> list[Any]:
+    """The entries of a text file: of a JSON list, of JSON Lines whatever the ending says, or the text itself."""
+    if not whole and not lines and not _looks_like_json_lines(text):
+        return [text]
+    if not text.strip():
+        return []
+    try:
+        if whole:
+            with contextlib.suppress(json.JSONDecodeError):
+                items = json.loads(text)
+                if isinstance(items, list):
+                    return items
+                if isinstance(items, dict) and isinstance(items.get("text"), str):
+                    return [items]
+                raise DataError(
+                    f"{path} holds a JSON {type(items).__name__}: a list of strings, a list of objects with a string "
+                    "under 'text', or one such object per line is wanted; leave the file out if it holds no text"
+                )
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON, nor JSON Lines ({error})") from error
+
+
+def _looks_like_json_lines(text: str) -> bool:
+    """Whether every line is a JSON object with a string under `text`; the first two decide."""
+    first = [line for line in text[:_LOOK_CHARACTERS].lstrip().split("\n", 2)[:2] if line.strip()]
+    for line in first if text.lstrip().startswith("{") else ():
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError:
+            return False
+        if not (isinstance(item, dict) and isinstance(item.get("text"), str)):
+            return False
+    return bool(first) and text.lstrip().startswith("{")
+
+
+def _parquet_texts(path: Path) -> Iterator[Any]:
+    """The column `text` of a Parquet file, batch by batch."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if "text" not in columns:
+                raise DataError(
+                    f"{path} is a Parquet file without a column 'text' (it has {', '.join(columns) or 'none'}): "
+                    "rename the column that holds the text"
+                )
+            for batch in file.iter_batches(columns=["text"]):
+                yield from batch.column(0).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a whole Parquet file ({error}): replace it") from error

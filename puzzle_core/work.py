@@ -6,8 +6,6 @@ their keys. A `Record` is what the stage found out; tensors lie beside it in the
 
 from typing import ClassVar, Literal
 
-from pydantic import ConfigDict, Field
-
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, VariantId
 from puzzle_core.records import Record, Work
 from puzzle_core.spec import (
@@ -22,21 +20,18 @@ from puzzle_core.spec import (
 
 
 class TokensWork(Work):
-    """One split of packed windows; `earlier_splits` are the splits that took their documents first.
-
-    Keys and manifests have `earlier_splits` under its former name: a change of the digest would invalidate libraries.
-    """
-
-    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
+    """One split of packed windows; `earlier_splits` are the splits that took their tokens first."""
 
     stage: ClassVar[str] = "tokens"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     split: str
     tokens: int
-    earlier_splits: tuple[tuple[str, int], ...] = Field(alias="served_before")
+    earlier_splits: tuple[tuple[str, int], ...]
     sequence_length: int
     seed: int
+    cut_documents: bool
+    document_start: str
     texts: str
     tokenizer: str
 

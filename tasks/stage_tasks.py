@@ -48,7 +48,7 @@ from puzzle_core.work import (
     TokensWork,
 )
 from tasks.runtime.context import RunContext
-from tasks.runtime.digest_cache import parent_digest, texts_digest
+from tasks.runtime.digest_cache import check_texts_disjoint, parent_digest, texts_digest
 from tasks.runtime.locks import gpu_lock, machine_lock
 from tasks.runtime.produce import produce
 from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs
@@ -67,7 +67,8 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec) -> Inp
         PuzzleError: the parent, the texts, the target's device, engine or cost table cannot be used.
     """
     parent = context.open_parent()
-    parent.tokenizer()
+    data.document_start(parent.tokenizer(), texts.document_start)
+    check_texts_disjoint(texts.train_texts, texts.held_out_texts, context.scratch)
     inputs = Inputs(
         parent=parent_digest(parent, context.scratch),
         tokenizer=parent.tokenizer_digest,

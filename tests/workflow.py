@@ -95,7 +95,8 @@ def content(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempP
     for name, documents in (("train", 40), ("held-out", 20)):
         (place / name).mkdir()
         for number in range(documents):
-            words = [WORDS[(number * 7 + i * (number + 3)) % len(WORDS)] for i in range(30)]
+            bend = int(name == "held-out")  # so that no document is in both
+            words = [WORDS[(number * 7 + i * (number + 3) + bend * i * i) % len(WORDS)] for i in range(30)]
             (place / name / f"{number:02d}.txt").write_text(" ".join(words))
     outside = {
         "parent": {"path": str(checkpoint_of("llama"))},

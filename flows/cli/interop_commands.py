@@ -92,7 +92,7 @@ def export_library(
 ) -> None:
     """Write the index of a specification's block library."""
     from puzzle_core.plan import Plan
-    from puzzle_core.report.library_index import Stored, library_index, library_keys
+    from puzzle_core.report.library_index import StoredArtifact, library_index, library_keys
     from puzzle_core.spec_file import load_spec
     from tasks.runtime.context import RunContext
     from tasks.stage_tasks import open_inputs
@@ -102,6 +102,6 @@ def export_library(
     plan, store = Plan(run_spec, open_inputs.fn(context, run_spec.data, run_spec.target)), context.store()
     stored_keys = store.keys("bld") | store.keys("score")
     manifests = store.manifests(key for key in library_keys(plan) if key in stored_keys)
-    stored = {key: Stored(manifest.record, manifest.size_bytes) for key, manifest in manifests.items()}
+    stored = {key: StoredArtifact(manifest.record, manifest.size_bytes) for key, manifest in manifests.items()}
     library_index(plan, stored).write(out)
     sys.stdout.write(f"{out}\n")

@@ -194,11 +194,11 @@ class _Campaign:
 
     def _default_metric(self, file: Path) -> str:
         measures = _measures(read_json(file, "the scores of one replacement", dict))
-        found = next((metric for metric in METRICS if metric in measures), None)
-        if found is None:
+        default = next((metric for metric in METRICS if metric in measures), None)
+        if default is None:
             known = ", ".join(measures) or "none"
             raise SpecError(f"{file} has none of {', '.join(METRICS)}: choose one of its measures: {known}")
-        return found
+        return default
 
     def _read_parent_score(self) -> float:
         file = self._place / TEACHER
@@ -230,7 +230,7 @@ def _average(content: Mapping[str, Any], metric: str, file: Path) -> float:
 
 
 def _flat(scores: ScoreTable) -> list[tuple[int, Option, float]]:
-    return [(layer, option, score) for layer, found in enumerate(scores.layers) for option, score in found.items()]
+    return [(layer, option, score) for layer, options in enumerate(scores.layers) for option, score in options.items()]
 
 
 def _score_row(layer: int, option: Option, metric: str, score: float) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class Activations:
 
 
 def drop_layer(directory: Path, layer: int) -> None:
-    """Delete the states of a directory of `Activations` that only this layer's tasks read."""
+    """Delete the files in a directory of `Activations` that only tasks of this layer read."""
     for name in (_layer_input_name(layer), _post_attention_name(layer)):
         (directory / f"{name}.bin").unlink(missing_ok=True)
 

@@ -78,16 +78,16 @@ def headline(inputs: ReportInputs) -> dict[str, float]:
 
 def comparisons(inputs: ReportInputs) -> list[Comparison]:
     """Predicted and measured times of every model that has both, and of the parent when costs were measured."""
-    found = []
+    pairs = []
     if inputs.costs and inputs.costs.source == "measured":
-        found.append(("parent, with the costs", inputs.search.parent, inputs.costs.parent))
+        pairs.append(("parent, with the costs", inputs.search.parent, inputs.costs.parent))
     for model in inputs.models:
         prediction = predicted(inputs, model.architecture)
         if model.timing and prediction:
-            found.append((model.name, prediction, model.timing))
+            pairs.append((model.name, prediction, model.timing))
     return [
         Comparison(name, phase, predicted_ms, measured_ms)
-        for name, prediction, timing in found
+        for name, prediction, timing in pairs
         for phase, predicted_ms, measured_ms in (
             ("prefill", prediction.prefill_ms, timing.prefill_ms),
             ("decode", prediction.decode_ms, timing.decode_ms),
@@ -102,7 +102,7 @@ def predicted(inputs: ReportInputs, architecture: Architecture) -> Prediction | 
         return inputs.search.parent
     search = inputs.search
     met = (*search.solutions, *search.baselines, *search.frontier)
-    return next((found.prediction for found in met if found.architecture == architecture), None)
+    return next((solution.prediction for solution in met if solution.architecture == architecture), None)
 
 
 def measured(inputs: ReportInputs, architecture: Architecture) -> ModelResult | None:
@@ -131,25 +131,25 @@ def scores(inputs: ReportInputs) -> dict[tuple[int, BlockVariant], float]:
 
 def layer_facts(inputs: ReportInputs) -> list[LayerFact]:
     """The child layer by layer."""
-    table, own = scores(inputs), inputs.shape.parent_block
+    table, parent = scores(inputs), inputs.shape.parent_block
     return [
         LayerFact(
             layer=layer,
             block=block,
-            score=0.0 if block == own else table[layer, block],
+            score=0.0 if block == parent else table[layer, block],
             attention_ms=_variant_ms(inputs, block.attention),
             ffn_ms=_variant_ms(inputs, block.ffn),
-            parent_attention_ms=_variant_ms(inputs, own.attention),
-            parent_ffn_ms=_variant_ms(inputs, own.ffn),
+            parent_attention_ms=_variant_ms(inputs, parent.attention),
+            parent_ffn_ms=_variant_ms(inputs, parent.ffn),
         )
         for layer, block in enumerate(inputs.child.architecture.layers)
     ]
 
 
-def method_name(found: FoundArchitecture) -> str:
+def method_name(solution: FoundArchitecture) -> str:
     """How people call a way to choose."""
     names = {"mip": "MIP", "mip_no_op_only": "MIP, no-op only", "mip_lm_loss": "MIP on LM loss"}
-    return names.get(found.method, found.method.replace("_", " "))
+    return names.get(solution.method, solution.method.replace("_", " "))
 
 
 def _variant_ms(inputs: ReportInputs, variant: Variant) -> float:

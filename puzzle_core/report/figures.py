@@ -95,10 +95,10 @@ def quality_figure(inputs: ReportInputs) -> Figure:
     x = f"prefill + decode, predicted ({unit})"
     label_axes(left, "Predicted", x, f"sum of scores ({OBJECTIVE_UNITS[search.objective]})")
     label_axes(right, "Measured on assembled models", x, "KL to the parent (nats per token)")
-    found = (search.best, *search.baselines, *search.frontier)
-    log_scale_to_zero(left, [f.score for f in found])
+    architectures = (search.best, *search.baselines, *search.frontier)
+    log_scale_to_zero(left, [f.score for f in architectures])
     log_scale_to_zero(right, [model.evaluation.kl_nats_per_token for model in inputs.models])
-    least_ms = min(f.prediction.total_ms for f in found)
+    least_ms = min(f.prediction.total_ms for f in architectures)
     for axes in (left, right):
         _add_speed_axis(axes, search.parent.total_ms / scale, least_ms / scale)
     names = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
@@ -177,7 +177,7 @@ def _add_speed_axis(axes: Axes, parent_time: float, least_time: float) -> None:
 def _draw_predicted(axes: Axes, inputs: ReportInputs, scale: float) -> None:
     search = inputs.search
     if search.frontier:
-        points = sorted((found.prediction.total_ms / scale, found.score) for found in search.frontier)
+        points = sorted((solution.prediction.total_ms / scale, solution.score) for solution in search.frontier)
         axes.plot(
             *zip(*points, strict=True),
             color=BLUE,
@@ -185,8 +185,8 @@ def _draw_predicted(axes: Axes, inputs: ReportInputs, scale: float) -> None:
             linewidth=1.2,
             label="frontier: the best score at each time",
         )
-    for (marker, colour), found in zip(_styles(search.baselines), search.baselines, strict=True):
-        _mark(axes, found.prediction.total_ms / scale, found.score, marker, colour, derived.method_name(found))
+    for (marker, colour), solution in zip(_styles(search.baselines), search.baselines, strict=True):
+        _mark(axes, solution.prediction.total_ms / scale, solution.score, marker, colour, derived.method_name(solution))
     _mark(axes, search.parent.total_ms / scale, 0, "o", BLACK, "parent")
     chosen = search.best
     _mark(axes, chosen.prediction.total_ms / scale, chosen.score, "*", VERMILLION, "child, after assembly")
@@ -194,11 +194,11 @@ def _draw_predicted(axes: Axes, inputs: ReportInputs, scale: float) -> None:
 
 def _draw_measured(axes: Axes, inputs: ReportInputs, scale: float) -> None:
     search = inputs.search
-    for (marker, colour), found in zip(_styles(search.baselines), search.baselines, strict=True):
-        model = derived.measured(inputs, found.architecture)
+    for (marker, colour), solution in zip(_styles(search.baselines), search.baselines, strict=True):
+        model = derived.measured(inputs, solution.architecture)
         if model:
             kl = model.evaluation.kl_nats_per_token
-            _mark(axes, found.prediction.total_ms / scale, kl, marker, colour, derived.method_name(found))
+            _mark(axes, solution.prediction.total_ms / scale, kl, marker, colour, derived.method_name(solution))
     _mark(axes, search.parent.total_ms / scale, inputs.parent.evaluation.kl_nats_per_token, "o", BLACK, "parent")
     x, kls = search.best.prediction.total_ms / scale, [c.evaluation.kl_nats_per_token for c in inputs.children]
     _mark(axes, x, kls[0], "*", VERMILLION, "child, after assembly")
@@ -218,10 +218,10 @@ def _styles(baselines: tuple[FoundArchitecture, ...]) -> list[tuple[str, str]]:
 
 def _draw_times(axes: Axes, inputs: ReportInputs) -> None:
     """Nested markers, since models of one architecture lie on each other; hollow is prefill, filled is decode."""
-    found = derived.comparisons(inputs)
-    scale, unit = time_scale(max((c.measured_ms for c in found), default=1.0))
-    models = list(dict.fromkeys(c.model for c in found))
-    for c in found:
+    comparisons = derived.comparisons(inputs)
+    scale, unit = time_scale(max((c.measured_ms for c in comparisons), default=1.0))
+    models = list(dict.fromkeys(c.model for c in comparisons))
+    for c in comparisons:
         index = models.index(c.model)
         marker, colour = MODEL_STYLES[index % len(MODEL_STYLES)]
         axes.scatter(
@@ -234,7 +234,7 @@ def _draw_times(axes: Axes, inputs: ReportInputs) -> None:
             label=f"{c.phase} of {c.model}",
             zorder=3 + index,
         )
-    ends = _identity(axes, [t / scale for c in found for t in (c.predicted_ms, c.measured_ms)])
+    ends = _identity(axes, [t / scale for c in comparisons for t in (c.predicted_ms, c.measured_ms)])
     axes.fill_between(
         ends, [(1 - TIME_ERROR) * end for end in ends], [(1 + TIME_ERROR) * end for end in ends],
         color="#EDEDED", linewidth=0, label=f"within {TIME_ERROR:.0%}", zorder=0,
@@ -246,8 +246,8 @@ def _score_points(inputs: ReportInputs) -> list[tuple[str, float, float]]:
     """Names, measured KL and predicted score of what was assembled."""
     search = inputs.search
     named = [("MIP (chosen)", search.best), *((derived.method_name(f), f) for f in search.baselines)]
-    pairs = [(name, found, derived.measured(inputs, found.architecture)) for name, found in named]
-    points = [(name, m.evaluation.kl_nats_per_token, found.score) for name, found, m in pairs if m]
+    pairs = [(name, solution, derived.measured(inputs, solution.architecture)) for name, solution in named]
+    points = [(name, m.evaluation.kl_nats_per_token, solution.score) for name, solution, m in pairs if m]
     return [point for point in points if point[1] > 0 and point[2] > 0]
 
 
@@ -276,7 +276,7 @@ def _identity(axes: Axes, values: list[float]) -> list[float]:
 
 def _taken(inputs: ReportInputs, layer: int) -> list[BlockVariant]:
     """The scored blocks that the child's layer is made of: itself, or its subblocks where these were scored."""
-    block, own = inputs.child.architecture.layers[layer], inputs.shape.parent_block
+    block, parent = inputs.child.architecture.layers[layer], inputs.shape.parent_block
     if inputs.spec.scoring.composition == "pairs":
         return [block]
-    return [own.with_variant(variant) for variant in block.subblocks]
+    return [parent.with_variant(variant) for variant in block.subblocks]

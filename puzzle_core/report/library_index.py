@@ -10,7 +10,7 @@ from puzzle_core.records import Record, Work
 from puzzle_core.work import BldRecord, BldWork, ScoreRecord, ScoreWork
 
 
-class Stored(NamedTuple):
+class StoredArtifact(NamedTuple):
     """What the store says of an artifact: its stage's record as plain values, and the bytes of its files."""
 
     record: dict[str, Any]
@@ -67,17 +67,17 @@ def library_keys(plan: Plan) -> list[str]:
     return [work.key for work in (*plan.all_bld(), *plan.all_scores())]
 
 
-def library_index(plan: Plan, found: Mapping[str, Stored]) -> LibraryIndex:
+def library_index(plan: Plan, stored_artifacts: Mapping[str, StoredArtifact]) -> LibraryIndex:
     """The index of a run's library.
 
     Args:
         plan: the run.
-        found: what the store has, by key; `library_keys` are looked up.
+        stored_artifacts: artifacts of the store by key; those of `library_keys` are looked up.
 
     Raises:
         ArtifactError: the library is not whole: says what is missing.
     """
-    missing: list[Work] = [work for work in (*plan.all_bld(), *plan.all_scores()) if work.key not in found]
+    missing: list[Work] = [work for work in (*plan.all_bld(), *plan.all_scores()) if work.key not in stored_artifacts]
     if missing:
         variants = sum(isinstance(work, BldWork) for work in missing)
         raise ArtifactError(
@@ -87,8 +87,8 @@ def library_index(plan: Plan, found: Mapping[str, Stored]) -> LibraryIndex:
     layers = tuple(
         IndexedLayer(
             layer=layer,
-            variants=tuple(_variants((plan.bld(layer, variant) for variant in plan.trained(layer)), found)),
-            scores=tuple(_scores((plan.score(layer, block) for block in plan.scored(layer)), found)),
+            variants=tuple(_variants((plan.bld(layer, variant) for variant in plan.trained(layer)), stored_artifacts)),
+            scores=tuple(_scores((plan.score(layer, block) for block in plan.scored(layer)), stored_artifacts)),
         )
         for layer in plan.layers
     )
@@ -101,9 +101,9 @@ def library_index(plan: Plan, found: Mapping[str, Stored]) -> LibraryIndex:
     )
 
 
-def _variants(works: Iterable[BldWork], found: Mapping[str, Stored]) -> Iterable[IndexedVariant]:
+def _variants(works: Iterable[BldWork], stored_artifacts: Mapping[str, StoredArtifact]) -> Iterable[IndexedVariant]:
     for work in works:
-        stored = found[work.key]
+        stored = stored_artifacts[work.key]
         record = BldRecord.model_validate(stored.record)
         yield IndexedVariant(
             variant=record.variant,
@@ -115,9 +115,9 @@ def _variants(works: Iterable[BldWork], found: Mapping[str, Stored]) -> Iterable
         )
 
 
-def _scores(works: Iterable[ScoreWork], found: Mapping[str, Stored]) -> Iterable[IndexedScore]:
+def _scores(works: Iterable[ScoreWork], stored_artifacts: Mapping[str, StoredArtifact]) -> Iterable[IndexedScore]:
     for work in works:
-        record = ScoreRecord.model_validate(found[work.key].record)
+        record = ScoreRecord.model_validate(stored_artifacts[work.key].record)
         yield IndexedScore(
             attention=record.block.attention,
             ffn=record.block.ffn,

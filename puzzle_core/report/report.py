@@ -98,16 +98,16 @@ def title(inputs: ReportInputs) -> str:
 def headline_sentence(inputs: ReportInputs) -> str:
     """The result in one sentence."""
     numbers = derived.headline(inputs)
-    said = [
+    phrases = [
         f"has {percent_text(numbers['parameters_ratio'])} of its parent's parameters",
         f"takes {percent_text(numbers['memory_ratio'])} of its memory",
     ]
     if "speedup_end_to_end" in numbers:
-        said.append(f"runs {speed_text(numbers['speedup_end_to_end'])} end to end")
+        phrases.append(f"runs {speed_text(numbers['speedup_end_to_end'])} end to end")
     if "top1_kept" in numbers:
-        said.append(f"keeps {percent_text(numbers['top1_kept'])} of its top-1 accuracy")
+        phrases.append(f"keeps {percent_text(numbers['top1_kept'])} of its top-1 accuracy")
     return (
-        f"The {inputs.child.name} {', '.join(said[:-1])} and {said[-1]}; its perplexity is "
+        f"The {inputs.child.name} {', '.join(phrases[:-1])} and {phrases[-1]}; its perplexity is "
         f"{times_text(numbers['perplexity_ratio'])} the parent's, and its output differs from the parent's by a KL of "
         f"{number_text(numbers['kl_nats_per_token'])} nats per token."
     )

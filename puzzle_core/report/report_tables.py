@@ -75,11 +75,11 @@ def final_table(inputs: ReportInputs) -> Table:
     parent, children, scenario = inputs.parent, inputs.children, inputs.spec.scenario
     rows = []
     for quantity in _quantities(inputs):
-        own = quantity.value(parent)
-        cells = [quantity.name, NONE if own is None else quantity.text(own)]
+        parent_value = quantity.value(parent)
+        cells = [quantity.name, NONE if parent_value is None else quantity.text(parent_value)]
         for child in children:
             value = quantity.value(child)
-            ratio = quantity.ratio(own, value) if quantity.ratio and own and value else ""
+            ratio = quantity.ratio(parent_value, value) if quantity.ratio and parent_value and value else ""
             cells += [NONE if value is None else quantity.text(value), ratio]
         rows.append(tuple(cells))
     return Table(
@@ -113,10 +113,10 @@ def lm_eval_table(inputs: ReportInputs) -> Table:
 def baselines_table(inputs: ReportInputs) -> Table:
     """The chosen architecture beside what other ways to choose come to at the same limits, none of them distilled."""
     search = inputs.search
-    others = [(f"MIP, solution {rank}", found) for rank, found in enumerate(search.solutions[1:], start=2)]
+    others = [(f"MIP, solution {rank}", solution) for rank, solution in enumerate(search.solutions[1:], start=2)]
     named = [("MIP (chosen)", search.best), *others, *((derived.method_name(f), f) for f in search.baselines)]
-    rows = [_found_row(inputs, name, found) for name, found in named]
-    placed = {found.architecture for _, found in named}
+    rows = [_solution_row(inputs, name, solution) for name, solution in named]
+    placed = {solution.architecture for _, solution in named}
     rows += [
         (model.name, NONE, *_quality_cells(inputs, model), NONE)
         for model in inputs.baselines
@@ -279,21 +279,21 @@ def _quantities(inputs: ReportInputs) -> list[_Quantity]:
     ]
 
 
-def _found_row(inputs: ReportInputs, name: str, found: FoundArchitecture) -> tuple[str, ...]:
-    quality = _quality_cells(inputs, derived.measured(inputs, found.architecture))
+def _solution_row(inputs: ReportInputs, name: str, solution: FoundArchitecture) -> tuple[str, ...]:
+    quality = _quality_cells(inputs, derived.measured(inputs, solution.architecture))
     return (
         name,
-        number_text(found.score),
+        number_text(solution.score),
         *quality,
-        percent_text(derived.block_time_share(inputs, found.prediction)),
+        percent_text(derived.block_time_share(inputs, solution.prediction)),
     )
 
 
 def _quality_cells(inputs: ReportInputs, model: ModelResult | None) -> tuple[str, str, str]:
     if model is None:
         return NONE, NONE, NONE
-    evaluation, own = model.evaluation, inputs.parent.evaluation.top1_accuracy
-    kept = kept_text(evaluation.top1_accuracy / own) if own else NONE
+    evaluation, parent_accuracy = model.evaluation, inputs.parent.evaluation.top1_accuracy
+    kept = kept_text(evaluation.top1_accuracy / parent_accuracy) if parent_accuracy else NONE
     return number_text(evaluation.kl_nats_per_token), number_text(evaluation.perplexity), kept
 
 

@@ -15,8 +15,8 @@ def answer_text(record: SearchRecord) -> str:
 
 
 def _solutions(record: SearchRecord) -> Table:
-    rows = [_found_row(f"solution {rank}", found) for rank, found in enumerate(record.solutions, start=1)]
-    rows += [_found_row(found.method.replace("_", " "), found) for found in record.baselines]
+    rows = [_solution_row(f"solution {rank}", solution) for rank, solution in enumerate(record.solutions, start=1)]
+    rows += [_solution_row(solution.method.replace("_", " "), solution) for solution in record.baselines]
     return Table(
         title="Architectures within the limits",
         columns=("", record.objective, "bound", "gap", "proof", "solved in"),
@@ -25,10 +25,10 @@ def _solutions(record: SearchRecord) -> Table:
     )
 
 
-def _found_row(name: str, found: FoundArchitecture) -> tuple[str, ...]:
-    proof = "optimal" if found.optimal else NONE
-    seconds = duration_text(found.seconds)
-    return name, number_text(found.score), number_text(found.bound), percent_text(found.gap), proof, seconds
+def _solution_row(name: str, solution: FoundArchitecture) -> tuple[str, ...]:
+    proof = "optimal" if solution.optimal else NONE
+    seconds = duration_text(solution.seconds)
+    return name, number_text(solution.score), number_text(solution.bound), percent_text(solution.gap), proof, seconds
 
 
 def _batch_sizes(record: SearchRecord) -> Table:

@@ -102,10 +102,10 @@ def maximise(problem: Problem, resource: str, *, time_limit_s: float = 60.0, rel
             f"there is no resource {resource!r} to maximise (known: {', '.join(sorted(problem.resources))})"
         )
     negated = tuple(-values for values in problem.resources[resource])
-    found = minimise(problem, negated, time_limit_s=time_limit_s, relative_gap=relative_gap)
-    if found is None:
+    minimum = minimise(problem, negated, time_limit_s=time_limit_s, relative_gap=relative_gap)
+    if minimum is None:
         raise explain_infeasible(problem, time_limit_s=time_limit_s)
-    return describe(problem, found.choice, method=f"maximise {resource}", seconds=time.perf_counter() - started)
+    return describe(problem, minimum.choice, method=f"maximise {resource}", seconds=time.perf_counter() - started)
 
 
 def random_choice(problem: Problem, seed: int) -> Solution:
@@ -165,7 +165,9 @@ def _random_walk(problem: Problem, allowed: list[Mask], random: np.random.Genera
     span_K = _nonzero(np.sum([use_KJ.max(axis=1) - use_KJ.min(axis=1) for use_KJ in use_LKJ], axis=0))
     use_LKJ = [use_KJ / span_K[:, None] for use_KJ in use_LKJ]
     room_K = np.array([limit.capacity + 0.5 * TOLERANCE * abs(limit.capacity) for limit in problem.limits]) / span_K
-    choice = [own if mask[own] else int(mask.argmax()) for own, mask in zip(problem.parent, allowed, strict=True)]
+    choice = [
+        parent if mask[parent] else int(mask.argmax()) for parent, mask in zip(problem.parent, allowed, strict=True)
+    ]
 
     def overdraft(used_KJ: Floats) -> Floats:
         return np.asarray(np.maximum(used_KJ - room_K[:, None], 0.0).sum(axis=0))

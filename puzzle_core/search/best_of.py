@@ -79,8 +79,10 @@ def solve_best(problems: Mapping[Key, Problem], *, time_limit_s: float = 60.0, r
         error = InfeasibleError(f"none of {len(problems)} problems has an answer:\n{lines}")
         error.conflicts = tuple(conflict for reason in infeasible.values() for conflict in reason.conflicts)
         raise error
-    alternatives = {key: Alternative(race.bounds[key], race.found.get(key), infeasible.get(key)) for key in problems}
-    return Best(winner, race.found[winner], alternatives)
+    alternatives = {
+        key: Alternative(race.bounds[key], race.solutions.get(key), infeasible.get(key)) for key in problems
+    }
+    return Best(winner, race.solutions[winner], alternatives)
 
 
 class BoundedRace(Generic[Key]):
@@ -88,7 +90,7 @@ class BoundedRace(Generic[Key]):
 
     Attributes:
         bounds: what no choice of a problem scores below, as far as known by now.
-        found: the solutions by now; a caller may put in what it knows to be best before the race is run.
+        solutions: the solutions so far; a caller may add a solution that it knows to be best before `run`.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class BoundedRace(Generic[Key]):
     ) -> None:
         self.problems = problems
         self.bounds = dict(bounds)
-        self.found: dict[Key, Solution] = {}
+        self.solutions: dict[Key, Solution] = {}
         self._time_limit_s, self._relative_gap = time_limit_s, relative_gap
         first = next(iter(problems.values()))
         self._least = math.fsum(float(values.min()) for values in first.score)
@@ -104,11 +106,11 @@ class BoundedRace(Generic[Key]):
     def run(self) -> None:
         """Solve what can still win, the most promising first."""
         for key in sorted(self.problems, key=lambda key: self.bounds[key]):
-            if key not in self.found and self.may_win(key):
+            if key not in self.solutions and self.may_win(key):
                 self._solve(key)
 
     def may_win(self, key: Key) -> bool:
-        """Whether a problem can beat what was found, or equal it and come first."""
+        """Whether a problem can beat the best solution so far, or equal it and come first."""
         if self.bounds[key] == math.inf:
             return False
         leader = self.winner()
@@ -116,15 +118,17 @@ class BoundedRace(Generic[Key]):
             return True
         order = list(self.problems)
         sign = 1 if order.index(key) < order.index(leader) else -1
-        objective = self.found[leader].objective
+        objective = self.solutions[leader].objective
         limit = objective + sign * self._tolerance(objective)
         return self.bounds[key] <= limit if sign > 0 else self.bounds[key] < limit
 
     def winner(self) -> Key | None:
         """The first key whose solution is as good as any, within the relative gap."""
-        best = min((solution.objective for solution in self.found.values()), default=math.inf)
+        best = min((solution.objective for solution in self.solutions.values()), default=math.inf)
         good = best + self._tolerance(best)
-        return next((key for key in self.problems if key in self.found and self.found[key].objective <= good), None)
+        return next(
+            (key for key in self.problems if key in self.solutions and self.solutions[key].objective <= good), None
+        )
 
     def _tolerance(self, objective: float) -> float:
         """How far two scores may lie apart and count as the same."""
@@ -141,4 +145,4 @@ class BoundedRace(Generic[Key]):
             self.bounds[key] = math.inf
         else:
             self.bounds[key] = min(max(self.bounds[key], solution.bound), solution.objective)
-            self.found[key] = solution
+            self.solutions[key] = solution

@@ -28,13 +28,13 @@ def read_request(paths: Sequence[Path]) -> SearchRequest:
     Raises:
         SpecError: names the file, the key, and the nearest known one.
     """
-    asked: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
     scenarios: list[Any] = []
     for path in paths:
         content = _read_one(path)
         scenarios += content.pop("scenarios")
-        asked = content | asked
-    content = asked | {"scenario": scenarios[0], "more_scenarios": scenarios[1:]}
+        shared = content | shared
+    content = shared | {"scenario": scenarios[0], "more_scenarios": scenarios[1:]}
     return parse_record(SearchRequest, content, ", ".join(map(str, paths)), "scenario")
 
 
@@ -58,7 +58,7 @@ def search_tables(
     out.mkdir(parents=True, exist_ok=True)
     record.write(out / "search.json")
     record.best.architecture.write(out / "architecture.json")
-    pd.DataFrame([_row(found) for found in record.frontier]).to_csv(out / "frontier.csv", index=False)
+    pd.DataFrame([_row(point) for point in record.frontier]).to_csv(out / "frontier.csv", index=False)
     return record
 
 
@@ -75,9 +75,9 @@ def _read_one(path: Path) -> dict[str, Any]:
     return kept | {"scenarios": [content["scenario"], *more]}
 
 
-def _row(found: FoundArchitecture) -> dict[str, object]:
-    row: dict[str, object] = {"score": found.score}
-    for scenario, prediction in found.predictions.items():
+def _row(point: FoundArchitecture) -> dict[str, object]:
+    row: dict[str, object] = {"score": point.score}
+    for scenario, prediction in point.predictions.items():
         row |= {f"{scenario}/batch_size": prediction.batch_size}
         row |= {f"{scenario}/{column}": total for column, total in prediction.totals.items()}
-    return row | {"architecture": " ".join(str(block) for block in found.architecture.layers)}
+    return row | {"architecture": " ".join(str(block) for block in point.architecture.layers)}

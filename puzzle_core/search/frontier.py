@@ -51,11 +51,11 @@ def frontier(
     swept = sweep_frontier(
         {"": problem}, limit_name, {"": capacities}, time_limit_s=time_limit_s, relative_gap=relative_gap
     )
-    found: list[Solution] = []
+    solutions: list[Solution] = []
     for point in swept:
-        if point is not None and (not found or point.solution.objective < found[-1].objective):
-            found.append(point.solution)
-    return found
+        if point is not None and (not solutions or point.solution.objective < solutions[-1].objective):
+            solutions.append(point.solution)
+    return solutions
 
 
 def capacity_range(
@@ -100,7 +100,7 @@ def sweep_frontier(
         SpecError: a problem lacks the limit, or its capacities; their numbers differ, or they fall.
     """
     points = _checked_points(problems, limit_name, capacities)
-    found: list[SweepPoint[Key] | None] = [None] * points
+    best: list[SweepPoint[Key] | None] = [None] * points
     looser: dict[Key, Solution] = {}
     bounds = dict.fromkeys(problems, -np.inf)
     for point in reversed(range(points)):
@@ -108,16 +108,16 @@ def sweep_frontier(
         race = BoundedRace(here, bounds, time_limit_s, relative_gap)
         for key, solution in looser.items():
             if here[key].feasible(solution.choice):
-                race.found[key] = _moved(here[key], solution)
+                race.solutions[key] = _moved(here[key], solution)
         for key in sorted(problems, key=lambda key: bounds[key]):
-            if key not in race.found and race.may_win(key):
+            if key not in race.solutions and race.may_win(key):
                 race.bounds[key] = max(bounds[key], lower_bound(here[key], here[key].score))
         race.run()
-        bounds, looser = race.bounds, {**looser, **race.found}
+        bounds, looser = race.bounds, {**looser, **race.solutions}
         winner = race.winner()
         if winner is not None:
-            found[point] = SweepPoint(winner, race.found[winner])
-    return found
+            best[point] = SweepPoint(winner, race.solutions[winner])
+    return best
 
 
 def _moved(problem: Problem, solution: Solution) -> Solution:

@@ -150,17 +150,17 @@ def _solve_core(model: Model, deadline: float, relative_gap: float, start: Seque
     size = CORE * model.layers
     while True:
         window = np.partition(relaxed.excess, size - 1)[size - 1] if size < columns else math.inf
-        found, outside = _solve_within(model, relaxed, window, deadline, relative_gap, start)
-        if found is not None:
+        minimum, outside = _solve_within(model, relaxed, window, deadline, relative_gap, start)
+        if minimum is not None:
             break
         if outside == math.inf:
             return None
         size *= 4
-    if found.proven and outside < found.bound:
-        window = found.cost - relaxed.bound
-        found, outside = _solve_within(model, relaxed, window, deadline, relative_gap, found.choice)
-        assert found is not None, "the start fits"
-    return replace(found, bound=min(found.bound, max(outside, relaxed.bound)))
+    if minimum.proven and outside < minimum.bound:
+        window = minimum.cost - relaxed.bound
+        minimum, outside = _solve_within(model, relaxed, window, deadline, relative_gap, minimum.choice)
+        assert minimum is not None, "the start fits"
+    return replace(minimum, bound=min(minimum.bound, max(outside, relaxed.bound)))
 
 
 def _solve_within(

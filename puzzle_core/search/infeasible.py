@@ -115,8 +115,8 @@ def _choice_within(problem: Problem, parts: tuple[Part, ...], places: Parts, tim
             span = math.fsum(float(np.ptp(values)) for values in column) or 1.0
             excess = [sum_J + values / span for sum_J, values in zip(excess, column, strict=True)]
     held = _only(problem, (parts[place] for place in places))
-    found = minimise(held, tuple(excess), time_limit_s=max(0.0, time_limit_s), relative_gap=0.1)
-    return None if found is None else found.choice
+    minimum = minimise(held, tuple(excess), time_limit_s=max(0.0, time_limit_s), relative_gap=0.1)
+    return None if minimum is None else minimum.choice
 
 
 def _smallest_hitting(sets: Sequence[Parts], largest: int) -> Parts | None:
@@ -133,7 +133,7 @@ def _smallest_hitting(sets: Sequence[Parts], largest: int) -> Parts | None:
         return next((trial for trial in trials if trial is not None), None)
 
     sizes = (extended(frozenset(), size) for size in range(largest + 1))
-    return next((found for found in sizes if found is not None), None)
+    return next((smallest for smallest in sizes if smallest is not None), None)
 
 
 def _conflict(problem: Problem, part: Part, time_limit_s: float) -> Conflict:
@@ -150,10 +150,10 @@ def _conflict(problem: Problem, part: Part, time_limit_s: float) -> Conflict:
 
 def _least_use(problem: Problem, resource: str, time_limit_s: float) -> float | None:
     try:
-        found = minimise(problem, problem.resources[resource], time_limit_s=time_limit_s)
+        minimum = minimise(problem, problem.resources[resource], time_limit_s=time_limit_s)
     except TimeLimitError:
         return None
-    return None if found is None else problem.total(resource, found.choice)
+    return None if minimum is None else problem.total(resource, minimum.choice)
 
 
 def _least_count(problem: Problem, rule: AtMostDistinct, time_limit_s: float) -> float | None:
@@ -176,8 +176,8 @@ def _text(conflicts: tuple[Conflict, ...]) -> str:
     lines = [f"{head} (capacities of the layers alone, fixed costs taken off):"]
     for conflict in conflicts:
         part = conflict.limit
-        asked, unit = (part.capacity, part.unit) if isinstance(part, Limit) else (part.at_most, "different")
-        line = f"  {part.name}: asked at most {_number(asked)} {unit}; the least within reach is "
+        at_most, unit = (part.capacity, part.unit) if isinstance(part, Limit) else (part.at_most, "different")
+        line = f"  {part.name}: asked at most {_number(at_most)} {unit}; the least within reach is "
         if conflict.least != conflict.least_alone:
             line += f"{_number(conflict.least_alone)} {unit} alone, and with the other limits held "
         if conflict.least is None:

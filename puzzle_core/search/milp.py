@@ -108,9 +108,9 @@ class Model:
             counted = group != UNCOUNTED
             groups, group = np.unique(group[counted], return_inverse=True)
             links, link = np.unique(self.layer[counted] * groups.size + group, return_inverse=True)
-            own = columns + np.arange(groups.size)
+            group_columns = columns + np.arange(groups.size)
             row += [first + link, first + np.arange(links.size), np.full(groups.size, first + links.size)]
-            column += [self.column[counted], own[links % groups.size], own]
+            column += [self.column[counted], group_columns[links % groups.size], group_columns]
             value += [np.ones(link.size), np.full(links.size, -1.0), np.ones(groups.size)]
             upper += [np.zeros(links.size), np.array([float(at_most)])]
             first, columns = first + links.size + 1, columns + groups.size

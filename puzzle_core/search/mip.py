@@ -63,20 +63,20 @@ def solve_diverse(
     if not 0.0 <= alpha < 1.0 or solutions < 1:
         raise SpecError(f"diverse search needs 0 <= alpha < 1 and at least one solution, got {alpha} and {solutions}")
     shared = math.floor(alpha * len(problem.options) + 1e-9)
-    found = [solve(problem, time_limit_s=time_limit_s, relative_gap=relative_gap)]
-    while len(found) < solutions:
-        avoid = [(earlier.choice, shared) for earlier in found]
+    chosen = [solve(problem, time_limit_s=time_limit_s, relative_gap=relative_gap)]
+    while len(chosen) < solutions:
+        avoid = [(earlier.choice, shared) for earlier in chosen]
         following = solve_or_none(problem, avoid=avoid, time_limit_s=time_limit_s, relative_gap=relative_gap)
         if following is None:
             break
-        found.append(following)
-    return found
+        chosen.append(following)
+    return chosen
 
 
 def runner_up(
     problem: Problem, solution: Solution, *, time_limit_s: float = 60.0, relative_gap: float = 1e-6
 ) -> list[tuple[str, float] | None]:
-    """Per layer: what it would take were its choice forbidden, and by how much the objective would rise.
+    """Per layer: its best option when the chosen one is forbidden, and the rise of the objective.
 
     None where limits and rules cannot hold without the layer's choice, or nothing was found in time. What differs in
     one more layer is near enough where one relaxation for all shows so; otherwise it starts a solve of its own, side by
@@ -85,20 +85,20 @@ def runner_up(
     bounds, least = option_bounds(problem, problem.score), sum(float(values.min()) for values in problem.score)
 
     def other(layer: int) -> tuple[str, float] | None:
-        own = solution.choice[layer]
+        index = solution.choice[layer]
         near = _nearest_without(problem, solution.choice, layer)
         if near is not None:
             score = problem.total_score(near)
-            if score - np.delete(bounds[layer], own).min(initial=math.inf) <= relative_gap * (score - least):
+            if score - np.delete(bounds[layer], index).min(initial=math.inf) <= relative_gap * (score - least):
                 return problem.options[layer][near[layer]], score - solution.objective
-        avoid = [(tuple(own if number == layer else -1 for number in range(len(bounds))), 0)]
+        avoid = [(tuple(index if number == layer else -1 for number in range(len(bounds))), 0)]
         try:
-            found = solve_or_none(
+            alternative = solve_or_none(
                 problem, avoid=avoid, time_limit_s=time_limit_s, relative_gap=relative_gap, start=near
             )
         except TimeLimitError:
             return None
-        return None if found is None else (found.options[layer], found.objective - solution.objective)
+        return None if alternative is None else (alternative.options[layer], alternative.objective - solution.objective)
 
     with ThreadPoolExecutor(os.cpu_count()) as side_by_side:
         return list(side_by_side.map(other, range(len(solution.choice))))
@@ -115,7 +115,7 @@ def _nearest_without(problem: Problem, choice: Choice, layer: int) -> Choice | N
 
     def changes(column: Column) -> Floats:
         """What choosing each of J and each of M adds to the sum, (J, M)."""
-        rises = [values - values[own] for values, own in zip(column, choice, strict=True)]
+        rises = [values - values[index] for values, index in zip(column, choice, strict=True)]
         rest = np.concatenate([np.zeros(1), *rises[:layer], *rises[layer + 1 :]])
         return np.asarray(rises[layer][:, None] + rest)
 
@@ -148,11 +148,11 @@ def solve_or_none(
     """
     started = time.perf_counter()
     avoiding = _avoiding(problem, avoid)
-    found = minimise(avoiding, problem.score, time_limit_s=time_limit_s, relative_gap=relative_gap, start=start)
-    if found is None:
+    minimum = minimise(avoiding, problem.score, time_limit_s=time_limit_s, relative_gap=relative_gap, start=start)
+    if minimum is None:
         return None
     seconds = time.perf_counter() - started
-    return describe(problem, found.choice, method="mip", seconds=seconds, bound=found.bound, optimal=found.proven)
+    return describe(problem, minimum.choice, method="mip", seconds=seconds, bound=minimum.bound, optimal=minimum.proven)
 
 
 def _avoiding(problem: Problem, avoid: Avoid) -> Problem:

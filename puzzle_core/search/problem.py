@@ -103,8 +103,8 @@ class Problem:
         Options that are chosen together go together when one of them goes, and their rule with them.
         """
         wanted = [
-            [index for index, option in enumerate(ids) if index == own or keep(layer, option)]
-            for layer, (ids, own) in enumerate(zip(self.options, self.parent, strict=True))
+            [index for index, option in enumerate(ids) if index == parent_index or keep(layer, option)]
+            for layer, (ids, parent_index) in enumerate(zip(self.options, self.parent, strict=True))
         ]
         kept = [rows.tolist() for rows in drop_broken(self.rules, wanted)]
 
@@ -115,7 +115,7 @@ class Problem:
             self,
             options=tuple(tuple(ids[index] for index in rows) for ids, rows in zip(self.options, kept, strict=True)),
             score=tuple(values[rows] for values, rows in zip(self.score, kept, strict=True)),
-            parent=tuple(rows.index(own) for rows, own in zip(kept, self.parent, strict=True)),
+            parent=tuple(rows.index(parent_index) for rows, parent_index in zip(kept, self.parent, strict=True)),
             resources={
                 name: tuple(values[rows] for values, rows in zip(column, kept, strict=True))
                 for name, column in self.resources.items()
@@ -225,14 +225,14 @@ def _check_options(options: tuple[tuple[str, ...], ...], parent: Choice) -> None
         raise CoverageError("a search needs at least one layer, and got none")
     if len(parent) != len(options):
         raise SpecError(f"{len(options)} layers, but {len(parent)} parent options: give one index per layer")
-    for layer, (ids, own) in enumerate(zip(options, parent, strict=True)):
+    for layer, (ids, parent_index) in enumerate(zip(options, parent, strict=True)):
         if not ids:
             raise CoverageError(f"layer {layer} has no option: give at least the parent's own")
         if len(set(ids)) < len(ids):
             repeated = next(option for option in ids if ids.count(option) > 1)
             raise SpecError(f"layer {layer} lists {repeated!r} more than once: give every option once")
-        if not 0 <= own < len(ids):
-            raise SpecError(f"layer {layer} has {len(ids)} options, and its parent index is {own}")
+        if not 0 <= parent_index < len(ids):
+            raise SpecError(f"layer {layer} has {len(ids)} options, and its parent index is {parent_index}")
 
 
 def _checked_column(name: str, column: Column, options: tuple[tuple[str, ...], ...]) -> Column:

@@ -107,7 +107,8 @@ def test_states_are_dropped_without_their_parent(spec_of, copy_of, prefect_serve
     moved = RunContext(parent=ParentSpec(path=spec.parent.path), runtime=spec.runtime)
     assert moved.activations_directory(plan.inputs.parent, work.key, "float32") == directory
     drop_activations(directory, 0)
-    assert {file.name for file in directory.iterdir()} == {"entry-001.bin", "middle-001.bin", "entry-002.bin"}
+    left = {"layer-input-001.bin", "post-attention-001.bin", "layer-input-002.bin"}
+    assert {file.name for file in directory.iterdir()} == left
     drop_activations(directory)
     assert not directory.exists()
 

@@ -1,15 +1,18 @@
 """Texts in, packed windows out: disjoint, deterministic, and readable errors for what cannot be read."""
 
+import bz2
 import gzip
 import json
+import lzma
 
+import pandas
 import pytest
 import torch
 
 from puzzle_core import data, text_sources
-from puzzle_core.data import batch_rows, pack
+from puzzle_core.data import batch_rows, document_start, pack
 from puzzle_core.errors import DataError
-from puzzle_core.text_sources import Document, digest_documents, read_documents, stdlib_documents
+from puzzle_core.text_sources import Document, check_disjoint, digest_documents, read_documents, stdlib_documents
 from puzzle_core.work import TokensWork
 
 TEXTS = [f"{number:03d}" for number in range(200)]
@@ -54,7 +57,10 @@ def test_every_document_starts_with_the_begin_of_text_token(tokenizer):
 
 
 def test_too_few_tokens_say_what_was_asked_and_what_is_there(tokenizer):
-    message = r"split 'gkd' asks for 800 tokens \(100 windows of 8\), but the texts gave only \d+ after serving bld"
+    message = (
+        r"split 'gkd' needs 800 tokens \(100 windows of 8\), but the 200 documents of the texts gave only \d+ "
+        r"after serving bld"
+    )
     with pytest.raises(DataError, match=message):
         pack(DOCUMENTS, tokenizer, 8, {"bld": 40, "gkd": 800}, seed=0)
 
@@ -66,6 +72,8 @@ def test_stage_writes_one_split_as_if_all_were_packed(tokenizer, tmp_path):
         earlier_splits=(("calibration", 40),),
         sequence_length=8,
         seed=0,
+        cut_documents=True,
+        document_start="auto",
         texts="t",
         tokenizer="t",
     )
@@ -127,7 +135,7 @@ def spoilt_gzip():
         ("latin.txt", b"caf\xe9", r"latin\.txt is not UTF-8 \(byte 3 is 0xe9\)"),
         ("bad.json", b'["one", ', r"bad\.json is not valid JSON"),
         ("bad.jsonl", b'"one"\n{', r"bad\.jsonl is not valid JSON"),
-        ("object.json", b'{"text": "one"}', "holds a JSON dict: a list of strings is wanted"),
+        ("object.json", b'{"texts": ["one"]}', "holds a JSON dict: a list of strings"),
         ("other.jsonl", b'"one"\n{"body": "two"}', r"other\.jsonl, entry 1: neither a string nor an object"),
         ("cut.txt.gz", gzip.compress(b"one" * 99, mtime=0)[:-9], r"cut\.txt\.gz is not a whole gzip file"),
         ("plain.gz", b"one", r"plain\.gz is not a whole gzip file"),
@@ -181,10 +189,123 @@ def test_test_modules_of_the_standard_library_are_there_for_the_asking(stdlib):
     assert names == stdlib | {"test/test_ast.py"}
 
 
-def test_tokens_work_of_an_existing_manifest_is_read_and_written_as_before():
-    stored = {"split": "bld", "tokens": 64, "served_before": [["calibration", 40]], "sequence_length": 8, "seed": 1}
-    stored |= {"texts": "texts", "tokenizer": "tokenizer"}
-    work = TokensWork.model_validate(stored)
-    assert work.earlier_splits == (("calibration", 40),)
-    assert work.model_dump(mode="json") == stored
-    assert work == TokensWork(**{name: getattr(work, name) for name in TokensWork.model_fields})
+def test_one_long_document_serves_every_split_and_no_token_twice(tokenizer):
+    text = " ".join(f"{number:04d}" for number in range(300))
+    packed = pack([Document("book", text)], tokenizer, 8, SPLITS, seed=0)
+    served = torch.cat([windows.flatten() for windows in packed.values()]).tolist()
+    assert (
+        served
+        == pack([Document("book", text)], tokenizer, 8, {"all": sum(SPLITS.values())}, seed=0)["all"].flatten().tolist()
+    )
+    with pytest.raises(DataError, match=r"the 1 documents of the texts gave only 0 after serving calibration"):
+        pack([Document("book", text)], tokenizer, 8, SPLITS, seed=0, cut_documents=False)
+
+
+def test_without_cutting_no_document_is_in_two_splits(tokenizer):
+    documents = [Document(str(n), f"{n:03d} " * 7) for n in range(60)]
+    for cut, shared in ((False, False), (True, True)):
+        packed = pack(documents, tokenizer, 8, SPLITS, seed=0, cut_documents=cut)
+        found = [
+            set(tokenizer.decode(windows.flatten().tolist()).replace("<s>", " ").split()) for windows in packed.values()
+        ]
+        found = [{word for word in words if len(word) == 3} for words in found]
+        assert bool((found[0] & found[1]) | (found[1] & found[2])) == shared
+
+
+class ChatTokenizer:
+    """A tokenizer by characters whose begin and end of text are those that a test names."""
+
+    def __init__(self, in_front=(), vocabulary=(), bos=None, eos=None):
+        self.vocabulary = {token: 1000 + n for n, token in enumerate(vocabulary)}
+        self.in_front, self.bos_token, self.eos_token = in_front, bos, eos
+
+    def get_vocab(self):
+        return self.vocabulary
+
+    def __call__(self, texts, add_special_tokens=True, **options):
+        front = [self.vocabulary[token] for token in self.in_front] if add_special_tokens else []
+        return {"input_ids": [front + [ord(c) for c in text] for text in texts]}
+
+
+CHAT = ("<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "choice", "token"),
+    [
+        (ChatTokenizer(in_front=["<bos>"], vocabulary=["<bos>", "<|endoftext|>"]), "auto", "<bos>"),
+        (ChatTokenizer(vocabulary=[*CHAT, "<|endoftext|>"], bos=CHAT[0], eos=CHAT[1]), "auto", "<|endoftext|>"),
+        (ChatTokenizer(vocabulary=[*CHAT, "<|endoftext|>"], eos=CHAT[1]), "auto", "<|endoftext|>"),
+        (ChatTokenizer(vocabulary=["<s>", "</s>"], bos="<s>", eos="</s>"), "auto", "<s>"),
+        (ChatTokenizer(vocabulary=["</s>"], eos="</s>"), "auto", "</s>"),
+        (ChatTokenizer(vocabulary=CHAT, bos=CHAT[0], eos=CHAT[1]), "auto", None),
+        (ChatTokenizer(vocabulary=CHAT, bos=CHAT[0], eos=CHAT[1]), "<|im_end|>", "<|im_end|>"),
+        (ChatTokenizer(in_front=["<bos>"], vocabulary=["<bos>"]), "none", None),
+    ],
+)
+def test_what_stands_in_front_of_a_document(tokenizer, choice, token):
+    assert document_start(tokenizer, choice) == ([tokenizer.vocabulary[token]] if token else [])
+
+
+def test_a_start_that_is_no_token_is_refused_by_name(tokenizer):
+    with pytest.raises(DataError, match=r"data\.document_start is '<start>', which is no token"):
+        document_start(tokenizer, "<start>")
+
+
+def test_held_out_texts_that_are_trained_on_are_refused():
+    train, held_out = [Document("a", "one"), Document("b", "two")], [Document("c", "three"), Document("d", " two\n")]
+    check_disjoint(train, held_out[:1])
+    with pytest.raises(DataError, match=r"d of data\.held_out_texts is also in data\.train_texts \(b\)"):
+        check_disjoint(train, held_out)
+
+
+LINES = "\n".join(json.dumps({"text": text, "url": "https://example.com"}) for text in ("one", "two", "three")) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("c4-train.00000-of-01024.json.gz", gzip.compress(LINES.encode())),
+        ("lines.json", LINES.encode()),
+        ("lines.txt", LINES.encode()),
+        ("lines", LINES.encode()),
+        ("lines.ndjson", LINES.encode()),
+        ("bom.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
+        ("windows.jsonl", LINES.replace("\n", "\r\n").encode()),
+        ("list.json", json.dumps([{"text": "one"}, {"text": "two"}, "three"], indent=1).encode()),
+        ("lines.jsonl.bz2", bz2.compress(LINES.encode())),
+        ("lines.jsonl.xz", lzma.compress(LINES.encode())),
+    ],
+)
+def test_forms_in_which_public_corpora_come(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert [document.text for document in read_documents([str(tmp_path / name)])] == ["one", "two", "three"]
+
+
+def test_a_parquet_file_is_read_by_its_text_column_and_refused_without_one(tmp_path):
+    pandas.DataFrame({"text": ["one", "two"], "url": "u"}).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    assert [document.text for document in read_documents([str(tmp_path)])] == ["one", "two"]
+    pandas.DataFrame({"content": ["one"]}).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=r"other\.parquet is a Parquet file without a column 'text' \(it has content\)"):
+        read_documents([str(tmp_path)])
+    (tmp_path / "other.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"other\.parquet is not a whole Parquet file"):
+        read_documents([str(tmp_path)])
+
+
+def test_a_directory_of_a_hub_is_read_without_what_describes_it(tmp_path):
+    (tmp_path / "train.jsonl").write_text(LINES)
+    for name in ("dataset_infos.json", "README.md", "LICENSE", ".gitattributes"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "lines.jsonl").write_text(LINES)
+    assert len(read_documents([str(tmp_path)])) == 3
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "dataset_infos.json").unlink()
+    (tmp_path / "notes.txt").write_text("a note")
+    assert len(read_documents([str(tmp_path)])) == 3  # without files of data, a README is a text like others
+
+
+def test_text_that_begins_like_json_is_text(tmp_path):
+    (tmp_path / "code.txt").write_text('{"a": 1}\n{"text": "x"}\n')
+    assert [document.text for document in read_documents([str(tmp_path)])] == ['{"a": 1}\n{"text": "x"}\n']

@@ -126,7 +126,7 @@ def test_a_worker_that_sees_another_directory_is_named(spec_of, address, prefect
             client.run(os.chdir, str(tmp_path))
             dask_cluster.check_workers(RunContext.of(spec), address)
             client.run(os.chdir, "/", workers=[wrong])
-            with pytest.raises(PuzzleError, match=r"1 of 2 Dask workers .*\n.*runtime.scratch is /here there") as told:
+            with pytest.raises(PuzzleError, match=r"1 of 2 Dask workers .*\n.*runtime.scratch is /here on this worker") as told:
                 build_library(spec)
         finally:
             for worker, directory in where.items():
