@@ -10,7 +10,7 @@ from typing import Any
 
 _WORDS = ("pass", "pwd", "token", "secret", "key", "credential", "signature", "auth")
 _USER_URL = r"://[^/\s@]*@|://[^\s@:]*:[^\s@]*@"
-_USER = r"[^\s/:@'\"]+:[^\s/:@'\"]+@[^\s/@]"
+_USER = r"[^\s/:@'\x22]+:[^\s/:@'\x22]+@[^\s/@]"
 _PARAMETER = (
     r"[?&;#\s][^=&\s?]*(?:"
     + "|".join("".join(f"[{letter.upper()}{letter}]" for letter in word) for word in _WORDS)
@@ -21,8 +21,8 @@ SCHEMA_PATTERN = rf"^(?![\s\S]*(?:{_CREDENTIALS.pattern}))"
 """What JSON schemas ask of every text: a parameter that was sent is kept by Prefect, so a form refuses it before."""
 _SHOWN = (
     (re.compile(r"://[^/\s@]*@|://[^\s@:]*:[^\s@]*@"), "://***@"),
-    (re.compile(r"(?:[^\s/:@'\"]+:)+[^\s/:@'\"]+@(?=[^\s/@])"), "***@"),
-    (re.compile(rf"({_PARAMETER})[^&\s'\"]+"), r"\1***"),
+    (re.compile(r"(?:[^\s/:@'\x22]+:)+[^\s/:@'\x22]+@(?=[^\s/@])"), "***@"),
+    (re.compile(rf"({_PARAMETER})[^&\s'\x22]+"), r"\1***"),
 )
 
 
