@@ -22,6 +22,8 @@ PLACES = [
     "tests/e2e/test_faults.py",
     "tests/e2e/test_s3.py",
     "tests/e2e/test_deploy.py",
+    "tests/flows/test_permissions.py",
+    "tests/flows/services/test_orphaned_runs.py",
     "tests/tasks/store/test_store_s3.py",
     "tests/flows/task_runners/test_dask_cluster.py",
 ]

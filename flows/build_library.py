@@ -5,6 +5,7 @@ import logging
 from prefect import flow
 from prefect.futures import PrefectFuture
 
+from flows.permissions import permitted
 from flows.services.orphaned_runs import label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
@@ -40,6 +41,7 @@ def build_library(spec: RunSpec) -> None:
     Args:
         spec: The run specification; target, scenario, search, GKD and evaluation are not used.
     """
+    spec = permitted(spec)
     build_planned_library.fn(*plan_run(spec))
 
 

@@ -5,6 +5,7 @@ import logging
 from prefect import flow
 
 from flows.build_library import build_planned_library
+from flows.permissions import permitted
 from flows.refine_search import refine_planned_search
 from flows.search_architecture import measure_target, search_planned_architecture
 from flows.services.orphaned_runs import label_process
@@ -37,6 +38,7 @@ def puzzle(spec: RunSpec) -> str:
     Returns:
         The key of the report.
     """
+    spec = permitted(spec)
     plan, context = plan_run(spec)
     return retry_after_damage(spec, lambda: _from_parent_to_report(plan, context))
 

@@ -10,6 +10,7 @@ import logging
 from prefect import flow
 
 from flows.build_library import score_variants
+from flows.permissions import permitted
 from flows.submit import ensure, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
@@ -31,6 +32,7 @@ def refine_search(spec: RunSpec) -> None:
     Args:
         spec: The run specification; its search must be in the store.
     """
+    spec = permitted(spec)
     refine_planned_search.fn(*plan_run(spec))
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from prefect import flow
 
+from flows.permissions import permitted
 from flows.search_architecture import search_planned_architecture
 from flows.services.orphaned_runs import label_process
 from flows.submit import plan_run
@@ -55,6 +56,7 @@ def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
     Raises:
         PuzzleError: names every target that failed, once all others are done.
     """
+    spec = permitted(spec)
     plan, context = plan_run(spec)
     searches = find_searches(plan, context, Path(targets))
     keys, errors = {}, []

@@ -4,6 +4,7 @@ import logging
 
 from prefect import flow
 
+from flows.permissions import permitted
 from flows.services.orphaned_runs import label_process
 from flows.submit import ensure, plan_run
 from puzzle_core.errors import CoverageError
@@ -36,6 +37,7 @@ def search_architecture(spec: RunSpec) -> None:
         CoverageError: the store lacks scores.
         InfeasibleError: no architecture meets the limits.
     """
+    spec = permitted(spec)
     search_planned_architecture.fn(*plan_run(spec))
 
 

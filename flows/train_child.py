@@ -4,6 +4,7 @@ import logging
 
 from prefect import flow
 
+from flows.permissions import permitted
 from flows.refine_search import find_answer
 from flows.services.orphaned_runs import label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
@@ -35,6 +36,7 @@ def train_child(spec: RunSpec) -> None:
     Args:
         spec: The run specification; its search must be in the store.
     """
+    spec = permitted(spec)
     train_planned_child.fn(*plan_run(spec))
 
 

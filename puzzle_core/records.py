@@ -15,13 +15,14 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from puzzle_core.credentials import refuse_in_schema
 from puzzle_core.errors import ArtifactError
 
 
 class Record(BaseModel):
     """Base of every spec part, stage input and stage result."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, json_schema_extra=refuse_in_schema)
 
     def canonical_json(self) -> str:
         """The record as JSON with sorted keys and no spaces: equal content gives equal text."""

@@ -5,13 +5,13 @@ so equal work has an equal key on every machine.
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from puzzle_core.architecture import BlockVariant, ModelShape, Variant, VariantId
+from puzzle_core.credentials import SCHEMA_PATTERN, has_credentials
 from puzzle_core.engines import ServingEngine, required_constraints, restrictions
 from puzzle_core.quantities import (
     parse_bytes,
@@ -24,7 +24,7 @@ from puzzle_core.quantities import (
 )
 from puzzle_core.records import Record
 from puzzle_core.target import Dtype as Dtype
-from puzzle_core.target import Positive, Share
+from puzzle_core.target import Name, Positive, Share
 from puzzle_core.target import TargetSpec as TargetSpec
 from puzzle_core.variants.kinds import KINDS, Subblock, kinds_of
 from puzzle_core.yaml_file import parse_record
@@ -35,10 +35,6 @@ Seconds = Annotated[str, BeforeValidator(parse_seconds.check), Field(json_schema
 ShareOfParent = Annotated[str, BeforeValidator(parse_share.check), Field(json_schema_extra=parse_share.form)]
 TaskName = Annotated[str, Field(pattern=r"^[\w.+-]+$")]
 Throughput = Annotated[str, BeforeValidator(parse_throughput.check), Field(json_schema_extra=parse_throughput.form)]
-
-_CREDENTIALS = re.compile(r"://[^/]*@")
-_NO_CREDENTIALS: dict[str, Any] = {"pattern": r"^(?![^:/]+://[^/]*@)"}
-"""What a form refuses before it sends anything: a parameter that was sent is kept by Prefect."""
 
 
 class ParentSpec(Record):
@@ -253,7 +249,7 @@ class LimitsSpec(Record):
 class ScenarioSpec(Record):
     """Traffic and limits."""
 
-    name: str = Field("chatbot", description="How reports call this traffic")
+    name: Name = Field("chatbot", description="How reports call this traffic")
     prompt_tokens: Positive = Field(128, description="Per request")
     generated_tokens: Positive = Field(128, description="Per request")
     batch_sizes: tuple[Positive, ...] = Field((1,), min_length=1, description="Tried one by one; the best is kept")
@@ -419,7 +415,7 @@ class RuntimeSpec(Record):
     store: str = Field(
         ".puzzle/store",
         description="Artifact store: a directory or s3://bucket/prefix",
-        json_schema_extra={"pattern": r"^(?![^:/]+://.*[@?])"},
+        json_schema_extra={"pattern": SCHEMA_PATTERN + r"(?![^:/]+://.*[@?])"},
     )
     on_corruption: Literal["refuse", "recompute"] = Field(
         "refuse", description="What to do about an artifact whose files are not what was stored: stop, or make it again"
@@ -428,9 +424,7 @@ class RuntimeSpec(Record):
     cache_size: Annotated[str, BeforeValidator(parse_memory.check), Field(json_schema_extra=parse_memory.form)] = Field(
         "20GiB", description="What local copies of a bucket's artifacts may take under scratch, for instance 20GiB"
     )
-    mlflow_uri: str = Field(
-        "sqlite:///.puzzle/mlflow.db", description="MLflow tracking URI", json_schema_extra=_NO_CREDENTIALS
-    )
+    mlflow_uri: str = Field("sqlite:///.puzzle/mlflow.db", description="MLflow tracking URI")
     mlflow_experiment: str = Field("puzzle", description="Name of the MLflow experiment")
     workers: Positive | None = Field(None, description="Tasks side by side; default one per core or GPU")
     task_runner: Literal["threads", "dask"] = Field(
@@ -438,7 +432,8 @@ class RuntimeSpec(Record):
     )
     dask_address: str | None = Field(
         None,
-        pattern=r"^(tcp|tls)://.+:[0-9]+$",
+        pattern=r"^(tcp|tls)://[^/?#\s]+:[0-9]+$",
+        json_schema_extra={"pattern": r"^(tcp|tls)://[^@/?#\s]+:[0-9]+$"},
         description="Scheduler of a running Dask cluster, for instance tcp://10.0.0.5:8786; none starts processes here",
     )
     gkd_processes: Positive = Field(
@@ -449,7 +444,7 @@ class RuntimeSpec(Record):
     gkd_machines: Positive = Field(1, description="Machines that share GKD; the run's log says what the others run")
     gkd_rendezvous: str | None = Field(
         None,
-        pattern=r"^[^@/:]+:[0-9]+$",
+        pattern=r"^[^@/:?#\s]+:[0-9]+$",
         description="Where they meet: this machine's name and a free port, for instance node-0:29500",
     )
     task_timeout_s: float | None = Field(
@@ -462,7 +457,7 @@ class RuntimeSpec(Record):
         """Refuse them without repeating them: a spec is logged, recorded and shown."""
         if "://" in self.store and ("@" in self.store or "?" in self.store):
             raise ValueError("store holds credentials or options: say s3://bucket/prefix and set AWS_PROFILE")
-        if _CREDENTIALS.search(self.mlflow_uri):
+        if has_credentials(self.mlflow_uri):
             raise ValueError(
                 "mlflow_uri holds credentials: say http://host:port and set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
@@ -487,7 +482,7 @@ class RuntimeSpec(Record):
 class RunSpec(Record):
     """From one parent to one child for one hardware target and scenario."""
 
-    name: str = Field("puzzle", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="How runs and reports are called")
+    name: Name = Field("puzzle", description="How runs and reports are called")
     parent: ParentSpec
     data: DataSpec = DataSpec()
     variants: VariantsSpec = VariantsSpec()
@@ -530,7 +525,7 @@ class RunSpec(Record):
     def _no_credentials(self) -> "RunSpec":
         """Refuse them wherever they are, without repeating them."""
         for key, text in _texts(self.model_dump(mode="json")):
-            if _CREDENTIALS.search(text):
+            if has_credentials(text):
                 raise ValueError(f"{key} is an address with credentials: a specification is recorded and shown")
         return self
 

@@ -16,6 +16,9 @@ from puzzle_core.yaml_file import parse_record, read_keys, resolve_path
 
 Dtype = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
+_NAME = r"^[A-Za-z0-9]([A-Za-z0-9 ._+-]*[A-Za-z0-9_+-])?"
+Name = Annotated[str, Field(pattern=_NAME + "$", json_schema_extra={"pattern": _NAME + r"(?![\s\S])"})]
+"""Becomes part of names of runs, models and files: no slash, no newline, no dot or space at an end."""
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Memory = Annotated[str, BeforeValidator(parse_memory.check), Field(json_schema_extra=parse_memory.form)]
@@ -104,7 +107,7 @@ class HardwareSpec(Record):
 class TargetSpec(Record):
     """The hardware target that costs hold for."""
 
-    name: str = Field("this-machine", description="How reports call the target")
+    name: Name = Field("this-machine", description="How reports call the target")
     costs: Literal["measured", "roofline", "imported"] = Field(
         "measured", description="Measured here, computed from the figures of `hardware`, or read from `table`"
     )

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from puzzle_core.credentials import redacted
 from puzzle_core.errors import SpecError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -66,8 +67,9 @@ def _explain(error: dict[str, Any], model: type[BaseModel], what: str) -> str:
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys here: {', '.join(known)}"
         return f"{place}: unknown key; {hint}"
     message = str(error["msg"]).removeprefix("Value error, ")
-    found = "" if isinstance(error["input"], dict) or error["type"] == "missing" else f" (found {error['input']!r})"
-    return f"{place}: {message}{found}"
+    if isinstance(error["input"], dict) or error["type"] == "missing":
+        return f"{place}: {message}"
+    return f"{place}: {message} (found {redacted(repr(error['input']))})"
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

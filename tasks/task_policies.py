@@ -1,9 +1,11 @@
 """How the tasks of this package run: their cache key, their retries, and what they hold while they run."""
 
+import errno
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.client.schemas.objects import State, TaskRun
@@ -17,6 +19,15 @@ from tasks.runtime.locks import gpu_lock
 from tasks.store.cache import pin_entries
 
 RETRIES = 3
+PASSING = frozenset(
+    {
+        errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.ENOTCONN,
+        errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH,
+        errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.ESTALE, errno.EREMOTEIO,
+    }
+)  # fmt: skip
+"""What the system says of lost connections, of files in use, and of a network file system that fails for a while."""
+IDLE_BYTES = 2**30
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -75,15 +86,36 @@ def with_gpu(act: Callable[P, T]) -> Callable[P, T]:
 
 # `State[Any]`: Prefect passes the state of a task of any result.
 def _is_retryable(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Retry errors of the storage, lost processes and noisy measurements; not timeouts, bad input or bad numbers."""
+    """Retry lost connections and processes, noisy measurements and memory that others held, and nothing else."""
     try:
         state.result()
-    except TaskRunTimeoutError:
+    except Exception as error:
+        return can_pass(error)
+    return False
+
+
+def can_pass(error: BaseException) -> bool:
+    """Whether the same work may succeed when it is done again.
+
+    A missing file, a denied one, a full disk, a timeout of the task, bad input and bad numbers stay what they are. An
+    `OSError` counts by its errno; one without an errno counts by its class. A GPU without memory counts where other
+    processes hold some of it. NCCL's errors come from GKD's processes, as a `LostProcessError`.
+    """
+    if isinstance(error, TaskRunTimeoutError):
         return False
-    except (MeasurementError, LostProcessError, OSError):
-        return True
-    except Exception:
-        return False
+    if isinstance(error, OSError):
+        return error.errno in PASSING if error.errno is not None else isinstance(error, ConnectionError | TimeoutError)
+    if isinstance(error, torch.OutOfMemoryError):
+        return _others_hold_memory()
+    return isinstance(error, MeasurementError | LostProcessError)
+
+
+def _others_hold_memory() -> bool:
+    """Whether processes other than this one hold memory of a GPU, beyond what an idle process takes."""
+    for device in range(torch.cuda.device_count()):
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        if total_bytes - free_bytes - torch.cuda.memory_reserved(device) > IDLE_BYTES:
+            return True
     return False
 
 

@@ -101,7 +101,7 @@ def s3_server(kind: str, home: Path) -> Iterator[S3Server]:
 def _moto(_home: Path) -> Iterator[S3Server]:
     from moto.server import ThreadedMotoServer
 
-    running = ThreadedMotoServer(port=0, verbose=False)
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     running.start()
     try:
         yield S3Server("moto", "http://{}:{}".format(*running.get_host_and_port()))

@@ -135,14 +135,14 @@ def _track(uri: str, child: str, out: Path, record: "ExportRecord", summary: str
     database = uri.removeprefix("sqlite:///")
     if database != uri and not Path(database).is_file():
         return
+    from puzzle_core.credentials import redacted
     from tasks.tracking.lineage import record_export
-    from tasks.tracking.outbox import without_credentials
 
     about = record.model_dump(include={"format", "dtype", "parameters", "bytes"})
     try:
         recorded = record_export(uri, RuntimeSpec().scratch, child, out, about, summary)
     except Exception as error:
-        log.warning("the export is not recorded: MLflow does not respond (%s)", without_credentials(str(error)))
+        log.warning("the export is not recorded: MLflow does not respond (%s)", redacted(str(error)))
         return
     if not recorded:
         log.info("the export is not recorded: MLflow does not have %s", child)

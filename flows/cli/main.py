@@ -35,6 +35,8 @@ SUBCOMMANDS = {
 }
 """By the subcommand's name: its module in this package and its function or application there, and its help."""
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 app = App(
     name="puzzle",
     help="From an open-weights LLM to a cheaper child for one hardware target.",
@@ -78,6 +80,7 @@ def _launch(
         return 2
     _set_up_logging(debug)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    bypass_proxy()
     try:
         command(*bound.args, **bound.kwargs)
     except PuzzleError as error:
@@ -89,6 +92,15 @@ def _launch(
         sys.stderr.write("puzzle: interrupted; finished artifacts are in the store, run again to continue\n")
         return 130
     return 0
+
+
+def bypass_proxy() -> None:
+    """Have this process and its children ask loopback addresses directly, whatever proxy the environment names."""
+    present = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = [host.strip() for host in present.split(",") if host.strip()]
+    hosts += [host for host in LOOPBACK if host not in hosts]
+    if "*" not in hosts:
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
 
 
 def _set_up_logging(debug: bool) -> None:

@@ -1,9 +1,9 @@
 """Flow runs that have not ended: cancelled before their worker stops, or marked as crashed when their process is gone.
 
 When a run's process is killed and no worker runs, Prefect shows the run as Running for ever, and later runs of its
-deployment wait for it. `make down` cancels running runs. `make up` marks the runs of deployments that a power cut has
-ended. A run of a command is labelled with the command's process, so that the next command on that machine can tell
-whether this process is gone.
+deployment wait for it. `make down` cancels running runs. A run of this project's flows is labelled with its process.
+The next command on that machine marks runs whose labelled process has ended, and no others: a server may be shared.
+It leaves runs of deployments to their worker, to Prefect's heartbeats, and to `make up` before it starts a worker.
 """
 
 import datetime
@@ -64,28 +64,62 @@ def mark_cancelled(api: str, runs: list[UUID]) -> None:
                 client.set_flow_run_state(run, cancelled, force=True)
 
 
-def crash_orphans(api: str, no_worker: bool = False) -> int:
-    """Mark open runs without a process, and their sub-flow and task runs, as crashed.
+def crash_orphans(api: str, deployments: bool = False) -> int:
+    """Mark open runs as crashed, with their sub-flow and task runs, whose labelled process has ended on this machine.
+
+    A run without the label, or of a process on another machine or in another container, is left alone.
 
     Args:
         api: the URL of the Prefect API.
-        no_worker: no worker runs, so open runs of deployments have no process either.
+        deployments: runs of deployments too; only while no worker can be starting them again.
 
     Returns:
         The number of flow runs marked.
     """
     dead: State[None] = Crashed(message="The process of this run ended without reporting a final state.")
     with _client(api) as client:
-        orphans = [run for run in _open(client) if _is_dead(_outermost(client, run), run, no_worker)]
+        processes = _Processes(client, deployments)
+        orphans = [run for run in _open(client) if processes.has_ended(run)]
         for run in orphans:
             client.set_flow_run_state(run.id, dead, force=True)
         if orphans:
             time.sleep(LATE_SECONDS)
-        for task_run in _orphaned_tasks(client, [run.id for run in orphans]):
+        for task_run in _orphaned_tasks(client, [run.id for run in orphans], processes):
             client.set_task_run_state(task_run, dead, force=True)
     if orphans:
         log.info("%d runs ended without a final state: they are marked as crashed, run them again", len(orphans))
     return len(orphans)
+
+
+class _Processes:
+    """The processes of flow runs, by their labels."""
+
+    def __init__(self, client: SyncPrefectClient, deployments: bool):
+        self._client, self._deployments = client, deployments
+        self._ended: dict[UUID, bool] = {}
+
+    def has_ended(self, run: FlowRun) -> bool:
+        """Whether the process of this run is known to have ended; false for a run that is not this project's.
+
+        A sub-flow run has the process of the run that it is part of, unless it is a deployment's.
+        """
+        if run.id not in self._ended:
+            self._ended[run.id] = self._find(run)
+        return self._ended[run.id]
+
+    def has_ended_of(self, run: UUID) -> bool:
+        """As `has_ended`, by the id of a run."""
+        return self._ended[run] if run in self._ended else self.has_ended(self._client.read_flow_run(run))
+
+    def _find(self, run: FlowRun) -> bool:
+        if run.deployment_id and not self._deployments:
+            return False
+        if process := run.labels.get(PROCESS):
+            return is_gone(str(process))
+        if run.deployment_id or run.parent_task_run_id is None:
+            return False
+        parent = self._client.read_task_run(run.parent_task_run_id).flow_run_id
+        return parent is not None and self.has_ended_of(parent)
 
 
 @contextmanager
@@ -107,8 +141,8 @@ def _open(client: SyncPrefectClient) -> list[FlowRun]:
     return runs
 
 
-def _orphaned_tasks(client: SyncPrefectClient, crashed: list[UUID]) -> set[UUID]:
-    """Open task runs of these flow runs, and of flow runs that ended more than NOTING_SECONDS ago.
+def _orphaned_tasks(client: SyncPrefectClient, crashed: list[UUID], processes: _Processes) -> set[UUID]:
+    """Open task runs of these flow runs, and of flow runs of ended processes that ended over NOTING_SECONDS ago.
 
     The server stores no end of a task whose end time is before its start time, which happens if a clock is set back.
     """
@@ -121,26 +155,6 @@ def _orphaned_tasks(client: SyncPrefectClient, crashed: list[UUID]) -> set[UUID]
         seen = 0
         while page := client.read_task_runs(flow_run_filter=runs, task_run_filter=chosen, offset=seen):
             seen += len(page)
-            orphans |= {task_run.id for task_run in page}
+            ours = [run for run in page if run.flow_run_id and processes.has_ended_of(run.flow_run_id)]
+            orphans |= {task_run.id for task_run in ours}
     return orphans
-
-
-def _outermost(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
-    """The outermost flow run that this run is a sub-flow of, or the run itself."""
-    while run.parent_task_run_id:
-        parent = client.read_task_run(run.parent_task_run_id).flow_run_id
-        if parent is None:
-            break
-        run = client.read_flow_run(parent)
-    return run
-
-
-def _is_dead(outermost: FlowRun, run: FlowRun, no_worker: bool) -> bool:
-    """Whether a run has no process: its outermost run has ended, or the process of that run is gone.
-
-    Only workers run deployments; a running worker reports the end of its processes itself.
-    """
-    ended = outermost is not run and outermost.state is not None and outermost.state.is_final()
-    if outermost.deployment_id:
-        return ended or no_worker
-    return ended or is_gone(str(outermost.labels.get(PROCESS, "")))

@@ -20,10 +20,13 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from flows.services.server_app import origins
 from puzzle_core.errors import PuzzleError
 from puzzle_core.parent_death import end_with_parent
+from tasks.runtime.private_files import private_directory
 
 log = logging.getLogger("puzzle")
+ROOT = Path(__file__).parents[2]
 PREFECT_HOME = Path(".puzzle/prefect")
 RUNNING = "api-url"
 """File in a server's directory with the URL of its API, while `make up` keeps it running."""
@@ -37,6 +40,7 @@ SETTINGS = {
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "100",
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+    "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
     "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
     "DO_NOT_TRACK": "1",
 }
@@ -97,6 +101,7 @@ def own_server(home: Path, port: int, module: str | None = None) -> Iterator[str
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,
+            umask=0o077,
             preexec_fn=_die_with_parent,
         )
         try:
@@ -124,12 +129,16 @@ def running_api(home: Path) -> str | None:
 def server_command(home: Path, port: int) -> tuple[list[str], dict[str, str]]:
     """The command of a server on loopback with its data in `home`, and the environment variables to add."""
     home = home.resolve()
-    home.mkdir(parents=True, exist_ok=True)
+    private_directory(home)
     environment = SETTINGS | {
         "PREFECT_HOME": str(home),
         "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_API_HOST": "127.0.0.1",
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins(port)),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    return [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)], environment
+    return [sys.executable, "-m", "flows.services.server_app", str(port)], environment
 
 
 def free_port() -> int:

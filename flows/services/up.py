@@ -20,6 +20,7 @@ import psutil
 from flows.services.orphaned_runs import cancel_runs, crash_orphans, mark_cancelled
 from flows.services.prefect_server import PREFECT_HOME, RUNNING, SETTINGS, running_api, server_command
 from puzzle_core.errors import PuzzleError
+from tasks.runtime.private_files import private_directory
 
 log = logging.getLogger("puzzle")
 START_SECONDS = 240
@@ -90,14 +91,14 @@ def up(directory: Path, ports: Ports) -> None:
     if processes(directory):
         raise PuzzleError(f"services of {directory} are running already: `make down` stops them")
     logs = directory / ".puzzle" / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    private_directory(logs)
     started = services(directory, ports)
     end_orphaned_runs(f"sqlite:///{directory / TRACKING}")
     try:
         for service in started[:-1]:
             _start(service, directory, logs / f"{service.name}.log")
         worker = started[-1]
-        crash_orphans(worker.environment["PREFECT_API_URL"], no_worker=True)
+        crash_orphans(worker.environment["PREFECT_API_URL"], deployments=True)
         _start(worker, directory, logs / "worker.log")
         _run(["prefect", "--no-prompt", "deploy", "--all"], worker.environment, directory, logs / "deploy.log")
         (directory / PREFECT_HOME / RUNNING).write_text(worker.environment["PREFECT_API_URL"])
@@ -144,6 +145,7 @@ def _start(service: Service, directory: Path, output: Path) -> None:
             stdout=stream,
             stderr=stream,
             start_new_session=True,
+            umask=-1 if WORKER_COMMAND in f"{' '.join(service.command)} " else 0o077,
         )
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:

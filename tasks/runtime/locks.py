@@ -22,6 +22,7 @@ from typing import IO, Literal
 
 from puzzle_core.device import gpu_names
 from puzzle_core.errors import SpecError
+from tasks.runtime.private_files import check_owned
 
 log = logging.getLogger("puzzle")
 POLL_SECONDS = 0.05
@@ -87,8 +88,15 @@ def gpu_lock(count: int = 1) -> Iterator[list[int]]:
 
 
 def _open(name: str) -> IO[bytes]:
-    """Open a lock file, which is made where there is none."""
-    lock_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Open a lock file, which is made where there is none.
+
+    Raises:
+        PuzzleError: the directory in the temporary one is not this user's own.
+    """
+    with contextlib.suppress(FileExistsError):  # a file: refused below
+        lock_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.environ.get("PUZZLE_LOCK_DIR"):  # one that the user names may be shared
+        check_owned(lock_directory())
     return (lock_directory() / name).open("ab")
 
 

@@ -24,6 +24,7 @@ from tasks.tracking.tracked_models import (
     HEADLINE_TAG,
     KEY_TAG,
     all_models,
+    allowed_name,
     by_key,
     products_of,
     registered,
@@ -67,7 +68,7 @@ def lineage_of(uri: str, name: str) -> list[Step]:
     """
     client = mlflow_client(uri)
     models = list(all_models(client, experiment_ids(client)))
-    child = _find_child(client, models, name)
+    child = find_child(client, models, name)
     if child is None:
         names = sorted({str(model.name) for model in models if model.model_type == "child"})
         names += sorted(model.name for model in client.search_registered_models())
@@ -97,7 +98,7 @@ def missing(steps: Iterable[Step], store: str | None) -> tuple[dict[str, list[st
     return gone, unreachable
 
 
-def _find_child(client: MlflowClient, models: list[LoggedModel], name: str) -> LoggedModel | None:
+def find_child(client: MlflowClient, models: list[LoggedModel], name: str) -> LoggedModel | None:
     """The model of this key, registered name or alias, or the newest model of this name."""
     models_by_key = by_key(models)
     if name in models_by_key:
@@ -112,7 +113,7 @@ def _find_child(client: MlflowClient, models: list[LoggedModel], name: str) -> L
         labels |= aliases | {f"{family}@{alias}": version for alias, version in aliases.items()}
         if version := labels.get(name):
             return models_by_key.get(version.tags[KEY_TAG])
-    named = [model for model in models if model.name in (f"child-{name}", name)]
+    named = [model for model in models if model.name in (allowed_name(f"child-{name}"), name, allowed_name(name))]
     return named[-1] if named else None
 
 

@@ -20,6 +20,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.db.utils import _get_latest_schema_revision
 
+from tasks.runtime.private_files import private_directory
 from tasks.runtime.process import is_gone
 
 log = logging.getLogger("puzzle")
@@ -103,7 +104,7 @@ def _prepare_database(file: Path) -> None:
     Raises:
         MlflowException: the database is of a newer MLflow.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    private_directory(file.parent)
     with file.with_name(f".{file.name}.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if file.exists():

@@ -6,12 +6,13 @@ whose records were late. A record that the server answers but refuses is dropped
 
 import functools
 import logging
-import re
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import NamedTuple
+
+from puzzle_core.credentials import redacted
 
 log = logging.getLogger("puzzle")
 Request = Callable[[], object]
@@ -49,7 +50,7 @@ class Outbox:
             check: a cheap request; raises where the server does not answer.
             note_gap: notes a gap in a run.
         """
-        self.where, self._check, self._note_gap = without_credentials(where), check, note_gap
+        self.where, self._check, self._note_gap = redacted(where), check, note_gap
         self._queue = deque[QueuedRecord]()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -122,7 +123,7 @@ class Outbox:
                 self._pause(error)
             else:
                 if error:
-                    message = without_credentials(str(error))
+                    message = redacted(str(error))
                     log.warning("MLflow at %s did not take a record, the run goes on without: %s", self.where, message)
                 self._done(first)
 
@@ -131,7 +132,7 @@ class Outbox:
         with self._changed:
             if self._down_since_s is None:
                 self._down_since_s = time.time()
-                message = without_credentials(str(error))
+                message = redacted(str(error))
                 log.warning("MLflow at %s cannot be reached, the run goes on without it: %s", self.where, message)
             self._flushing = False
             self._changed.notify_all()
@@ -153,11 +154,6 @@ class Outbox:
                     self._queue.append(QueuedRecord(run, functools.partial(self._note_gap, run, gap)))
                 self._down_since_s, self._overflow = None, 0
             self._changed.notify_all()
-
-
-def without_credentials(text: str) -> str:
-    """The text, with users and passwords in its URLs replaced by asterisks."""
-    return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
 def _try(request: Request) -> Exception | None:

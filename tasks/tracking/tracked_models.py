@@ -67,7 +67,7 @@ def note_model(client: MlflowClient, experiment: str, model: Model, made_by: str
     if logged is None:
         params = {name: str(value)[:500] for name, value in ({"key": model.key} | dict(model.about)).items()}
         logged = client.create_logged_model(
-            experiment, model.name, source_run_id=made_by, tags={KEY_TAG: model.key}, params=params,
+            experiment, allowed_name(model.name), source_run_id=made_by, tags={KEY_TAG: model.key}, params=params,
             model_type=model.kind,
         )  # fmt: skip
     sources = dict.fromkeys([*sources_of(logged), *model.sources])
@@ -173,8 +173,8 @@ def products_of(models: dict[str, LoggedModel]) -> dict[str, list[str]]:
 
 
 def allowed_name(text: str) -> str:
-    """The text with characters replaced that MLflow does not take in names of registered models and aliases."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")
+    """The text with characters replaced that MLflow does not take in names of models and aliases; never empty."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "unnamed"
 
 
 def _versions(client: MlflowClient, name: str, key: str) -> list[ModelVersion]:

@@ -8,6 +8,7 @@ manifests, so the next run completes it.
 
 import functools
 import logging
+import re
 import time
 import uuid
 from collections import defaultdict
@@ -298,8 +299,8 @@ def _metrics(values: Values) -> list[Metric]:
 
 
 def _metric_name(name: str) -> str:
-    """MLflow takes no ':' or '+' in the names of metrics."""
-    return name.replace(":", "-").replace("+", " ")
+    """The name with characters replaced that MLflow does not take: columns of a cost table are named by users."""
+    return re.sub(r"[^\w\-. /]", "-", name.replace("+", " "))
 
 
 def _parts(items: Sequence[T], most: int) -> Iterator[Sequence[T]]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 from mlflow import MlflowClient
 
+from flows.permissions import ALLOWED
 from flows.services.prefect_server import PREFECT_HOME, free_port, running_api
 from flows.services.up import Ports, processes, services
 from puzzle_core.spec import parse_spec
@@ -45,7 +46,7 @@ class Up(NamedTuple):
             f"http://127.0.0.1:{self.ports.prefect}/api{path}",
             method=method,
             data=None if body is None else json.dumps(body).encode(),
-            headers={"content-type": "application/json"},
+            headers={"content-type": "application/json"} | (self.token() if method != "GET" else {}),
         )
         for left in reversed(range(10)):
             try:
@@ -57,6 +58,12 @@ class Up(NamedTuple):
                     return error.code, said
                 time.sleep(0.5)
         raise AssertionError("unreachable")
+
+    def token(self):
+        """The headers of a change, as the UI asks for them."""
+        url = f"http://127.0.0.1:{self.ports.prefect}/api/csrf-token?client=test"
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return {"Prefect-Csrf-Token": json.loads(answer.read())["token"], "Prefect-Csrf-Client": "test"}
 
     def deployment(self, name):
         return next(found for found in self.call("POST", "/deployments/filter", {})[1] if found["name"] == name)
@@ -115,7 +122,10 @@ def act(action, place, ports):
     command = [sys.executable, "-m", "flows.cli", action]
     if action == "up":
         command += ["--prefect-port", str(ports.prefect), "--mlflow-port", str(ports.mlflow)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    below = place.parent  # the directories of all tests
+    allowed = {"runtime.store": [f"{below}/*"], "runtime.scratch": [f"{below}/*"]}
+    allowed["runtime.mlflow_uri"] = [f"sqlite:///{below}/*"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), ALLOWED: json.dumps(allowed)}
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
 
 

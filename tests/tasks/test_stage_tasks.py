@@ -1,15 +1,19 @@
 """Tasks: named, keyed by content, retried where a retry can help and nowhere else."""
 
+import errno
+
 import pytest
+import torch
 
 from puzzle_core import data
 from puzzle_core.architecture import Architecture
 from puzzle_core.cost import latency, llama_engine
 from puzzle_core.engines import ENGINES
-from puzzle_core.errors import DataError, MeasurementError, NonFiniteError, SpecError
+from puzzle_core.errors import DataError, LostProcessError, MeasurementError, NonFiniteError, SpecError
 from puzzle_core.sizes import outside_parameters
 from puzzle_core.spec import TargetSpec
 from tasks import stage_tasks
+from tasks.task_policies import can_pass
 from tests import toy_engine
 from tests.workflow import plan_of
 
@@ -39,14 +43,23 @@ def pack(spec_of, monkeypatch):
     return packing
 
 
-@pytest.mark.parametrize("error", [OSError("connection lost"), TimeoutError(), MeasurementError("too noisy")])
+@pytest.mark.parametrize("error", [ConnectionResetError("lost"), TimeoutError(), MeasurementError("too noisy")])
 def test_what_may_pass_is_tried_again(pack, error):
     state, left = pack(error, error)
     assert state.is_completed()
     assert left == []
 
 
-@pytest.mark.parametrize("error", [DataError("too few tokens"), NonFiniteError("NaN"), KeyError("our mistake")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        DataError("too few tokens"),
+        NonFiniteError("NaN"),
+        KeyError("our mistake"),
+        FileNotFoundError(errno.ENOENT, "no such file"),
+        torch.OutOfMemoryError("no GPU whose memory another process holds"),
+    ],
+)
 def test_what_will_not_pass_is_not_tried_again(pack, error):
     state, left = pack(error, error)
     assert state.is_failed()
@@ -55,8 +68,42 @@ def test_what_will_not_pass_is_not_tried_again(pack, error):
         state.result()
 
 
+@pytest.mark.parametrize(
+    ("code", "passes"),
+    [
+        ("ENOENT", False), ("EACCES", False), ("EPERM", False), ("ENOSPC", False), ("EROFS", False), ("EDQUOT", False),
+        ("EISDIR", False), ("ENAMETOOLONG", False), ("EINVAL", False), ("EFBIG", False),
+        ("ECONNRESET", True), ("ECONNREFUSED", True), ("EPIPE", True), ("ETIMEDOUT", True), ("ENETUNREACH", True),
+        ("EIO", True), ("ESTALE", True), ("EAGAIN", True), ("EBUSY", True),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_system_counts_by_its_number(code, passes):
+    assert can_pass(OSError(getattr(errno, code), "said by the system")) is passes
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError("a file that is no model"), False),
+        (PermissionError(), False),
+        (ConnectionError("lost"), True),
+        (TimeoutError(), True),
+        (LostProcessError("NCCL"), True),
+    ],
+)
+def test_an_error_without_a_number_counts_by_its_kind(error, passes):
+    assert can_pass(error) is passes
+
+
+def test_a_missing_and_a_denied_file_are_what_the_system_says(tmp_path):
+    for act in (tmp_path.joinpath("none").read_text, tmp_path.read_text, tmp_path.joinpath("none/none").touch):
+        with pytest.raises(OSError, match=str(tmp_path)) as error:
+            act()
+        assert not can_pass(error.value)
+
+
 def test_retries_come_to_an_end(pack):
-    state, left = pack(*[OSError("connection lost")] * 10)
+    state, left = pack(*[ConnectionResetError("connection lost")] * 10)
     assert state.is_failed()
     assert len(left) == 10 - 1 - stage_tasks.pack_tokens.retries
 

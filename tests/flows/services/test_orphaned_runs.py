@@ -8,6 +8,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.states import Completed, Crashed, Running
 
+from flows.services import orphaned_runs
 from flows.services.orphaned_runs import PROCESS, crash_orphans, label_process, mark_cancelled
 from tasks.runtime.process import this_process
 
@@ -54,27 +55,66 @@ def states(client, ids):
     return {name: client.read_flow_run(run).state_type.value for name, run in ids.items()}
 
 
-@pytest.mark.parametrize(
-    ("left_running", "buried"),
-    [
-        (["innermost"], ["innermost"]),
-        (["middle", "innermost"], ["middle", "innermost"]),
-        (["outermost", "middle", "innermost"], []),
-        (["outermost", "innermost"], []),
-        ([], []),
-    ],
-)
-def test_what_a_run_left_running_within_it_is_found_dead_once_it_has_ended(runs, prefect_server, left_running, buried):
+@pytest.mark.parametrize("left_running", [["innermost"], ["middle", "innermost"], ["outermost", "innermost"]])
+def test_what_a_run_left_running_within_it_is_found_dead_once_its_process_is_gone(runs, prefect_server, left_running):
     client, ids = runs
     for name in left_running:
         client.set_flow_run_state(ids[name], Running(), force=True)
     try:
-        assert crash_orphans(prefect_server) == len(buried)
-        expected = dict.fromkeys(left_running, "RUNNING") | dict.fromkeys(buried, "CRASHED")
-        assert states(client, ids) == dict.fromkeys(ids, "COMPLETED") | expected
+        assert crash_orphans(prefect_server) == 0
+        client.update_flow_run_labels(ids["outermost"], {PROCESS: process_with(5, "1")})
+        assert crash_orphans(prefect_server) == len(left_running)
+        assert states(client, ids) == dict.fromkeys(ids, "COMPLETED") | dict.fromkeys(left_running, "CRASHED")
     finally:
         for name in left_running:
             client.set_flow_run_state(ids[name], Completed(), force=True)
+
+
+@flow(name="foreign-child", flow_run_name="foreign-child")
+def foreign_child():
+    return work()
+
+
+@flow(name="foreign-parent", flow_run_name="foreign-parent")
+def foreign_parent():
+    return foreign_child()
+
+
+@pytest.mark.fault("a foreign live run on a shared server", "a child of another flow, whose parent has ended")
+def test_a_run_of_a_foreign_flow_is_left_whatever_became_of_its_parent(prefect_server, monkeypatch, outcome):
+    monkeypatch.setattr(orphaned_runs, "NOTING_SECONDS", -60.0)  # a flow run that ends now counts as ended long ago
+    foreign_parent()
+    with get_client(sync_client=True) as client:
+        named = FlowRunFilter.model_validate({"name": {"any_": ["foreign-child"]}})
+        (child,) = client.read_flow_runs(flow_run_filter=named)
+        (task_run,) = recorded(client, child.id)
+        for parent_state in ("COMPLETED", "CRASHED"):
+            parent = client.read_task_run(child.parent_task_run_id).flow_run_id
+            client.set_flow_run_state(parent, Crashed() if parent_state == "CRASHED" else Completed(), force=True)
+            client.set_task_run_state(task_run.id, Running(), force=True)
+            for child_state in (Running(), Completed()):  # a task may also outlive its flow run
+                client.set_flow_run_state(child.id, child_state, force=True)
+                for deployments in (False, True):
+                    assert crash_orphans(prefect_server, deployments) == 0
+                    assert client.read_flow_run(child.id).state_type == child_state.type
+                    assert client.read_task_run(task_run.id).state_type.value == "RUNNING"
+        client.set_task_run_state(task_run.id, Completed(), force=True)
+    outcome(run="goes on", shown="left as it was, its tasks too: it does not carry the label of this project")
+
+
+def test_a_run_of_a_deployment_is_left_to_its_worker_unless_no_worker_runs(runs, prefect_server):
+    client, ids = runs
+    deployed = client.create_deployment(flow_id=client.read_flow_run(ids["outermost"]).flow_id, name="deployed")
+    run = client.create_flow_run_from_deployment(deployed)
+    try:
+        client.set_flow_run_state(run.id, Running(), force=True)
+        assert crash_orphans(prefect_server, deployments=True) == 0  # it has no label
+        client.update_flow_run_labels(run.id, {PROCESS: process_with(2, "another-boot")})
+        assert crash_orphans(prefect_server) == 0
+        assert crash_orphans(prefect_server, deployments=True) == 1
+    finally:
+        client.delete_deployment(deployed)
+        client.set_flow_run_state(run.id, Completed(), force=True)
 
 
 def test_runs_and_tasks_of_a_process_that_is_gone_are_found_dead_and_those_of_others_are_left(runs, prefect_server):

@@ -20,10 +20,10 @@ from mlflow import MlflowClient
 from flows.train_child import train_child
 from puzzle_core.spec import RuntimeSpec, parse_spec
 from tasks.runtime.process import this_process
-from tasks.tracking import outbox
+from tasks.tracking import lineage_tree, outbox
 from tasks.tracking.lineage_steps import TABLE
-from tasks.tracking.mlflow_client import PROCESS_TAG, end_orphaned_runs
-from tasks.tracking.tracked_models import FROM_TAG, KEY_TAG, NOTE_TAG, Model, Version, registered
+from tasks.tracking.mlflow_client import PROCESS_TAG, end_orphaned_runs, mlflow_client
+from tasks.tracking.tracked_models import FROM_TAG, KEY_TAG, NOTE_TAG, Model, Version, note_model, registered
 from tasks.tracking.tracking import tracked
 from tests.workflow import SCORED, TRAINED, artifacts, of_stage, placed
 
@@ -403,3 +403,17 @@ def test_a_record_that_mlflow_does_not_take_is_said_and_stops_nothing(tracked_sp
     assert "did not take a record" in caplog.text
     assert client.get_run(run.run_id).data.params["after"] == "3"
     assert client.get_run(run.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "a:b", "50%", "export/x", "7b.v2.1", "\u6a21\u578b"])
+def test_a_child_of_any_name_is_recorded_and_found_by_it(tmp_path, name):
+    client = mlflow_client(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.create_experiment("names")
+    child = Model(kind="child", name=f"child-{name}", key="gkd/v1/a")
+    logged = note_model(client, experiment, child, None)
+    assert note_model(client, experiment, child, None).model_id == logged.model_id
+    for asked in (name, f"child-{name}"):
+        found = lineage_tree.find_child(client, [logged], asked)
+        assert found is not None
+        assert found.tags[KEY_TAG] == "gkd/v1/a"
+    assert lineage_tree.find_child(client, [logged], "another") is None
