@@ -79,7 +79,7 @@ def open_tokenizer(directory: Path, allow_code: bool = False) -> Any:
         Exception: whatever transformers and tokenizers raise of missing or damaged files.
     """
     if allow_code and tokenizer_code(directory):
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=allow_code)
     if (directory / JSON_FILE).is_file():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
         differing = differing_text(Tokenizer.from_file(str(directory / JSON_FILE)), tokenizer)
