@@ -1,4 +1,4 @@
-"""The shape of a parent, the variants of its subblocks, and architectures made of them (METHOD section 1).
+"""The shape of a parent, the variants of its subblocks, and architectures (METHOD section 1).
 
 A layer has two subblocks, attention and FFN. A variant is one alternative for a subblock and has an id:
 
@@ -21,7 +21,7 @@ from puzzle_core.variants.kinds import KINDS, Subblock, VariantKind, id_pattern,
 
 @dataclass(frozen=True, order=True)
 class Variant:
-    """One alternative for a subblock: a kind (variants/kinds.py), and a size where the kind has one, else 0.
+    """One alternative for a subblock: a kind (variants/kinds.py) and a size, 0 if the kind has none.
 
     The size of an attention is its number of KV heads, that of an FFN its intermediate width.
     """
@@ -48,27 +48,27 @@ class Variant:
 
     @property
     def row(self) -> VariantKind:
-        """What its kind is."""
+        """The row of its kind."""
         return KINDS[self.subblock, self.kind]
 
     @property
     def is_empty(self) -> bool:
-        """Whether it leaves the subblock out."""
+        """Whether it removes the subblock."""
         return self.row.initial_weights is None
 
     @property
     def kv_heads(self) -> int:
-        """Its KV heads; 0 where it does not attend."""
+        """Its number of KV heads; 0 if it has no attention."""
         return self.row.kv_heads(self.size)
 
     @property
     def ffn_width(self) -> int:
-        """Its intermediate width; 0 where it is no gated FFN."""
+        """Its intermediate width; 0 if it is not a gated FFN."""
         return self.row.ffn_width(self.size)
 
     @property
     def rank(self) -> tuple[int, int, str]:
-        """Sorts the variants of a subblock: from the most capable to nothing, larger ones first."""
+        """Sort key for the variants of a subblock: the most capable kind first, then the larger size, no-op last."""
         return self.row.order, -self.size, self.kind
 
 
@@ -81,15 +81,15 @@ VariantId = Annotated[
 
 
 class BlockVariant(Record):
-    """An attention variant and an FFN variant: what one layer of a child is made of."""
+    """An attention variant and an FFN variant: one layer of a child."""
 
     attention: VariantId
     ffn: VariantId
 
     @model_validator(mode="after")
-    def _subblocks_in_their_places(self) -> Self:
+    def _check_subblocks(self) -> Self:
         if (self.attention.subblock, self.ffn.subblock) != ("attn", "ffn"):
-            raise ValueError(f"{str(self)!r} is no block variant: say attn:kv4+ffn:i512 and so on")
+            raise ValueError(f"{str(self)!r} is not a block variant: give one such as attn:kv4+ffn:i512")
         return self
 
     @classmethod
@@ -104,7 +104,7 @@ class BlockVariant(Record):
         return self.attention, self.ffn
 
     def with_variant(self, variant: Variant) -> Self:
-        """This block with one subblock variant in the place of its own."""
+        """This block with one subblock variant replaced."""
         return self.model_copy(update={"attention" if variant.subblock == "attn" else "ffn": variant})
 
     def __str__(self) -> str:
@@ -122,7 +122,7 @@ class Architecture(Record):
 
     @classmethod
     def of_parent(cls, shape: "ModelShape") -> Self:
-        """The architecture that is the parent itself."""
+        """The parent's architecture."""
         return cls(layers=(shape.parent_block,) * shape.layers)
 
     @classmethod
@@ -136,7 +136,7 @@ class Architecture(Record):
 
 
 class ModelShape(Record):
-    """Everything about a parent that decides the shapes of its tensors, and nothing about their values."""
+    """The properties of a parent that determine the shapes of its tensors."""
 
     family: str = Field(description="Hugging Face model_type")
     layers: int
@@ -155,13 +155,13 @@ class ModelShape(Record):
 
     @property
     def parent_block(self) -> BlockVariant:
-        """The parent's own block variant, equal in every layer."""
+        """The parent's block variant, equal in every layer."""
         return BlockVariant(
             attention=Variant("attn", "sized", self.kv_heads), ffn=Variant("ffn", "sized", self.ffn_width)
         )
 
     def check(self, variant: Variant) -> Variant:
-        """The variant itself, if this parent can have it.
+        """Return the variant if this parent supports it.
 
         Raises:
             SpecError: the KV heads do not divide the parent's, or the FFN is wider than the parent's.

@@ -1,8 +1,8 @@
-"""Texts in, packed token batches out: disjoint splits for calibration, BLD, scoring, GKD and evaluation.
+"""Packs texts into token batches: disjoint splits for calibration, BLD, scoring, GKD and evaluation.
 
-Documents are shuffled once with a fixed seed, each gets a token in front (`document_start`), and all are cut into
-windows of `sequence_length` tokens. Batches are consecutive windows, so a step number alone says which tokens
-it sees: data order is deterministic, and training resumes anywhere.
+Documents are shuffled once with a fixed seed, each gets a start token (`document_start`), and all are cut into
+windows of `sequence_length` tokens. Batches are consecutive windows, so the step number determines the tokens of a
+step: data order is deterministic, and training can resume at any step.
 
 Legend: N windows, T tokens per window.
 """
@@ -22,7 +22,7 @@ from puzzle_core.work import TokensRecord, TokensWork
 
 DOCUMENTS_AT_A_TIME = 16
 START_OF_PRETRAINING = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>")
-"""Tokens that pretraining puts between documents, where a tokenizer itself puts nothing in front of a text."""
+"""Tokens that pretraining puts between documents, for tokenizers that add no token at the start of a text."""
 CHAT_MARKERS = frozenset(
     [
         "<|im_start|>",
@@ -35,7 +35,7 @@ CHAT_MARKERS = frozenset(
         "<|assistant|>",
     ]
 )
-"""Tokens that mark a turn of a chat; a document never starts with one of them unless the specification names it."""
+"""Tokens that mark a chat turn. A document starts with one only if the specification names it."""
 
 
 class Tokenizer(Protocol):
@@ -52,12 +52,12 @@ class Tokenizer(Protocol):
 
 
 def document_start(tokenizer: Tokenizer, choice: str = "auto") -> list[int]:
-    """Ids in front of every document.
+    """Ids at the start of every document.
 
     Args:
-        choice: `none`, a token of the vocabulary, or `auto`: what the tokenizer itself puts in front of a text, else
-            the token that pretraining puts between documents, else its begin-of-text or end-of-text token where that
-            is no marker of a chat, else nothing.
+        choice: `none`, a token of the vocabulary, or `auto`. `auto` takes the first that exists: the tokens that the
+            tokenizer adds at the start of a text, the token that pretraining puts between documents, the
+            begin-of-text or end-of-text token if it is not a chat marker. Otherwise it adds nothing.
 
     Raises:
         DataError: the vocabulary has no token `choice`.
@@ -75,9 +75,9 @@ def document_start(tokenizer: Tokenizer, choice: str = "auto") -> list[int]:
     [whole], [text] = (
         tokenizer(["a"], add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False)
     )
-    in_front = next((list(whole[:n]) for n in range(1, len(whole)) if whole[n : n + len(text)] == text), [])
-    if in_front:
-        return in_front
+    prefix = next((list(whole[:n]) for n in range(1, len(whole)) if whole[n : n + len(text)] == text), [])
+    if prefix:
+        return prefix
     candidates = [*START_OF_PRETRAINING, tokenizer.bos_token, tokenizer.eos_token]
     usable = [token for token in candidates if token in vocabulary and token not in CHAT_MARKERS]
     return [vocabulary[token] for token in usable[:1] if token]
@@ -92,27 +92,27 @@ def pack(
     cut_documents: bool = True,
     start: str = "auto",
 ) -> dict[str, torch.Tensor]:
-    """Cut documents into packed windows; no token is served twice.
+    """Cut documents into packed windows; no token is in two splits.
 
     Args:
-        tokens: number of tokens of each split, in the order in which they are served.
-        cut_documents: give the rest of a split's last document to the next split; otherwise that rest is left out, and
-            no two splits share a document.
-        start: what stands in front of a document, as `document_start` takes it.
+        tokens: number of tokens of each split, in the order in which they are packed.
+        cut_documents: the next split starts with the rest of a split's last document. If false, that rest is dropped,
+            and no two splits share a document.
+        start: the argument `choice` of `document_start`.
 
     Returns:
         For each split an int32 tensor (N, T) with N = ceil(tokens / T).
 
     Raises:
-        DataError: the documents hold fewer tokens than the splits need, or there is no token `start`.
+        DataError: the documents hold fewer tokens than the splits need, or the vocabulary has no token `start`.
     """
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
     remaining = _token_ids((documents[i] for i in order), tokenizer, document_start(tokenizer, start))
     packed: dict[str, torch.Tensor] = {}
     rest: list[int] = []
-    for split, wanted in tokens.items():
-        windows = -(-wanted // sequence_length)
+    for split, split_tokens in tokens.items():
+        windows = -(-split_tokens // sequence_length)
         needed = windows * sequence_length
         stream, rest = rest, []
         while len(stream) < needed:
@@ -132,14 +132,14 @@ def pack(
 
 
 def _token_ids(documents: Iterator[Document], tokenizer: Tokenizer, start: list[int]) -> Iterator[list[int]]:
-    """The ids of one document after the other; documents go to the tokenizer a few at a time, which is faster."""
+    """The ids of each document in order. Documents are tokenized in small batches, which is faster."""
     while texts := [document.text for document in itertools.islice(documents, DOCUMENTS_AT_A_TIME)]:
         for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
             yield start + ids
 
 
 def batch_rows(step: int, batch_windows: int, windows: int) -> slice | list[int]:
-    """Which windows step `step` sees: consecutive, starting over at the end."""
+    """The windows of step `step`: consecutive, and from the first window again after the last."""
     start = step * batch_windows % windows
     if start + batch_windows <= windows:
         return slice(start, start + batch_windows)

@@ -1,18 +1,17 @@
-"""The errors a user can meet. Every message says what was asked, what was found, and what to do.
+"""Errors for the user. Every message states what was expected, what was found, and what to do.
 
-`PuzzleError` and its children are the user's to read: the command line prints them without a traceback.
-Anything else that escapes is our own mistake.
+The command line prints a `PuzzleError` and its subclasses without a traceback. Any other exception is a bug.
 """
 
 from typing import Any
 
 
 class PuzzleError(Exception):
-    """Base of all errors that speak to the user."""
+    """Base class of all errors that are shown to the user."""
 
 
 class SpecError(PuzzleError):
-    """The run specification (or a command's arguments) asks for something that cannot be."""
+    """The run specification (or a command's arguments) is not valid."""
 
 
 class ParentError(PuzzleError):
@@ -24,15 +23,15 @@ class DataError(PuzzleError):
 
 
 class NonFiniteError(PuzzleError):
-    """A NaN or an infinity where a number must be: in weights, losses, scores or costs."""
+    """A weight, loss, score or cost is NaN or infinite."""
 
 
 class MeasurementError(PuzzleError):
-    """A measurement drowned in noise; measuring again may help."""
+    """A measurement is too noisy. Another measurement may succeed."""
 
 
 class LostProcessError(PuzzleError):
-    """A process of a training that several share ended without a word; going on from the checkpoint may help."""
+    """A process of a distributed training ended without an error. A resume from the checkpoint may succeed."""
 
 
 class CoverageError(PuzzleError):
@@ -40,25 +39,25 @@ class CoverageError(PuzzleError):
 
 
 class InfeasibleError(PuzzleError):
-    """No architecture meets the limits; `conflicts` are the fewest that cannot hold together (search/infeasible.py)."""
+    """No architecture meets the limits. `conflicts` is a minimal conflicting set (search/infeasible.py)."""
 
     conflicts: tuple[Any, ...] = ()
 
 
 class TimeLimitError(PuzzleError):
-    """A search ended by its time limit with neither an answer nor a proof that there is none."""
+    """A search reached its time limit without a solution and without a proof of infeasibility."""
 
 
 class ArtifactError(PuzzleError):
-    """An artifact in the store is missing or is not what its record says."""
+    """An artifact in the store is missing or does not match its record."""
 
 
 class DamagedError(ArtifactError):
-    """An artifact's files are not those that were stored."""
+    """An artifact's files differ from those that were stored."""
 
 
 class ExportError(PuzzleError):
-    """A child is what an export format, or the engine that reads it, cannot carry."""
+    """An export format, or the engine that reads it, does not support the child."""
 
 
 class StorageError(PuzzleError):
@@ -66,6 +65,6 @@ class StorageError(PuzzleError):
 
 
 def reason(error: BaseException) -> str:
-    """The text of another library's error as one line: what is wrong often stands on its second line."""
+    """The text of another library's error as one line. Its second line often names the cause."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines if line) or type(error).__name__

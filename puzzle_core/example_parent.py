@@ -1,8 +1,8 @@
-"""The quickstart's own parent: a small Llama pretrained on the Python standard library's sources.
+"""The quickstart's parent: a small Llama pretrained on the Python standard library's sources.
 
-A fresh machine may reach no model hub, so the project brings a parent that it made itself. This module makes it
-again: a byte-level BPE tokenizer, then next-token training on every standard-library module that is not held out.
-`puzzle pretrain-example` runs it; the result lies in `deployments/parents/stdlib-2m`.
+The project ships a parent, so that the quickstart needs no model hub. This module reproduces that parent: it trains
+a byte-level BPE tokenizer and then the model on every standard-library module that is not held out.
+`puzzle pretrain-example` runs it; the result is in `deployments/parents/stdlib-2m`.
 """
 
 import json
@@ -35,7 +35,7 @@ START_OF_TEXT = "<s>"
 
 
 class PretrainSpec(Record):
-    """How the example parent is trained; written beside its weights."""
+    """Training settings of the example parent, saved with its weights."""
 
     steps: int = 6000
     batch_tokens: int = 4096
@@ -50,7 +50,7 @@ def pretrain(out_dir: Path, spec: PretrainSpec, processes: int) -> dict[str, Any
     """Train the example parent with one single-threaded process per core and write it to `out_dir`.
 
     Returns:
-        The training record: what was trained on, how long it took, and what was reached on held-out modules.
+        The training record: corpus, wall time in seconds, and quality on held-out modules.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     _train_tokenizer(out_dir)

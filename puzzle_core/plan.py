@@ -1,6 +1,6 @@
-"""How a run's work hangs together: every stage's work, and so every key, from the spec and two digests. No torch.
+"""The plan of a run: the work and key of every stage, from the spec and the digests of the inputs. No torch.
 
-Flows submit what a plan names and the store lacks; `puzzle check` prints the same plan without doing any of it.
+Flows submit the work that the store has no artifact for. `puzzle check` prints the plan without running it.
 """
 
 from collections.abc import Mapping
@@ -31,10 +31,10 @@ HELD_OUT_SPLITS = ("scoring", "evaluation")
 
 
 class Inputs(Record):
-    """What a plan needs to know of the outside world: the parent, the texts, the machine, and an imported cost table.
+    """External inputs of a plan: the parent, the texts, the machine, and an imported cost table.
 
-    The parent, the texts and the table are digests. `parent_commit` is the hub's commit that the parent was fetched at,
-    and enters no key.
+    The parent, the texts and the table are digests. `parent_commit` is the hub commit of the parent and is part of no
+    key.
     """
 
     parent: str
@@ -52,7 +52,7 @@ class Plan:
     """The work of one run.
 
     Raises (on construction):
-        SpecError: the spec asks for what this parent cannot have.
+        SpecError: the parent does not support the spec.
     """
 
     spec: RunSpec
@@ -72,7 +72,7 @@ class Plan:
         if shape.qk_norm and refusing:
             raise SpecError(
                 f"engines asks for {', '.join(refusing)}, but the parent's family {shape.family} normalises queries "
-                "and keys, which no exported format has a place for (docs/engines.md): leave engines out"
+                "and keys, which no export format supports (docs/engines.md): remove engines"
             )
         lengths = {"data.sequence_length": spec.data.sequence_length}
         lengths |= {f"scenario {s.name}": s.prompt_tokens + s.generated_tokens for s in spec.scenarios}
@@ -82,7 +82,7 @@ class Plan:
 
     @cached_property
     def variants(self) -> VariantsSpec:
-        """The search space, as far as the engines of the spec run it."""
+        """The part of the search space that the engines of the spec can run."""
         return self.spec.served_variants(self.inputs.shape)
 
     @property
@@ -110,7 +110,7 @@ class Plan:
         )
 
     def text_sources(self, split: str) -> tuple[str, ...]:
-        """The texts that a split is packed from."""
+        """The text sources of a split."""
         data = self.spec.data
         return data.held_out_texts if split in HELD_OUT_SPLITS else data.train_texts
 
@@ -135,14 +135,14 @@ class Plan:
         )
 
     def library_key(self, layer: int, variant: Variant) -> str | None:
-        """Where a variant's weights lie; none for the parent's own and for no-ops."""
+        """The key of a variant's weights; None for the parent's own variant and for no-ops."""
         work = self._library.get((layer, variant))
         return work.key if work else None
 
     def scored(self, layer: int, base: Architecture | None = None) -> list[BlockVariant]:
         """The blocks of a layer that need a score: all pairs, or the base's block with one subblock changed.
 
-        The base is the parent, or a child; the child itself is scored too, by its own block in layer 0.
+        The base is the parent or a child. A child is also scored unchanged, as its own block in layer 0.
         """
         base_block = base.layers[layer] if base else self.inputs.shape.parent_block
         blocks = self.variants.blocks_of_layer(layer, self.inputs.shape)
@@ -175,9 +175,9 @@ class Plan:
 
     @cached_property
     def _library(self) -> dict[tuple[int, Variant], BldWork]:
-        """Every variant training, in order: made once, since a thousand keys take a second."""
-        places = [(layer, variant) for layer in self.layers for variant in self.trained(layer)]
-        return {(layer, variant): self.bld(layer, variant) for layer, variant in places}
+        """Every variant training, in order. It is cached, because a thousand keys take a second."""
+        trained = [(layer, variant) for layer in self.layers for variant in self.trained(layer)]
+        return {(layer, variant): self.bld(layer, variant) for layer, variant in trained}
 
     @cached_property
     def _scores(self) -> list[ScoreWork]:
@@ -187,7 +187,7 @@ class Plan:
         return [self.score(layer, block, base) for layer in self.layers for block in self.scored(layer, base)]
 
     def costs(self) -> dict[tuple[str, int], CostWork]:
-        """The costs of every distinct variant, by scenario and batch size; none where a table is imported."""
+        """The costs of every distinct variant, by scenario and batch size; empty if a table is imported."""
         if self.spec.target.costs == "imported":
             return {}
         distinct = {
@@ -210,7 +210,7 @@ class Plan:
         }
 
     def search(self, base: Architecture | None = None, batch_sizes: Mapping[str, int] | None = None) -> SearchWork:
-        """The choice of an architecture, from scores in the parent or in a child; of all batch sizes, or of these."""
+        """The search with scores in the parent or in a child, over all batch sizes or only `batch_sizes`."""
         request = self.spec.request
         if batch_sizes:
             request = request.at(batch_sizes)
@@ -220,7 +220,7 @@ class Plan:
             variants=self.variants,
             scores=tuple(work.key for work in self.all_scores(base)),
             composition=self.spec.scoring.composition,
-            costs=tuple((*where, work.key) for where, work in self.costs().items()),
+            costs=tuple((*traffic, work.key) for traffic, work in self.costs().items()),
             cost_table=self.inputs.cost_table,
             target=self.spec.target.name,
             request=request,
@@ -228,7 +228,7 @@ class Plan:
         )
 
     def refine(self) -> RefineWork | None:
-        """Measuring what the search found, where the spec asks for it."""
+        """The measurement of the search's candidates; None if the spec does not request it."""
         if self.spec.search.shortlist == 1 and not self.spec.search.iterations:
             return None
         return RefineWork(search=self.search().key, tokens=self.tokens("scoring").key)
@@ -247,7 +247,7 @@ class Plan:
         )
 
     def gkd(self, architecture: Architecture) -> GkdWork:
-        """The global distillation of that child."""
+        """The global distillation of one child."""
         return GkdWork(
             parent=self.inputs.parent,
             child=self.assemble(architecture).key,
@@ -267,13 +267,13 @@ class Plan:
         )
 
     def measure(self, architecture: Architecture) -> EvaluateWork:
-        """The measured quality of a candidate, on the tokens of the scores: those of the evaluation stay unseen."""
+        """The measured quality of a candidate, on the scoring split. The evaluation split stays unused."""
         return EvaluateWork(
             parent=self.inputs.parent, child=self.assemble(architecture).key, tokens=self.tokens("scoring").key
         )
 
     def timing(self, architectures: dict[str, Architecture], batch_size: int) -> TimingWork | None:
-        """End-to-end times of several models in turns; none where the target is not at hand."""
+        """End-to-end times of several models in alternation; None if costs are not measured."""
         if self.spec.target.costs != "measured":
             return None
         return TimingWork(
@@ -285,7 +285,7 @@ class Plan:
         )
 
     def spec_of_content(self) -> RunSpec:
-        """The spec with digests in place of paths, and without its runtime part: equal wherever files lie."""
+        """The spec with digests instead of paths and a default `runtime`. It does not depend on where files are."""
         spec, inputs = self.spec, self.inputs
         texts = {"train_texts": (inputs.train_texts,), "held_out_texts": (inputs.held_out_texts,)}
         return spec.model_copy(

@@ -1,4 +1,4 @@
-"""Quantities as users write them: a number with a unit, or a share of the parent's. Units are parsed, never guessed."""
+"""Quantities in text form: a number with a unit, or a share of the parent's value. The unit is required."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*(.*?)\s*")
 
 
 class Quantity(NamedTuple):
-    """A value in the kind's base unit, or a share of what the parent has."""
+    """A value in the kind's base unit, or a share of the parent's value."""
 
     value: float
     relative: bool
@@ -28,7 +28,7 @@ class _Kind:
         """
         match = _NUMBER.fullmatch(text)
         if not match:
-            raise ValueError(f"{text!r} is not a number with a unit; for instance {self.example}")
+            raise ValueError(f"{text!r} is not a number with a unit, for instance {self.example}")
         number, unit = float(match[1]), match[2]
         if number <= 0:
             raise ValueError(f"{text!r} must be above 0")
@@ -41,13 +41,13 @@ class _Kind:
 
     @property
     def form(self) -> dict[str, Any]:
-        """What a form may check before anything is sent, as JSON schema: the pattern, and what values look like."""
+        """JSON schema for a form: the pattern and examples of values."""
         units = "|".join(map(re.escape, [*self.units, *(["%"] if self.shares else [])]))
         pattern = rf"^{_NUMBER.pattern.replace('(.*?)', f'({units})')}$"
         return {"pattern": pattern, "examples": re.findall("'(.*?)'", self.example)}
 
     def check(self, value: object) -> str:
-        """The value as text, if it parses; for use as a validator, to which YAML gives a bare number as a number."""
+        """Return the value as text if it parses. The validator also gets bare numbers, which YAML parses as numbers."""
         self(str(value))
         return str(value)
 
@@ -61,7 +61,7 @@ parse_seconds = _Kind(_SECONDS, "'300ms' or '60%'")
 parse_throughput = _Kind({"tok/s": 1.0}, "'6000 tok/s' or '160%'")
 parse_share = _Kind({}, "'60%'")
 
-# What a device has: never a share of anything.
+# Properties of a device: shares are not allowed.
 parse_memory = _Kind(_BYTES, "'80GB'", shares=False)
 parse_duration = _Kind(_SECONDS, "'5us'", shares=False)
 parse_bandwidth = _Kind({f"{unit}/s": size for unit, size in _BYTES.items()}, "'3.35TB/s'", shares=False)
@@ -88,10 +88,10 @@ _COLUMNS = {
 
 
 def parse_column(column: str, text: str) -> Quantity:
-    """A limit on a column of a cost table, in the column's unit, which the end of its name says (`energy_mj`).
+    """A limit on a column of a cost table, in the column's unit. The suffix of the name gives the unit (`energy_mj`).
 
     Raises:
-        ValueError: the text is no quantity, or is absolute where the column's name says no unit.
+        ValueError: the text is not a quantity, or it is absolute and the column's name has no unit suffix.
     """
     for ending, (parse, unit) in _COLUMNS.items():
         if column.endswith(ending):
@@ -108,6 +108,6 @@ def parse_column(column: str, text: str) -> Quantity:
 
 
 def column_unit(column: str) -> str:
-    """The unit that the end of a column's name says, for messages."""
+    """The unit in the suffix of a column's name, for messages."""
     ending = next((ending for ending in _COLUMNS if column.endswith(ending)), "")
     return {"_bytes_per_token": "bytes", "parameters": "params"}.get(ending, ending.removeprefix("_"))

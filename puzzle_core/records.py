@@ -1,7 +1,7 @@
 """Frozen records: the only values that cross stage boundaries (DESIGN rules 1 and 3).
 
-A record refuses unknown keys, cannot be changed after it was made, and has a digest that is equal on every
-machine for equal content. Its JSON is written atomically: a reader sees the whole file or none.
+A record refuses unknown keys and is immutable. Records of equal content have equal digests on every machine.
+The JSON file is written atomically: a reader sees the whole file or no file.
 """
 
 import functools
@@ -38,7 +38,7 @@ class Record(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read what `write` wrote.
+        """Read a file that `write` made.
 
         Raises:
             ArtifactError: the file is missing or does not hold this record.
@@ -46,25 +46,25 @@ class Record(BaseModel):
         try:
             return cls.model_validate_json(path.read_text())
         except FileNotFoundError as error:
-            raise ArtifactError(f"{path} does not exist, so this artifact is not whole; run the flow again") from error
+            raise ArtifactError(f"{path} does not exist, so the artifact is incomplete; run the flow again") from error
         except UnicodeDecodeError as error:
-            raise ArtifactError(f"{path} does not hold a {cls.__name__}, nor any text: it is damaged") from error
+            raise ArtifactError(f"{path} does not hold a {cls.__name__} and is not text: it is damaged") from error
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"])) or "the file"
             raise ArtifactError(
-                f"{path} does not hold a {cls.__name__} ({error.error_count()} mistakes, the first in {place}: "
+                f"{path} does not hold a {cls.__name__} ({error.error_count()} errors, the first in {place}: "
                 f"{first['msg']}): it is damaged, or another version wrote it; run the flow again"
             ) from error
 
 
 def canonical_json(value: Any) -> str:
-    """JSON text that is equal for equal values, whatever the order of keys."""
+    """JSON text that is equal for equal values and does not depend on the order of keys."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a crash leaves the old file or the new one, never a part."""
+    """Write a text file atomically: after a crash, the path holds the old file or the new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -85,10 +85,10 @@ def digest_file(path: Path) -> str:
 
 
 class Work(Record):
-    """What a stage is asked to do, complete: its part of the spec and the keys of its inputs.
+    """The complete input of a stage: its part of the spec and the keys of its inputs.
 
-    Equal work has an equal key on every machine. `version` is the stage's numerics version: raise it when a change
-    of code changes results, and old artifacts are left alone.
+    Equal work has an equal key on every machine. `version` is the version of the stage's numerics. Raise it when a
+    change of code changes results; the new version does not use artifacts of older versions.
     """
 
     stage: ClassVar[str]
@@ -100,7 +100,7 @@ class Work(Record):
         return f"{self.stage}/v{self.version}/{self.digest()}"
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy with changes, which has a key of its own."""
+        """A copy with changes and a new key."""
         copied = super().model_copy(update=update, deep=deep)
         copied.__dict__.pop("key", None)
         return copied

@@ -1,7 +1,7 @@
-"""Tasks, tokens, bytes and floating-point operations that a run takes, by formula, before it starts. No torch.
+"""Formulas for the tasks, tokens, bytes and floating-point operations of a run. No torch.
 
-Operations are those of matrix products: two for each multiplication with its addition. An attention compares all pairs
-of a window's tokens; kernels that skip the masked pairs do fewer. docs/scale.md has the figures of a 70B parent.
+Operations are those of matrix products: two per multiply-add. Attention counts all pairs of tokens in a window;
+kernels that skip the masked pairs do fewer. docs/scale.md has the figures of a 70B parent.
 """
 
 from collections.abc import Container
@@ -23,9 +23,9 @@ CHECKPOINT_BYTES = 12
 
 
 class Resources(NamedTuple):
-    """What one run takes: its library, its scores, and one child.
+    """Resources of one run: its library, its scores, and one child.
 
-    Scratch bytes are the most at any time. `state_bytes` is the size of one file of hidden states in BLD.
+    Scratch bytes are peak values. `state_bytes` is the size of one file of hidden states in BLD.
     `gkd_device_bytes` are the weights and states that each process of GKD holds.
     """
 
@@ -48,7 +48,7 @@ class Resources(NamedTuple):
 
     @property
     def scratch_bytes(self) -> int:
-        """The most at any time: BLD and scores do not use the scratch disk at the same time."""
+        """Peak use. BLD and scores do not use the scratch disk at the same time."""
         return max(self.bld_scratch_bytes, self.score_scratch_bytes)
 
     @property
@@ -63,9 +63,9 @@ def resources(
     """The resources of a run.
 
     Args:
-        child: the architecture that GKD trains; that of the parent, the largest child, while it is not known.
+        child: the architecture that GKD trains; by default the parent's, which is the largest child.
         gkd_processes: number of processes that share GKD.
-        done: keys of artifacts in the store; their trainings and scores take nothing.
+        done: keys of artifacts in the store; their trainings and scores count as 0.
     """
     spec, shape = plan.spec, plan.inputs.shape
     variants = [work for work in plan.all_bld() if work.key not in done]
@@ -110,7 +110,7 @@ def bld_flops(plan: Plan, work: BldWork) -> float:
 def score_flops(plan: Plan, work: ScoreWork) -> float:
     """Operations per token of one score: the block, the layers after it, and the head.
 
-    A block with the parent's attention starts at its FFN. The parent's head runs again when its log-probabilities are
+    A block with the parent's attention starts at its FFN. The parent's head runs again if its log-probabilities are
     too large for the scratch disk.
     """
     shape, length = plan.inputs.shape, plan.spec.data.sequence_length
@@ -145,7 +145,7 @@ def _block_forward(shape: ModelShape, block: BlockVariant, length: int) -> float
 
 
 def _forward(shape: ModelShape, variant: Variant, length: int) -> tuple[float, float]:
-    """Operations per token of a subblock's forward pass: with its weights, and between the tokens of a window."""
+    """Operations per token of a subblock's forward pass: of the weights, and between the tokens of a window."""
     row, size = variant.row, variant.size
     return 2 * row.parameters(shape, size), length * row.context_operations(shape, size)
 

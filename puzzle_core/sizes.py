@@ -1,4 +1,4 @@
-"""Exact costs from shapes alone: parameters and KV-cache bytes (METHOD section 5). No torch."""
+"""Exact costs from shapes: parameters and KV-cache bytes (METHOD section 5). No torch."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ from puzzle_core.architecture import Architecture, ModelShape, Variant
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 LARGEST_LOG_PROBABILITIES_BYTES = 2**30
-"""Log-probabilities of the parent up to this size stay on the scratch disk; larger ones are computed again."""
+"""The scratch disk keeps the parent's log-probabilities up to this size; larger ones are computed again."""
 
 
 class VariantSize(NamedTuple):
-    """What one subblock variant takes: parameters, and KV-cache entries per token."""
+    """Parameters and KV-cache entries per token of one subblock variant."""
 
     parameters: int
     kv_entries_per_token: int
@@ -24,7 +24,7 @@ def variant_size(shape: ModelShape, variant: Variant) -> VariantSize:
 
 
 def outside_parameters(shape: ModelShape) -> int:
-    """Parameters outside the blocks: embedding, head (once where they are tied), final norm."""
+    """Parameters outside the blocks: embedding, head (counted once if they are tied), final norm."""
     embeddings = 1 if shape.tied_embeddings else 2
     return embeddings * shape.vocabulary * shape.hidden + shape.hidden
 

@@ -1,4 +1,4 @@
-"""A run specification from its YAML file, with overrides from the command line; relative paths are the file's."""
+"""Reads a run specification from a YAML file, with overrides from the command line."""
 
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from puzzle_core.yaml_file import read_keys, resolve_path
 def load_spec(path: Path, overrides: tuple[str, ...] = ()) -> RunSpec:
     """Read a spec from YAML, with `key.path=value` overrides.
 
-    `target` may be the path of a target file (puzzle_core/target.py). Relative parent, text and target paths are the
-    file's; those of overrides are the working directory's.
+    `target` may be the path of a target file (puzzle_core/target.py). Relative parent, text and target paths
+    start at the file's directory; those in overrides start at the working directory.
 
     Raises:
         SpecError: the file is missing or not YAML, or a key or value is wrong; names the key and the nearest known one.
@@ -46,7 +46,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def _read_target(content: dict[str, Any], directory: Path) -> None:
-    """Put the content of a target file in the place of its path."""
+    """Replace the path of a target file by the content of the file."""
     target = content.get("target")
     if isinstance(target, str):
         content["target"] = load_target(directory / target).model_dump(mode="json", exclude_unset=True)

@@ -30,12 +30,12 @@ _DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
 }
 _COMPRESSION = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
 _NO_TEXT = re.compile(r"(dataset_infos?|state|dataset_dict)\.json|readme(\.\w+)?|licen[cs]e(\.\w+)?", re.IGNORECASE)
-"""Files that describe a data set and hold none of it; they are left out where a directory has files of data."""
+"""Files that describe a data set. They are skipped if the directory also has data files."""
 _LOOK_CHARACTERS = 1 << 20
 
 
 class Document(NamedTuple):
-    """One text with the name it is known by in error messages."""
+    """One text and its name in error messages."""
 
     name: str
     text: str
@@ -49,14 +49,14 @@ def read_documents(sources: Iterable[str]) -> list[Document]:
     compressed by gzip, bzip2 or xz, or a directory of them. A byte order mark is skipped.
 
     Raises:
-        DataError: a source is missing, empty, not UTF-8, not of a known form, or holds half a surrogate pair.
+        DataError: a source is missing, empty, not UTF-8, of an unknown format, or holds half a surrogate pair.
     """
     documents: list[Document] = []
     for source in sources:
-        found = [document for document in _read_source(source) if document.text.strip()]
-        if not found:
+        not_blank = [document for document in _read_source(source) if document.text.strip()]
+        if not not_blank:
             raise DataError(f"text source {source!r} holds no text: give a file with at least one non-empty document")
-        documents += found
+        documents += not_blank
     return documents
 
 
@@ -78,7 +78,7 @@ def digest_documents(documents: Iterable[Document]) -> str:
 
 
 def check_disjoint(train: Iterable[Document], held_out: Iterable[Document]) -> None:
-    """Refuse texts that are trained on and evaluated on; blanks at the ends of a text do not count.
+    """Refuse texts that are in both training and held-out data; leading and trailing whitespace is ignored.
 
     Raises:
         DataError: names the first document that is in both.
@@ -95,8 +95,8 @@ def check_disjoint(train: Iterable[Document], held_out: Iterable[Document]) -> N
 def stdlib_documents(held_out: bool, include_tests: bool = False) -> Iterator[Document]:
     """Modules of the running interpreter's standard library; one module in eight is held out, chosen by its name.
 
-    Test modules are left out unless asked for, since some distributions do not ship them, and so are the code-page
-    tables of `encodings`, which are not prose of any kind.
+    Test modules are skipped by default, because some distributions do not ship them. The code-page tables of
+    `encodings` are always skipped.
     """
     root = _stdlib()
     for path in _stdlib_files(held_out, include_tests):
@@ -133,7 +133,7 @@ def _files_of(source: str) -> list[Path]:
 
 
 def _files_with_text(directory: Path) -> list[Path]:
-    """The files of a directory, without hidden ones and those that only describe a data set."""
+    """The files of a directory, without hidden files and files that only describe a data set."""
     parts = ((file, file.relative_to(directory).parts) for file in sorted(directory.rglob("*")) if file.is_file())
     files = [file for file, names in parts if not any(name.startswith(".") for name in names)]
     if not any({*file.suffixes} & {*_DATA} and not _NO_TEXT.fullmatch(file.name) for file in files):
@@ -150,11 +150,11 @@ def _stdlib() -> Path:
 
 def _stdlib_files(held_out: bool, include_tests: bool = False) -> list[Path]:
     skipped = _STDLIB_SKIPPED - ({"test", "tests", "idle_test"} if include_tests else set())
-    root, found = _stdlib(), list[Path]()
+    root, modules = _stdlib(), list[Path]()
     for directory, within, names in os.walk(root):
         within[:] = [name for name in within if name not in skipped]
-        found += [Path(directory, name) for name in names if name.endswith(".py")]
-    return sorted(path for path in found if is_held_out(path.relative_to(root).as_posix()) == held_out)
+        modules += [Path(directory, name) for name in names if name.endswith(".py")]
+    return sorted(path for path in modules if is_held_out(path.relative_to(root).as_posix()) == held_out)
 
 
 def _read_file(path: Path) -> Iterator[Document]:
@@ -183,7 +183,7 @@ def _read_file(path: Path) -> Iterator[Document]:
 
 
 def _plain_bytes(path: Path) -> bytes:
-    """The bytes of a file, decompressed where its ending names a compression."""
+    """The bytes of a file, decompressed if its suffix names a compression."""
     suffix = path.suffix.lower()
     if suffix in (".zst", ".zstd"):
         raise DataError(
@@ -199,7 +199,7 @@ def _plain_bytes(path: Path) -> bytes:
 
 
 def _text_of(path: Path, content: bytes) -> str:
-    """UTF-8 text; a byte order mark in front is skipped."""
+    """UTF-8 text without a leading byte order mark."""
     if content.startswith(b"PAR1"):
         raise DataError(f"{path} is a Parquet file: give it the ending .parquet")
     try:
@@ -212,7 +212,7 @@ def _text_of(path: Path, content: bytes) -> str:
 
 
 def _json_items(path: Path, text: str, whole: bool, lines: Collection[str]) -> list[Any]:
-    """The entries of a text file: of a JSON list, of JSON Lines whatever the ending says, or the text itself."""
+    """The entries of a text file: a JSON list, JSON Lines under any suffix, or the whole text."""
     if not whole and not lines and not _looks_like_json_lines(text):
         return [text]
     if not text.strip():
@@ -235,7 +235,7 @@ def _json_items(path: Path, text: str, whole: bool, lines: Collection[str]) -> l
 
 
 def _looks_like_json_lines(text: str) -> bool:
-    """Whether every line is a JSON object with a string under `text`; the first two decide."""
+    """Whether the first two lines are JSON objects with a string under `text`."""
     first = [line for line in text[:_LOOK_CHARACTERS].lstrip().split("\n", 2)[:2] if line.strip()]
     for line in first if text.lstrip().startswith("{") else ():
         try:

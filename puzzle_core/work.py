@@ -1,7 +1,7 @@
-"""What every stage is asked to do, and what it answers: the contract between flows, tasks and core. No torch.
+"""Input and result of every stage: the contract between flows, tasks and core. No torch.
 
-A `Work` is complete: its digest is the key of the artifact that it leads to (DESIGN rule 3). Inputs are named by
-their keys. A `Record` is what the stage found out; tensors lie beside it in the artifact.
+A `Work` is complete: its digest is the key of the stage's artifact (DESIGN rule 3). It names its inputs by their
+keys. A `Record` is the result of the stage; the artifact holds its tensors in separate files.
 """
 
 from typing import ClassVar, Literal
@@ -20,7 +20,7 @@ from puzzle_core.spec import (
 
 
 class TokensWork(Work):
-    """One split of packed windows; `earlier_splits` are the splits that took their tokens first."""
+    """One split of packed windows; `earlier_splits` are the splits that are packed before it."""
 
     stage: ClassVar[str] = "tokens"
     version: ClassVar[int] = 2
@@ -37,7 +37,7 @@ class TokensWork(Work):
 
 
 class TokensRecord(Record):
-    """What was packed."""
+    """Size of a packed split."""
 
     windows: int
     tokens: int
@@ -55,14 +55,14 @@ class ImportanceWork(Work):
 
 
 class ImportanceRecord(Record):
-    """How the contributions came to be."""
+    """Layers and tokens that the contributions were computed on."""
 
     layers: int
     tokens: int
 
 
 class BldWork(Work):
-    """One variant of one layer."""
+    """The training of one variant of one layer."""
 
     stage: ClassVar[str] = "bld"
     version: ClassVar[int] = 2
@@ -76,10 +76,10 @@ class BldWork(Work):
 
 
 class BldRecord(Record):
-    """How a variant's training went; losses are normalised MSE, without unit.
+    """Result of a variant's training; losses are normalised MSE, without unit.
 
-    `initial_loss` and `final_loss` are of the same held-back windows; where training did not lower the loss, the
-    initial weights are kept and both are equal. `curve` has the loss of every step's own batch.
+    `initial_loss` and `final_loss` are measured on the same held-back windows. If training does not lower the loss,
+    the initial weights are kept and both are equal. `curve` has the training loss of every step.
     """
 
     layer: int
@@ -104,9 +104,10 @@ class AssembleWork(Work):
 
 
 class ScoreWork(Work):
-    """One block variant in one layer; the library keys of its trained variants, none for the parent's own and no-ops.
+    """The score of one block variant in one layer.
 
-    The block replaces one of the parent's, or of the child `base`.
+    `attention` and `ffn` are library keys of trained variants, None for the parent's own variant and for no-ops. The
+    block replaces a block of the parent, or of the child `base`.
     """
 
     stage: ClassVar[str] = "score"
@@ -123,7 +124,7 @@ class ScoreWork(Work):
 
 
 class ScoreRecord(Record):
-    """What replacing one block costs."""
+    """Loss of quality from the replacement of one block."""
 
     layer: int
     block: BlockVariant
@@ -134,7 +135,7 @@ class ScoreRecord(Record):
 
 
 class Traffic(Record):
-    """The part of a scenario that times depend on, at one batch size."""
+    """The part of a scenario that determines times, at one batch size."""
 
     prompt_tokens: int
     generated_tokens: int
@@ -167,11 +168,11 @@ class Timing(Record):
 
 
 class CostRecord(Record):
-    """Times: of every variant per layer, of what lies outside the blocks, and of the whole parent.
+    """Times of every variant, of the parts outside the blocks, and of the whole parent.
 
-    `weight_bytes` and `kv_bytes` are bytes per weight and per entry of the KV cache, in the precision that the times
-    hold for. `torch_version`, `threads` and `rounds` are of a measurement. An `engine` other than torch is named with
-    its version; `no_ffn` is what it spends on a layer that attends and has no FFN.
+    `weight_bytes` and `kv_bytes` are bytes per weight and per entry of the KV cache, in the precision of the times.
+    `torch_version`, `threads` and `rounds` describe a measurement. `engine` has name and version of an engine other
+    than torch; `no_ffn` is its time for a layer with an attention and without an FFN.
     """
 
     source: Literal["measured", "roofline", "imported"]
@@ -189,7 +190,7 @@ class CostRecord(Record):
 
 
 class ChildRecord(Record):
-    """What a child is."""
+    """Architecture and size of a child."""
 
     architecture: Architecture
     parameters: int
@@ -197,7 +198,7 @@ class ChildRecord(Record):
 
 
 class GkdWork(Work):
-    """One child to be distilled."""
+    """The global distillation of one child."""
 
     stage: ClassVar[str] = "gkd"
     version: ClassVar[int] = 1
@@ -211,7 +212,7 @@ class GkdWork(Work):
 
 
 class GkdRecord(Record):
-    """How the distillation went: the loss terms of every step."""
+    """Result of the distillation; `curve` has the loss terms of every step."""
 
     architecture: Architecture
     curve: tuple[dict[str, float], ...]
@@ -220,7 +221,7 @@ class GkdRecord(Record):
 
 
 class EvaluateWork(Work):
-    """One child, or the parent itself when `child` is none."""
+    """The evaluation of one child, or of the parent if `child` is None."""
 
     stage: ClassVar[str] = "evaluation"
     version: ClassVar[int] = 1
@@ -244,10 +245,10 @@ class EvaluationRecord(Record):
 
 
 class SearchWork(Work):
-    """One search: the space, the scores and costs by key, and what is asked.
+    """One search: the space, the keys of scores and costs, and the request.
 
     `costs` are (scenario, batch size, key) of cost records; an imported cost table has the digest of its file instead.
-    With a `base`, scores are of blocks in that child.
+    With a `base`, the scores hold for blocks in that child.
     """
 
     stage: ClassVar[str] = "search"
@@ -266,7 +267,7 @@ class SearchWork(Work):
 
 
 class RefineWork(Work):
-    """Measuring what a search found, and searching again around the best: `tokens` are those that scores use."""
+    """Measurement of a search's candidates, and further searches around the best one. `tokens` is the scoring split."""
 
     stage: ClassVar[str] = "refine"
     version: ClassVar[int] = 1
@@ -276,7 +277,7 @@ class RefineWork(Work):
 
 
 class TimingWork(Work):
-    """Several models timed end to end in turns: the parent and children, by name and architecture."""
+    """End-to-end times of several models, measured in alternation: parent and children by name and architecture."""
 
     stage: ClassVar[str] = "timing"
     version: ClassVar[int] = 1
@@ -296,7 +297,7 @@ class TimingRecord(Record):
 
 
 class ReportedModel(Record):
-    """One row of the final table: a model and where its evaluation lies."""
+    """One row of the final table: a model and the key of its evaluation."""
 
     name: str
     kind: Literal["parent", "child", "baseline"]
@@ -305,7 +306,7 @@ class ReportedModel(Record):
 
 
 class ReportWork(Work):
-    """Everything a report shows, by key; `spec` as `Plan.spec_of_content` has it: without places."""
+    """Everything that a report shows, by key. `spec` is `Plan.spec_of_content`, which has no paths."""
 
     stage: ClassVar[str] = "report"
     version: ClassVar[int] = 4

@@ -1,4 +1,4 @@
-"""Records that users write as YAML files. All that is wrong in one is said at once, with the nearest known keys."""
+"""Records in YAML files. One error lists all invalid keys and values, with the nearest known keys."""
 
 import difflib
 from pathlib import Path
@@ -13,15 +13,15 @@ from puzzle_core.errors import SpecError
 Model = TypeVar("Model", bound=BaseModel)
 
 RENAMED_KEYS = {"form": "constraints"}
-"""Old names of keys. A record that has the new key refuses the old one with the new one's name."""
+"""Old names of keys. A record that has the new key refuses the old key and names the new one."""
 
 
 def read_keys(path: Path, what: str, hint: str) -> dict[str, Any]:
-    """The keys and values of a YAML file, not validated yet.
+    """The keys and values of a YAML file, without validation.
 
     Args:
         what: the kind of file, for error texts: "spec", "target".
-        hint: how such a file starts, for error texts.
+        hint: the first line of such a file, for error texts.
 
     Raises:
         SpecError: the file is missing, not YAML, or holds no keys.
@@ -41,7 +41,7 @@ def parse_record(model: type[Model], content: dict[str, Any], origin: str, what:
     """Validate a record given as plain values.
 
     Raises:
-        SpecError: every wrong key and value, one per line.
+        SpecError: lists every wrong key and value, one per line.
     """
     try:
         return model.model_validate(content)
@@ -51,9 +51,9 @@ def parse_record(model: type[Model], content: dict[str, Any], origin: str, what:
 
 
 def resolve_path(value: Any, directory: Path) -> Any:
-    """An absolute path where `value` names something in `directory`; anything else as it is."""
-    local = isinstance(value, str) and (directory / value).exists()
-    return str((directory / value).resolve()) if local else value
+    """The absolute path of `value` if it exists in `directory`, otherwise `value` unchanged."""
+    exists = isinstance(value, str) and (directory / value).exists()
+    return str((directory / value).resolve()) if exists else value
 
 
 def _explain(error: dict[str, Any], model: type[BaseModel], what: str) -> str:
