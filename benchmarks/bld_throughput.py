@@ -1,8 +1,8 @@
 """Training tokens per second of blockwise local distillation against a plain loop that trains the same block.
 
 `puzzle` is `puzzle_core.distill.bld.train_variant` as a task runs it: initial weights, mapped activations, checkpoint
-check after every step, loss curve, divergence check, weights written to disk. `plain loop` is what one would write by
-hand for this one training: the same modules, states in memory, AdamW and nothing else; `own block` is that loop with
+check after every step, loss curve, divergence check, weights written to disk. `plain loop` is a handwritten
+loop for this one training: the same modules, states in memory, AdamW and nothing else; `own block` is that loop with
 the
 block itself written out in torch, without transformers' modules. All have the same optimizer, schedule, clipping, loss
 and batches, so they must end at the same weights: the largest difference is printed. The ratio is tokens per second

@@ -1,7 +1,7 @@
-"""How well a cost table predicts whole models: the table and random architectures, measured here end to end.
+"""Accuracy of a cost table for whole models: the table and random architectures, measured end to end.
 
-Every architecture is a random block variant per layer out of the quickstart's space. Its predicted time is what lies
-outside plus the table's entries of its subblocks, as the search adds them up.
+An architecture has a random block variant of the quickstart's space in every layer. Its predicted time is the sum of
+the table's entries for its subblocks and for the parts outside the blocks, as in the search.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""What engines make of exported children: `python -m benchmarks.engines`, a table of what really happened.
+"""Exported children in serving engines, as a table of results: `python -m benchmarks.engines`.
 
-Every kind of variant alone, in the first layer, in the middle and in the last, and mixed children of several families,
-in parents of six layers with random weights: exported, run in every engine that is installed here, and compared with
-the child in memory. A cell is the largest error of a log-probability at float32 (prompt and decoded tokens alike), or
-what the engine said. transformers and llama.cpp run in this environment, vLLM in another one (`--vllm PYTHON`).
+The children have one variant of each kind in the first, middle or last layer, or a mix of variants, in several
+families. Their parents have six layers and random weights. Each child is exported, runs in every installed engine, and
+is compared with the child in memory. A cell is the largest error of a log-probability at float32 (prompt and decoded
+tokens alike), or the engine's error. transformers and llama.cpp run in this environment, vLLM in another one (`--vllm
+PYTHON`).
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Runs in an environment with vLLM, without this project: `python engines_vllm.py ANSWER.json`, the cases on stdin.
+"""Runs exported children in vLLM, without this project: `python engines_vllm.py ANSWER.json`.
 
-For every exported directory, the log-probabilities of the given tokens and of vLLM's own greedy continuation.
+The cases come on stdin. The answer has for every exported directory the log-probabilities of the given tokens and of vLLM's own greedy continuation.
 """
 
 import contextlib

@@ -1,11 +1,12 @@
-"""The table of faults: every one is injected for real, and what the run, the store, Prefect and MLflow made of it.
+"""The table of faults: injects every fault and reports the outcome in the run, the store, Prefect and MLflow.
 
     python -m benchmarks.faults                                 all of them: some minutes
     python -m benchmarks.faults --only "kill -9|disk"           those whose name has a match
     python -m benchmarks.faults --write docs/faults.md          puts the table between its marks
 
-The faults are the tests marked `fault`, run here one after another; what a row says, its test has checked. It needs
-what the tests need: an S3 server (Ceph's gateway for real refusals), root for a small disk, and libfaketime.
+The faults are the tests marked `fault`, run one after another. The test checks every statement of its row. The
+requirements are those of the tests: an S3 server (Ceph's gateway for real refusals), root for a small disk, and
+libfaketime.
 """
 
 import argparse

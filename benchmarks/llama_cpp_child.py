@@ -1,4 +1,4 @@
-"""Children searched for llama.cpp, and how fast they are there: `python -m benchmarks.llama_cpp_child`.
+"""Speed in llama.cpp of children that were searched for it: `python -m benchmarks.llama_cpp_child`.
 
 For the quickstart's parent and for one of 107M random parameters: costs of all variants measured in llama.cpp, a search
 for half of the parent's decode time, and then parent and child whole, in turns. Printed are the predicted and the

@@ -1,6 +1,6 @@
-"""Parents to measure on: the project's example parent where it is, else random ones of the same shape.
+"""Parents for benchmarks: the project's example parent if it exists, otherwise a random one of the same shape.
 
-Times do not depend on the values of weights and tokens, so random ones do where nothing better is at hand.
+Times do not depend on the values of weights and tokens, so random values are sufficient.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Published throughputs of a 70B parent and its 51B child on H100s, beside what the roofline says (METHOD section 8).
+"""Published throughputs of a 70B parent and its 51B child on H100s, and those of the roofline (METHOD section 8).
 
-The 51B's layer-by-layer make-up is not at hand, so the 49B of the same family stands in for it: 49.87B parameters and
+The architecture of the 51B is not available, so the 49B of the same family replaces it: 49.87B parameters and
 98 KiB of fp8 KV cache per token, against 51.5B and 93 KiB. No factor is fitted: the target is the shipped one, and the
 assumptions of docs/targets.md hold for all scenarios alike.
 """

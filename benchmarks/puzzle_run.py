@@ -1,4 +1,4 @@
-"""`puzzle run` as a user has it: a process of its own, in a directory of its own, with a store that starts empty."""
+"""Runs `puzzle run` as a user does: in a separate process and directory, with an empty store."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The whole method on real parents that nobody of this project trained, as one Markdown table for docs/results.md.
+"""The whole method on real parents that this project did not train, as one Markdown table for docs/results.md.
 
 For each Hugging Face directory: a spec made from the quickstart's (same search space, limits and budgets) with the
 parent's own KV heads, windows of its whole context, and a scenario that fills it half with prompt and half with

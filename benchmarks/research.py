@@ -1,8 +1,8 @@
 """Re-search of a 70B-class parent for every shipped target: from a score table to an explained answer for each.
 
 The parent has 80 layers and the space 54 block variants per layer. Scores are made up with the structure that METHOD
-section 8 reports (benchmarks/search.py); costs are each target's roofline at several batch sizes. What is timed is what
-the search stage does: costs, the exact search over all batch sizes, baselines, frontier, prices and runner-ups.
+section 8 reports (benchmarks/search.py); costs are each target's roofline at several batch sizes. The timed part is the
+work of the search stage: costs, the exact search over all batch sizes, baselines, frontier, prices and runner-ups.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Timing in turns: every round runs all contestants, in rotating order, so a drift of the machine meets them all.
+"""Interleaved timing: every round runs all contestants in rotating order, so machine drift affects all of them.
 
-Beside wall time stands the CPU time of the process, which other work on the machine disturbs less.
+The result has wall time and the CPU time of the process, which depends less on other work on the machine.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""What a run takes by formula (puzzle_core/resources.py), beside what a finished run took and for a parent of any size.
+"""Resources of a run by formula (puzzle_core/resources.py): beside those of a finished run, or for any parent size.
 
     python -m benchmarks.scale SPEC [--set runtime.store=...]    # a spec whose run is in its store: formula and run
     python -m benchmarks.scale --shape llama-70b                 # deployments/kubernetes/prefect.yaml, by formula alone

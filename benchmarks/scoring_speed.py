@@ -5,8 +5,8 @@
 from its weights each time, read the parent's kept log-probabilities, and compute KL, loss increase and top-1
 agreement; the
 capture of the states, done once for all scores of a library, is timed apart. Both compare as many tokens at a time.
-Every block variant of the quickstart's search space is scored, dealt out over the layers so that each layer has as
-many: what a whole library costs, in small.
+Every block variant of the quickstart's search space is scored, dealt out over the layers so that each layer has
+equally many, as a small sample of a whole library.
 The scores of both must be equal: the largest difference is printed. The ratio is the time of `full` over that of
 `stored` in the same round (issue: at least 1.7 at 8 layers, growing towards 2 with depth).
 

@@ -1,8 +1,8 @@
-"""The searched child of a finished run beside what simpler ways to choose come to (issue 2, section 10.2).
+"""The searched child of a finished run and the children of simpler search methods (issue 2, section 10.2).
 
 All were chosen from the same scores and costs under the same limits, assembled from the same library and evaluated on
-the same held-out text; none is distilled, so the choice alone makes the difference. What a method leaves unused of the
-limits shows in its predicted times. Below: the child as delivered, after GKD, beside its parent.
+the same held-out text; none is distilled, so the choice alone makes the difference. The predicted times show the slack
+of each method. Below: the child as delivered, after GKD, beside its parent.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""How long a library of whole artifacts in a bucket takes to be passed: one listing, and the records of all.
+"""Time to read a library of finished artifacts from a bucket: one listing and all records.
 
     python -m benchmarks.store_listing --store s3://bucket/prefix --artifacts 1000
 
-The artifacts are published first where they are not there (each a record and a file of a few bytes; `make s3` starts a
-server). Then readers go through them, each a machine of its own: a process that has seen nothing, with an empty local
-cache. Some find the records alone, as a run before packs did, and some the pack that a run leaves. Wanted: under 2 s.
+Missing artifacts are published first (each a record and a file of a few bytes; `make s3` starts a server). Then readers
+read them, each in a new process with an empty local cache, like a new machine. Some read single records, and some read
+the pack that a run writes. The target is under 2 s.
 """
 
 import argparse

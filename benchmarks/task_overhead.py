@@ -1,10 +1,10 @@
-"""What a Prefect task costs by itself, and whether every one becomes visible: trivial tasks on a local server.
+"""Overhead of a Prefect task, and completeness of the server's task runs: trivial tasks on a local server.
 
     python -m benchmarks.task_overhead --tasks 1000 5000
 
-Every round is one flow run that submits so many tasks side by side, as the library and the scores do, on a new server
-on loopback (SQLite). Wanted: at most 6 ms per task of 1,000, and all rows of 5,000. `--plain` leaves the server's
-settings as Prefect has them, to compare.
+Every round is one flow run that submits N parallel tasks, as the library and the scores do, on a new server on loopback
+(SQLite). The targets are at most 6 ms per task of 1,000, and all rows of 5,000. `--plain` leaves the server's settings
+at Prefect's defaults, for comparison.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Two children of one library on one frontier: the second cost a search and its own training, and no library work.
+"""Two children of one library on one frontier. The second needs only a search and its own training.
 
 Give the report directories of two or more runs that differ in their limits alone. The figure shows the best score that
 the library allows at every time (the frontier of the first run), where each child stands on it, and the measured KL of
-each before and after GKD; the table says what each run had to make that the earlier ones had not.
+each before and after GKD; the table lists the artifacts that each run added.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""A walk through the UIs as a person takes it, in a headless browser, with a picture of every stop.
+"""Goes through the UIs as a user does, in a headless browser, and saves a screenshot of every page.
 
     python -m benchmarks.ui_walk --images docs/images [--place DIR] [--set KEY=VALUE]
 
 Starts the services (as `make up` does) on ports of their own, opens the form of the deployment `puzzle` in Prefect's UI
 and submits it as it is, with the quickstart's parameters; waits for the run; looks at its tasks, its artifacts and the
-schedule of new targets, and then at the child in MLflow. `--set` fills other values into the form. A place that has a
-store already gives a run of which more is cached.
+schedule of new targets, and then at the child in MLflow. `--set` fills other values into the form. In a directory
+that has a store, more of the run is cached.
 
 Needs Debian's chromium (`apt-get install chromium`) and `pip install '.[ui]'`.
 """

@@ -1,9 +1,9 @@
-"""What the workflow costs on top of the work: wall time of a whole `puzzle run` against the seconds inside its tasks.
+"""Overhead of the workflow: wall time of a whole `puzzle run` against the seconds inside its tasks.
 
 The command runs twice in a process of its own, with a fresh store, Prefect server and MLflow database; the start and
 end of every task run and flow run are then read from the server's data that the command leaves behind.
 
-Work is what the bodies of tasks do that make or capture something, reading their inputs and publishing their artifacts
+Work is the time in the bodies of tasks that compute something, reading their inputs and publishing their artifacts
 included, from Running to Completed. Tasks that are submitted to run side by side (BLD with its captures, scores,
 evaluations) count their seconds divided by the number of workers, as if no worker ever waited; all others count whole.
 Everything else is overhead: Prefect's own bookkeeping, workers that have nothing to do, opening the inputs, checking
@@ -11,8 +11,8 @@ limits, dropping activations, MLflow records. The overhead is given for the flow
 to its end) and for the whole command, which also imports torch and Prefect, and starts and stops the server (issue: at
 most 10 % where the work is 5 minutes or more).
 
-What threads of one process lose to each other while tasks run side by side lies within the task bodies, so it counts as
-work here; compare with `--set runtime.workers=1` to see it.
+Contention between threads of one process is inside the task bodies, so it counts as work here. Compare with `--set
+runtime.workers=1` to see it.
 """
 
 import argparse

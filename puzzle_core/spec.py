@@ -1,6 +1,6 @@
-"""The run specification: everything a run depends on, as one frozen record read from YAML or from the UI's form.
+"""The run specification: all inputs of a run, as one frozen record from YAML or from a form in the UI.
 
-Each stage's own part enters the key of its artifacts; `runtime` (where things lie, how many workers) enters none,
+The spec of each stage is part of the key of its artifacts. `runtime` (locations, number of workers) is part of no key,
 so equal work has an equal key on every machine.
 """
 
@@ -38,7 +38,7 @@ Throughput = Annotated[str, BeforeValidator(parse_throughput.check), Field(json_
 
 
 class ParentSpec(Record):
-    """The model to start from."""
+    """The parent model."""
 
     path: str = Field(description="Directory or hub id of a Hugging Face causal LM of the Llama pattern")
     revision: str | None = Field(None, description="Hub revision; ignored for a directory")
@@ -50,7 +50,7 @@ class ParentSpec(Record):
 
 
 class DataSpec(Record):
-    """Where tokens come from."""
+    """Sources and packing of tokens."""
 
     train_texts: tuple[str, ...] = Field(
         ("python-stdlib:train",), min_length=1, description="Text sources for calibration, BLD and GKD"
@@ -59,33 +59,33 @@ class DataSpec(Record):
         ("python-stdlib:held-out",), min_length=1, description="Text sources for scoring and evaluation"
     )
     sequence_length: int = Field(256, ge=8, description="Tokens per window")
-    seed: int = Field(0, description="Order of the documents")
+    seed: int = Field(0, description="Seed for the order of the documents")
     cut_documents: bool = Field(
         True,
-        description="The rest of the document that fills a split goes to the next one; false: splits share no document",
+        description="A split starts with the rest of the last document before it; false: splits share no document",
     )
     document_start: str = Field(
         "auto",
-        description="In front of every document: auto (as the tokenizer or its pretraining has it), none, or a token",
+        description="Start of every document: auto (that of the tokenizer or its pretraining), none, or a token",
     )
 
 
 class VariantRange(Record):
-    """Other variants for some layers; what is not said here is as for all layers."""
+    """Other variants for a range of layers; a field that is not set has the value for all layers."""
 
     first_layer: int = Field(ge=0, description="Counted from 0")
-    last_layer: int = Field(ge=0, description="Included")
-    kv_heads: tuple[Positive, ...] | None = Field(None, description="Instead of those for all layers")
-    ffn_ratios: tuple[Share, ...] | None = Field(None, description="Instead of those for all layers")
-    ffn_widths: tuple[Positive, ...] | None = Field(None, description="Instead of those for all layers")
+    last_layer: int = Field(ge=0, description="Inclusive")
+    kv_heads: tuple[Positive, ...] | None = Field(None, description="Replaces the value for all layers")
+    ffn_ratios: tuple[Share, ...] | None = Field(None, description="Replaces the value for all layers")
+    ffn_widths: tuple[Positive, ...] | None = Field(None, description="Replaces the value for all layers")
     linear: bool | None = Field(None, description="Offer one linear layer in place of each subblock here")
-    no_op: bool | None = Field(None, description="Offer to leave out each subblock here")
+    no_op: bool | None = Field(None, description="Offer to remove each subblock here")
     ids: tuple[VariantId, ...] | None = Field(
-        None, description="Instead of those for all layers", exclude_if=lambda ids: ids is None
+        None, description="Replaces the value for all layers", exclude_if=lambda ids: ids is None
     )
 
     @model_validator(mode="after")
-    def _some_layer(self) -> "VariantRange":
+    def _check_range(self) -> "VariantRange":
         if self.last_layer < self.first_layer:
             raise ValueError(f"last_layer ({self.last_layer}) comes before first_layer ({self.first_layer})")
         return self
@@ -99,17 +99,19 @@ class VariantsSpec(Record):
     ffn_widths: tuple[Positive, ...] = Field((), description="Widths of reduced FFNs in channels")
     ffn_multiple_of: Positive = Field(1, description="Widths from ratios are rounded to a multiple of this")
     linear: bool = Field(True, description="Offer one linear layer in place of each subblock")
-    no_op: bool = Field(True, description="Offer to leave out each subblock")
+    no_op: bool = Field(True, description="Offer to remove each subblock")
     ids: tuple[VariantId, ...] = Field(
         (), description="Further variants of any kind, for instance attn:kv2", exclude_if=lambda ids: not ids
     )
-    layers: tuple[VariantRange, ...] = Field((), description="Exceptions for ranges of layers; later ones win")
+    layers: tuple[VariantRange, ...] = Field(
+        (), description="Exceptions for ranges of layers; a later one has precedence"
+    )
 
     def of_layer(self, layer: int, shape: ModelShape) -> tuple[list[Variant], list[Variant]]:
         """Attention variants and FFN variants of one layer, the parent's own first.
 
         Raises:
-            SpecError: a variant that this parent cannot have.
+            SpecError: the parent does not support a variant.
         """
         rules = {name: getattr(self, name) for name in type(self).model_fields}
         for exception in self.layers:
@@ -120,18 +122,18 @@ class VariantsSpec(Record):
                 rules |= changes
         rules["ffn_widths"] = self._widths(rules["ffn_ratios"], rules["ffn_widths"], shape)
         attentions, ffns = (
-            [own, *sorted(_offered(rules, own.subblock, shape) - {own}, key=lambda variant: variant.rank)]
-            for own in shape.parent_block.subblocks
+            [parent, *sorted(_offered(rules, parent.subblock, shape) - {parent}, key=lambda variant: variant.rank)]
+            for parent in shape.parent_block.subblocks
         )
         return attentions, ffns
 
     def blocks_of_layer(self, layer: int, shape: ModelShape) -> list[BlockVariant]:
-        """All pairs of one layer, the parent's own first."""
+        """All block variants of one layer, the parent's own first."""
         attentions, ffns = self.of_layer(layer, shape)
         return [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
 
     def served_by(self, engines: tuple[ServingEngine, ...], shape: ModelShape) -> "VariantsSpec":
-        """The same space without the variants that one of these engines runs in no layer."""
+        """The same space without the variants that one of these engines supports in no layer."""
         constraints = ConstraintsSpec().for_engines(engines)
         switches = {
             row.spec_field: False
@@ -152,7 +154,7 @@ class VariantsSpec(Record):
         return self.model_copy(update=changed(self) | {"layers": layers})
 
     def _widths(self, ratios: tuple[float, ...], widths: tuple[int, ...], shape: ModelShape) -> set[int]:
-        """FFN widths in channels, of ratios and of widths as they are."""
+        """FFN widths in channels, from ratios and from widths."""
         multiple = self.ffn_multiple_of
         return {max(round(r * shape.ffn_width / multiple) * multiple, multiple) for r in ratios} | set(widths)
 
@@ -161,7 +163,7 @@ def _offered(rules: Mapping[str, Any], subblock: Subblock, shape: ModelShape) ->
     """The variants of one subblock that these fields of a `VariantsSpec` offer.
 
     Raises:
-        SpecError: a variant that this parent cannot have.
+        SpecError: the parent does not support a variant.
     """
     offered = {variant for variant in rules["ids"] if variant.subblock == subblock}
     for row in kinds_of(subblock):
@@ -183,8 +185,8 @@ class OptimizerSpec(Record):
     """AdamW with warm-up, cosine decay to zero and gradient clipping."""
 
     learning_rate: float = Field(1e-3, gt=0, description="After the warm-up")
-    warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Of AdamW's two moving averages")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="Warm-up steps as a share of all steps")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Coefficients of AdamW's two moving averages")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled, on matrices only")
     gradient_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient")
 
@@ -192,7 +194,7 @@ class OptimizerSpec(Record):
 class BldSpec(Record):
     """Blockwise local distillation (METHOD section 3)."""
 
-    tokens: Positive = Field(262_144, description="Tokens that every variant is trained on")
+    tokens: Positive = Field(262_144, description="Training tokens per variant")
     epochs: Positive = Field(1, description="Passes over these tokens")
     batch_tokens: Positive = Field(4096, description="Tokens per optimizer step; whole windows")
     dtype: Dtype = Field("float32", description="Type of activations and matrix products; weights stay float32")
@@ -202,61 +204,63 @@ class BldSpec(Record):
 class ScoringSpec(Record):
     """Replace-1-block scores (METHOD section 4)."""
 
-    tokens: Positive = Field(16_384, description="Held-out tokens that every block is compared on")
+    tokens: Positive = Field(16_384, description="Held-out tokens per score")
     composition: Literal["pairs", "subblocks"] = Field(
-        "pairs", description="Score every composed block, or single subblocks whose scores are added up"
+        "pairs", description="Score every block variant (pairs), or single subblocks and add their scores (subblocks)"
     )
     dtype: Dtype = Field("float32", description="Type of activations and matrix products")
 
 
 class LimitsSpec(Record):
-    """What the child must meet. Absolute with a unit (`80GiB`, `300ms`, `6000 tok/s`), or `60%` of the parent's at the
-    same batch size."""
+    """Limits that the child must meet. A value is absolute with a unit (`80GiB`, `300ms`, `6000 tok/s`), or a share of
+    the parent's value at the same batch size (`60%`)."""
 
     memory: Bytes | None = Field(None, description="At most: parameters plus KV cache at the full context of the batch")
     parameters: Parameters | None = Field(None, description="At most: number of parameters")
     active_parameters: Parameters | None = Field(None, description="At most: number of parameters that one token uses")
     kv_bytes_per_token: Bytes | None = Field(None, description="At most: KV cache per token")
-    throughput: Throughput | None = Field(None, description="At least: tokens per second over prefill and decode")
+    throughput: Throughput | None = Field(None, description="At least: tokens per second of prefill plus decode time")
     time_to_first_token: Seconds | None = Field(None, description="At most: prefill of the batch")
     time_per_output_token: Seconds | None = Field(None, description="At most: one decode step, on average")
     latency: Seconds | None = Field(None, description="At most: prefill plus the whole generation")
     block_time: ShareOfParent | None = Field(
-        None, description="At most: prefill plus decode time in blocks, the rest not counted"
+        None, description="At most: prefill plus decode time in blocks, without the rest of the model"
     )
     block_prefill_time: ShareOfParent | None = Field(
-        None, description="At most: prefill time in blocks, the rest not counted"
+        None, description="At most: prefill time in blocks, without the rest of the model"
     )
     block_decode_time: ShareOfParent | None = Field(
-        None, description="At most: decode time in blocks, the rest not counted"
+        None, description="At most: decode time in blocks, without the rest of the model"
     )
     columns: dict[str, str] = Field({}, description="At most: any other column of the cost table, for instance energy")
 
     def by_name(self) -> dict[str, str]:
-        """Every limit that is set, by name; a limit on another column by the name of the column."""
+        """Every limit that is set, by name; other limits by the name of their column."""
         named = self.model_dump(exclude={"columns"}, exclude_none=True)
         return named | self.columns
 
     @model_validator(mode="after")
-    def _columns_are_quantities(self) -> "LimitsSpec":
+    def _check_columns(self) -> "LimitsSpec":
         for column, text in self.columns.items():
             if column in type(self).model_fields:
-                raise ValueError(f"columns.{column}: set the limit {column!r} itself, beside `columns`")
+                raise ValueError(f"columns.{column}: set the limit {column!r} outside `columns`")
             parse_column(column, text)
         return self
 
 
 class ScenarioSpec(Record):
-    """Traffic and limits."""
+    """Traffic of requests, and the limits at this traffic."""
 
-    name: Name = Field("chatbot", description="How reports call this traffic")
-    prompt_tokens: Positive = Field(128, description="Per request")
-    generated_tokens: Positive = Field(128, description="Per request")
-    batch_sizes: tuple[Positive, ...] = Field((1,), min_length=1, description="Tried one by one; the best is kept")
-    throughput_counts: Literal["generated", "total"] = Field(
-        "generated", description="Tokens that `throughput` counts: generated ones, or the prompt's too"
+    name: Name = Field("chatbot", description="Name of this traffic in reports")
+    prompt_tokens: Positive = Field(128, description="Prompt tokens per request")
+    generated_tokens: Positive = Field(128, description="Generated tokens per request")
+    batch_sizes: tuple[Positive, ...] = Field(
+        (1,), min_length=1, description="The search tries each batch size and keeps the best"
     )
-    weight: float = Field(1.0, gt=0, description="Requests of this kind, relative to other scenarios, in a mix")
+    throughput_counts: Literal["generated", "total"] = Field(
+        "generated", description="Tokens that `throughput` counts: generated tokens, or prompt and generated tokens"
+    )
+    weight: float = Field(1.0, gt=0, description="Relative number of these requests in a mix of scenarios")
     limits: LimitsSpec = LimitsSpec()
 
     @property
@@ -266,7 +270,7 @@ class ScenarioSpec(Record):
 
 
 class MixSpec(Record):
-    """Limits on the weighted mix of all scenarios, each at the batch size that the search gives it."""
+    """Limits on the weighted mix of all scenarios, each at the batch size that the search selects."""
 
     throughput: Throughput | None = Field(
         None, description="At least: tokens per second of device time over all requests"
@@ -286,22 +290,22 @@ class KeepSpec(Record):
 
 
 class ConstraintsSpec(Record):
-    """What an architecture must look like, whatever it scores and costs."""
+    """Constraints on the architecture that do not depend on scores or costs."""
 
     keep: KeepSpec = KeepSpec()
     linear: bool = Field(True, description="Allow linear layers in place of subblocks")
-    no_op: bool = Field(True, description="Allow subblocks to be left out")
-    max_ffn_widths: Positive | None = Field(None, description="At most so many different FFN widths")
-    uniform_kv_heads: bool = Field(False, description="One number of KV heads in all attentions that remain")
+    no_op: bool = Field(True, description="Allow subblocks to be removed")
+    max_ffn_widths: Positive | None = Field(None, description="Maximum number of different FFN widths")
+    uniform_kv_heads: bool = Field(False, description="All remaining attentions have the same number of KV heads")
     ffn_multiple_of: Positive = Field(1, description="FFN widths must be a multiple of this")
-    attention_first: bool = Field(False, description="Layer 0 keeps an attention, of any number of KV heads")
+    attention_first: bool = Field(False, description="Layer 0 keeps an attention with any number of KV heads")
     tensor_parallel: Positive = Field(
         1,
-        description="Devices that share every layer: FFN widths are a multiple of it, KV heads too, or divide it",
+        description="Devices that share every layer. FFN widths are multiples of it, KV heads multiples or divisors",
     )
 
     def for_engines(self, engines: tuple[ServingEngine, ...]) -> "ConstraintsSpec":
-        """These constraints and those of every engine on sizes and places (puzzle_core/engines.py)."""
+        """These constraints and those that the engines require (puzzle_core/engines.py)."""
         required = required_constraints(engines)
         multiple = math.lcm(self.ffn_multiple_of, required.get("ffn_multiple_of", 1))
         return self.model_copy(update=required | {"ffn_multiple_of": multiple})
@@ -322,26 +326,29 @@ Baseline = Literal["mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random
 class SearchSpec(Record):
     """The mixed-integer program (METHOD section 6)."""
 
-    objective: Literal["kl", "lm_loss", "disagreement"] = Field("kl", description="Which score is minimised")
-    solutions: Positive = Field(1, description="Diverse solutions; the best is assembled")
+    objective: Literal["kl", "lm_loss", "disagreement"] = Field("kl", description="The score to minimise")
+    solutions: Positive = Field(1, description="Number of diverse solutions; the best is assembled")
     alpha: Share = Field(0.8, description="Largest share of layers that two solutions have in common")
     time_limit_s: float = Field(60.0, gt=0, description="Seconds per solve")
     frontier_points: int = Field(12, ge=2, description="Points of score against block time in the report")
     frontier_limit: str | None = Field(
-        None, description="The frontier moves this limit of the main scenario instead, over all batch sizes"
+        None,
+        description="Limit of the main scenario that the frontier varies instead of block time, over all batch sizes",
     )
     shortlist: Positive = Field(
-        1, description="So many diverse solutions are assembled, and the one with the least measured KL is the child"
+        1, description="Number of diverse solutions to assemble; the one with the lowest measured KL is the child"
     )
     iterations: int = Field(
-        0, ge=0, description="Rounds of scoring every block in the child instead of the parent, and searching again"
+        0,
+        ge=0,
+        description="Further rounds: each scores every block in the child instead of the parent and searches again",
     )
     explain: bool = Field(
-        True, description="Say what more of each limit would buy, and each layer's runner-up: a solve for each"
+        True, description="Report the gain from looser limits and the runner-up of each layer, with one solve for each"
     )
     baselines: tuple[Baseline, ...] = Field(
         ("mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"),
-        description="Other ways to choose, assembled and evaluated beside the child",
+        description="Baseline search methods; their children are assembled and evaluated too",
     )
 
 
@@ -353,7 +360,8 @@ class SearchRequest(Record):
     mix: MixSpec | None = None
     constraints: ConstraintsSpec = ConstraintsSpec()
     engines: tuple[ServingEngine, ...] = Field(
-        (), description="Serving engines that must all run the child: what one of them cannot is left out"
+        (),
+        description="Serving engines that must all run the child; variants that one does not support are excluded",
     )
     search: SearchSpec = SearchSpec()
 
@@ -363,15 +371,15 @@ class SearchRequest(Record):
         return (self.scenario, *self.more_scenarios)
 
     def at(self, batch_sizes: Mapping[str, int]) -> "SearchRequest":
-        """The same request with the batch size of every scenario decided."""
+        """The same request with a fixed batch size for every scenario."""
         main, *more = (s.model_copy(update={"batch_sizes": (batch_sizes[s.name],)}) for s in self.scenarios)
         return self.model_copy(update={"scenario": main, "more_scenarios": tuple(more)})
 
     @model_validator(mode="after")
-    def _some_limit(self) -> "SearchRequest":
+    def _check_limits(self) -> "SearchRequest":
         names = [scenario.name for scenario in self.scenarios]
         if len(set(names)) < len(names):
-            raise ValueError(f"scenarios {', '.join(names)}: give every scenario its own name")
+            raise ValueError(f"scenarios {', '.join(names)}: give every scenario a different name")
         limits = [scenario.limits.by_name() for scenario in self.scenarios]
         if not any(limits) and not (self.mix and self.mix.by_name()):
             known = ", ".join(name for name in LimitsSpec.model_fields)
@@ -382,7 +390,7 @@ class SearchRequest(Record):
 class GkdSpec(Record):
     """Global knowledge distillation (METHOD section 7)."""
 
-    tokens: Positive = Field(524_288, description="Tokens that the child is trained on")
+    tokens: Positive = Field(524_288, description="Training tokens")
     epochs: Positive = Field(1, description="Passes over these tokens")
     batch_tokens: Positive = Field(4096, description="Tokens per optimizer step; whole windows")
     micro_batch_tokens: Positive | None = Field(
@@ -395,22 +403,22 @@ class GkdSpec(Record):
     optimizer: OptimizerSpec = OptimizerSpec(learning_rate=5e-4)
 
     @model_validator(mode="after")
-    def _some_loss(self) -> "GkdSpec":
+    def _check_weights(self) -> "GkdSpec":
         if not self.cosine_weight + self.kl_weight + self.lm_weight:
-            raise ValueError("all weights are 0: nothing would be learnt; set cosine_weight or kl_weight above 0")
+            raise ValueError("all weights are 0, so there is no loss: set cosine_weight or kl_weight above 0")
         return self
 
 
 class EvaluationSpec(Record):
-    """Parent against child on held-out text."""
+    """Evaluation of parent and child on held-out text."""
 
     tokens: Positive = Field(65_536, description="Held-out tokens")
-    lm_eval_tasks: tuple[TaskName, ...] = Field((), description="Tasks of lm-evaluation-harness, where it is installed")
-    timing_rounds: int = Field(7, ge=3, description="Interleaved end-to-end timings of parent and child")
+    lm_eval_tasks: tuple[TaskName, ...] = Field((), description="Tasks of lm-evaluation-harness, if it is installed")
+    timing_rounds: int = Field(7, ge=3, description="Rounds of end-to-end timings, alternating parent and child")
 
 
 class RuntimeSpec(Record):
-    """Where things lie and how many hands there are; enters no key."""
+    """Locations, services and parallelism. This part is in no key."""
 
     store: str = Field(
         ".puzzle/store",
@@ -418,71 +426,75 @@ class RuntimeSpec(Record):
         json_schema_extra={"pattern": SCHEMA_PATTERN + r"(?![^:/]+://.*[@?])"},
     )
     on_corruption: Literal["refuse", "recompute"] = Field(
-        "refuse", description="What to do about an artifact whose files are not what was stored: stop, or make it again"
+        "refuse", description="Action for an artifact with damaged files: stop, or compute it again"
     )
     scratch: str = Field(".puzzle/scratch", description="Local directory for activations and training checkpoints")
     cache_size: Annotated[str, BeforeValidator(parse_memory.check), Field(json_schema_extra=parse_memory.form)] = Field(
-        "20GiB", description="What local copies of a bucket's artifacts may take under scratch, for instance 20GiB"
+        "20GiB", description="Maximum size of local copies of a bucket's artifacts under scratch, for instance 20GiB"
     )
     mlflow_uri: str = Field("sqlite:///.puzzle/mlflow.db", description="MLflow tracking URI")
     mlflow_experiment: str = Field("puzzle", description="Name of the MLflow experiment")
-    workers: Positive | None = Field(None, description="Tasks side by side; default one per core or GPU")
+    workers: Positive | None = Field(None, description="Number of parallel tasks; default one per core or GPU")
     task_runner: Literal["threads", "dask"] = Field(
-        "threads", description="What runs BLD, scores and evaluations: threads of the run, or processes under Dask"
+        "threads", description="Task runner of BLD, scores and evaluations: threads of the run, or processes under Dask"
     )
     dask_address: str | None = Field(
         None,
         pattern=r"^(tcp|tls)://[^/?#\s]+:[0-9]+$",
         json_schema_extra={"pattern": r"^(tcp|tls)://[^@/?#\s]+:[0-9]+$"},
-        description="Scheduler of a running Dask cluster, for instance tcp://10.0.0.5:8786; none starts processes here",
+        description="Scheduler of a running Dask cluster, for instance tcp://10.0.0.5:8786; unset: local processes",
     )
     gkd_processes: Positive = Field(
         1,
-        description="Processes that share GKD on a machine, one per GPU: several shard parent and child over them "
-        "(FSDP2), for parents that one device cannot hold",
+        description="Processes per machine for GKD, one per GPU. Several processes shard parent "
+        "and child (FSDP2), for parents that do not fit on one device",
     )
-    gkd_machines: Positive = Field(1, description="Machines that share GKD; the run's log says what the others run")
+    gkd_machines: Positive = Field(
+        1, description="Number of machines for GKD; the run's log has the command for the others"
+    )
     gkd_rendezvous: str | None = Field(
         None,
         pattern=r"^[^@/:?#\s]+:[0-9]+$",
-        description="Where they meet: this machine's name and a free port, for instance node-0:29500",
+        description="Rendezvous of the machines: this machine's name and a free port, for instance node-0:29500",
     )
     task_timeout_s: float | None = Field(
-        None, gt=0, description="A task that takes longer is stuck, and fails; the next run goes on from its checkpoint"
+        None,
+        gt=0,
+        description="Time limit of a task in seconds. A task over it fails; the next run resumes from its checkpoint",
     )
-    checkpoint_seconds: float = Field(60.0, ge=0, description="Least time between two checkpoints of a training")
+    checkpoint_seconds: float = Field(60.0, ge=0, description="Minimum seconds between two checkpoints of a training")
 
     @model_validator(mode="after")
-    def _no_credentials(self) -> "RuntimeSpec":
-        """Refuse them without repeating them: a spec is logged, recorded and shown."""
+    def _refuse_credentials(self) -> "RuntimeSpec":
+        """Refuse credentials, because a spec is logged and shown. The error does not repeat them."""
         if "://" in self.store and ("@" in self.store or "?" in self.store):
-            raise ValueError("store holds credentials or options: say s3://bucket/prefix and set AWS_PROFILE")
+            raise ValueError("store holds credentials or options: give s3://bucket/prefix and set AWS_PROFILE")
         if has_credentials(self.mlflow_uri):
             raise ValueError(
-                "mlflow_uri holds credentials: say http://host:port and set MLFLOW_TRACKING_USERNAME and "
+                "mlflow_uri holds credentials: give http://host:port and set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             )
         if "@" in (self.dask_address or ""):
-            raise ValueError("dask_address holds credentials: say tcp://host:port, or set Dask's TLS up for tls://")
+            raise ValueError("dask_address holds credentials: give tcp://host:port, or configure Dask's TLS for tls://")
         return self
 
     @model_validator(mode="after")
-    def _address_of_a_choice(self) -> "RuntimeSpec":
+    def _check_dask_address(self) -> "RuntimeSpec":
         if self.dask_address and self.task_runner != "dask":
             raise ValueError("dask_address is set, but task_runner is 'threads': set task_runner to 'dask'")
         return self
 
     @model_validator(mode="after")
-    def _machines_meet(self) -> "RuntimeSpec":
+    def _check_rendezvous(self) -> "RuntimeSpec":
         if self.gkd_machines > 1 and not self.gkd_rendezvous:
             raise ValueError("gkd_machines is above 1: set gkd_rendezvous to this machine's name and a free port")
         return self
 
 
 class RunSpec(Record):
-    """From one parent to one child for one hardware target and scenario."""
+    """All settings of a run: parent, data, stages, hardware target, traffic, search and runtime."""
 
-    name: Name = Field("puzzle", description="How runs and reports are called")
+    name: Name = Field("puzzle", description="Name of runs and reports")
     parent: ParentSpec
     data: DataSpec = DataSpec()
     variants: VariantsSpec = VariantsSpec()
@@ -495,7 +507,8 @@ class RunSpec(Record):
     mix: MixSpec | None = Field(None, description="Limits on the weighted mix of all scenarios")
     constraints: ConstraintsSpec = ConstraintsSpec()
     engines: tuple[ServingEngine, ...] = Field(
-        (), description="Serving engines that must all run the child: what one of them cannot is left out"
+        (),
+        description="Serving engines that must all run the child; variants that one does not support are excluded",
     )
     search: SearchSpec = SearchSpec()
     gkd: GkdSpec = GkdSpec()
@@ -504,7 +517,7 @@ class RunSpec(Record):
 
     @property
     def request(self) -> SearchRequest:
-        """The part that the search answers."""
+        """The input of the search."""
         return SearchRequest(**{name: getattr(self, name) for name in SearchRequest.model_fields})
 
     @property
@@ -513,24 +526,24 @@ class RunSpec(Record):
         return self.request.scenarios
 
     def served_variants(self, shape: ModelShape) -> VariantsSpec:
-        """The search space less the variants that one of `engines` never runs: nobody trains or scores these."""
+        """The search space without the variants that one of `engines` supports in no layer."""
         return self.variants.served_by(self.engines, shape)
 
     @model_validator(mode="after")
-    def _askable(self) -> "RunSpec":
+    def _check_request(self) -> "RunSpec":
         _ = self.request
         return self
 
     @model_validator(mode="after")
-    def _no_credentials(self) -> "RunSpec":
-        """Refuse them wherever they are, without repeating them."""
+    def _refuse_credentials(self) -> "RunSpec":
+        """Refuse credentials in every field. The error does not repeat them."""
         for key, text in _texts(self.model_dump(mode="json")):
             if has_credentials(text):
                 raise ValueError(f"{key} is an address with credentials: a specification is recorded and shown")
         return self
 
     @model_validator(mode="after")
-    def _whole_windows(self) -> "RunSpec":
+    def _check_batches(self) -> "RunSpec":
         window = self.data.sequence_length
         batches = {"bld.batch_tokens": self.bld.batch_tokens, "gkd.batch_tokens": self.gkd.batch_tokens}
         if self.gkd.micro_batch_tokens:
@@ -547,13 +560,13 @@ def parse_spec(content: dict[str, Any], origin: str) -> RunSpec:
     """Validate a spec given as plain values.
 
     Raises:
-        SpecError: every wrong key and value, one per line.
+        SpecError: lists every wrong key and value, one per line.
     """
     return parse_record(RunSpec, content, origin, "spec")
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in plain values, by its key."""
+    """Every text in plain values, with its key."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict | list):

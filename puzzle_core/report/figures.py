@@ -38,7 +38,7 @@ BASELINE_STYLES = (("s", ORANGE), ("^", PURPLE), ("v", GREEN), ("D", SKY), ("P",
 
 
 def all_figures(inputs: ReportInputs) -> dict[str, Figure]:
-    """Every figure that this run has something for, by file name without ending."""
+    """Every figure that this run has data for, by file name without suffix."""
     figures = {
         "architecture": architecture_figure(inputs),
         "quality_against_speed": quality_figure(inputs),
@@ -55,7 +55,7 @@ def all_figures(inputs: ReportInputs) -> dict[str, Figure]:
 
 
 def architecture_figure(inputs: ReportInputs) -> Figure:
-    """One bar per layer: time kept and saved in attention and FFN, labelled with the variants that the layer got."""
+    """One bar per layer: time kept and saved in attention and FFN, labelled with the layer's variants."""
     layers = derived.layer_facts(inputs)
     figure = new_figure(8.5, 1.7 + 0.24 * len(layers))
     axes = figure.add_subplot()
@@ -108,7 +108,7 @@ def quality_figure(inputs: ReportInputs) -> Figure:
 
 
 def predicted_figure(inputs: ReportInputs) -> Figure:
-    """Predicted against measured: times of whole models, and the sum of scores where it is a KL."""
+    """Predicted against measured: times of whole models, and the sum of scores if it is a KL."""
     with_scores = inputs.search.objective == "kl" and _score_points(inputs)
     figure = new_figure(10.5 if with_scores else 5.8, 6.4)
     panels = figure.subplots(1, 2 if with_scores else 1, squeeze=False)[0]
@@ -121,7 +121,7 @@ def predicted_figure(inputs: ReportInputs) -> Figure:
 
 
 def scores_figure(inputs: ReportInputs) -> Figure:
-    """KL of every scored block variant in every layer, with what the child took."""
+    """KL of every scored block variant in every layer, with marks on the child's blocks."""
     kl = {(score.layer, score.block): score.kl_nats_per_token for score in inputs.scores}
     blocks = sorted({block for _, block in kl}, key=lambda b: (variant_order(b.attention), variant_order(b.ffn)))
     layers = range(inputs.shape.layers)
@@ -132,7 +132,7 @@ def scores_figure(inputs: ReportInputs) -> Figure:
     norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01)) if positive.size else None
     image = axes.imshow(np.where(table_LJ > 0, table_LJ, np.nan), aspect="auto", cmap="viridis", norm=norm)
     axes.set_facecolor("#E0E0E0")
-    taken = [(blocks.index(b), layer) for layer in layers for b in _taken(inputs, layer) if b in blocks]
+    taken = [(blocks.index(b), layer) for layer in layers for b in _scored_blocks(inputs, layer) if b in blocks]
     if taken:
         columns, rows = zip(*taken, strict=True)
         axes.scatter(
@@ -159,14 +159,14 @@ def scores_figure(inputs: ReportInputs) -> Figure:
 
 
 def _add_speed_axis(axes: Axes, parent_time: float, least_time: float) -> None:
-    """The same axis on top as a speed, in multiples of the parent's."""
+    """Add a top axis with the speed as a multiple of the parent's."""
     longest = max(axes.get_xlim())
     axes.set_xlim(0, max(longest, 1.08 * parent_time))
 
-    def other(value: ArrayLike) -> NDArray[np.float64]:
+    def reciprocal(value: ArrayLike) -> NDArray[np.float64]:
         return parent_time / np.maximum(np.asarray(value, dtype=np.float64), 1e-9 * parent_time)
 
-    top = axes.secondary_xaxis("top", functions=(other, other))
+    top = axes.secondary_xaxis("top", functions=(reciprocal, reciprocal))
     top.set_xticks([speed for speed in SPEED_TICKS if speed <= 1.1 * parent_time / least_time])
     top.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     top.xaxis.set_minor_locator(NullLocator())
@@ -217,7 +217,7 @@ def _styles(baselines: tuple[FoundArchitecture, ...]) -> list[tuple[str, str]]:
 
 
 def _draw_times(axes: Axes, inputs: ReportInputs) -> None:
-    """Nested markers, since models of one architecture lie on each other; hollow is prefill, filled is decode."""
+    """Draw nested markers, because points of equal architectures coincide. Hollow is prefill, filled is decode."""
     comparisons = derived.comparisons(inputs)
     scale, unit = time_scale(max((c.measured_ms for c in comparisons), default=1.0))
     models = list(dict.fromkeys(c.model for c in comparisons))
@@ -243,7 +243,7 @@ def _draw_times(axes: Axes, inputs: ReportInputs) -> None:
 
 
 def _score_points(inputs: ReportInputs) -> list[tuple[str, float, float]]:
-    """Names, measured KL and predicted score of what was assembled."""
+    """Names, measured KL and predicted score of the assembled models."""
     search = inputs.search
     named = [("MIP (chosen)", search.best), *((derived.method_name(f), f) for f in search.baselines)]
     pairs = [(name, solution, derived.measured(inputs, solution.architecture)) for name, solution in named]
@@ -265,7 +265,7 @@ def _legend(figure: Figure, axes: Axes, place: Literal["outside lower left", "ou
 
 
 def _identity(axes: Axes, values: list[float]) -> list[float]:
-    """Equal logarithmic axes over the positive values, and the line where both are the same."""
+    """Set equal logarithmic axes over the positive values and draw the identity line; returns its ends."""
     ends = [0.6 * min(values, default=1.0), 1.7 * max(values, default=1.0)]
     axes.plot(ends, ends, color=GREY, linewidth=1, linestyle="--", label="equal")
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, box_aspect=1)
@@ -274,8 +274,8 @@ def _identity(axes: Axes, values: list[float]) -> list[float]:
     return ends
 
 
-def _taken(inputs: ReportInputs, layer: int) -> list[BlockVariant]:
-    """The scored blocks that the child's layer is made of: itself, or its subblocks where these were scored."""
+def _scored_blocks(inputs: ReportInputs, layer: int) -> list[BlockVariant]:
+    """The scored blocks of the child's layer: the block itself, or one block per scored subblock."""
     block, parent = inputs.child.architecture.layers[layer], inputs.shape.parent_block
     if inputs.spec.scoring.composition == "pairs":
         return [block]

@@ -1,4 +1,4 @@
-"""A run's records as rows of strings: every table of the report, and the final one as plain text for a terminal."""
+"""Tables of the report as rows of strings, and the final table as plain text for a terminal."""
 
 import statistics
 from collections import Counter, defaultdict
@@ -30,7 +30,7 @@ OBJECTIVE_UNITS = {"kl": "KL, nats per token", "lm_loss": "LM loss, nats per tok
 
 
 class Table(NamedTuple):
-    """A table as strings; the first `text_columns` columns hold words, the others numbers."""
+    """A table as strings; the first `text_columns` columns hold text, the others numbers."""
 
     title: str
     columns: tuple[str, ...]
@@ -40,7 +40,7 @@ class Table(NamedTuple):
 
 
 class _Quantity(NamedTuple):
-    """One row of the final table; `ratio` gets the parent's value and the child's."""
+    """One row of the final table; `ratio` takes the parent's value and the child's."""
 
     name: str
     value: Callable[[ModelResult], float | None]
@@ -94,7 +94,7 @@ def final_table(inputs: ReportInputs) -> Table:
 
 
 def lm_eval_table(inputs: ReportInputs) -> Table:
-    """Results of lm-evaluation-harness; without rows where no task was asked for."""
+    """Results of lm-evaluation-harness; without rows if the spec names no task."""
     models = (inputs.parent, *inputs.children)
     rows = []
     for task, metrics in sorted(inputs.parent.evaluation.lm_eval.items()):
@@ -111,16 +111,16 @@ def lm_eval_table(inputs: ReportInputs) -> Table:
 
 
 def baselines_table(inputs: ReportInputs) -> Table:
-    """The chosen architecture beside what other ways to choose come to at the same limits, none of them distilled."""
+    """The chosen architecture and those of other search methods at the same limits, before distillation."""
     search = inputs.search
     others = [(f"MIP, solution {rank}", solution) for rank, solution in enumerate(search.solutions[1:], start=2)]
     named = [("MIP (chosen)", search.best), *others, *((derived.method_name(f), f) for f in search.baselines)]
     rows = [_solution_row(inputs, name, solution) for name, solution in named]
-    placed = {solution.architecture for _, solution in named}
+    listed = {solution.architecture for _, solution in named}
     rows += [
         (model.name, NONE, *_quality_cells(inputs, model), NONE)
         for model in inputs.baselines
-        if model.architecture not in placed
+        if model.architecture not in listed
     ]
     return Table(
         title="Other ways to choose, at the same limits",
@@ -133,7 +133,7 @@ def baselines_table(inputs: ReportInputs) -> Table:
 
 
 def shortlist_table(inputs: ReportInputs) -> Table:
-    """Candidates that were assembled and measured; without rows where none was."""
+    """Candidates that were assembled and measured; without rows if there are none."""
     refine = inputs.refine
     rows = [
         (
@@ -155,7 +155,7 @@ def shortlist_table(inputs: ReportInputs) -> Table:
 
 
 def limits_table(inputs: ReportInputs) -> Table:
-    """Every limit of the scenario: asked, allowed, used by the chosen architecture, and what is left."""
+    """Every limit of the scenario: request, threshold, use of the chosen architecture, and slack."""
     return Table(
         title="Limits",
         columns=LIMIT_COLUMNS,
@@ -193,7 +193,7 @@ def layers_table(inputs: ReportInputs) -> Table:
 
 
 def predicted_table(inputs: ReportInputs) -> Table:
-    """Times predicted from single blocks against times of whole models."""
+    """Times predicted from single blocks, and measured times of whole models."""
     rows = [
         (c.model, c.phase, ms_text(c.predicted_ms), ms_text(c.measured_ms), signed_percent_text(c.error))
         for c in derived.comparisons(inputs)
@@ -209,7 +209,7 @@ def predicted_table(inputs: ReportInputs) -> Table:
 
 
 def bld_table(inputs: ReportInputs) -> Table:
-    """How well every variant learnt to imitate its block: medians over layers, and the best and the worst layer."""
+    """BLD losses of every variant: medians over layers, and the best and the worst layer."""
     by_variant: dict[Variant, list[BldRecord]] = defaultdict(list)
     for record in inputs.bld:
         by_variant[record.variant].append(record)
@@ -231,7 +231,7 @@ def bld_table(inputs: ReportInputs) -> Table:
 
 
 def variant_order(variant: Variant) -> tuple[str, int, int, str]:
-    """Sorts attention before FFN, and from the widest variant to nothing."""
+    """Sort key: attention before FFN, the widest variant first, no-op last."""
     return variant.subblock, *variant.rank
 
 
@@ -298,7 +298,7 @@ def _quality_cells(inputs: ReportInputs, model: ModelResult | None) -> tuple[str
 
 
 def limit_row(use: LimitUse, prices: Sequence[LimitPrice]) -> tuple[str, ...]:
-    """One limit: asked, allowed, used, what is left, and what a looser limit would buy in score."""
+    """One limit: request, threshold, use, slack, and the score gain of a looser limit."""
     slack = use.threshold - use.usage if use.sense == "at_most" else use.usage - use.threshold
     price = next((p for p in prices if (p.scenario, p.limit) == (use.scenario, use.name)), None)
     return (
@@ -319,7 +319,7 @@ def _in_unit(value: float, unit: str) -> str:
 
 
 def _variant_counts(architecture: Architecture) -> tuple[str, str]:
-    """How many layers have which attention and which FFN: `5 kv4, 3 no_op`."""
+    """Number of layers per attention variant and per FFN variant: `5 × kv4, 3 × no_op`."""
 
     def counted(variants: list[Variant]) -> str:
         counts = Counter(variants)

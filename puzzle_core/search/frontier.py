@@ -1,7 +1,8 @@
-"""The whole trade-off of score against one limit (METHOD section 6, solved along a range of capacities).
+"""The trade-off of score against one limit (METHOD section 6, solved along a range of capacities).
 
-From the loosest capacity to the tightest: what was best at a looser one is still best where it fits, and otherwise its
-score bounds what a tighter one can reach. So most points need no solve, and of several problems most need none at all.
+The sweep goes from the loosest capacity to the tightest. A solution at a looser capacity stays optimal while it is
+feasible; otherwise its score is a lower bound at tighter capacities. So most points, and most of several problems,
+need no solve.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from puzzle_core.search.problem import Limit, Problem, Solution, describe
 
 @dataclass(frozen=True)
 class SweepPoint(Generic[Key]):
-    """The best over several problems at one point of a sweep, and whose it is."""
+    """The best solution over several problems at one point of a sweep, and the key of its problem."""
 
     key: Key
     solution: Solution
@@ -36,12 +37,12 @@ def frontier(
 ) -> list[Solution]:
     """Best solutions from the tightest to the loosest capacity of one limit, other limits and rules held.
 
-    Capacities are evenly spaced over `capacity_range`; the limit's own capacity does not matter. A capacity that brings
-    no better score than the one before is left out, so the objective falls along the result, and
+    Capacities are evenly spaced over `capacity_range`; the limit's own capacity does not matter. A capacity
+    without a better score than the one before is omitted, so the objective falls along the result, and
     `used[limit_name] + slack[limit_name]` is the capacity. `time_limit_s` holds for each solve.
 
     Raises:
-        SpecError: there is no such limit, or fewer than two points are asked for.
+        SpecError: there is no such limit, or `points` is below 2.
         InfeasibleError, TimeLimitError: as `mip.solve`, for the other limits.
     """
     if points < 2:
@@ -61,7 +62,7 @@ def frontier(
 def capacity_range(
     problem: Problem, limit_name: str, *, time_limit_s: float = 60.0, relative_gap: float = 1e-6
 ) -> tuple[float, float]:
-    """The capacities between which a limit matters: the least use within reach, and what the best without it uses.
+    """The capacities between which a limit matters: the least feasible use, and the use of the optimum without it.
 
     Raises:
         SpecError: there is no such limit.
@@ -88,30 +89,30 @@ def sweep_frontier(
     """The best over problems that share score and rules, at every point of a sweep of one limit's capacity.
 
     Args:
-        capacities: per problem the capacity at each point, from the tightest to the loosest. Problems may have other
-            ones at the same point (a rate is another time at another batch size, a part of it taken off as fixed).
-        time_limit_s: for each solve. A problem whose solve it ends is judged by the best it has.
+        capacities: per problem the capacity at each point, from the tightest to the loosest. They may
+            differ between problems at one point (one rate is a different time at each batch size, less a fixed part).
+        time_limit_s: seconds for each solve. A problem at the limit counts with its best solution so far.
 
     Returns:
-        One entry per point; None where no problem has an answer. Of problems that score the same, within the relative
-        gap, the first key's is there.
+        One entry per point; None if no problem is feasible. Ties within the
+        relative gap go to the first key.
 
     Raises:
-        SpecError: a problem lacks the limit, or its capacities; their numbers differ, or they fall.
+        SpecError: a problem lacks the limit, or its capacities; their numbers differ, or they decrease.
     """
     points = _checked_points(problems, limit_name, capacities)
     best: list[SweepPoint[Key] | None] = [None] * points
     looser: dict[Key, Solution] = {}
     bounds = dict.fromkeys(problems, -np.inf)
     for point in reversed(range(points)):
-        here = {key: problem.with_capacity(limit_name, capacities[key][point]) for key, problem in problems.items()}
-        race = BoundedRace(here, bounds, time_limit_s, relative_gap)
+        at_point = {key: problem.with_capacity(limit_name, capacities[key][point]) for key, problem in problems.items()}
+        race = BoundedRace(at_point, bounds, time_limit_s, relative_gap)
         for key, solution in looser.items():
-            if here[key].feasible(solution.choice):
-                race.solutions[key] = _moved(here[key], solution)
+            if at_point[key].feasible(solution.choice):
+                race.solutions[key] = _moved(at_point[key], solution)
         for key in sorted(problems, key=lambda key: bounds[key]):
             if key not in race.solutions and race.may_win(key):
-                race.bounds[key] = max(bounds[key], lower_bound(here[key], here[key].score))
+                race.bounds[key] = max(bounds[key], lower_bound(at_point[key], at_point[key].score))
         race.run()
         bounds, looser = race.bounds, {**looser, **race.solutions}
         winner = race.winner()
@@ -121,7 +122,7 @@ def sweep_frontier(
 
 
 def _moved(problem: Problem, solution: Solution) -> Solution:
-    """The same solution where a capacity is tighter and it still fits."""
+    """The same solution for a tighter capacity at which it is feasible."""
     moved = describe(problem, solution.choice, method=solution.method, seconds=0.0, bound=solution.bound)
     return replace(moved, optimal=solution.optimal)
 
@@ -135,7 +136,7 @@ def _limit(problem: Problem, limit_name: str) -> Limit:
 
 
 def _checked_points(problems: Mapping[Key, Problem], limit_name: str, capacities: Mapping[Key, Sequence[float]]) -> int:
-    """How many points there are."""
+    """The number of points."""
     if not problems or problems.keys() != capacities.keys():
         raise SpecError(f"a sweep needs capacities for every problem: {list(problems)}, got {list(capacities)}")
     for key, problem in problems.items():

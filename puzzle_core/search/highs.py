@@ -1,17 +1,18 @@
 """The grouped-knapsack MIP of METHOD section 6, solved with HiGHS: exact, at every magnitude of scores and costs.
 
-How the answer is found: the relaxation (no integers) gives a bound and, for every option, by how much a choice with
-that option must exceed it. The MIP over the options with a small excess gives a choice; where the others exceed that
-choice's cost, it is the best of all, and otherwise those that do not are let in and the MIP is solved again.
+Method: the LP relaxation gives a bound and, for every option, the least excess over it of a choice with that option.
+The MIP over the options with a small excess gives a choice. If all other options exceed the cost of that choice, it is
+optimal. Otherwise the options that do not exceed it are added and the MIP is solved again.
 
-What makes it exact:
-- Each layer's least cost and least use go out as constants. What is left is scaled so that the largest cost, and the
-  headroom of every limit, are SCALE: the solver's absolute tolerance of 1e-8 is then 1e-10 of either.
-- Where the answer is so small beside the largest cost that even this is coarse (one layer can be worse by orders of
-  magnitude), options that alone cost more than the answer are dropped, and the rest is solved again at its own scale.
-- Options that no best choice needs are left out before (model.py).
-- The bound of the relaxation is computed here from its dual values: any values at all give a valid one.
-- The choice is recomputed from the caller's numbers, and every limit and rule checked.
+The result is exact, because:
+- Each layer's least cost and least use are subtracted as constants. The rest is scaled so that the largest cost and the
+  headroom of every limit are SCALE: the solver's absolute tolerance of 1e-8 is then 1e-10 of either.
+- If the optimum is very small relative to the largest cost (one layer can be worse by orders of magnitude), this
+  tolerance is too coarse. Options that alone cost more than the optimum are then dropped, and the rest is solved
+  again at its own scale.
+- Options that no optimal choice needs are removed first (milp.py).
+- The bound of the relaxation is computed here from its dual values. Any dual values give a valid bound.
+- The cost of the choice is recomputed from the caller's numbers, and every limit and rule is checked.
 
 Legend: L layers, J options of a layer, N columns of the model.
 """
@@ -29,10 +30,10 @@ from puzzle_core.search.milp import Floats, Model, build, keep_useful, program
 from puzzle_core.search.problem import Choice, Column, Problem
 
 PEAKED = 1e3
-"""A largest cost above this many times the answer is solved again without the options that cause it."""
+"""If the largest cost exceeds the optimum by this factor, the problem is solved again without the larger options."""
 
 CORE = 2
-"""How many columns per layer the first MIP has."""
+"""Number of columns per layer in the first MIP."""
 
 SETTINGS: dict[str, bool | int | float | str] = {
     "output_flag": False,
@@ -45,14 +46,14 @@ SETTINGS: dict[str, bool | int | float | str] = {
     "dual_feasibility_tolerance": 1e-10,
     "small_matrix_value": 1e-12,
 }
-"""HiGHS drops improvements below its tolerances, in presolve too, so they are all well below its defaults."""
+"""HiGHS ignores improvements below its tolerances, also in presolve, so all are well below its defaults."""
 
 INFEASIBLE = (highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible)
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """A choice, its cost, and a bound on every choice's cost. `proven`: it is the best, within the relative gap."""
+    """A choice, its cost, and a lower bound on all costs. `proven`: it is optimal within the relative gap."""
 
     choice: Choice
     cost: float
@@ -62,7 +63,7 @@ class Minimum:
 
 @dataclass(frozen=True)
 class Relaxation:
-    """No choice costs less than `bound`, and none with column n less than `bound + excess[n]`, (N,)."""
+    """Lower bounds on costs: `bound` for all choices, `bound + excess[n]` for those with column n, (N,)."""
 
     bound: float
     excess: Floats
@@ -76,18 +77,18 @@ def minimise(
     relative_gap: float = 1e-6,
     start: Sequence[int] | None = None,
 ) -> Minimum | None:
-    """The choice with the least sum of `costs` within limits and rules, or None when it is proved that none fits.
+    """The choice with the least sum of `costs` within limits and rules, or None if it is proven that none exists.
 
     Args:
-        costs: shape (J,) per layer: the score, or a resource, or zeros to ask only whether the limits can hold.
-        time_limit_s: seconds of branching (the relaxation, milliseconds, comes before); when they end, the best choice
-            so far is returned.
-        relative_gap: relative to the cost above the sum of every layer's least.
-        start: a choice to start from; ignored when it does not fit or names an option that was left out.
+        costs: shape (J,) per layer: the score, a resource, or zeros to check feasibility only.
+        time_limit_s: seconds of branching, without the relaxation (milliseconds). At the limit, the best choice so far
+            is returned.
+        relative_gap: relative to the cost above the sum of the layers' least costs.
+        start: an initial choice; ignored if it is infeasible or has an option that was removed.
 
     Raises:
-        TimeLimitError: the time limit ended with neither a choice nor a proof.
-        RuntimeError: the solver failed, or recomputation does not confirm what it returned: our own mistake.
+        TimeLimitError: the time limit was reached without a choice and without a proof of infeasibility.
+        RuntimeError: the solver failed, or the recomputed cost differs from its result. This is a bug.
     """
     deadline = time.perf_counter() + time_limit_s
     base, extra = _above_least(costs)
@@ -104,14 +105,14 @@ def minimise(
         kept = [rows[values[rows] <= answer] for values, rows in zip(extra, kept, strict=True)]
         start, refining = scaled.choice, True
     if refining:
-        raise RuntimeError(f"HiGHS finds no choice where it has found {start} before")
+        raise RuntimeError(f"HiGHS finds no choice, although it found {start} before")
     return None
 
 
 def lower_bound(problem: Problem, costs: Column) -> float:
-    """A sum of `costs` that no choice within limits and rules is below, from the relaxation; infinite where none fits.
+    """A lower bound on the sum of `costs` within limits and rules, from the relaxation; infinite if it is infeasible.
 
-    Milliseconds, and usually within a thousandth of the answer.
+    It takes milliseconds and is usually within a thousandth of the optimum.
     """
     base, extra = _above_least(costs)
     kept = keep_useful(problem, costs)
@@ -123,7 +124,7 @@ def lower_bound(problem: Problem, costs: Column) -> float:
 
 
 def option_bounds(problem: Problem, costs: Column) -> Column:
-    """For every option a sum of `costs` that no choice with it is below, (J,) per layer, from one relaxation."""
+    """For every option a lower bound on the sum of `costs` with it, (J,) per layer, from one relaxation."""
     base, extra = _above_least(costs)
     model, unit = build(problem, extra, [np.arange(len(values)) for values in extra])
     relaxed = _relax(model)
@@ -136,13 +137,13 @@ def option_bounds(problem: Problem, costs: Column) -> Column:
 
 
 def _above_least(costs: Column) -> tuple[float, Column]:
-    """The sum of every layer's least cost, and what each option costs above its layer's."""
+    """The sum of the layers' least costs, and the cost of each option above its layer's least."""
     least = [float(values.min()) for values in costs]
     return math.fsum(least), tuple(values - low for values, low in zip(costs, least, strict=True))
 
 
 def _solve_core(model: Model, deadline: float, relative_gap: float, start: Sequence[int] | None) -> Minimum | None:
-    """The MIP over the columns of small excess, widened until what is left out cannot matter. Costs are scaled."""
+    """The MIP over the columns of small excess, extended until no other column can improve it. Costs are scaled."""
     relaxed = _relax(model)
     if relaxed is None:
         return None
@@ -171,7 +172,7 @@ def _solve_within(
     relative_gap: float,
     start: Sequence[int] | None,
 ) -> tuple[Minimum | None, float]:
-    """The best choice from the columns within the window (and the start's), and a bound on all that need others."""
+    """The best choice from the columns within the window (and the start's), and a lower bound on all others."""
     inside = relaxed.excess <= window
     if start is not None:
         inside |= model.columns_of(start)
@@ -181,7 +182,7 @@ def _solve_within(
 
 
 def _relax(model: Model) -> Relaxation | None:
-    """The relaxation, or None when even that has no solution.
+    """The relaxation, or None if it is infeasible.
 
     By weak duality every lambda <= 0 on the rows "at most" gives the bound lambda . b + sum min(0, reduced cost), and
     a column in use adds its reduced cost to it.
@@ -201,7 +202,7 @@ def _relax(model: Model) -> Relaxation | None:
 
 
 def _run(model: Model, time_limit_s: float, relative_gap: float, start: Sequence[int] | None) -> Minimum | None:
-    """Solve the scaled MIP; costs and bound are scaled too."""
+    """Solve the scaled MIP. Costs and bound of the result are scaled."""
     rows = model.rows()
     solver = _solver({"time_limit": time_limit_s, "mip_rel_gap": relative_gap})
     _checked(solver.passModel(program(model, rows, integer=True)), "reading the model")
@@ -233,13 +234,17 @@ def _solver(settings: dict[str, bool | int | float | str]) -> highspy.Highs:
     return solver
 
 
-def _checked(status: highspy.HighsStatus, doing: str) -> None:
+def _checked(status: highspy.HighsStatus, action: str) -> None:
     if status == highspy.HighsStatus.kError:
-        raise RuntimeError(f"HiGHS failed in {doing}")
+        raise RuntimeError(f"HiGHS failed in {action}")
 
 
 def _confirmed_extra(problem: Problem, extra: Column, scaled: Minimum, unit: float) -> float:
-    """Cost above every layer's least, recomputed; it must be what the solver says, and limits and rules must hold."""
+    """Recompute the cost above the layers' least; check it against the solver's, and check limits and rules.
+
+    Raises:
+        RuntimeError: a check fails.
+    """
     answer = math.fsum(float(values[index]) for values, index in zip(extra, scaled.choice, strict=True))
     if abs(answer - scaled.cost * unit) > 1e-5 * unit:
         raise RuntimeError(f"HiGHS reports a cost of {scaled.cost * unit!r}, and its choice costs {answer!r}")

@@ -1,4 +1,4 @@
-"""The exact search: least total score within every limit; diverse solutions; runners-up (METHOD section 6)."""
+"""The exact search: the least total score within all limits, diverse solutions, runners-up (METHOD section 6)."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from puzzle_core.search.milp import Floats
 from puzzle_core.search.problem import Choice, Column, Problem, Solution, describe
 
 Avoid = Sequence[tuple[Choice, int]]
-"""Earlier choices, each with the number of layers that a new one may share with it at most."""
+"""Earlier choices, each with the maximum number of layers that a new choice may share with it."""
 
 
 def solve(
@@ -29,14 +29,14 @@ def solve(
     """The choice with the least total score within every limit and rule.
 
     Args:
-        time_limit_s: when it ends, the best so far is returned with `optimal=False`.
-        relative_gap: how good is good enough, see `Solution.gap`.
+        time_limit_s: seconds. At the limit, the best solution so far is returned with `optimal=False`.
+        relative_gap: the solve stops at this gap, see `Solution.gap`.
         avoid: earlier choices to differ from.
-        start: a choice to start from, for speed; the answer does not depend on it.
+        start: an initial choice, for speed. The result does not depend on it.
 
     Raises:
-        InfeasibleError: no choice fits; says which limits and rules cannot hold together, and the least they could be.
-        TimeLimitError: the time limit ended with neither a choice nor a proof that there is none.
+        InfeasibleError: no choice is feasible. Names the conflicting limits and rules and their least feasible values.
+        TimeLimitError: the time limit was reached without a choice and without a proof of infeasibility.
     """
     solution = solve_or_none(problem, avoid=avoid, time_limit_s=time_limit_s, relative_gap=relative_gap, start=start)
     if solution is None:
@@ -54,10 +54,10 @@ def solve_diverse(
 ) -> list[Solution]:
     """Up to `solutions` choices, each the best that shares at most floor(alpha * L) layers with every earlier one.
 
-    Fewer come back when no more exist. `time_limit_s` holds for each.
+    The list is shorter if no more exist. `time_limit_s` holds for each solve.
 
     Raises:
-        SpecError: alpha is outside [0, 1), or fewer than one solution is asked for.
+        SpecError: alpha is outside [0, 1), or `solutions` is below 1.
         InfeasibleError, TimeLimitError: as `solve`.
     """
     if not 0.0 <= alpha < 1.0 or solutions < 1:
@@ -76,15 +76,15 @@ def solve_diverse(
 def runner_up(
     problem: Problem, solution: Solution, *, time_limit_s: float = 60.0, relative_gap: float = 1e-6
 ) -> list[tuple[str, float] | None]:
-    """Per layer: its best option when the chosen one is forbidden, and the rise of the objective.
+    """Per layer: its best option without the chosen one, and the increase of the objective.
 
-    None where limits and rules cannot hold without the layer's choice, or nothing was found in time. What differs in
-    one more layer is near enough where one relaxation for all shows so; otherwise it starts a solve of its own, side by
-    side on all cores: the solver leaves Python alone while it works.
+    None if the problem is infeasible without the layer's choice, or at the time limit. A choice that differs in at most
+    one more layer is accepted if one shared relaxation proves the gap. Otherwise the layer needs a solve. Solves run in
+    parallel threads on all cores, because the solver releases the GIL.
     """
     bounds, least = option_bounds(problem, problem.score), sum(float(values.min()) for values in problem.score)
 
-    def other(layer: int) -> tuple[str, float] | None:
+    def best_without(layer: int) -> tuple[str, float] | None:
         index = solution.choice[layer]
         near = _nearest_without(problem, solution.choice, layer)
         if near is not None:
@@ -100,12 +100,12 @@ def runner_up(
             return None
         return None if alternative is None else (alternative.options[layer], alternative.objective - solution.objective)
 
-    with ThreadPoolExecutor(os.cpu_count()) as side_by_side:
-        return list(side_by_side.map(other, range(len(solution.choice))))
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
+        return list(executor.map(best_without, range(len(solution.choice))))
 
 
 def _nearest_without(problem: Problem, choice: Choice, layer: int) -> Choice | None:
-    """The best choice with another option in this layer and in one more at most, if one fits.
+    """The best feasible choice with another option in this layer and in at most one more layer.
 
     Legend: J options of the layer, M options of all other layers.
     """
@@ -114,7 +114,7 @@ def _nearest_without(problem: Problem, choice: Choice, layer: int) -> Choice | N
     ]
 
     def changes(column: Column) -> Floats:
-        """What choosing each of J and each of M adds to the sum, (J, M)."""
+        """The increase of the sum for each of J with each of M or no further change, (J, 1 + M)."""
         rises = [values - values[index] for values, index in zip(column, choice, strict=True)]
         rest = np.concatenate([np.zeros(1), *rises[:layer], *rises[layer + 1 :]])
         return np.asarray(rises[layer][:, None] + rest)
@@ -141,7 +141,7 @@ def solve_or_none(
     avoid: Avoid = (),
     start: Choice | None = None,
 ) -> Solution | None:
-    """As `solve`, and None where no choice fits, without the work of explaining why.
+    """As `solve`, but None if no choice is feasible, without an explanation.
 
     Raises:
         TimeLimitError: as `solve`.

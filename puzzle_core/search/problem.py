@@ -1,6 +1,6 @@
 """The search problem as arrays: options per layer, scores, resources, limits on sums, rules (METHOD section 6).
 
-Nothing here knows what an option is. Fixed costs outside the layers were taken off every capacity by the caller.
+Options are opaque here. The caller subtracts fixed costs outside the layers from every capacity.
 
 Legend: L layers, J options of a layer (not the same for all). A column is a tuple of L arrays of shape (J,); a choice
 is a tuple of L option indices.
@@ -21,7 +21,7 @@ Choice = tuple[int, ...]
 Column = tuple[NDArray[np.float64], ...]
 
 TOLERANCE = 1e-9
-"""How far above its capacity the use of a limit may come out, relative to the capacity: rounding, nothing more."""
+"""Tolerance of the use of a limit above its capacity, relative to the capacity, for rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,21 @@ class Limit:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One search problem. Every number is checked when it is made; arrays are read-only float64.
+    """One search problem. The constructor checks every number; arrays are read-only float64.
 
     Attributes:
         options: ids of each layer's options.
-        score: what each option costs in quality; lower is better.
+        score: loss of quality of each option; lower is better.
         parent: index of the parent's own option in each layer.
         resources: a column per resource name.
-        limits: what must hold.
-        rules: what must hold too, whatever it costs. Names of limits and rules differ.
+        limits: bounds on sums of resources.
+        rules: constraints on the choice itself. Names of limits and rules are unique.
 
     Raises:
         NonFiniteError: a score, resource or capacity is NaN or infinite.
         CoverageError: a layer has no option, or a column or rule does not have one number per option.
-        SpecError: option ids, or names of limits and rules repeat, a parent index is outside its layer, a limit is on a
-            resource that is not there, or a rule on options that it cannot be on (rules.py).
+        SpecError: option ids, or names of limits and rules repeat, a parent index is outside its layer, a limit is on
+            an unknown resource, or a rule on options that it does not support (rules.py).
     """
 
     options: tuple[tuple[str, ...], ...]
@@ -94,21 +94,21 @@ class Problem:
         return over + [rule.name for rule in self.rules if not rule.holds(choice)]
 
     def option_ids(self, choice: Sequence[int]) -> tuple[str, ...]:
-        """The ids that a choice names, in layer order."""
+        """The option ids of a choice, in layer order."""
         return tuple(ids[index] for ids, index in zip(self.options, choice, strict=True))
 
     def restrict(self, keep: Callable[[int, str], bool]) -> Self:
         """The same problem over the options for which `keep(layer, id)` holds, and the parent's own.
 
-        Options that are chosen together go together when one of them goes, and their rule with them.
+        If one option of an `AllOrNone` rule is removed, its other options and the rule are removed too.
         """
-        wanted = [
+        selected = [
             [index for index, option in enumerate(ids) if index == parent_index or keep(layer, option)]
             for layer, (ids, parent_index) in enumerate(zip(self.options, self.parent, strict=True))
         ]
-        kept = [rows.tolist() for rows in drop_broken(self.rules, wanted)]
+        kept = [rows.tolist() for rows in drop_broken(self.rules, selected)]
 
-        def left(rule: Rule) -> bool:
+        def is_kept(rule: Rule) -> bool:
             return not isinstance(rule, AllOrNone) or all(option in kept[layer] for layer, option in rule.members)
 
         return replace(
@@ -120,7 +120,7 @@ class Problem:
                 name: tuple(values[rows] for values, rows in zip(column, kept, strict=True))
                 for name, column in self.resources.items()
             },
-            rules=tuple(rule.restricted(kept) for rule in self.rules if left(rule)),
+            rules=tuple(rule.restricted(kept) for rule in self.rules if is_kept(rule)),
         )
 
     def with_limits(self, limits: Iterable[Limit]) -> Self:
@@ -133,7 +133,7 @@ class Problem:
         return self.with_limits(moved)
 
     def avoiding(self, choice: Sequence[int], max_shared_layers: int, name: str) -> Self:
-        """The same problem with one more limit: at most so many layers choose as `choice` does.
+        """The same problem with one more limit: at most `max_shared_layers` layers have the option of `choice`.
 
         An index of -1 in `choice` names no option.
         """
@@ -147,21 +147,21 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """One architecture as a choice, with what it scores, what it uses and how good it is known to be.
+    """One architecture as a choice, with its score, its use of limits and its optimality gap.
 
     Attributes:
-        choice: option index per layer, in the problem it was found for.
+        choice: option index per layer, in its problem.
         options: option id per layer.
         objective: total score, recomputed from the choice.
-        bound: no choice within the limits scores less than this (an optimal one: within the relative gap).
+        bound: lower bound on the score of all feasible choices.
         gap: (objective - bound) / (objective - sum of every layer's least score); 0 when both differences are 0. It is
-            relative to what the limits cost, so that it means the same wherever the score's zero lies.
-        optimal: proved best within the relative gap that was asked for. False when the time limit came first, and for
-            baselines, which prove nothing (unless they reach every layer's least score).
+            relative to the increase that the limits cause, so it does not depend on the zero of the score.
+        optimal: proven optimal within the requested relative gap. False at the time limit, and for baselines (unless
+            they reach every layer's least score).
         used: use of every limit, by its name and in its unit.
         slack: capacity less use, likewise.
         seconds: wall time of the search.
-        method: what found it.
+        method: name of the search method.
     """
 
     choice: Choice
@@ -185,10 +185,10 @@ def describe(
     bound: float = -math.inf,
     optimal: bool = False,
 ) -> Solution:
-    """The Solution for a choice: score and uses recomputed, every limit and rule checked (DESIGN rule 6).
+    """The Solution of a choice. Recomputes score and uses and checks every limit and rule (DESIGN rule 6).
 
     Raises:
-        RuntimeError: one does not hold. That is our own mistake: a method returns only choices that fit.
+        RuntimeError: a check fails. This is a bug: a method returns only feasible choices.
     """
     used = problem.use(choice)
     if broken := problem.broken(choice):

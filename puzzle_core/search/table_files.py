@@ -1,4 +1,4 @@
-"""Tables from files: scores and costs as CSV, Parquet or JSON (docs/formats.md). No torch, no Prefect."""
+"""Reads scores and costs from files: CSV, Parquet or JSON (docs/formats.md). No torch, no Prefect."""
 
 import math
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ def read_scores(
     """A score table: columns `layer`, `attention`, `ffn`, the score, and optionally `span`.
 
     Args:
-        column: the score's name; needed where the file has several numeric columns and none is called `score`.
-        maximise: larger scores are better; they are negated, so that the parent's is taken off.
-        parent: the parent's own block; the widest attention with the widest FFN unless given. Where a layer has no row
-            for it, its score is 0.
+        column: the score's name; required if the file has several numeric columns and none is named `score`.
+        maximise: larger scores are better. The table negates them.
+        parent: the parent's own block; by default the widest attention with the widest FFN. Its score is 0 in layers
+            without a row for it.
 
     Raises:
-        SpecError, CoverageError, NonFiniteError: what is wrong, with the row and the column.
+        SpecError, CoverageError, NonFiniteError: the file is not valid; names the row and the column.
     """
     frame = _read(path)
     _need(path, frame, ("layer", "attention", "ffn"))
@@ -48,20 +48,20 @@ def read_scores(
     empty = [layer for layer, scores in enumerate(layers) if not scores]
     if empty or not layers:
         raise CoverageError(f"{path} has no scores of layers {empty or '0 and on'}: every layer needs its options")
-    own = parent or _widest(blocks)
+    parent = parent or _widest(blocks)
     for scores in layers:
-        scores.setdefault(Option(own), 0.0)
-    return ScoreTable(own, tuple(layers), column)
+        scores.setdefault(Option(parent), 0.0)
+    return ScoreTable(parent, tuple(layers), column)
 
 
 def read_costs(path: Path) -> CostTable:
-    """A cost table: what a row is about, and any numeric columns.
+    """A cost table: columns that name the part of a row, and any numeric columns.
 
-    A row is about `attention` and `ffn` (a block), or one of them (a subblock), or `subblock` and `variant`; or, with
-    `subblock` `outside`, about all that lies outside the blocks. `layer`, `batch_size` and `scenario` narrow it down.
+    The part is `attention` and `ffn` (a block), one of them (a subblock), or `subblock` and `variant`. The subblock
+    `outside` means everything outside the blocks. `layer`, `batch_size` and `scenario` restrict the row.
 
     Raises:
-        SpecError, NonFiniteError: what is wrong, with the row and the column.
+        SpecError, NonFiniteError: the file is not valid; names the row and the column.
     """
     frame = _read(path)
     values = [name for name in frame.columns if name not in COST_KEYS]
@@ -96,7 +96,7 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _rows(path: Path, frame: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every row as values, with its place for messages; the header of a CSV file is its line 1."""
+    """Every row as values, with its place for messages. The header of a CSV file is line 1."""
     first, what = (2, "line") if path.suffix == ".csv" else (0, "row")
     for number, row in enumerate(frame.to_dict("records")):
         yield f"{path.name} {what} {number + first}", {str(name): value for name, value in row.items()}
@@ -121,7 +121,7 @@ def _score_column(path: Path, frame: pd.DataFrame, column: str | None) -> str:
 
 
 def _widest(blocks: list[BlockVariant]) -> BlockVariant:
-    """The parent's own block, where nobody says which it is."""
+    """The widest attention with the widest FFN: the default for the parent's own block."""
     return BlockVariant(
         attention=min((block.attention for block in blocks), key=lambda variant: variant.rank),
         ffn=min((block.ffn for block in blocks), key=lambda variant: variant.rank),
@@ -142,8 +142,8 @@ def _part(place: str, row: dict[str, Any]) -> str:
         return str(_variant(place, "ffn" if subblock == "ffn" else "attn", row["variant"]))
     if _absent(attention) and _absent(ffn):
         raise SpecError(f"{place} is about nothing: give attention, ffn or both, or subblock and variant")
-    halves = ((subblock, text) for subblock, text in (("attn", attention), ("ffn", ffn)) if not _absent(text))
-    return "+".join(str(_variant(place, subblock, text)) for subblock, text in halves)
+    variants = ((subblock, text) for subblock, text in (("attn", attention), ("ffn", ffn)) if not _absent(text))
+    return "+".join(str(_variant(place, subblock, text)) for subblock, text in variants)
 
 
 def _variant(place: str, subblock: str, text: Any) -> Variant:

@@ -1,8 +1,8 @@
-"""Scores and costs as tables: what a search is fed with, whether a run made them or a user brings them. No torch.
+"""Tables of scores and costs: the inputs of a search, from a run or from a user's files. No torch.
 
-A score belongs to a layer and a block variant. A cost row gives numbers to a part: a block variant, one of its halves,
-or what lies `outside` the blocks. A row may hold for one scenario, batch size or layer, or for all of them; where
-several rows give the same column, the most specific one wins.
+A score belongs to a layer and a block variant. A cost row has the values of a part: a block variant, a subblock
+variant, or everything `outside` the blocks. A row holds for one scenario, batch size or layer, or for all of them. If
+several rows have the same column, the most specific row is used.
 """
 
 import functools
@@ -18,7 +18,7 @@ OUTSIDE = "outside"
 
 
 class Option(NamedTuple):
-    """A block variant that replaces `span` consecutive layers; the layers after its first are left empty."""
+    """A block variant that replaces `span` consecutive layers; all but the first become empty blocks."""
 
     block: BlockVariant
     span: int = 1
@@ -31,10 +31,10 @@ class Option(NamedTuple):
 class ScoreTable:
     """The score of every option of every layer, lower is better; the parent's own option is one of them.
 
-    `lm_loss` scores the same options by the increase of the next-token loss, where that is known and another score.
+    `lm_loss` scores the same options by the increase of the next-token loss, if it is known and is not the main score.
 
     Raises (on construction):
-        CoverageError: a layer lacks the parent's own block, or an option spans layers that are not there.
+        CoverageError: a layer lacks the parent's own block, or an option spans layers beyond the last.
         NonFiniteError: a score is NaN or infinite.
     """
 
@@ -57,12 +57,12 @@ class ScoreTable:
 
     @property
     def largest(self) -> float:
-        """The largest score that was measured."""
+        """The largest score."""
         return max(max(scores.values()) for scores in self.layers)
 
 
 class CostRow(NamedTuple):
-    """One row: numbers of a part, and what they hold for; None holds for all."""
+    """One row: the values of a part and where they hold. None means all layers, batch sizes or scenarios."""
 
     part: str
     values: Mapping[str, float]
@@ -73,7 +73,7 @@ class CostRow(NamedTuple):
 
     @property
     def place(self) -> str:
-        """What the row is about, for messages."""
+        """The part and scope of the row, for messages."""
         about = [self.part]
         about += [f"layer {self.layer}"] if self.layer is not None else []
         about += [f"batch size {self.batch_size}"] if self.batch_size is not None else []
@@ -81,22 +81,23 @@ class CostRow(NamedTuple):
         return ", ".join(about) + (f" ({self.origin})" if self.origin else "")
 
 
-_Where = tuple[str | None, int | None, int | None]
+_Scope = tuple[str | None, int | None, int | None]
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """Costs of parts by column, in the units that the columns' names end in.
+    """Costs of parts by column. The suffix of a column's name gives its unit.
 
     Raises (on construction):
-        NonFiniteError, SpecError: a value is NaN, infinite or negative, or given twice; names the row and the column.
+        NonFiniteError, SpecError: a value is NaN, infinite or negative, or given twice. The error names
+            the row and the column.
     """
 
     rows: tuple[CostRow, ...]
-    _found: dict[str, dict[_Where, dict[str, float]]] = field(default_factory=dict, init=False, repr=False)
+    _values: dict[str, dict[_Scope, dict[str, float]]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        by_part: dict[str, dict[_Where, dict[str, CostRow]]] = {}
+        by_part: dict[str, dict[_Scope, dict[str, CostRow]]] = {}
         for row in self.rows:
             places = by_part.setdefault(row.part, {}).setdefault((row.scenario, row.batch_size, row.layer), {})
             for column, value in row.values.items():
@@ -107,9 +108,9 @@ class CostTable:
                 if column in places:
                     raise SpecError(f"{column} of {row.place} is given twice, before by {places[column].place}")
                 places[column] = row
-        for part, wheres in by_part.items():
-            self._found[part] = {
-                where: {column: row.values[column] for column, row in rows.items()} for where, rows in wheres.items()
+        for part, scopes in by_part.items():
+            self._values[part] = {
+                scope: {column: row.values[column] for column, row in rows.items()} for scope, rows in scopes.items()
             }
 
     @functools.cached_property
@@ -123,45 +124,45 @@ class CostTable:
         return any(row.layer is not None for row in self.rows)
 
     def block(self, column: str, layer: int, block: BlockVariant, scenario: str, batch_size: int) -> float:
-        """One column of a block variant: its own row, or the sum of its halves'.
+        """One column of a block variant: from its own row, or the sum over its subblocks.
 
         Raises:
-            CoverageError: neither is there.
+            CoverageError: the table has neither.
         """
         whole = self._value(str(block), column, layer, scenario, batch_size)
         if whole is not None:
             return whole
         total = 0.0
-        for half in (str(block.attention), str(block.ffn)):
-            value = self._value(half, column, layer, scenario, batch_size)
+        for subblock in (str(block.attention), str(block.ffn)):
+            value = self._value(subblock, column, layer, scenario, batch_size)
             if value is None:
                 raise CoverageError(
-                    f"no {column} of {half} for layer {layer} ({block}), scenario {scenario}, batch size {batch_size}: "
-                    "add a row for it, or take the variant out of the scores"
+                    f"no {column} of {subblock} for layer {layer} ({block}), scenario {scenario}, batch size "
+                    f"{batch_size}: add a row for it, or take the variant out of the scores"
                 )
             total += value
         return total
 
     def outside(self, column: str, scenario: str, batch_size: int) -> float:
-        """One column of what lies outside the blocks; 0 where no row gives it."""
+        """One column of the parts outside the blocks; 0 if no row has it."""
         return self._value(OUTSIDE, column, None, scenario, batch_size) or 0.0
 
     def part(self, column: str, part: str, scenario: str, batch_size: int) -> float | None:
-        """One column of a part in any layer, if the table has it."""
+        """One column of a part for all layers; None if the table does not have it."""
         return self._value(part, column, None, scenario, batch_size)
 
     def _value(self, part: str, column: str, layer: int | None, scenario: str, batch_size: int) -> float | None:
-        places = self._found.get(part)
-        if places is None:
+        scopes = self._values.get(part)
+        if scopes is None:
             return None
-        for where in _from_most_specific(scenario, batch_size, layer):
-            values = places.get(where)
+        for scope in _from_most_specific(scenario, batch_size, layer):
+            values = scopes.get(scope)
             if values is not None and column in values:
                 return values[column]
         return None
 
 
-def _from_most_specific(scenario: str, batch_size: int, layer: int | None) -> Iterable[_Where]:
+def _from_most_specific(scenario: str, batch_size: int, layer: int | None) -> Iterable[_Scope]:
     for at_scenario in (scenario, None):
         for at_batch in (batch_size, None):
             yield at_scenario, at_batch, layer

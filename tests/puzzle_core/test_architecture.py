@@ -29,7 +29,7 @@ def test_architectures_round_trip_through_ids_and_json():
 
 
 def test_subblocks_cannot_change_places():
-    with pytest.raises(ValueError, match=r"'ffn:i4\+attn:kv4' is no block variant"):
+    with pytest.raises(ValueError, match=r"'ffn:i4\+attn:kv4' is not a block variant"):
         BlockVariant.parse("ffn:i4+attn:kv4")
 
 

@@ -105,7 +105,7 @@ def test_values_that_make_no_sense_together_are_refused(parts, message):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"runtime": {"store": "s3://me:hidden@bucket/prefix"}}, "runtime: store holds credentials or options: say s3"),
+        ({"runtime": {"store": "s3://me:hidden@bucket/prefix"}}, "runtime: store holds credentials or options: give"),
         ({"runtime": {"store": "s3://bucket?secret=hidden"}}, "set AWS_PROFILE"),
         ({"runtime": {"mlflow_uri": "http://me:hidden@host:5000"}}, "set MLFLOW_TRACKING_USERNAME"),
         ({"runtime": {"mlflow_uri": "postgresql://me:hidden@host/mlflow"}}, "runtime: mlflow_uri holds credentials"),
