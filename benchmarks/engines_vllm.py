@@ -1,6 +1,7 @@
 """Runs exported children in vLLM, without this project: `python engines_vllm.py ANSWER.json`.
 
-The cases come on stdin. The answer has for every exported directory the log-probabilities of the given tokens and of vLLM's own greedy continuation.
+The cases come on stdin. The answer has for every exported directory the log-probabilities of the given tokens
+and of vLLM's own greedy continuation.
 """
 
 import contextlib

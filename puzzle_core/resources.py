@@ -9,7 +9,13 @@ from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
 from puzzle_core.plan import Plan
-from puzzle_core.sizes import DTYPE_BYTES, LARGEST_LOG_PROBABILITIES_BYTES, architecture_parameters, variant_size
+from puzzle_core.sizes import (
+    DTYPE_BYTES,
+    LARGEST_LOG_PROBABILITIES_BYTES,
+    architecture_parameters,
+    held_back_windows,
+    variant_size,
+)
 from puzzle_core.work import BldWork, ScoreWork
 
 BLD_STATES = 7
@@ -100,11 +106,17 @@ def resources(
 
 
 def bld_flops(plan: Plan, work: BldWork) -> float:
-    """Operations per token of one variant's training. The gradient of an attention passes through the parent's FFN."""
-    shape, length = plan.inputs.shape, plan.spec.data.sequence_length
+    """Operations per token of one variant's training, its two passes over the held-back windows included.
+
+    The gradient of an attention passes through the parent's FFN.
+    """
+    shape, length, spec = plan.inputs.shape, plan.spec.data.sequence_length, plan.spec.bld
     weights, products = _forward(shape, work.variant, length)
-    through = 2 * _forward(shape, shape.parent_block.ffn, length)[0] if work.variant.subblock == "attn" else 0
-    return FORWARD_BACKWARD * weights + ATTENTION_FORWARD_BACKWARD * products + through
+    ffn = _forward(shape, shape.parent_block.ffn, length)[0] if work.variant.subblock == "attn" else 0
+    windows = -(-spec.tokens // length)
+    held_back_passes = 2 * held_back_windows(windows) / (windows * spec.epochs)
+    training = FORWARD_BACKWARD * weights + ATTENTION_FORWARD_BACKWARD * products + 2 * ffn
+    return training + held_back_passes * (weights + products + ffn)
 
 
 def score_flops(plan: Plan, work: ScoreWork) -> float:

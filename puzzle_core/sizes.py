@@ -7,6 +7,8 @@ from puzzle_core.architecture import Architecture, ModelShape, Variant
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 LARGEST_LOG_PROBABILITIES_BYTES = 2**30
 """The scratch disk keeps the parent's log-probabilities up to this size; larger ones are computed again."""
+HELD_BACK_PART = 32
+"""BLD holds back one window in this many."""
 
 
 class VariantSize(NamedTuple):
@@ -38,3 +40,8 @@ def architecture_parameters(shape: ModelShape, architecture: Architecture) -> in
 def kv_entries_per_token(shape: ModelShape, architecture: Architecture) -> int:
     """KV-cache entries per token of a whole child."""
     return sum(variant_size(shape, block.attention).kv_entries_per_token for block in architecture.layers)
+
+
+def held_back_windows(windows: int) -> int:
+    """Number of windows that BLD does not train on, and compares the start and the end of a training on."""
+    return max(1, windows // HELD_BACK_PART) if windows > 1 else 0

@@ -21,12 +21,11 @@ from puzzle_core.distill.losses import normalised_mse
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.surgery import WEIGHTS, variant_block
+from puzzle_core.sizes import held_back_windows
 from puzzle_core.state_dict import State
 from puzzle_core.work import BldRecord, BldWork
 
 log = logging.getLogger("puzzle")
-HELD_BACK_PART = 32
-"""One window in so many is not trained on: the losses before and after the training are of these windows."""
 DIVERGED_LOSS = 0.05
 """A loss below this is no divergence, however good the start was; 1 is what predicting nothing costs."""
 
@@ -53,7 +52,7 @@ def train_variant(
     inputs = activations.layer_input(work.layer) if attends else activations.post_attention(work.layer)
     targets, device = activations.layer_input(work.layer + 1), activations.device
     windows, length = activations.ids_NT.shape
-    held_back = max(1, windows // HELD_BACK_PART) if windows > 1 else 0
+    held_back = held_back_windows(windows)
     batch, training_windows = spec.batch_tokens // length, windows - held_back
     steps = max(1, windows * spec.epochs // batch)
 

@@ -28,7 +28,7 @@ NONSENSE = {
     "wrong type": ({"gkd": {"tokens": "many"}}, "'many' is not of type 'integer'"),
     "credentials in the store": ({"runtime": {"store": "s3://me:hidden@bucket"}}, "spec.runtime.store"),
     "credentials of MLflow": ({"runtime": {"mlflow_uri": "http://me:hidden@host"}}, "spec.runtime.mlflow_uri"),
-    "name of a run": ({"name": "two words"}, "spec.name.*'two words'"),
+    "name of a run": ({"name": "two/words"}, "spec.name.*'two/words'"),
 }
 
 

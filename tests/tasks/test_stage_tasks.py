@@ -35,7 +35,7 @@ def pack(spec_of, monkeypatch):
                 raise left.pop(0)
             return run(*arguments)
 
-        monkeypatch.setattr(data, "run", fail_first)
+        monkeypatch.setattr(data, "pack_split", fail_first)
         return task(
             work=plan.tokens("calibration"), sources=spec.data.train_texts, context=context, return_state=True
         ), left

@@ -80,7 +80,7 @@ def test_noise_idle_training_and_stopped_search(inputs: ReportInputs) -> None:
     inputs = inputs.model_copy(update={"bld": (record, *inputs.bld[1:]), "search": search})
     noise, idle, stopped, left_out = report_warnings(inputs)
     assert "decode of child after GKD 40.0 %" in noise
-    assert "1 of 56 variants (layer 0 attn:kv2)" in idle
+    assert "1 of 56 variants on held-back windows (layer 0 attn:kv2)" in idle
     assert "a gap of 2.0 %" in stopped
     assert left_out == "Left out: batch size 8. too much memory"
 
