@@ -129,10 +129,8 @@ class TargetSpec(Record):
     )
     threads: Positive = Field(1, description="CPU threads while measuring")
     rounds: int = Field(7, ge=3, description="Interleaved rounds of a measurement; medians are kept")
-    machine: str | None = Field(
+    machine: Name | None = Field(
         None,
-        min_length=1,
-        pattern=r"^[^\x00-\x1f]+$",
         description="For measured costs: your name of the machine, which keys hold instead of its fingerprint",
         exclude_if=lambda name: name is None,
     )

@@ -25,7 +25,16 @@ HELP = {
     "export": ("CHILD", "--format", "--out", "--name", "--dtype", "--widths", "grid, pad, any", "--store", "--mlflow"),
     "lineage": ("CHILD", "--mlflow", "--store"),
     "bench": (
-        *("CHILD", "--engine", "torch, llama.cpp, vllm", "--out", "--batch", "--context", "--generate", "--dtype"),
+        *(
+            "CHILD",
+            "--engine",
+            "One of torch, vllm, llama.cpp.",
+            "--out",
+            "--batch",
+            "--context",
+            "--generate",
+            "--dtype",
+        ),
         *("--gguf-type", "--threads", "--rounds", "--python", "--store", "[default: 1 4]"),
     ),
     "store": ("ls", "show", "verify", "gc"),
@@ -306,7 +315,7 @@ def test_fewer_tokens_than_asked_are_refused_before_any_training(content, prefec
     changes = {"bld": {"tokens": 10_000_000}}
     file = write_spec(merged(placed(content, tmp_path), changes), tmp_path / "spec.yaml")
     ended = command("build-library", file)
-    assert refused(ended, ["'bld'", "10,000,000 tokens", "fewer tokens or add texts"], tmp_path / "store")
+    assert refused(ended, ["'bld'", "10,000,000 tokens", "fewer tokens, add texts"], tmp_path / "store")
 
 
 def test_a_run_with_a_limit_that_nothing_can_meet_is_refused_with_one_message(spec_of, shell, tmp_path):
