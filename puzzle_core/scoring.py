@@ -43,7 +43,7 @@ def score_block(work: ScoreWork, activations: Activations, weights: dict[str, St
     trained = {v: weights[str(v)] for v in (work.block.attention, work.block.ffn) if str(v) in weights}
     block = load_subblocks(parent, work.layer, work.block, trained, dtype, device)
     suffix = [activations.block(layer) for layer in range(work.layer + 1, parent.shape.layers)]
-    context, compared = activations.context(), _Compared()
+    context, compared = activations.context(), _TokenComparison()
     for rows in _few_windows(activations):
         hidden = _through_block(work, activations, block, rows, context)
         for own in suffix:
@@ -66,7 +66,7 @@ def _through_block(
     return block(activations.layer_input(work.layer)[rows].to(activations.device), **context)
 
 
-class _Compared:
+class _TokenComparison:
     """Sums over the tokens compared so far."""
 
     kl = loss_increase = agreed = 0.0
@@ -82,7 +82,7 @@ class _Compared:
         self.agreed += (parent_BTV.argmax(-1) == child_BTV.argmax(-1)).sum().item()
 
 
-def _record(work: ScoreWork, activations: Activations, compared: _Compared) -> ScoreRecord:
+def _record(work: ScoreWork, activations: Activations, compared: _TokenComparison) -> ScoreRecord:
     windows, length = activations.ids_NT.shape
     values = (
         compared.kl / (windows * length),

@@ -13,7 +13,7 @@ from typing import Any
 from prefect.task_runners import ThreadPoolTaskRunner
 
 
-class Stopped(BaseException):
+class RunCancelled(BaseException):
     """The run of a task was cancelled. A BaseException, so that tasks do not catch it by accident."""
 
 
@@ -30,8 +30,8 @@ class CancellableThreadTaskRunner(ThreadPoolTaskRunner):  # type: ignore[type-ar
 
 
 def stop_thread(identity: int | None) -> None:
-    """Raise `Stopped` in a thread of this process."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(identity or 0), ctypes.py_object(Stopped))
+    """Raise `RunCancelled` in a thread of this process."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(identity or 0), ctypes.py_object(RunCancelled))
 
 
 def _is_busy(thread: threading.Thread) -> bool:

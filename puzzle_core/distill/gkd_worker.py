@@ -29,21 +29,21 @@ def main(arguments: list[str]) -> int:
     """Take part in the training of one request; 0 when it is done, 1 for an error that speaks to the user."""
     ours = logging.getLogger("puzzle_core")
     ours.setLevel(logging.WARNING if int(os.environ["RANK"]) else logging.INFO)
-    ours.addHandler(_Telling())
+    ours.addHandler(_StdoutHandler())
     use_threads(available_cores() // int(os.environ["LOCAL_WORLD_SIZE"]))
     file = Path(arguments[0])
     request = GkdRequest.read(file)
     try:
         _distil(request, record_of(file))
     except PuzzleError as error:
-        tell(error=type(error).__name__, message=str(error))
+        send(error=type(error).__name__, message=str(error))
         return 1
     return 0
 
 
 def _distil(request: GkdRequest, record_file: Path) -> None:
     def report(progress: Progress) -> None:
-        tell(progress=progress._asdict())
+        send(progress=progress._asdict())
 
     parent = Parent(request.parent)
     if os.environ["LOCAL_RANK"] == "0":
@@ -76,15 +76,15 @@ def _check_parent(parent: Parent, digest: str) -> None:
         )
 
 
-class _Telling(logging.Handler):
-    """Tells what is logged."""
+class _StdoutHandler(logging.Handler):
+    """Sends log records to the process that started this one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tell(log=self.format(record))
+        send(log=self.format(record))
 
 
-def tell(**what: Any) -> None:
-    """One line, in one piece."""
+def send(**what: Any) -> None:
+    """Write one line of JSON to the standard output, which the starting process reads."""
     sys.stdout.write(f"{TOLD}{json.dumps(what)}\n")
     sys.stdout.flush()
 

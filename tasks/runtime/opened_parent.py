@@ -18,14 +18,14 @@ from tasks.runtime.digest_cache import Signature, signature_of
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-class _Held(NamedTuple):
+class _OpenedEntry(NamedTuple):
     spec: ParentSpec
     signature: Signature
     parent: Parent
 
 
 _lock = threading.Lock()
-_held: list[_Held] = []  # one at most: a parent keeps gigabytes of weights
+_held: list[_OpenedEntry] = []  # one at most: a parent keeps gigabytes of weights
 
 
 def open_parent(spec: ParentSpec) -> Parent:
@@ -46,7 +46,7 @@ def hub_commit(spec: ParentSpec, parent: Parent) -> str | None:
     return name if not Path(spec.path).is_dir() and _COMMIT.fullmatch(name) else None
 
 
-def _open(spec: ParentSpec) -> _Held:
+def _open(spec: ParentSpec) -> _OpenedEntry:
     directory = fetch(spec)
     before = _signature(directory)
     parent = Parent(spec, directory)
@@ -54,10 +54,10 @@ def _open(spec: ParentSpec) -> _Held:
         raise ParentError(
             f"files of the parent {directory} change while they are opened: run again once they are whole"
         )
-    return _Held(spec, before, parent)
+    return _OpenedEntry(spec, before, parent)
 
 
-def _is_current(held: _Held) -> bool:
+def _is_current(held: _OpenedEntry) -> bool:
     """Whether a new look at the parent's place finds the files that were opened."""
     if Path(held.spec.path).is_dir():
         directory = Path(held.spec.path).resolve()

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from prefect import flow, task
 
-from flows.task_runners.threads import CancellableThreadTaskRunner, Stopped, _is_busy
+from flows.task_runners.threads import CancellableThreadTaskRunner, RunCancelled, _is_busy
 
 LONGEST_SECONDS = 60
 
@@ -73,7 +73,7 @@ def test_cancelling_stops_the_running_task_and_drops_the_waiting_one(pool):
     runner.cancel_all()
     assert tasks[0].ended.wait(LONGEST_SECONDS)
     assert tasks[1].ended.wait(LONGEST_SECONDS)
-    assert isinstance(running.exception(LONGEST_SECONDS), Stopped)
+    assert isinstance(running.exception(LONGEST_SECONDS), RunCancelled)
     assert waiting.cancelled()
     assert not tasks[2].began.is_set()
 
