@@ -265,7 +265,7 @@ LINES = "\n".join(json.dumps({"text": text, "url": "https://example.com"}) for t
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("c4-train.00000-of-01024.json.gz", gzip.compress(LINES.encode())),
+        ("c4-train.00000-of-01024.json.gz", gzip.compress(LINES.encode(), mtime=0)),
         ("lines.json", LINES.encode()),
         ("lines.txt", LINES.encode()),
         ("lines", LINES.encode()),
@@ -276,6 +276,7 @@ LINES = "\n".join(json.dumps({"text": text, "url": "https://example.com"}) for t
         ("lines.jsonl.bz2", bz2.compress(LINES.encode())),
         ("lines.jsonl.xz", lzma.compress(LINES.encode())),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_forms_in_which_public_corpora_come(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
