@@ -1,7 +1,8 @@
 """Reads scores and costs from files: CSV, Parquet or JSON (docs/formats.md). No torch, no Prefect."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ from puzzle_core.architecture import BlockVariant, Variant
 from puzzle_core.errors import CoverageError, NonFiniteError, SpecError
 from puzzle_core.search.tables import OUTSIDE, CostRow, CostTable, Option, ScoreTable
 
-READERS = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".json": pd.read_json}
+READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".csv": partial(pd.read_csv, dtype=str, keep_default_na=False),
+    ".parquet": pd.read_parquet,
+    ".json": partial(pd.read_json, dtype=False, convert_dates=False),
+}
+"""Cells are taken as written: pandas would make numbers, dates or missing values of names that look like them."""
+MOST_LAYERS = 10_000
 SCORE_KEYS = ("layer", "attention", "ffn", "span")
 COST_KEYS = ("scenario", "batch_size", "layer", "attention", "ffn", "subblock", "variant")
 
@@ -36,6 +43,8 @@ def read_scores(
     rows = list(_rows(path, frame))
     blocks = [_block(place, row) for place, row in rows]
     count = max((_integer(place, row, "layer") for place, row in rows), default=-1) + 1
+    if count > MOST_LAYERS:
+        raise SpecError(f"{path} has a layer {count - 1:,}: layers are counted from 0, up to {MOST_LAYERS - 1:,}")
     layers: list[dict[Option, float]] = [{} for _ in range(count)]
     seen: dict[tuple[int, Option], str] = {}
     for (place, row), block in zip(rows, blocks, strict=True):
@@ -49,6 +58,12 @@ def read_scores(
     if empty or not layers:
         raise CoverageError(f"{path} has no scores of layers {empty or '0 and on'}: every layer needs its options")
     parent = parent or _widest(blocks)
+    without = [layer for layer, scores in enumerate(layers) if Option(parent) not in scores]
+    if maximise and without:
+        raise CoverageError(
+            f"{path} has no score of the parent's own block {parent} in layers {without}: a score to maximise is no "
+            "distance to the parent, so the parent needs its own; add these rows"
+        )
     for scores in layers:
         scores.setdefault(Option(parent), 0.0)
     return ScoreTable(parent, tuple(layers), column)
@@ -75,7 +90,7 @@ def read_costs(path: Path) -> CostTable:
                 values={name: _number(place, row, name) for name in values if not _absent(row[name])},
                 layer=None if _absent(row.get("layer")) else _integer(place, row, "layer"),
                 batch_size=None if _absent(row.get("batch_size")) else _integer(place, row, "batch_size"),
-                scenario=None if _absent(row.get("scenario")) else str(row["scenario"]),
+                scenario=None if _absent(row.get("scenario")) else _name(row["scenario"]),
                 origin=place,
             )
         )
@@ -158,11 +173,18 @@ def _variant(place: str, subblock: str, text: Any) -> Variant:
     return variant
 
 
+def _name(value: Any) -> str:
+    """A name as text. A whole number that a file without text columns holds as a float is written as a whole number."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
 def _absent(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
 def _number(place: str, row: dict[str, Any], column: str) -> float:
+    if _absent(row[column]):
+        raise NonFiniteError(f"{place}, column {column} is empty: fill it in, or leave the row out")
     try:
         value = float(row[column])
     except (TypeError, ValueError) as error:
@@ -179,5 +201,5 @@ def _integer(place: str, row: dict[str, Any], column: str, default: int | None =
         return default
     value = _number(place, row, column)
     if value != int(value) or value < (0 if column == "layer" else 1):
-        raise SpecError(f"{place}, column {column}: {row[column]!r} is no {column.replace('_', ' ')}")
+        raise SpecError(f"{place}, column {column}: {row[column]} is no {column.replace('_', ' ')}")
     return int(value)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from puzzle_core.architecture import Architecture, BlockVariant
-from puzzle_core.errors import InfeasibleError, PuzzleError, SpecError
+from puzzle_core.errors import CoverageError, InfeasibleError, PuzzleError, SpecError
 from puzzle_core.search.from_tables import read_request, search_tables
 from puzzle_core.search.search_record import SearchRecord
 from puzzle_core.search.table_files import read_costs, read_scores
@@ -115,7 +115,7 @@ def test_the_parent_is_the_widest_or_the_one_that_is_named(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("scores", "costs", "message"),
     [
-        (SCORES.replace("0,kv4,i256,1", "0,kv4,i256,"), COSTS, "scores.csv line 3, column score is nan"),
+        (SCORES.replace("0,kv4,i256,1", "0,kv4,i256,"), COSTS, "scores.csv line 3, column score is empty"),
         (SCORES.replace("0,kv4,i256,1", "0,kv4,i256,much"), COSTS, "column score: 'much' is no number"),
         (SCORES.replace("0,kv4,i256,1", "0,kv4,i256,inf"), COSTS, "scores.csv line 3, column score is inf"),
         (SCORES + "1,kv4,i256,2\n", COSTS, r"scores.csv line 8: layer 1 attn:kv4\+ffn:i256 was scored before.*line 6"),
@@ -197,3 +197,37 @@ def test_the_command_imports_neither_torch_nor_prefect_nor_mlflow(tmp_path: Path
 def test_a_cost_table_names_its_columns(tmp_path: Path) -> None:
     _, costs, _ = write(tmp_path)
     assert read_costs(costs).columns == {"parameters", "decode_ms", "prefill_ms"}
+
+
+@pytest.mark.parametrize("ending", [".csv", ".json", ".parquet"])
+@pytest.mark.parametrize("name", ["chat", "1024", "1e3", "007", "NA", "null", "2024-01-01", "True"])
+def test_names_of_scenarios_that_look_like_something_else(tmp_path, name, ending):
+    rows = [
+        {"subblock": "ffn", "variant": "i8", "scenario": scenario, "runtime_ms": ms}
+        for scenario, ms in ((None, 1.0), (name, 10.0))
+    ]
+    frame, file = pd.DataFrame(rows), tmp_path / f"costs{ending}"
+    {".csv": frame.to_csv, ".parquet": frame.to_parquet}.get(ending, lambda f, **_: frame.to_json(f, orient="records"))(
+        file, index=False
+    )
+    general, special = read_costs(file).rows
+    assert (general.scenario, special.scenario) == (None, name)
+
+
+def test_whole_numbers_in_a_column_with_gaps_are_names_without_a_point(tmp_path):
+    file = tmp_path / "costs.json"
+    row = {"subblock": "ffn", "variant": "i8", "ms": 1}
+    file.write_text(json.dumps([row | {"scenario": 1024}, row]))
+    assert [row.scenario for row in read_costs(file).rows] == ["1024", None]
+
+
+def test_a_layer_beyond_all_models_is_refused_and_not_listed(tmp_path):
+    (tmp_path / "scores.csv").write_text("layer,attention,ffn,kl\n50000000,kv8,i8,0\n")
+    with pytest.raises(SpecError, match="has a layer 50,000,000"):
+        read_scores(tmp_path / "scores.csv")
+
+
+def test_a_score_to_maximise_needs_the_parents_own(tmp_path):
+    (tmp_path / "scores.csv").write_text("layer,attention,ffn,accuracy\n0,kv8,i8,0.9\n0,kv8,i4,0.8\n1,kv8,i4,0.7\n")
+    with pytest.raises(CoverageError, match=r"no score of the parent's own block attn:kv8\+ffn:i8 in layers \[1\]"):
+        read_scores(tmp_path / "scores.csv", maximise=True)
