@@ -32,7 +32,7 @@ def test_reads(parse, text, value, relative):
         (parse_seconds, "80GB", "unit 'GB'; say one of: us, ms"),
         (parse_share, "300ms", "unit 'ms'; say one of: %"),
         (parse_bytes, "0GB", "must be above 0"),
-        (parse_bytes, "-1GB", "is not a number with a unit; for instance '80GiB'"),
+        (parse_bytes, "-1GB", "is not a number with a unit, for instance '80GiB'"),
         (parse_bytes, "much", "is not a number with a unit"),
         (parse_bytes, "nan GB", "is not a number with a unit"),
         (parse_bytes, "", "is not a number with a unit"),
