@@ -1,6 +1,6 @@
-"""Parent against child on held-out text: KL, perplexity, top-1 accuracy and agreement (METHOD section 7).
+"""Comparison of child and parent on held-out text: KL, perplexity, top-1 accuracy and agreement (METHOD section 7).
 
-Legend: N windows, T tokens, V vocabulary.
+Legend: N windows, B batch, T tokens, V vocabulary.
 """
 
 import importlib.util
@@ -22,26 +22,26 @@ from puzzle_core.work import EvaluateWork, EvaluationRecord
 
 @torch.no_grad()
 def evaluate(work: EvaluateWork, parent: Parent, child_dir: Path | None, tokens_dir: Path) -> EvaluationRecord:
-    """Evaluate a child (or the parent) in float32.
+    """Evaluate the child in `child_dir`, or the parent where that is None, in float32.
 
     Raises:
-        NonFiniteError: the model's loss is NaN or infinite.
-        SpecError: lm-eval tasks were asked for and the harness is not installed.
+        NonFiniteError: the model's loss or KL is NaN or infinite.
+        SpecError: `work` has lm-eval tasks, and the harness is not installed or does not know one of them.
     """
     device = default_device()
     reference = load_parent(parent, torch.float32, device)
     model = load_child(child_dir, torch.float32, device) if child_dir else reference
     windows_NT = read_windows(tokens_dir)
-    kl = loss = right = agreed = 0.0
+    kl = loss = correct = agreed = 0.0
     for batch in torch.split(windows_NT, max(1, FORWARD_TOKENS // windows_NT.shape[1])):
         ids_BT = batch.long().to(device)
         parent_BTV = reference(input_ids=ids_BT).logits
         child_BTV = parent_BTV if model is reference else model(input_ids=ids_BT).logits
         kl += kl_per_token(parent_BTV, child_BTV).sum(dtype=torch.float64).item()
         loss += next_token_loss(child_BTV, ids_BT).sum(dtype=torch.float64).item()
-        best_BT = child_BTV.argmax(-1)
-        right += (best_BT[:, :-1] == ids_BT[:, 1:]).sum().item()
-        agreed += (best_BT == parent_BTV.argmax(-1)).sum().item()
+        predicted_BT = child_BTV.argmax(-1)
+        correct += (predicted_BT[:, :-1] == ids_BT[:, 1:]).sum().item()
+        agreed += (predicted_BT == parent_BTV.argmax(-1)).sum().item()
     tokens, predictions = windows_NT.numel(), windows_NT.numel() - len(windows_NT)
     if not math.isfinite(kl + loss):
         raise NonFiniteError(f"evaluation of {work.child or 'the parent'} gave a loss of {loss} and a KL of {kl}")
@@ -49,7 +49,7 @@ def evaluate(work: EvaluateWork, parent: Parent, child_dir: Path | None, tokens_
         kl_nats_per_token=max(kl / tokens, 0.0),
         lm_loss_nats_per_token=loss / predictions,
         perplexity=math.exp(loss / predictions),
-        top1_accuracy=right / predictions,
+        top1_accuracy=correct / predictions,
         top1_agreement=agreed / tokens,
         tokens=tokens,
         lm_eval=run_lm_eval(model, parent.tokenizer(), work.lm_eval_tasks) if work.lm_eval_tasks else {},
@@ -57,17 +57,17 @@ def evaluate(work: EvaluateWork, parent: Parent, child_dir: Path | None, tokens_
 
 
 def check_lm_eval(tasks: tuple[str, ...]) -> None:
-    """Check that lm-evaluation-harness is installed where its tasks are asked for.
+    """Check that lm-evaluation-harness is installed if there are tasks for it.
 
     Raises:
-        SpecError: it is not installed.
+        SpecError: the harness is not installed.
     """
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise SpecError("evaluation.lm_eval_tasks needs lm-evaluation-harness: pip install lm-eval")
 
 
 def run_lm_eval(model: Any, tokenizer: Any, tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """Run tasks of lm-evaluation-harness by name.
+    """Run tasks of lm-evaluation-harness by name; return the value of each metric by task and metric name.
 
     Raises:
         SpecError: the harness is not installed, or does not know a task.

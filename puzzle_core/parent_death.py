@@ -1,14 +1,14 @@
-"""Ending a process with the process that started it, by Linux's parent-death signal."""
+"""The parent-death signal of Linux, which ends a process when its parent process ends."""
 
 import ctypes
 import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
-"""Of <sys/prctl.h>."""
+"""Constant of <sys/prctl.h>."""
 
 
 def end_with_parent(signal_number: signal.Signals) -> None:
-    """Have the kernel send this process a signal when its parent ends, however that ends; does nothing but on Linux."""
+    """Ask the kernel to send this process a signal when its parent process ends; no effect outside Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal_number)

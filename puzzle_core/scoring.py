@@ -1,14 +1,14 @@
 """Replace-1-block scores (METHOD section 4; Puzzle paper, section 4.2).
 
-The parent with exactly one block replaced, against the parent: mean over held-out tokens of KL(parent || modified),
-in nats per token, and from the same pass the increase of the next-token loss and the top-1 agreement. Everything
-before the replaced block is unchanged and is never run again: a score starts from the stored activations that enter
-the block (or, for an FFN variant alone, that leave the attention) and runs the suffix of the model.
+A score compares the parent with a copy of it in which exactly one block is replaced: the mean over held-out tokens of
+KL(parent || modified), in nats per token. The same pass gives the increase of the next-token loss and the top-1
+agreement. The layers before the replaced block are unchanged and are not run again: a score starts from the stored
+input of the block, or from the stored post-attention state where only the FFN is replaced, and runs the rest of the
+model.
 
-An iterated search scores blocks in a child instead of the parent: then one block of the child is replaced, and the
-result is still compared with the parent.
+An iterated search replaces one block of a child instead of the parent. The result is still compared with the parent.
 
-Legend: N windows, T tokens, D hidden width, V vocabulary.
+Legend: N windows, B batch, T tokens, D hidden width, V vocabulary.
 """
 
 import math
@@ -25,7 +25,7 @@ from puzzle_core.state_dict import State
 from puzzle_core.work import ScoreRecord, ScoreWork
 
 COMPARED_TOKENS = 512
-"""Tokens that go through the suffix and are compared at a time on a CPU: few enough to stay in its cache."""
+"""Tokens per forward pass of a score on a CPU: few enough for their activations to stay in its cache."""
 
 
 @torch.no_grad()
@@ -33,32 +33,32 @@ def score_block(work: ScoreWork, activations: Activations, weights: dict[str, St
     """Score one block variant.
 
     Args:
-        activations: of the parent, or the child that the block is put into, captured through the last layer.
-        weights: the trained weights by variant id.
+        activations: those of the model whose block is replaced, parent or child, captured through the last layer.
+        weights: trained weights by variant id.
 
     Raises:
-        NonFiniteError: a score is NaN or infinite; names the layer and the variant.
+        NonFiniteError: a score is NaN or infinite; the message names the layer and the block.
     """
     parent, dtype, device = activations.parent, activations.dtype, activations.device
     trained = {v: weights[str(v)] for v in (work.block.attention, work.block.ffn) if str(v) in weights}
     block = load_subblocks(parent, work.layer, work.block, trained, dtype, device)
     suffix = [activations.block(layer) for layer in range(work.layer + 1, parent.shape.layers)]
-    context, compared = activations.context(), _TokenComparison()
-    for rows in _few_windows(activations):
-        hidden = _through_block(work, activations, block, rows, context)
-        for own in suffix:
-            hidden = own(hidden, **context)
-        compared.add(activations, rows, hidden)
-    return _record(work, activations, compared)
+    context, comparison = activations.context(), _TokenComparison()
+    for rows in _window_batches(activations):
+        hidden = _block_output(work, activations, block, rows, context)
+        for following_block in suffix:
+            hidden = following_block(hidden, **context)
+        comparison.add(activations, rows, hidden)
+    return _record(work, activations, comparison)
 
 
-def _few_windows(activations: Activations) -> Iterator[slice]:
+def _window_batches(activations: Activations) -> Iterator[slice]:
     tokens = COMPARED_TOKENS if activations.device.type == "cpu" else FORWARD_TOKENS
-    few = max(1, tokens // activations.ids_NT.shape[1])
-    return (slice(first, first + few) for first in range(0, len(activations.ids_NT), few))
+    windows = max(1, tokens // activations.ids_NT.shape[1])
+    return (slice(first, first + windows) for first in range(0, len(activations.ids_NT), windows))
 
 
-def _through_block(
+def _block_output(
     work: ScoreWork, activations: Activations, block: Subblocks, rows: slice, context: dict[str, Any]
 ) -> torch.Tensor:
     if work.block.attention == activations.attention(work.layer):
@@ -67,27 +67,27 @@ def _through_block(
 
 
 class _TokenComparison:
-    """Sums over the tokens compared so far."""
+    """Running sums over the compared tokens."""
 
     kl = loss_increase = agreed = 0.0
 
     def add(self, activations: Activations, rows: slice, final_BTD: torch.Tensor) -> None:
-        """Compare the predictions that follow from what leaves the last layer with the parent's."""
+        """Compare the predictions from the last layer's output with the parent's, and add the results to the sums."""
         parent_BTV = activations.log_probabilities(rows).to(final_BTD.device)
         child_BTV = activations.log_softmax(final_BTD)
         following_BT1 = activations.ids_NT[rows, 1:, None].long().to(final_BTD.device)
         self.kl += kl_of_log_probabilities(parent_BTV, child_BTV).sum(dtype=torch.float64).item()
-        lost = parent_BTV[:, :-1].gather(-1, following_BT1) - child_BTV[:, :-1].gather(-1, following_BT1)
-        self.loss_increase += lost.sum(dtype=torch.float64).item()
+        increase_BT1 = parent_BTV[:, :-1].gather(-1, following_BT1) - child_BTV[:, :-1].gather(-1, following_BT1)
+        self.loss_increase += increase_BT1.sum(dtype=torch.float64).item()
         self.agreed += (parent_BTV.argmax(-1) == child_BTV.argmax(-1)).sum().item()
 
 
-def _record(work: ScoreWork, activations: Activations, compared: _TokenComparison) -> ScoreRecord:
+def _record(work: ScoreWork, activations: Activations, comparison: _TokenComparison) -> ScoreRecord:
     windows, length = activations.ids_NT.shape
     values = (
-        compared.kl / (windows * length),
-        compared.loss_increase / (windows * (length - 1)),
-        compared.agreed / (windows * length),
+        comparison.kl / (windows * length),
+        comparison.loss_increase / (windows * (length - 1)),
+        comparison.agreed / (windows * length),
     )
     if not all(map(math.isfinite, values)):
         raise NonFiniteError(f"the score of layer {work.layer} {work.block} is not finite (KL {values[0]})")

@@ -1,8 +1,10 @@
 """Blockwise local distillation of one subblock variant, decoupled (METHOD section 3; Puzzle paper, section 3).
 
-The variant gets the parent's activations that enter its layer and imitates what leaves the layer, the layer's other
-subblock being the parent's own and frozen. An attention variant therefore trains through the parent's FFN; an FFN
-variant starts from the stored post-attention state and so never runs an attention.
+The variant reads the parent's input of its layer and learns the parent's output of that layer. The layer's other
+subblock is the parent's and stays frozen. An attention variant therefore trains through the parent's FFN. An FFN
+variant starts from the stored post-attention state, so its training never runs attention.
+
+Legend: B batch, T tokens, D hidden width, I intermediate width.
 """
 
 import logging
@@ -27,7 +29,7 @@ from puzzle_core.work import BldRecord, BldWork
 
 log = logging.getLogger("puzzle")
 DIVERGED_LOSS = 0.05
-"""A loss below this is no divergence, however good the start was; 1 is what predicting nothing costs."""
+"""A final loss below this is no divergence, whatever the initial loss was; an output of zeros has loss 1."""
 
 
 def train_variant(
@@ -41,15 +43,15 @@ def train_variant(
     """Train the variant and write `weights.safetensors` (float32, names within the layer).
 
     Raises:
-        NonFiniteError: the training diverged; names the layer and the variant.
+        NonFiniteError: the training diverged; the message names the layer and the variant.
     """
     parent, spec = activations.parent, work.spec
     state = initial_state(activations, work, contributions_dir)
     block = variant_block(parent, work.layer, work.variant, state, torch.float32, activations.device)
     parameters = {name: parameter.requires_grad_(True) for name, parameter in block.named_parameters()}
     frozen = parent.block(work.layer, activations.dtype, activations.device)
-    attends, context = work.variant.subblock == "attn", activations.context()
-    inputs = activations.layer_input(work.layer) if attends else activations.post_attention(work.layer)
+    is_attention, context = work.variant.subblock == "attn", activations.context()
+    inputs = activations.layer_input(work.layer) if is_attention else activations.post_attention(work.layer)
     targets, device = activations.layer_input(work.layer + 1), activations.device
     windows, length = activations.ids_NT.shape
     held_back = held_back_windows(windows)
@@ -57,10 +59,10 @@ def train_variant(
     steps = max(1, windows * spec.epochs // batch)
 
     def loss_of(rows: slice | list[int]) -> torch.Tensor:
-        entered, left = inputs[rows].to(device), targets[rows].to(device)
+        input_BTD, target_BTD = inputs[rows].to(device), targets[rows].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
-            output = frozen.feed(block.attend(entered, **context)) if attends else block.feed(entered)
-        return normalised_mse(left, output)
+            output_BTD = frozen.feed(block.attend(input_BTD, **context)) if is_attention else block.feed(input_BTD)
+        return normalised_mse(target_BTD, output_BTD)
 
     def losses(step: int) -> dict[str, torch.Tensor]:
         return {"loss": loss_of(batch_rows(step, batch, training_windows))}
@@ -68,21 +70,21 @@ def train_variant(
     @torch.no_grad()
     def held_back_loss() -> float:
         first = training_windows if held_back else 0
-        parts = [slice(n, min(n + batch, windows)) for n in range(first, windows, batch)]
-        total = sum(float(loss_of(part)) * (part.stop - part.start) for part in parts)
+        batches = [slice(start, min(start + batch, windows)) for start in range(first, windows, batch)]
+        total = sum(float(loss_of(rows)) * (rows.stop - rows.start) for rows in batches)
         return total / (windows - first)
 
     def whole_batch(step: int) -> list[MicroBatch]:
         return [partial(losses, step)]
 
-    started, what = time.monotonic(), f"BLD of layer {work.layer} {work.variant}"
+    started, label = time.monotonic(), f"BLD of layer {work.layer} {work.variant}"
     initial = held_back_loss()
     untrained = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
-    terms = train(what, parameters, whole_batch, steps, spec.optimizer, checkpoints, report)
+    terms = train(label, parameters, whole_batch, steps, spec.optimizer, checkpoints, report)
     final, rate = held_back_loss(), spec.optimizer.learning_rate
     if final > max(2 * initial, DIVERGED_LOSS):
         raise NonFiniteError(
-            f"{what} diverged: its loss went from {initial:.4g} to {final:.4g} in {steps} steps; lower "
+            f"{label} diverged: its loss went from {initial:.4g} to {final:.4g} in {steps} steps; lower "
             f"bld.optimizer.learning_rate (now {rate})"
         )
     trained = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
@@ -90,7 +92,7 @@ def train_variant(
         log.warning(
             "%s did not help: its loss on held-back windows went from %.4g to %.4g, so the initial weights are kept; "
             "try bld.optimizer.learning_rate %.2g (now %g)",
-            *(what, initial, final, rate / 4, rate),
+            *(label, initial, final, rate / 4, rate),
         )
         trained = untrained
     save_file(trained, out_dir / WEIGHTS)
@@ -107,7 +109,7 @@ def train_variant(
 
 
 def initial_state(activations: Activations, work: BldWork, contributions_dir: Path | None) -> State:
-    """The variant's training-free initial weights."""
+    """Compute the variant's initial weights from the parent's, without training."""
     parent, variant = activations.parent, work.variant
     contribution_I = load_contribution(contributions_dir, work.layer) if contributions_dir else None
     return variant.row.initial_state(parent.layer_tensors(work.layer), parent.shape, variant.size, contribution_I)

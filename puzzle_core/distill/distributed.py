@@ -1,9 +1,9 @@
-"""Several processes that train one model: parent and child sharded over them (FSDP2), micro-batches shared out.
+"""Training of one model by several processes: FSDP2 shards parent and child, and each process gets micro-batches.
 
-Every process holds an equal part of every tensor, and one block of each model whole at a time. It computes its share
-of a step's micro-batches; gradients and loss terms are summed over all processes, so a step is that of one process but
-for the order of the sums. A block's activations are computed again on the way back, so that neither they nor autocast's
-copies of its weights outlive the block.
+Every process stores an equal shard of every tensor and gathers one block of each model at a time. It computes its share
+of a step's micro-batches. Gradients and loss terms are summed over all processes, so a step differs from that of a
+single process only in the order of the sums. The backward pass recomputes each block's activations (activation
+checkpointing), so the activations and autocast's copies of the weights are freed after each block.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint as computed_again
+from torch.utils.checkpoint import checkpoint as recompute_activations
 
 from puzzle_core.device import default_device, on_device
 from puzzle_core.model.checkpoint import Checkpoint
@@ -30,68 +30,68 @@ Rows = slice | list[int]
 
 
 class ShardedGroup(NamedTuple):
-    """The processes of one training, as one of them sees them."""
+    """The processes that train one model together, seen from one of them."""
 
     mesh: DeviceMesh
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that writes and reports."""
+        """Whether this process is rank 0, which writes files and reports progress."""
         return self.mesh.get_rank() == 0
 
     def share(self, parts: Sequence[Rows]) -> list[tuple[Rows, int]]:
-        """This process's micro-batches of a step and how often each counts.
+        """Select this process's micro-batches of a step, each with its weight, 1 or 0.
 
-        All processes get equally many, since they exchange weights in step: where there are too few, one is computed
-        that counts for nothing.
+        All processes get the same number of micro-batches, because each forward and backward pass is collective. A
+        process that has too few computes the first one again with weight 0.
         """
         rank, size = self.mesh.get_rank(), self.mesh.size()
         rounds = range(rank, -(-len(parts) // size) * size, size)
         return [(parts[number], 1) if number < len(parts) else (parts[0], 0) for number in rounds]
 
     def sum(self, terms: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Loss terms summed over all processes."""
+        """Sum loss terms over all processes."""
         total = torch.stack(list(terms.values())).double()
         dist.all_reduce(total)
         return dict(zip(terms, total.tolist(), strict=True))
 
-    def agreed(self, due: bool) -> bool:
-        """What the leading process says."""
-        said = torch.tensor(int(due), device=default_device())
-        dist.broadcast(said, 0)
-        return bool(said.item())
+    def leader_value(self, value: bool) -> bool:
+        """Broadcast the value of rank 0 to all processes."""
+        broadcast = torch.tensor(int(value), device=default_device())
+        dist.broadcast(broadcast, 0)
+        return bool(broadcast.item())
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor gathered from all processes, which all have to ask for it; itself where it is not sharded."""
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Gather a sharded tensor; all processes must call this. A tensor that is not sharded is returned as it is."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def part_of(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """This process's part of a whole tensor, sharded as another one is."""
+    def shard(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Take this process's shard of a full tensor, with the sharding of `like`."""
         if not isinstance(like, DTensor):
             return tensor
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
     def load(self, config: PuzzleConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> PuzzleForCausalLM:
-        """A model in evaluation mode, sharded; each process reads one tensor at a time and keeps its part.
+        """Load a sharded model in evaluation mode; each process reads one tensor at a time and keeps its shard.
 
         Raises:
-            ArtifactError: the checkpoint's tensors are not those that its config asks for.
+            ArtifactError: the checkpoint's tensors differ from those that its config requires.
         """
         checkpoint.check(tensor_shapes(config))
         model, device = empty_model(config), default_device()
         for block in model.model.layers:
-            block.forward = partial(computed_again, block.forward, use_reentrant=False)
+            block.forward = partial(recompute_activations, block.forward, use_reentrant=False)
         for module in (*model.model.layers, model):
             sharded = fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
             assert isinstance(sharded, FSDPModule)
-            sharded.set_gradient_divide_factor(1.0)  # gradients are summed: loss terms are weighted already
+            sharded.set_gradient_divide_factor(1.0)  # gradients are summed: the loss terms already have their weights
             sharded.set_force_sum_reduction_for_comms(True)
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config.parent()).to(device)
-        wanted, state = model.state_dict(), dict[str, nn.Parameter]()
+        empty_tensors, state = model.state_dict(), dict[str, nn.Parameter]()
         for name in checkpoint.headers:
-            like = wanted.get(name)
+            like = empty_tensors.get(name)
             tensor = checkpoint.tensor(name).to(dtype)
-            state[name] = nn.Parameter(tensor if like is None else self.part_of(tensor.to(device), like))
+            state[name] = nn.Parameter(tensor if like is None else self.shard(tensor.to(device), like))
         if config.tie_word_embeddings:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
@@ -99,8 +99,8 @@ class ShardedGroup(NamedTuple):
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[ShardedGroup]:
-    """Join the processes that torchrun started, one per GPU by NCCL, or on CPUs by gloo."""
+def sharded_group() -> Iterator[ShardedGroup]:
+    """Join the process group of torchrun: NCCL with one process per GPU, or gloo on CPUs."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     with on_device(device):

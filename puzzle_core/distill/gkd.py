@@ -3,7 +3,9 @@
     loss = cosine_weight * sum over layers (1 - cos(h_child, h_parent))
          + kl_weight * KL(parent || child) + lm_weight * LM
 
-Hidden states are what leaves each layer. Child weights are float32 while training, whatever type they are saved in.
+Hidden states h are the outputs of the layers. Child weights are float32 during training, whatever their saved type.
+
+Legend: N windows, B batch, T tokens.
 """
 
 import time
@@ -41,21 +43,27 @@ def distil(
     checkpoints: Checkpoints | None = None,
     report: Callable[[Progress], None] | None = None,
     threads: int = 1,
-    together: "ShardedGroup | None" = None,
+    group: "ShardedGroup | None" = None,
 ) -> GkdRecord:
     """Distil the child in `child_dir` and write the result as a checkpoint to `out_dir`.
 
-    On a CPU, `threads` micro-batches run side by side, one thread each: small models gain more from that than from
-    threads inside their operations. Where processes do this `together`, each calls it, and one of them writes.
+    Args:
+        checkpoints: where training state is saved to resume from; None saves none.
+        report: called after every step.
+        threads: micro-batches that run at the same time on a CPU, one thread each. Small models gain more from this
+            than from threads inside their operations.
+        group: the processes that share this training, if any. All of them call this function; rank 0 writes.
 
     Raises:
-        NonFiniteError: the loss became NaN or infinite.
+        ArtifactError: the child's tensors differ from those that its config requires.
+        NonFiniteError: the loss is NaN or infinite.
+        StorageError: the checkpoint to resume from cannot be read, or a new one cannot be written.
     """
     spec, device = work.spec, default_device()
     frozen_dtype = torch_dtype(spec.dtype) if device.type == "cuda" else torch.float32
-    if together:
-        parent_model = together.load(parent.puzzle_config(), parent.checkpoint, frozen_dtype).requires_grad_(False)
-        child = together.load(read_child_config(child_dir), Checkpoint(child_dir, ArtifactError), torch.float32)
+    if group:
+        parent_model = group.load(parent.puzzle_config(), parent.checkpoint, frozen_dtype).requires_grad_(False)
+        child = group.load(read_child_config(child_dir), Checkpoint(child_dir, ArtifactError), torch.float32)
     else:
         parent_model = load_parent(parent, frozen_dtype, device)
         child = load_child(child_dir, torch.float32, device)
@@ -64,30 +72,30 @@ def distil(
     windows, length = windows_NT.shape
     batch = spec.batch_tokens // length
     micro = (spec.micro_batch_tokens or spec.batch_tokens) // length
-    if together:
-        micro = min(micro, -(-batch // together.mesh.size()))
+    if group:
+        micro = min(micro, -(-batch // group.mesh.size()))
     steps = max(1, windows * spec.epochs // batch)
 
-    def micro_batch(rows: slice | list[int], counts: int) -> dict[str, torch.Tensor]:
+    def micro_batch(rows: slice | list[int], weight: int) -> dict[str, torch.Tensor]:
         ids_BT = windows_NT[rows].long().to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
             terms = loss_terms(parent_model, child, ids_BT, spec)
-        return {name: term * (counts * len(ids_BT) / batch) for name, term in terms.items()}
+        return {name: term * (weight * len(ids_BT) / batch) for name, term in terms.items()}
 
     def losses(step: int) -> list[MicroBatch]:
-        parts = list(micro_batches(batch_rows(step, batch, windows), micro))
-        mine = together.share(parts) if together else [(rows, 1) for rows in parts]
-        return [partial(micro_batch, rows, counts) for rows, counts in mine]
+        step_rows = list(micro_batches(batch_rows(step, batch, windows), micro))
+        own_rows = group.share(step_rows) if group else [(rows, 1) for rows in step_rows]
+        return [partial(micro_batch, rows, weight) for rows, weight in own_rows]
 
     started = time.monotonic()
-    curve = train("GKD", parameters, losses, steps, spec.optimizer, checkpoints, report, threads, together)
+    curve = train("GKD", parameters, losses, steps, spec.optimizer, checkpoints, report, threads, group)
     state = child.state_dict()
     if parent.shape.tied_embeddings:
         state.pop("lm_head.weight")
     dtype = torch_dtype(work.dtype)
-    tensors = ((name, (together.whole(tensor) if together else tensor).to(dtype)) for name, tensor in state.items())
-    if together and not together.leads:
-        deque(tensors, maxlen=0)  # gathering takes all processes
+    tensors = ((name, (group.gather(tensor) if group else tensor).to(dtype)) for name, tensor in state.items())
+    if group and not group.leads:
+        deque(tensors, maxlen=0)  # every process must take part in the gathering
     else:
         write_checkpoint(out_dir, tensors)
         write_description(parent, work.architecture, work.dtype, out_dir)
@@ -102,7 +110,7 @@ def distil(
 def loss_terms(
     parent_model: PuzzleForCausalLM, child: PuzzleForCausalLM, ids_BT: torch.Tensor, spec: GkdSpec
 ) -> dict[str, torch.Tensor]:
-    """The weighted loss terms of one batch; a term of weight 0 is not computed."""
+    """Compute the weighted loss terms of one batch, each a scalar; a term of weight 0 is skipped."""
     with torch.no_grad():
         target = parent_model(input_ids=ids_BT, output_hidden_states=bool(spec.cosine_weight))
     output = child(input_ids=ids_BT, output_hidden_states=bool(spec.cosine_weight))

@@ -1,9 +1,10 @@
-"""One of several processes that distil a child together; started by torchrun, on one machine or on many.
+"""One worker process of a GKD training that several processes share; torchrun starts it, on one or several machines.
 
     torchrun --nproc-per-node 8 -m puzzle_core.distill.gkd_worker REQUEST.json
 
-Reads a request, trains, and writes the child where the request says; the record goes beside the request. What happens
-is told in lines of JSON on the standard output, for whoever started the processes (launch.py).
+The worker reads a request, trains the child and writes it to the directory that the request names. The record is
+written beside the request. The worker sends progress, log lines and errors as lines of JSON on its standard output;
+launch.py reads them.
 """
 
 import json
@@ -17,8 +18,8 @@ from typing import Any
 
 from puzzle_core.device import available_cores, use_threads
 from puzzle_core.distill import gkd
-from puzzle_core.distill.distributed import joined
-from puzzle_core.distill.launch import TOLD, GkdRequest, record_of
+from puzzle_core.distill.distributed import sharded_group
+from puzzle_core.distill.launch import MESSAGE_PREFIX, GkdRequest, record_path
 from puzzle_core.distill.loop import Checkpoints, Progress
 from puzzle_core.errors import ParentError, PuzzleError
 from puzzle_core.model.parent import Parent
@@ -26,15 +27,15 @@ from puzzle_core.parent_death import end_with_parent
 
 
 def main(arguments: list[str]) -> int:
-    """Take part in the training of one request; 0 when it is done, 1 for an error that speaks to the user."""
-    ours = logging.getLogger("puzzle_core")
-    ours.setLevel(logging.WARNING if int(os.environ["RANK"]) else logging.INFO)
-    ours.addHandler(_StdoutHandler())
+    """Train the child of one request; return 0 for success and 1 for a PuzzleError, which is sent first."""
+    package_log = logging.getLogger("puzzle_core")
+    package_log.setLevel(logging.WARNING if int(os.environ["RANK"]) else logging.INFO)
+    package_log.addHandler(_StdoutHandler())
     use_threads(available_cores() // int(os.environ["LOCAL_WORLD_SIZE"]))
     file = Path(arguments[0])
     request = GkdRequest.read(file)
     try:
-        _distil(request, record_of(file))
+        _distil(request, record_path(file))
     except PuzzleError as error:
         send(error=type(error).__name__, message=str(error))
         return 1
@@ -48,7 +49,7 @@ def _distil(request: GkdRequest, record_file: Path) -> None:
     parent = Parent(request.parent)
     if os.environ["LOCAL_RANK"] == "0":
         _check_parent(parent, request.work.parent)
-    with joined() as together:
+    with sharded_group() as group:
         record = gkd.distil(
             request.work,
             parent,
@@ -56,39 +57,39 @@ def _distil(request: GkdRequest, record_file: Path) -> None:
             Path(request.tokens_dir),
             Path(request.out_dir),
             Checkpoints(Path(request.checkpoint), request.checkpoint_seconds),
-            report if together.leads else None,
-            together=together,
+            report if group.leads else None,
+            group=group,
         )
-        if together.leads:
+        if group.leads:
             record.write(record_file)
 
 
 def _check_parent(parent: Parent, digest: str) -> None:
-    """Compare the parent on this machine with the one that the work names.
+    """Check that the parent on this machine is the one that the work names.
 
     Raises:
-        ParentError: it is another one.
+        ParentError: its digest differs.
     """
     if parent.digest != digest:
         raise ParentError(
             f"the parent {parent.directory} on {platform.node()} is not the one of this run: its digest was {digest} "
-            f"when the run started, and is {parent.digest} here: copy the same files to every machine, and start again"
+            f"when the run started, and is {parent.digest} here: copy the same files to every machine and run again"
         )
 
 
 class _StdoutHandler(logging.Handler):
-    """Sends log records to the process that started this one."""
+    """Sends log records to the launching process."""
 
     def emit(self, record: logging.LogRecord) -> None:
         send(log=self.format(record))
 
 
-def send(**what: Any) -> None:
-    """Write one line of JSON to the standard output, which the starting process reads."""
-    sys.stdout.write(f"{TOLD}{json.dumps(what)}\n")
+def send(**message: Any) -> None:
+    """Write one message as a line of JSON to the standard output, which the launching process reads."""
+    sys.stdout.write(f"{MESSAGE_PREFIX}{json.dumps(message)}\n")
     sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    end_with_parent(signal.SIGKILL)  # the parent is torchrun
+    end_with_parent(signal.SIGKILL)  # the parent process is torchrun
     sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,6 @@
 """Channel contributions of every FFN from one pass over calibration tokens (Puzzle paper, appendix A).
 
-C_i = mean over tokens of |x_i| * ||W_down[:, i]||_2, x being the activation that enters the down projection.
+C_i = mean over tokens of |x_i| * ||W_down[:, i]||_2, where x is the input of the down projection.
 Legend: L layers, I intermediate width, N windows, T tokens, D hidden width.
 """
 
@@ -19,10 +19,10 @@ from puzzle_core.work import ImportanceRecord, ImportanceWork
 
 @torch.no_grad()
 def measure_contributions(work: ImportanceWork, parent: Parent, tokens_dir: Path, out_dir: Path) -> ImportanceRecord:
-    """Write `contributions.safetensors`: one float32 (I,) per layer.
+    """Measure channel contributions and write them to `contributions.safetensors`, one float32 tensor (I,) per layer.
 
     Raises:
-        NonFiniteError: a contribution is NaN or infinite.
+        NonFiniteError: a contribution is NaN or infinite; the message names the layer.
     """
     ids_NT, dtype, device = read_windows(tokens_dir), torch.float32, default_device()
     rows = max(1, FORWARD_TOKENS // ids_NT.shape[1])
@@ -32,8 +32,8 @@ def measure_contributions(work: ImportanceWork, parent: Parent, tokens_dir: Path
     contributions: dict[str, torch.Tensor] = {}
     for layer in range(parent.shape.layers):
         block, total_I = parent.block(layer, dtype, device), torch.zeros(parent.shape.ffn_width, dtype=torch.float64)
-        for batch, states in enumerate(hidden):
-            post_attention = block.attend(states, **context)
+        for batch, input_BTD in enumerate(hidden):
+            post_attention = block.attend(input_BTD, **context)
             ffn_input = block.normalise_ffn_input(post_attention)
             x = block.mlp.act_fn(block.mlp.gate_proj(ffn_input)) * block.mlp.up_proj(ffn_input)
             total_I += x.abs().sum((0, 1), dtype=torch.float64).cpu()
@@ -48,5 +48,5 @@ def measure_contributions(work: ImportanceWork, parent: Parent, tokens_dir: Path
 
 
 def load_contribution(directory: Path, layer: int) -> torch.Tensor:
-    """The contributions of one layer's channels, (I,)."""
+    """Read the channel contributions of one layer, float32 (I,)."""
     return load_file(directory / "contributions.safetensors")[f"layer.{layer}"]

@@ -1,4 +1,4 @@
-"""Starts the processes that distil a child together (gkd_worker.py) under torchrun, and follows what they tell."""
+"""Launches the worker processes of a shared GKD training (gkd_worker.py) by torchrun, and reads their messages."""
 
 import contextlib
 import functools
@@ -22,17 +22,16 @@ from puzzle_core.spec import ParentSpec
 from puzzle_core.work import GkdRecord, GkdWork
 
 log = logging.getLogger("puzzle")
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 STOP_SECONDS = 10
-LAST_LINES = 20
-
-
-TOLD = "puzzle-gkd "
-"""How the lines start that tell something; others are a log."""
+"""How long torchrun may take to end after SIGTERM, before all processes get SIGKILL."""
+LOG_TAIL_LINES = 20
+MESSAGE_PREFIX = "puzzle-gkd "
+"""Start of an output line that holds a message; all other lines are plain log output."""
 
 
 class GkdRequest(Record):
-    """What the processes are asked to do; all paths are on disks that every machine sees."""
+    """The work of the processes; all paths are on disks that every machine can access."""
 
     work: GkdWork
     parent: ParentSpec
@@ -43,70 +42,76 @@ class GkdRequest(Record):
     checkpoint_seconds: float
 
 
-def record_of(request: Path) -> Path:
-    """Where the record of a request goes."""
+def record_path(request: Path) -> Path:
+    """The file that gets the record of a request."""
     return request.with_suffix(".record.json")
 
 
 class Launch(Record):
-    """How many processes on how many machines, and where the machines meet (`host:port` of the first)."""
+    """Number of processes per machine, number of machines, and their rendezvous (`host:port` of the first machine)."""
 
     processes: int
     machines: int = 1
     rendezvous: str | None = None
 
     def command(self, request: Path) -> list[str]:
-        """What each machine has to run."""
-        several = ["--nnodes", str(self.machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", str(self.rendezvous)]
+        """The command that each machine runs."""
+        rendezvous = ["--nnodes", str(self.machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", str(self.rendezvous)]
         return [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.processes)),
-            *([*several, "--rdzv-id", request.stem] if self.machines > 1 else ["--standalone"]),
+            *([*rendezvous, "--rdzv-id", request.stem] if self.machines > 1 else ["--standalone"]),
             *("-m", "puzzle_core.distill.gkd_worker", str(request)),
         ]
 
 
 def launch(
     request: GkdRequest,
-    how: Launch,
+    layout: Launch,
     file: Path,
     report: Callable[[Progress], None] | None = None,
     environment: dict[str, str] | None = None,
 ) -> GkdRecord:
-    """Have a request done, and wait for it.
+    """Launch the processes of a request and wait until they end.
 
     Args:
-        file: where the request is written; its record and the processes' log go beside it.
-        environment: is added to that of the processes.
+        layout: the processes and machines that share the training.
+        file: path of the request file; the record and the processes' log are written beside it.
+        report: called with every progress message.
+        environment: variables added to the environment of the processes.
 
     Raises:
-        PuzzleError: what a process said it was.
-        LostProcessError: a process ended without a word; what was last logged.
+        PuzzleError: a process sent an error; the exception has the class and the message that the process sent.
+        LostProcessError: the processes ended without a record; the message has the last lines of their log.
     """
     request.write(file)
-    record_of(file).unlink(missing_ok=True)
-    command, said = how.command(file), file.with_suffix(".log")
-    if how.machines > 1:
-        log.info("waiting for %d more machines to run: %s", how.machines - 1, " ".join(command))
-    with said.open("w") as output, _running(command, environment or {}, output) as process, said.open() as lines:
+    record_path(file).unlink(missing_ok=True)
+    command, log_file = layout.command(file), file.with_suffix(".log")
+    if layout.machines > 1:
+        log.info("waiting for %d more machines to run: %s", layout.machines - 1, " ".join(command))
+    with (
+        log_file.open("w") as output,
+        _running(command, environment or {}, output) as process,
+        log_file.open() as lines,
+    ):
         while True:
             ended = process.poll() is not None
             for line in lines:
-                _follow(line, report)
+                _handle_line(line, report)
             if ended:
                 break
-            time.sleep(LOOK_SECONDS)
-    if process.returncode or not record_of(file).exists():
-        last = "\n".join(said.read_text(errors="replace").splitlines()[-LAST_LINES:])
+            time.sleep(POLL_SECONDS)
+    if process.returncode or not record_path(file).exists():
+        last_lines = "\n".join(log_file.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
         raise LostProcessError(
-            f"GKD's processes ended with exit code {process.returncode} and without a result; what they last said (all "
-            f"of it in {said}):\n{last}\nrun again to go on from the last checkpoint"
+            f"the GKD processes ended with exit code {process.returncode} and without a result; last lines of their "
+            f"log {log_file}:\n{last_lines}\nrun again to go on from the last checkpoint"
         )
-    return GkdRecord.read(record_of(file))
+    return GkdRecord.read(record_path(file))
 
 
 @contextlib.contextmanager
 def _running(command: list[str], environment: dict[str, str], output: TextIO) -> Iterator[subprocess.Popen[bytes]]:
-    """A command that ends with the block, and with this process however that ends."""
+    """Run a command; end it when the block ends, and when this process ends for any reason."""
     process = subprocess.Popen(
         command,
         env=os.environ | environment,
@@ -128,16 +133,20 @@ def _running(command: list[str], environment: dict[str, str], output: TextIO) ->
         process.wait()
 
 
-def _follow(line: str, report: Callable[[Progress], None] | None) -> None:
-    """Act on what a line tells; anything else is logged."""
-    if not line.startswith(TOLD):
+def _handle_line(line: str, report: Callable[[Progress], None] | None) -> None:
+    """Act on the message of an output line; log a line that holds none.
+
+    Raises:
+        PuzzleError: the message is an error.
+    """
+    if not line.startswith(MESSAGE_PREFIX):
         log.debug("GKD: %s", line.rstrip())
         return
-    told: dict[str, Any] = json.loads(line.removeprefix(TOLD))
-    if "error" in told:
-        kind = getattr(errors, told["error"], PuzzleError)
-        raise kind(told["message"])
-    if "log" in told:
-        log.info("GKD: %s", told["log"])
+    message: dict[str, Any] = json.loads(line.removeprefix(MESSAGE_PREFIX))
+    if "error" in message:
+        kind = getattr(errors, message["error"], PuzzleError)
+        raise kind(message["message"])
+    if "log" in message:
+        log.info("GKD: %s", message["log"])
     elif report:
-        report(Progress(**told["progress"]))
+        report(Progress(**message["progress"]))

@@ -1,7 +1,7 @@
 """The training loop that BLD and GKD share: AdamW, warm-up and cosine, clipping, checkpoints, exact resume.
 
-The data of a step follow from its number, and a checkpoint holds weights, both moments and the loss curve, so a
-resumed training is bitwise the uninterrupted one.
+The number of a step determines its data, and a checkpoint holds the weights, both moments and the loss curve. A resumed
+training therefore gives bitwise the result of an uninterrupted one.
 """
 
 import json
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from puzzle_core.errors import NonFiniteError, StorageError
 from puzzle_core.spec import OptimizerSpec
 
-if TYPE_CHECKING:  # loading FSDP2 takes a second, which only those who use it should wait
+if TYPE_CHECKING:  # the import of FSDP2 takes a second; only its users pay for it
     from puzzle_core.distill.distributed import ShardedGroup
 
 log = logging.getLogger(__name__)
@@ -31,14 +31,14 @@ MicroBatch = Callable[[], dict[str, torch.Tensor]]
 
 
 class Checkpoints(NamedTuple):
-    """Where a training keeps its checkpoint, and how often it may write one."""
+    """File of a training's checkpoint, and the least time in seconds between two writes."""
 
     file: Path
     least_seconds: float
 
 
 class Progress(NamedTuple):
-    """What a training reports after a step."""
+    """State of a training after a step."""
 
     step: int
     steps: int
@@ -47,7 +47,7 @@ class Progress(NamedTuple):
 
 
 def learning_rate(step: int, steps: int, spec: OptimizerSpec) -> float:
-    """Linear warm-up over `warmup_share` of the steps, then a cosine down to zero."""
+    """Learning rate of a step: linear warm-up over `warmup_share` of the steps, then a cosine decay to zero."""
     warmup = max(1, round(spec.warmup_share * steps))
     if step < warmup:
         return spec.learning_rate * (step + 1) / warmup
@@ -55,7 +55,7 @@ def learning_rate(step: int, steps: int, spec: OptimizerSpec) -> float:
 
 
 def train(
-    what: str,
+    label: str,
     parameters: Parameters,
     losses_of_step: Callable[[int], list[MicroBatch]],
     steps: int,
@@ -63,42 +63,43 @@ def train(
     checkpoints: Checkpoints | None = None,
     report: Callable[[Progress], None] | None = None,
     threads: int = 1,
-    together: "ShardedGroup | None" = None,
+    group: "ShardedGroup | None" = None,
 ) -> list[dict[str, float]]:
     """Train `parameters` in place.
 
     Args:
-        what: how error messages name this training.
-        losses_of_step: the micro-batches of a step, each a function that computes its weighted loss terms; the sum of
-            all terms is minimised.
-        checkpoints: none for a training that is too short to be worth one.
+        label: name of this training in error messages.
+        losses_of_step: returns the micro-batches of a step, each a function that computes its weighted loss terms; the
+            sum of all terms is minimised.
+        checkpoints: file and interval of the checkpoint; None writes none.
         report: called after every step.
-        threads: how many micro-batches run side by side, one thread each; gradients are added in their order, so
-            the result is bitwise the same for any number.
-        together: the processes that share this training, if any; all of them call this, each with its micro-batches.
+        threads: micro-batches that run at the same time, one thread each. Gradients are added in the order of the
+            micro-batches, so the result is bitwise the same for any number of threads.
+        group: the processes that share this training, if any. All of them call this function, each with its own
+            micro-batches.
 
     Returns:
-        The loss terms of every step, `loss` being their sum.
+        The loss terms of every step; `loss` is their sum.
 
     Raises:
-        NonFiniteError: a loss is NaN or infinite; names `what` and the step.
+        NonFiniteError: a loss is NaN or infinite; the message names `label` and the step.
         StorageError: the checkpoint to resume from cannot be read, or a new one cannot be written.
     """
     optimizer = _adamw(parameters, spec)
-    curve = _resume(checkpoints, parameters, optimizer, together)
+    curve = _resume(checkpoints, parameters, optimizer, group)
     saved = time.monotonic()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for step in range(len(curve), steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, spec)
-            if together:
-                terms = _accumulate_together(losses_of_step(step), together)
+            for parameter_group in optimizer.param_groups:
+                parameter_group["lr"] = learning_rate(step, steps, spec)
+            if group:
+                terms = _accumulate_sharded(losses_of_step(step), group)
             else:
                 terms = _accumulate(parameters, losses_of_step(step), threads, pool.map if threads > 1 else map)
             total = sum(terms.values())
             if not math.isfinite(total):
                 raise NonFiniteError(
-                    f"{what} diverged: its loss is {total} at step {step + 1} of {steps}; lower the learning rate "
+                    f"{label} diverged: its loss is {total} at step {step + 1} of {steps}; lower the learning rate "
                     f"(now {spec.learning_rate}) or the gradient clip (now {spec.gradient_clip})"
                 )
             torch.nn.utils.clip_grad_norm_(parameters.values(), spec.gradient_clip)
@@ -109,43 +110,43 @@ def train(
                 report(Progress(step + 1, steps, total, terms))
             if checkpoints and step + 1 < steps:
                 due = time.monotonic() - saved >= checkpoints.least_seconds
-                if together.agreed(due) if together else due:
-                    _save(checkpoints.file, parameters, optimizer, curve, together)
+                if group.leader_value(due) if group else due:
+                    _save(checkpoints.file, parameters, optimizer, curve, group)
                     saved = time.monotonic()
     return curve
 
 
 def _accumulate(
-    parameters: Parameters, micro_batches: list[MicroBatch], at_once: int, each: Callable[..., Iterable[Any]]
+    parameters: Parameters, micro_batches: list[MicroBatch], parallel: int, map_function: Callable[..., Iterable[Any]]
 ) -> dict[str, float]:
-    """Set all gradients to their sum over micro-batches, `at_once` of them at a time; return the summed loss terms."""
-    wanted, terms = list(parameters.values()), dict[str, float]()
+    """Set all gradients to their sum over micro-batches, `parallel` of them at a time; return the summed loss terms."""
+    trained, terms = list(parameters.values()), dict[str, float]()
 
-    def gradients(micro_batch: MicroBatch) -> tuple[dict[str, float], tuple[torch.Tensor | None, ...]]:
+    def compute(micro_batch: MicroBatch) -> tuple[dict[str, float], tuple[torch.Tensor | None, ...]]:
         losses = micro_batch()
-        found = torch.autograd.grad(torch.stack(list(losses.values())).sum(), wanted, allow_unused=True)
-        return {name: loss.item() for name, loss in losses.items()}, found
+        gradients = torch.autograd.grad(torch.stack(list(losses.values())).sum(), trained, allow_unused=True)
+        return {name: loss.item() for name, loss in losses.items()}, gradients
 
-    for start in range(0, len(micro_batches), at_once):
-        for losses, found in each(gradients, micro_batches[start : start + at_once]):
-            for parameter, gradient in zip(wanted, found, strict=True):
-                if gradient is not None:  # else no loss term reaches it: it must not decay either
-                    known = parameter.grad  # cloned, since autograd may give two parameters one tensor, or a view
-                    parameter.grad = gradient.clone() if known is None else known.add_(gradient)
+    for start in range(0, len(micro_batches), parallel):
+        for losses, gradients in map_function(compute, micro_batches[start : start + parallel]):
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                if gradient is not None:  # a parameter that no loss term reaches must not decay
+                    total = parameter.grad  # cloned below: autograd may return one tensor for two parameters, or a view
+                    parameter.grad = gradient.clone() if total is None else total.add_(gradient)
             for name, loss in losses.items():
                 terms[name] = terms.get(name, 0.0) + loss
     return terms
 
 
-def _accumulate_together(micro_batches: list[MicroBatch], together: "ShardedGroup") -> dict[str, float]:
-    """As above, over the micro-batches of all processes; FSDP2 sums the gradients as it goes through the blocks."""
+def _accumulate_sharded(micro_batches: list[MicroBatch], group: "ShardedGroup") -> dict[str, float]:
+    """Like `_accumulate`, over the micro-batches of all processes; FSDP2 sums the gradients in the backward pass."""
     terms = dict[str, torch.Tensor]()
     for micro_batch in micro_batches:
         losses = micro_batch()
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         for name, loss in losses.items():
             terms[name] = terms.get(name, 0.0) + loss.detach()
-    return together.sum(terms)
+    return group.sum(terms)
 
 
 def _adamw(parameters: Parameters, spec: OptimizerSpec) -> torch.optim.AdamW:
@@ -160,17 +161,17 @@ def _save(
     parameters: Parameters,
     optimizer: torch.optim.AdamW,
     curve: list[dict[str, float]],
-    together: "ShardedGroup | None",
+    group: "ShardedGroup | None",
 ) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
-        if parameter in optimizer.state:  # else no loss term has ever reached it, and it is as it was
-            parts = {"weight": parameter.detach()} | optimizer.state[parameter]
-            for key, part in parts.items():
-                found = together.whole(part) if together else part
-                if not together or together.leads:
-                    tensors[f"{name}/{key}"] = found.cpu()
-    if together and not together.leads:
+        if parameter in optimizer.state:  # a parameter without state is unchanged: no loss term has reached it
+            entries = {"weight": parameter.detach()} | optimizer.state[parameter]
+            for key, entry in entries.items():
+                tensor = group.gather(entry) if group else entry
+                if not group or group.leads:
+                    tensors[f"{name}/{key}"] = tensor.cpu()
+    if group and not group.leads:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
@@ -185,7 +186,7 @@ def _save(
 
 
 def _resume(
-    checkpoints: Checkpoints | None, parameters: Parameters, optimizer: Any, together: "ShardedGroup | None"
+    checkpoints: Checkpoints | None, parameters: Parameters, optimizer: Any, group: "ShardedGroup | None"
 ) -> list[dict[str, float]]:
     if not checkpoints or not checkpoints.file.exists():
         return []
@@ -193,14 +194,14 @@ def _resume(
         with safe_open(checkpoints.file, framework="pt") as file, torch.no_grad():
             for saved in file.keys():  # noqa: SIM118
                 name, _, key = saved.rpartition("/")
-                parameter, found = parameters[name], file.get_tensor(saved)
-                found = found.to(parameter.device)
-                if together and found.dim():
-                    found = together.part_of(found, parameter)
+                parameter, tensor = parameters[name], file.get_tensor(saved)
+                tensor = tensor.to(parameter.device)
+                if group and tensor.dim():
+                    tensor = group.shard(tensor, parameter)
                 if key == "weight":
-                    parameter.copy_(found)
+                    parameter.copy_(tensor)
                 else:
-                    optimizer.state[parameter][key] = found
+                    optimizer.state[parameter][key] = tensor
             curve: list[dict[str, float]] = json.loads(file.metadata()["curve"])
     except (SafetensorError, OSError) as error:
         raise StorageError(
@@ -211,7 +212,7 @@ def _resume(
 
 
 def micro_batches(rows: slice | list[int], windows: int) -> Iterator[slice | list[int]]:
-    """Cut the rows of a batch into parts of at most `windows` windows."""
+    """Split the rows of a batch into micro-batches of at most `windows` windows."""
     if isinstance(rows, slice):
         yield from (slice(start, min(start + windows, rows.stop)) for start in range(rows.start, rows.stop, windows))
     else:

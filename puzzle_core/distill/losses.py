@@ -1,4 +1,4 @@
-"""The losses of BLD and GKD and the divergence that scores use, all reduced in float32 or better.
+"""Losses of BLD and GKD, and the divergence that scores use; all are computed in float32 or better.
 
 Legend: B batch, T tokens, D hidden width, V vocabulary.
 """
@@ -19,12 +19,12 @@ def kl_per_token(parent_BTV: torch.Tensor, child_BTV: torch.Tensor) -> torch.Ten
 
 
 def kl_of_log_probabilities(parent_BTV: torch.Tensor, child_BTV: torch.Tensor) -> torch.Tensor:
-    """As `kl_per_token`, from log-probabilities."""
+    """KL(parent || child) per token in nats, (B, T), from log-probabilities."""
     return (parent_BTV.exp() * (parent_BTV - child_BTV)).sum(-1)
 
 
 def cosine_distance(parent_BTD: torch.Tensor, child_BTD: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of 1 - cos(h_child, h_parent)."""
+    """Mean over tokens of 1 - cos(h_child, h_parent), a scalar."""
     return 1 - F.cosine_similarity(child_BTD.float(), parent_BTD.float(), dim=-1).mean()
 
 

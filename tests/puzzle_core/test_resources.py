@@ -63,7 +63,10 @@ def test_scores(block, layer, plan, counted, activations):
 
 
 def test_gkd(plan, counted, parent, assemble, ids_NT):
-    teacher, child = load_parent(parent, torch.float32, CPU), load_child(assemble("llama", MIXED), torch.float32, CPU)
-    counts = counted(lambda: sum(loss_terms(teacher, child, ids_NT.long(), GkdSpec()).values()).backward())
+    parent_model, child = (
+        load_parent(parent, torch.float32, CPU),
+        load_child(assemble("llama", MIXED), torch.float32, CPU),
+    )
+    counts = counted(lambda: sum(loss_terms(parent_model, child, ids_NT.long(), GkdSpec()).values()).backward())
     expected = 96 * resources.gkd_flops(plan, Architecture.parse(MIXED), recompute=False)
     assert expected == pytest.approx(counts, rel=CLOSE)

@@ -1,4 +1,4 @@
-"""Processes that share GKD, started and followed: a lost one is told, none is left behind, errors keep their words."""
+"""Processes that share GKD: a lost one is reported, none keeps running, an error keeps its message."""
 
 import json
 import logging
@@ -47,12 +47,12 @@ def processes(file):
 
 
 def test_a_machine_with_another_parent_is_refused(request_of, tmp_path):
-    asked = request_of()
-    asked = asked.model_copy(update={"work": asked.work.model_copy(update={"parent": "another"})})
+    request = request_of()
+    request = request.model_copy(update={"work": request.work.model_copy(update={"parent": "another"})})
     with pytest.raises(
         ParentError, match=rf"its digest was another when the run started, and is {'[0-9a-f]' * 40} here"
     ):
-        launch(asked, Launch(processes=1), tmp_path / "request.json")
+        launch(request, Launch(processes=1), tmp_path / "request.json")
 
 
 class Cancelled(BaseException):
@@ -100,7 +100,7 @@ def test_an_error_keeps_its_words_from_process_to_run(request_of, tmp_path, monk
     for name, value in (alone | {"MASTER_PORT": 0}).items():
         monkeypatch.setenv(name, str(value))
     assert gkd_worker.main([str(file)]) == 1
-    told = [json.loads(line.removeprefix("puzzle-gkd ")) for line in capsys.readouterr().out.splitlines()]
-    assert told[0]["progress"]["step"] == 1
-    assert getattr(errors, told[-1]["error"]) is NonFiniteError
-    assert "GKD diverged" in told[-1]["message"]
+    messages = [json.loads(line.removeprefix("puzzle-gkd ")) for line in capsys.readouterr().out.splitlines()]
+    assert messages[0]["progress"]["step"] == 1
+    assert getattr(errors, messages[-1]["error"]) is NonFiniteError
+    assert "GKD diverged" in messages[-1]["message"]

@@ -1,6 +1,6 @@
-"""What each of two processes does for test_together.py: every case of cases.json, one after the other, by gloo.
+"""One of the two gloo processes of test_distributed.py: runs every case of cases.json in order.
 
-Started by torchrun. A case that is told to stop is interrupted in all processes after that step; `fault` is planted.
+torchrun starts it. A case with `stop` is interrupted in all processes after that step; one with `fault` plants a fault.
 """
 
 import json
@@ -11,7 +11,7 @@ import torch
 
 from puzzle_core.architecture import Architecture
 from puzzle_core.distill import gkd
-from puzzle_core.distill.distributed import ShardedGroup, joined
+from puzzle_core.distill.distributed import ShardedGroup, sharded_group
 from puzzle_core.distill.loop import Checkpoints
 from puzzle_core.errors import ArtifactError
 from puzzle_core.model.checkpoint import Checkpoint
@@ -33,11 +33,11 @@ def work_of(spec):
     )
 
 
-def same_rows_for_all(together, parts):
+def same_rows_for_all(group, parts):
     return [(parts[0], 1)]
 
 
-def do(case, together):
+def do(case, group):
     stop = case.get("stop")
 
     def interrupt(progress):
@@ -45,7 +45,7 @@ def do(case, together):
             raise KeyboardInterrupt
 
     out = Path(case["out"])
-    if together.leads:
+    if group.leads:
         out.mkdir()
     try:
         record = gkd.distil(
@@ -56,18 +56,18 @@ def do(case, together):
             out,
             Checkpoints(Path(case["checkpoint"]), 0) if "checkpoint" in case else None,
             interrupt,
-            together=together,
+            group=group,
         )
     except KeyboardInterrupt:
         return
-    if together.leads:
+    if group.leads:
         record.write(out / "record.json")
 
 
-def held(case, together):
-    """Entries of the child that this process holds, and all of them."""
+def held(case, group):
+    """Number of the child's weights that this process stores, and number of all its weights."""
     directory = Path(case["child"])
-    child = together.load(read_child_config(directory), Checkpoint(directory, ArtifactError), torch.float32)
+    child = group.load(read_child_config(directory), Checkpoint(directory, ArtifactError), torch.float32)
     parameters = list(child.parameters())
     return sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
 
@@ -75,11 +75,11 @@ def held(case, together):
 def main(place):
     torch.set_num_threads(1)
     share, cases = ShardedGroup.share, json.loads((place / "cases.json").read_text())
-    with joined() as together:
+    with sharded_group() as group:
         for case in cases:
             ShardedGroup.share = same_rows_for_all if case.get("fault") else share
-            do(case, together)
-        (place / f"held-{together.mesh.get_rank()}.json").write_text(json.dumps(held(cases[0], together)))
+            do(case, group)
+        (place / f"held-{group.mesh.get_rank()}.json").write_text(json.dumps(held(cases[0], group)))
 
 
 if __name__ == "__main__":
