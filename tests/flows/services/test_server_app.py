@@ -105,24 +105,27 @@ def get_client_of(api):
     return httpx.Client(base_url=api)
 
 
-@pytest.mark.parametrize("kind", ["moto", "prefect"])
-def test_servers_listen_on_loopback_alone(kind, tmp_path, prefect_server):
+def listening_processes(port):
+    """Addresses on which the process that listens on a port, and its children, accept connections."""
+    sockets = psutil.net_connections("inet")
+    (owner,) = {c.pid for c in sockets if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
+    processes = [psutil.Process(owner), *psutil.Process(owner).children(recursive=True)]
+    connections = [connection for process in processes for connection in process.net_connections("inet")]
+    return {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+
+
+def test_prefects_server_listens_on_loopback_alone(prefect_server):
+    assert listening_processes(port_of(prefect_server)) == {"127.0.0.1"}
+
+
+def test_the_s3_server_listens_on_loopback_alone(tmp_path):
+    pytest.importorskip("moto.server")
     from tests.s3_server import s3_server
 
-    def listening():
-        children = psutil.Process().children(recursive=True)
-        connections = [c for process in (psutil.Process(), *children) for c in process.net_connections("inet")]
-        return {c.laddr for c in connections if c.status == psutil.CONN_LISTEN}
-
-    if kind == "moto":
-        pytest.importorskip("moto.server")
-        with s3_server("moto", tmp_path) as server:
-            found = listening()
-            assert int(server.endpoint.rpartition(":")[2]) in {address.port for address in found}
-    else:
-        found = listening()
-        assert port_of(prefect_server) in {address.port for address in found}
-    assert {address.ip for address in found} <= {"127.0.0.1", "::1"}
+    with s3_server("moto", tmp_path) as server:
+        port = int(server.endpoint.rpartition(":")[2])
+        listening = {c.laddr for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        assert {address.ip for address in listening if address.port == port} == {"127.0.0.1"}
 
 
 def test_services_are_told_to_listen_on_loopback(tmp_path):
