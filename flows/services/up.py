@@ -95,11 +95,12 @@ def up(directory: Path, ports: Ports) -> None:
     started = services(directory, ports)
     end_orphaned_runs(f"sqlite:///{directory / TRACKING}")
     try:
-        for service in started[:-1]:
-            _start(service, directory, logs / f"{service.name}.log")
+        servers = [(service, _start(service, directory, logs)) for service in started[:-1]]
+        for service, process in servers:
+            _wait(service, process, logs)
         worker = started[-1]
         crash_orphans(worker.environment["PREFECT_API_URL"], deployments=True)
-        _start(worker, directory, logs / "worker.log")
+        _wait(worker, _start(worker, directory, logs), logs)
         _run(["prefect", "--no-prompt", "deploy", "--all"], worker.environment, directory, logs / "deploy.log")
         (directory / PREFECT_HOME / RUNNING).write_text(worker.environment["PREFECT_API_URL"])
     except BaseException:
@@ -135,9 +136,9 @@ def processes(directory: Path) -> dict[int, str]:
     return marked
 
 
-def _start(service: Service, directory: Path, output: Path) -> None:
-    with output.open("ab") as stream:
-        process = subprocess.Popen(
+def _start(service: Service, directory: Path, logs: Path) -> "subprocess.Popen[bytes]":
+    with _log_of(service, logs).open("ab") as stream:
+        return subprocess.Popen(
             service.command,
             cwd=directory,
             env=os.environ | service.environment | {MARK: str(directory)},
@@ -147,7 +148,11 @@ def _start(service: Service, directory: Path, output: Path) -> None:
             start_new_session=True,
             umask=-1 if WORKER_COMMAND in f"{' '.join(service.command)} " else 0o077,
         )
-    deadline = time.monotonic() + START_SECONDS
+
+
+def _wait(service: Service, process: "subprocess.Popen[bytes]", logs: Path) -> None:
+    """Wait until a service that was started is ready."""
+    output, deadline = _log_of(service, logs), time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         if _is_healthy(service.health):
             time.sleep(0.2)
@@ -156,6 +161,10 @@ def _start(service: Service, directory: Path, output: Path) -> None:
                 return
         time.sleep(0.2)
     raise PuzzleError(f"{service.name} did not start (exit code {process.poll()}); is its port taken? See {output}")
+
+
+def _log_of(service: Service, logs: Path) -> Path:
+    return logs / f"{service.name}.log"
 
 
 def _is_healthy(url: str) -> bool:
