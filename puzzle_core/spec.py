@@ -40,7 +40,9 @@ Throughput = Annotated[str, BeforeValidator(parse_throughput.check), Field(json_
 class ParentSpec(Record):
     """The parent model."""
 
-    path: str = Field(description="Directory or hub id of a Hugging Face causal LM of the Llama pattern")
+    path: str = Field(
+        description="Directory or hub id of a Hugging Face causal LM of the Llama pattern, or a GGUF file"
+    )
     revision: str | None = Field(None, description="Hub revision; ignored for a directory")
     allow_remote_code: str | None = Field(
         None,

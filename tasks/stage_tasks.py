@@ -269,7 +269,7 @@ def distil_child(work: GkdWork, run: TrackedRun, context: RunContext) -> str:
         if processes := context.launch:
             request = GkdRequest(
                 work=work,
-                parent=context.parent,
+                parent=context.readable_parent,
                 child_dir=str(child_dir.resolve()),
                 tokens_dir=str(tokens_dir.resolve()),
                 out_dir=str(out.resolve()),

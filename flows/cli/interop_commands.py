@@ -48,6 +48,24 @@ def import_puzzletron(
     sys.stdout.write("\n".join(lines) + "\n")
 
 
+@app.command(name="gguf")
+def import_gguf_file(
+    file: Annotated[ExistingFile, Parameter(help="A GGUF file of llama.cpp.")],
+    /,
+    *,
+    out: Annotated[Path, Parameter(metavar="DIR", help="The parent's directory: new, or empty.")],
+) -> None:
+    """Read a GGUF file, as a Hugging Face parent: config, weights, tokenizer, chat templates."""
+    from puzzle_core.gguf_import.import_gguf import import_gguf
+
+    record = import_gguf(file, out)
+    types = ", ".join(f"{count} {name}" for name, count in record.types.items())
+    sys.stdout.write(
+        f"{out}: {record.family}, {record.layers} layers, {record.parameters:,} parameters, {record.tokens:,} tokens; "
+        f"tensors of the file: {types}\n"
+    )
+
+
 @app.command(name="block-configs")
 def import_block_configs(
     config: Annotated[ExistingFile, Parameter(help="A config.json with block_configs.")],

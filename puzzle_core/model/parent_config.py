@@ -37,11 +37,13 @@ def fetch(spec: ParentSpec) -> Path:
     """The parent's directory; a hub id is downloaded first.
 
     Raises:
-        ParentError: the path is neither a directory nor a hub id, or the download failed.
+        ParentError: the path is a file, or neither a directory nor a hub id, or the download failed.
     """
     directory = Path(spec.path)
     if directory.is_dir():
         return directory.resolve()
+    if directory.is_file():
+        raise ParentError(f"parent.path {spec.path!r} is a file: import it first (`puzzle import gguf FILE --out DIR`)")
     if directory.is_absolute() or spec.path.startswith(".") or spec.path.count("/") != 1:
         raise ParentError(f"parent.path {spec.path!r} is neither a directory here nor a hub id like 'owner/name'")
     from huggingface_hub import snapshot_download

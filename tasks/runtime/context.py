@@ -82,7 +82,14 @@ class RunContext(Record):
 
     def open_parent(self) -> Parent:
         """The parent as its files are now, opened once per process until they change."""
-        return open_parent(self.parent)
+        return open_parent(self.parent, self.scratch)
+
+    @property
+    def readable_parent(self) -> ParentSpec:
+        """The parent as another process opens it: the directory that a GGUF file was imported into."""
+        if not Path(self.parent.path).is_file():
+            return self.parent
+        return self.parent.model_copy(update={"path": str(self.open_parent().directory)})
 
     def parent_of(self, digest: str) -> Parent:
         """The parent, where it is the one of this digest.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from puzzle_core.errors import DataError, ParentError, PuzzleError
 from puzzle_core.model.parent import Parent
-from puzzle_core.records import write_text_atomic
+from puzzle_core.records import digest_file, write_text_atomic
 from puzzle_core.text_sources import check_disjoint, digest_documents, read_documents, source_files
 
 Signature = tuple[tuple[str, tuple[int, int, int, int] | None], ...]
@@ -35,6 +35,15 @@ def parent_digest(parent: Parent, scratch: Path) -> str:
         return parent.digest
 
     return _cached(scratch / "parents", parent.weight_files, compute, ParentError)
+
+
+def file_digest(file: Path, scratch: Path) -> str:
+    """Hex SHA-256 of the content of a parent's file.
+
+    Raises:
+        ParentError: the file changes meanwhile.
+    """
+    return _cached(scratch / "parents", [file], lambda: digest_file(file), ParentError, "content")
 
 
 def texts_digest(sources: tuple[str, ...], scratch: Path) -> str:

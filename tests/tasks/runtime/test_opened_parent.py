@@ -8,12 +8,16 @@ import torch
 from safetensors.torch import load_file
 
 from puzzle_core.errors import DataError, ParentError, SpecError
+from puzzle_core.export.gguf_file import export_gguf
+from puzzle_core.export.source import Source
+from puzzle_core.gguf_import.import_gguf import import_gguf
 from puzzle_core.model.checkpoint import SINGLE
 from puzzle_core.model.parent import Parent
 from puzzle_core.spec import ParentSpec
 from puzzle_core.work import ImportanceRecord, ImportanceWork, TokensWork
 from tasks.runtime.digest_cache import parent_digest
 from tasks.runtime.named_inputs import read_named_costs, read_named_documents
+from tasks.runtime.opened_parent import hub_commit
 from tasks.runtime.produce import produce
 from tests.pico import edit_config, edit_tensors
 
@@ -155,3 +159,21 @@ def test_an_adapter_or_a_file_of_weights_with_another_name_is_refused(copy_of):
     (directory / "adapter_config.json").write_text("{}")
     with pytest.raises(ParentError, match=r"holds an adapter .*merge_and_unload"):
         Parent(ParentSpec(path=str(directory)))
+
+
+def test_a_gguf_file_is_a_parent_with_the_keys_of_its_import(context_of, checkpoint_of, tmp_path):
+    file, out = tmp_path / "model.gguf", tmp_path / "imported"
+    export_gguf(Source(checkpoint_of("tied")), file, "f32")
+    import_gguf(file, out)
+    context = context_of(file)
+    first = context.open_parent()
+    digests = [
+        (parent_digest(c.open_parent(), c.scratch), c.open_parent().tokenizer_digest)
+        for c in (context, context_of(out))
+    ]
+    assert digests[0] == digests[1]
+    assert context.open_parent() is context_of(file).open_parent()
+    assert Parent(context.readable_parent).directory == first.directory
+    assert hub_commit(context.parent, first) is None
+    export_gguf(Source(checkpoint_of("llama")), file, "f32")
+    assert parent_digest(context.open_parent(), context.scratch) != digests[0][0]

@@ -1,0 +1,116 @@
+"""The tensors of a GGUF file under Hugging Face's names, un-permuted and dequantised, one at a time.
+
+llama.cpp rotates neighbouring channels of queries and keys, transformers rotates channel i with channel i + d/2. So
+the rows of these projections are in another order in files of some architectures.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import ReaderTensor
+from gguf.quants import dequantize
+
+from puzzle_core.errors import ParentError
+from puzzle_core.gguf_import.gguf_config import FACTORS, known_architecture
+from puzzle_core.gguf_import.gguf_metadata import GgufFile
+
+FLOATS = {Kind.F64: torch.float64, Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+_INTEGERS = {Kind.I8, Kind.I16, Kind.I32, Kind.I64}
+_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GGUF_NAME = {name: part for part, name in _IN_LAYER.items()} | {name: part for part, name in _OUTSIDE.items()}
+
+
+class ImportedTensor(NamedTuple):
+    """A tensor to be written: name, shape and type, known before it is read, and the function that makes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+
+def imported_tensors(source: GgufFile, expected: dict[str, tuple[int, ...]], head_dim: int) -> list[ImportedTensor]:
+    """All tensors of a parent in the order of `expected`; float types are kept, quantised ones become float32.
+
+    Args:
+        source: the file.
+        expected: shapes by Hugging Face's names, from the config.
+        head_dim: channels per head.
+
+    Raises:
+        ParentError: the file lacks a tensor, holds others, or has another shape or type.
+    """
+    names = {gguf_name(name): name for name in expected}
+    missing = sorted(names.keys() - source.tensors.keys())
+    others = sorted(source.tensors.keys() - names.keys() - {FACTORS})
+    for found, what in (
+        (missing, "lacks {} tensors of its architecture"),
+        (others, "holds {} tensors of no place here"),
+    ):
+        if found:
+            raise ParentError(
+                f"{source.file} {what.format(len(found))}, the first being {found[0]!r}: convert the model again, or "
+                "fetch another file"
+            )
+    return [_imported(source, source.tensors[part], name, expected[name], head_dim) for part, name in names.items()]
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor: `blk.3.attn_q.weight` for `model.layers.3.self_attn.q_proj.weight`."""
+    stem, _, end = name.rpartition(".")
+    if stem.startswith("model.layers."):
+        _, _, layer, part = stem.split(".", 3)
+        return f"blk.{layer}.{_GGUF_NAME[part]}.{end}"
+    return f"{_GGUF_NAME[stem]}.{end}"
+
+
+def _imported(
+    source: GgufFile, tensor: ReaderTensor, name: str, shape: tuple[int, ...], head_dim: int
+) -> ImportedTensor:
+    found = tuple(int(size) for size in reversed(tensor.shape))
+    if found != shape:
+        raise ParentError(f"{source.file}: tensor {tensor.name!r} has shape {found}, its metadata ask for {shape}")
+    if tensor.tensor_type in _INTEGERS:
+        raise ParentError(f"{source.file}: tensor {tensor.name!r} is of type {tensor.tensor_type.name}, no weight")
+    turned = known_architecture(source).interleaved and ("self_attn.q_proj" in name or "self_attn.k_proj" in name)
+
+    def make() -> torch.Tensor:
+        values = _values(source, tensor).reshape(shape)
+        return halves(values, head_dim) if turned else values
+
+    return ImportedTensor(name, shape, FLOATS.get(tensor.tensor_type, torch.float32), make)
+
+
+def halves(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """The rows (H*d, ...) of every head, of which those in the order 0, d/2, 1, d/2 + 1 and so on are given."""
+    heads = rows.view(-1, head_dim // 2, 2, *rows.shape[1:])
+    return heads.transpose(1, 2).reshape(rows.shape)
+
+
+def _values(source: GgufFile, tensor: ReaderTensor) -> torch.Tensor:
+    """The values of a tensor as one row, in memory of its own."""
+    kind = tensor.tensor_type
+    if kind in FLOATS:
+        return torch.from_numpy(np.array(tensor.data).reshape(-1).view(np.uint8)).view(FLOATS[kind])
+    try:
+        return torch.from_numpy(np.ascontiguousarray(dequantize(tensor.data, kind), dtype=np.float32).reshape(-1))
+    except (NotImplementedError, KeyError) as error:
+        raise ParentError(
+            f"{source.file}: tensor {tensor.name!r} is of type {kind.name}, which the gguf package cannot dequantise"
+        ) from error

@@ -1,0 +1,71 @@
+"""Writes a safetensors checkpoint tensor by tensor, from shapes and types that are known before any value is.
+
+`write_checkpoint` keeps a shard in memory; here only the present tensor is. Format: eight bytes with the length of the
+header, the header as JSON, then the values (https://github.com/huggingface/safetensors).
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from puzzle_core.model.checkpoint import INDEX, MAX_SHARD_BYTES, SINGLE
+
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class StreamedTensor(NamedTuple):
+    """A tensor by name, shape, type, and the function that makes its values."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_streamed(directory: Path, tensors: Sequence[StreamedTensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write tensors in the given order, one in memory at a time: one file, or shards with an index."""
+    shards: list[list[StreamedTensor]] = [[]]
+    room = max_shard_bytes
+    for tensor in tensors:
+        if shards[-1] and tensor.size_bytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.size_bytes
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        _write_shard(directory / name, shard)
+    if count > 1:
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        metadata = {"total_size": sum(tensor.size_bytes for tensor in tensors)}
+        (directory / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1))
+
+
+def _write_shard(file: Path, tensors: list[StreamedTensor]) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.size_bytes
+        header[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("xb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            values = tensor.make()
+            assert (tuple(values.shape), values.dtype) == (tensor.shape, tensor.dtype), tensor.name
+            opened.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)
