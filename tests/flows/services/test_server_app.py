@@ -105,27 +105,30 @@ def get_client_of(api):
     return httpx.Client(base_url=api)
 
 
-def listening_processes(port):
-    """Addresses on which the process that listens on a port, and its children, accept connections."""
-    sockets = psutil.net_connections("inet")
-    (owner,) = {c.pid for c in sockets if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
-    processes = [psutil.Process(owner), *psutil.Process(owner).children(recursive=True)]
+def listening(processes):
+    """Addresses on which these processes accept connections."""
     connections = [connection for process in processes for connection in process.net_connections("inet")]
-    return {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+    return {connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN}
 
 
 def test_prefects_server_listens_on_loopback_alone(prefect_server):
-    assert listening_processes(port_of(prefect_server)) == {"127.0.0.1"}
+    children = psutil.Process().children(recursive=True)
+    port = port_of(prefect_server)
+    server = next(child for child in children if port in {address.port for address in listening([child])})
+    assert {address.ip for address in listening([server, *server.children(recursive=True)])} == {"127.0.0.1"}
 
 
 def test_the_s3_server_listens_on_loopback_alone(tmp_path):
+    """The server is a thread of this process, in which other tests may have left sockets open."""
     pytest.importorskip("moto.server")
     from tests.s3_server import s3_server
 
+    before = listening([psutil.Process()])
     with s3_server("moto", tmp_path) as server:
-        port = int(server.endpoint.rpartition(":")[2])
-        listening = {c.laddr for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-        assert {address.ip for address in listening if address.port == port} == {"127.0.0.1"}
+        opened = listening([psutil.Process()]) - before
+        assert {(address.ip, address.port) for address in opened} == {
+            ("127.0.0.1", int(server.endpoint.rpartition(":")[2]))
+        }
 
 
 def test_services_are_told_to_listen_on_loopback(tmp_path):
