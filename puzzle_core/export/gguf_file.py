@@ -35,8 +35,8 @@ KINDS: dict[GgufType, tuple[Kind, LlamaFileType]] = {
 STORED: dict[torch.dtype, GgufType] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 ARCHITECTURE = "deci"
 _BLOCK_ROW = 32
-_PROJECTIONS = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-_FFN = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+PROJECTIONS = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+FFN_PROJECTIONS = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 
 
 class _Rotary(NamedTuple):
@@ -190,7 +190,7 @@ def _attention_tensors(source: Source, subblock: PlacedSubblock) -> list[Written
     tensors = [source.tensor(f"{prefix}.{norm}.weight")._replace(name="attn_norm.weight")]
     if subblock.variant.row.linear_bias is not None:
         return [*tensors, source.tensor(f"{_linear(subblock)}.weight")._replace(name="attn_output.weight")]
-    for part, written in _PROJECTIONS.items():
+    for part, written in PROJECTIONS.items():
         for end in ("weight", "bias"):
             name = f"{prefix}.self_attn.{part}.{end}"
             if name in source.names:
@@ -204,7 +204,7 @@ def _ffn_tensors(source: Source, layer: LoweredLayer) -> list[WrittenTensor]:
         return _zero_ffn(source, layer.attention)
     prefix = f"model.layers.{layer.ffn.layer}"
     tensors = [source.tensor(f"{prefix}.post_attention_layernorm.weight")._replace(name="ffn_norm.weight")]
-    for part, written in _FFN.items():
+    for part, written in FFN_PROJECTIONS.items():
         for end in ("weight", "bias"):
             name = f"{prefix}.mlp.{part}.{end}"
             if name in source.names:

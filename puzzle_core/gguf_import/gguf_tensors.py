@@ -4,9 +4,6 @@ llama.cpp rotates neighbouring channels of queries and keys, transformers rotate
 the rows of these projections are in another order in files of some architectures.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -14,38 +11,27 @@ from gguf import ReaderTensor
 from gguf.quants import dequantize
 
 from puzzle_core.errors import ParentError
+from puzzle_core.export.gguf_file import FFN_PROJECTIONS, PROJECTIONS
 from puzzle_core.gguf_import.gguf_config import FACTORS, known_architecture
 from puzzle_core.gguf_import.gguf_metadata import GgufFile
+from puzzle_core.model.tensor_stream import StreamedTensor
 
 FLOATS = {Kind.F64: torch.float64, Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 _INTEGERS = {Kind.I8, Kind.I16, Kind.I32, Kind.I64}
-_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_IN_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+_GGUF_NAME = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    **{f"self_attn.{part}": name for part, name in PROJECTIONS.items()},
+    **{f"mlp.{part}": name for part, name in FFN_PROJECTIONS.items()},
 }
-_GGUF_NAME = {name: part for part, name in _IN_LAYER.items()} | {name: part for part, name in _OUTSIDE.items()}
 
 
-class ImportedTensor(NamedTuple):
-    """A tensor to be written: name, shape and type, known before it is read, and the function that makes it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
-
-
-def imported_tensors(source: GgufFile, expected: dict[str, tuple[int, ...]], head_dim: int) -> list[ImportedTensor]:
+def imported_tensors(source: GgufFile, expected: dict[str, tuple[int, ...]], head_dim: int) -> list[StreamedTensor]:
     """All tensors of a parent in the order of `expected`; float types are kept, quantised ones become float32.
 
     Args:
@@ -82,7 +68,7 @@ def gguf_name(name: str) -> str:
 
 def _imported(
     source: GgufFile, tensor: ReaderTensor, name: str, shape: tuple[int, ...], head_dim: int
-) -> ImportedTensor:
+) -> StreamedTensor:
     found = tuple(int(size) for size in reversed(tensor.shape))
     if found != shape:
         raise ParentError(f"{source.file}: tensor {tensor.name!r} has shape {found}, its metadata ask for {shape}")
@@ -94,7 +80,7 @@ def _imported(
         values = _values(source, tensor).reshape(shape)
         return halves(values, head_dim) if turned else values
 
-    return ImportedTensor(name, shape, FLOATS.get(tensor.tensor_type, torch.float32), make)
+    return StreamedTensor(name, shape, FLOATS.get(tensor.tensor_type, torch.float32), make)
 
 
 def halves(rows: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from puzzle_core.model.tokenizer import JSON_FILE, MORE_TEMPLATES, PLAIN_CLASS, 
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _ADDED = {TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN}
 _SAME_SPLIT = {
     "gpt-2": "phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum modern-bert mpt olmo jais",
@@ -94,9 +95,6 @@ def tokenizer_json(source: GgufFile, rows: int) -> tuple[dict[str, Any], dict[st
     content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts}
     content["post_processor"] = _post_processor(source, tokens, kind)
     return content, {name: text for name, text in special.items() if text is not None}
-
-
-_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
 def _tokens(source: GgufFile, rows: int) -> tuple[list[str], list[int]]:

@@ -17,7 +17,7 @@ from puzzle_core.gguf_import.gguf_vocabulary import write_tokenizer
 from puzzle_core.model.child_config import child_config
 from puzzle_core.model.parent import Parent, tensor_shapes
 from puzzle_core.model.parent_config import as_config_says, read_config, shape_of
-from puzzle_core.model.tensor_stream import StreamedTensor, write_streamed
+from puzzle_core.model.tensor_stream import write_streamed
 from puzzle_core.records import Record
 from puzzle_core.spec import ParentSpec
 
@@ -69,7 +69,7 @@ def _write(source: GgufFile, config: dict[str, Any], directory: Path) -> GgufImp
     _write_json(directory / "config.json", config | {"dtype": str(tensors[0].dtype).removeprefix("torch.")})
     tokens = write_tokenizer(source, config["vocab_size"], config["max_position_embeddings"], directory)
     _write_json(directory / "generation_config.json", _generation(source, config))
-    write_streamed(directory, [StreamedTensor(*tensor) for tensor in tensors])
+    write_streamed(directory, tensors)
     types = [tensor.tensor_type.name for tensor in source.tensors.values()]
     return GgufImportRecord(
         family=config["model_type"],

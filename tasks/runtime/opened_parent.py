@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from puzzle_core.errors import ParentError
-from puzzle_core.gguf_import.import_gguf import IMPORT_VERSION, import_gguf
 from puzzle_core.model.parent import Parent, source_files
 from puzzle_core.model.parent_config import fetch
 from puzzle_core.spec import ParentSpec
@@ -70,6 +69,8 @@ def _imported(file: Path, scratch: Path) -> Path:
     Raises:
         ParentError: the file cannot be imported, or changes meanwhile.
     """
+    from puzzle_core.gguf_import.import_gguf import import_gguf
+
     directory = _import_directory(file, scratch)
     with artifact_lock(f"import into {directory}"):
         if not directory.exists():
@@ -80,6 +81,8 @@ def _imported(file: Path, scratch: Path) -> Path:
 
 
 def _import_directory(file: Path, scratch: Path) -> Path:
+    from puzzle_core.gguf_import.import_gguf import IMPORT_VERSION  # not at the start of every process
+
     digest = file_digest(file, scratch)
     return (scratch / "imported" / f"{digest[:24]}-v{IMPORT_VERSION}").resolve()
 
