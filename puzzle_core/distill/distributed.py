@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -99,14 +100,23 @@ class ShardedGroup(NamedTuple):
 
 
 @contextlib.contextmanager
-def sharded_group() -> Iterator[ShardedGroup]:
-    """Join the process group of torchrun: NCCL with one process per GPU, or gloo on CPUs."""
+def sharded_group(store: Path | None = None) -> Iterator[ShardedGroup]:
+    """Join the process group of torchrun: NCCL with one process per GPU, or gloo on CPUs.
+
+    Args:
+        store: path of a file by which the processes of one machine meet; None: the TCP store of torchrun.
+    """
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     with on_device(device):
         if gpu:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if gpu else "gloo")
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            init_method="env://" if store is None else f"file://{store}",
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
         try:
             yield ShardedGroup(init_device_mesh(device.type, (dist.get_world_size(),)))
         finally:

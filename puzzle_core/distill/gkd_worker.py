@@ -19,7 +19,7 @@ from typing import Any
 from puzzle_core.device import available_cores, use_threads
 from puzzle_core.distill import gkd
 from puzzle_core.distill.distributed import sharded_group
-from puzzle_core.distill.launch import MESSAGE_PREFIX, GkdRequest, record_path
+from puzzle_core.distill.launch import MESSAGE_PREFIX, GkdRequest, record_path, store_path
 from puzzle_core.distill.loop import Checkpoints, Progress
 from puzzle_core.errors import ParentError, PuzzleError
 from puzzle_core.model.parent import Parent
@@ -35,21 +35,22 @@ def main(arguments: list[str]) -> int:
     file = Path(arguments[0])
     request = GkdRequest.read(file)
     try:
-        _distil(request, record_path(file))
+        _distil(request, file)
     except PuzzleError as error:
         send(error=type(error).__name__, message=str(error))
         return 1
     return 0
 
 
-def _distil(request: GkdRequest, record_file: Path) -> None:
+def _distil(request: GkdRequest, file: Path) -> None:
     def report(progress: Progress) -> None:
         send(progress=progress._asdict())
 
     parent = Parent(request.parent)
     if os.environ["LOCAL_RANK"] == "0":
         _check_parent(parent, request.work.parent)
-    with sharded_group() as group:
+    one_machine = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+    with sharded_group(store_path(file) if one_machine else None) as group:
         record = gkd.distil(
             request.work,
             parent,
@@ -61,7 +62,7 @@ def _distil(request: GkdRequest, record_file: Path) -> None:
             group=group,
         )
         if group.leads:
-            record.write(record_file)
+            record.write(record_path(file))
 
 
 def _check_parent(parent: Parent, digest: str) -> None:

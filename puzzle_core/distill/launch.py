@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,8 +48,17 @@ def record_path(request: Path) -> Path:
     return request.with_suffix(".record.json")
 
 
+def store_path(request: Path) -> Path:
+    """The file by which the processes of one machine find each other."""
+    return request.with_suffix(".store")
+
+
 class Launch(Record):
-    """Number of processes per machine, number of machines, and their rendezvous (`host:port` of the first machine)."""
+    """Number of processes per machine, number of machines, and their rendezvous (`host:port` of the first machine).
+
+    Processes of one machine meet over files and talk over the loopback interface: PyTorch's TCP store would accept
+    connections on every interface.
+    """
 
     processes: int
     machines: int = 1
@@ -56,12 +66,28 @@ class Launch(Record):
 
     def command(self, request: Path) -> list[str]:
         """The command that each machine runs."""
-        rendezvous = ["--nnodes", str(self.machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", str(self.rendezvous)]
+        endpoint = [str(self.rendezvous)]
+        if self.machines == 1:
+            endpoint = [str(_rendezvous_path(request)), "--rdzv-conf", "store_type=file"]
         return [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.processes)),
-            *([*rendezvous, "--rdzv-id", request.stem] if self.machines > 1 else ["--standalone"]),
+            *("--nnodes", str(self.machines), "--rdzv-backend", "c10d", "--rdzv-id", request.stem),
+            *("--rdzv-endpoint", *endpoint),
             *("-m", "puzzle_core.distill.gkd_worker", str(request)),
         ]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that keep the processes of one machine off the network."""
+        if self.machines > 1:
+            return {}
+        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+        interfaces = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
+        return interfaces | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def _rendezvous_path(request: Path) -> Path:
+    return request.with_suffix(".rendezvous")
 
 
 def launch(
@@ -84,13 +110,14 @@ def launch(
         LostProcessError: the processes ended without a record; the message has the last lines of their log.
     """
     request.write(file)
-    record_path(file).unlink(missing_ok=True)
+    for earlier in (record_path(file), store_path(file), _rendezvous_path(file)):
+        earlier.unlink(missing_ok=True)
     command, log_file = layout.command(file), file.with_suffix(".log")
     if layout.machines > 1:
         log.info("waiting for %d more machines to run: %s", layout.machines - 1, " ".join(command))
     with (
         log_file.open("w") as output,
-        _running(command, environment or {}, output) as process,
+        _running(command, layout.environment | (environment or {}), output) as process,
         log_file.open() as lines,
     ):
         while True:

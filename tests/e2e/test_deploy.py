@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -20,6 +21,7 @@ from flows.permissions import ALLOWED
 from flows.services.prefect_server import PREFECT_HOME, free_port, running_api
 from flows.services.up import Ports, processes, services
 from puzzle_core.spec import parse_spec
+from tests.sockets import listening
 from tests.workflow import artifacts, check_whole, merged, of_stage, placed, publish_costs
 
 ROOT = Path(__file__).parents[2]
@@ -169,24 +171,6 @@ def values(up, content, tmp_path):
     return found
 
 
-def listening(pids):
-    """Addresses on which processes accept connections, as the kernel has them."""
-    sockets = set()
-    for pid in pids:
-        for file in Path(f"/proc/{pid}/fd").glob("*"):
-            try:
-                sockets.add(os.readlink(file))
-            except OSError:
-                continue
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
-                found.add((table, *fields[1].split(":")))
-    return found
-
-
 def test_one_command_starts_everything_on_loopback_only(up):
     assert up.said.count("http://127.0.0.1:") == 2
     for service in services(up.place, up.ports):
@@ -195,9 +179,9 @@ def test_one_command_starts_everything_on_loopback_only(up):
     for port in up.ports:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as page:
             assert b"<html" in page.read().lower()
-    found = listening(processes(up.place))
-    assert {int(port, 16) for _, _, port in found} >= set(up.ports)
-    assert {(table, address) for table, address, _ in found} == {("tcp", "0100007F")}
+    opened = listening(map(psutil.Process, processes(up.place)))
+    assert {address.port for address in opened} >= set(up.ports)
+    assert {address.ip for address in opened} == {"127.0.0.1"}
 
 
 def test_every_flow_is_there_to_be_started(up):

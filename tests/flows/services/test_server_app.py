@@ -15,6 +15,7 @@ from prefect.client.orchestration import get_client
 from flows.cli.main import bypass_proxy
 from flows.services.prefect_server import free_port, own_server
 from flows.services.up import Ports, services
+from tests.sockets import listening
 
 
 def ask(api, path, body=None, **headers):
@@ -103,12 +104,6 @@ def get_client_of(api):
     import httpx
 
     return httpx.Client(base_url=api)
-
-
-def listening(processes):
-    """Addresses on which these processes accept connections."""
-    connections = [connection for process in processes for connection in process.net_connections("inet")]
-    return {connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN}
 
 
 def test_prefects_server_listens_on_loopback_alone(prefect_server):

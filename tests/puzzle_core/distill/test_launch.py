@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from puzzle_core import errors
@@ -16,6 +17,7 @@ from puzzle_core.errors import LostProcessError, NonFiniteError, ParentError
 from puzzle_core.spec import ParentSpec
 from tests.conftest import MIXED
 from tests.puzzle_core.distill.two_processes import work_of
+from tests.sockets import listening
 
 
 @pytest.fixture
@@ -75,11 +77,14 @@ def test_a_lost_process_ends_all_and_a_cancelled_run_too_and_the_checkpoint_stay
         if progress.step == 3:
             *workers, _torchrun = processes(file)
             assert len(workers) == 2
+            opened = listening(map(psutil.Process, processes(file)))
+            assert {address.ip for address in opened} == {"127.0.0.1"}
             os.kill(workers[-1], signal.SIGKILL)
 
     def cancel(progress):
         steps.append(progress.step)
         assert len(processes(file)) == 2
+        assert {address.ip for address in listening(map(psutil.Process, processes(file)))} <= {"127.0.0.1"}
         raise Cancelled
 
     with pytest.raises(LostProcessError, match=r"(?s)SIGKILL.*run again to go on from the last checkpoint"):
