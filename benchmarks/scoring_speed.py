@@ -28,7 +28,7 @@ from benchmarks.parents import capture, open_parent, random_parent
 from benchmarks.rounds import ratio, take_turns
 from puzzle_core import scoring
 from puzzle_core.architecture import BlockVariant, Variant
-from puzzle_core.distill.losses import kl_of_log_probabilities
+from puzzle_core.distill.losses import kl_divergence
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.child import load_parent
 from puzzle_core.model.parent import Parent
@@ -84,9 +84,9 @@ def full_pass(
     few = max(1, scoring.COMPARED_TOKENS // ids_NT.shape[1])
     for rows in (slice(first, first + few) for first in range(0, len(ids_NT), few)):
         ids_BT = ids_NT[rows].long().to(device)
-        parent_BTV = activations.log_probabilities(rows).to(device)
+        parent_BTV = activations.predictions(rows)(slice(None)).unflatten(0, ids_BT.shape)
         child_BTV = model(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
-        kl += kl_of_log_probabilities(parent_BTV, child_BTV).sum(dtype=torch.float64).item()
+        kl += kl_divergence(parent_BTV, child_BTV).sum(dtype=torch.float64).item()
         following_BT1 = ids_BT[:, 1:, None]
         lost = parent_BTV[:, :-1].gather(-1, following_BT1) - child_BTV[:, :-1].gather(-1, following_BT1)
         loss_increase += lost.sum(dtype=torch.float64).item()

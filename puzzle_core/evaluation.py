@@ -1,6 +1,6 @@
 """Comparison of child and parent on held-out text: KL, perplexity, top-1 accuracy and agreement (METHOD section 7).
 
-Legend: N windows, B batch, T tokens, V vocabulary.
+Legend: N windows, B batch, T tokens, C tokens of a chunk, D hidden width, V vocabulary.
 """
 
 import importlib.util
@@ -12,11 +12,12 @@ import torch
 
 from puzzle_core.data import read_windows
 from puzzle_core.device import default_device
-from puzzle_core.distill.losses import kl_per_token, next_token_loss
+from puzzle_core.distill.losses import kl_divergence, next_token_loss
 from puzzle_core.errors import NonFiniteError, SpecError
 from puzzle_core.model.activations import FORWARD_TOKENS
 from puzzle_core.model.child import load_child, load_parent
 from puzzle_core.model.parent import Parent
+from puzzle_core.model.predictions import from_states, per_token
 from puzzle_core.work import EvaluateWork, EvaluationRecord
 
 
@@ -35,13 +36,15 @@ def evaluate(work: EvaluateWork, parent: Parent, child_dir: Path | None, tokens_
     kl = loss = correct = agreed = 0.0
     for batch in torch.split(windows_NT, max(1, FORWARD_TOKENS // windows_NT.shape[1])):
         ids_BT = batch.long().to(device)
-        parent_BTV = reference(input_ids=ids_BT).logits
-        child_BTV = parent_BTV if model is reference else model(input_ids=ids_BT).logits
-        kl += kl_per_token(parent_BTV, child_BTV).sum(dtype=torch.float64).item()
-        loss += next_token_loss(child_BTV, ids_BT).sum(dtype=torch.float64).item()
-        predicted_BT = child_BTV.argmax(-1)
-        correct += (predicted_BT[:, :-1] == ids_BT[:, 1:]).sum().item()
-        agreed += (predicted_BT == parent_BTV.argmax(-1)).sum().item()
+        parent_BTD = reference.model(input_ids=ids_BT).last_hidden_state
+        child_BTD = parent_BTD if model is reference else model.model(input_ids=ids_BT).last_hidden_state
+        kl_BT, loss_BT, correct_BT, agreed_BT = per_token(
+            _comparison, from_states(reference, parent_BTD), model, child_BTD, ids_BT
+        )
+        kl += kl_BT.sum(dtype=torch.float64).item()
+        loss += loss_BT[:, :-1].sum(dtype=torch.float64).item()
+        correct += correct_BT[:, :-1].sum().item()
+        agreed += agreed_BT.sum().item()
     tokens, predictions = windows_NT.numel(), windows_NT.numel() - len(windows_NT)
     if not math.isfinite(kl + loss):
         raise NonFiniteError(f"evaluation of {work.child or 'the parent'} gave a loss of {loss} and a KL of {kl}")
@@ -53,6 +56,17 @@ def evaluate(work: EvaluateWork, parent: Parent, child_dir: Path | None, tokens_
         top1_agreement=agreed / tokens,
         tokens=tokens,
         lm_eval=run_lm_eval(model, parent.tokenizer(), work.lm_eval_tasks) if work.lm_eval_tasks else {},
+    )
+
+
+def _comparison(parent_CV: torch.Tensor, child_CV: torch.Tensor, following_C: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """KL, next-token loss, and whether the child's first choice follows and is the parent's first choice."""
+    choice_C = child_CV.argmax(-1)
+    return (
+        kl_divergence(parent_CV, child_CV),
+        next_token_loss(child_CV, following_C),
+        choice_C == following_C,
+        choice_C == parent_CV.argmax(-1),
     )
 
 

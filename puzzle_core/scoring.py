@@ -8,7 +8,7 @@ model.
 
 An iterated search replaces one block of a child instead of the parent. The result is still compared with the parent.
 
-Legend: N windows, B batch, T tokens, D hidden width, V vocabulary.
+Legend: N windows, B batch, T tokens, C tokens of a chunk, D hidden width, V vocabulary.
 """
 
 import math
@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from puzzle_core.distill.losses import kl_of_log_probabilities
+from puzzle_core.distill.losses import kl_divergence, next_token_loss
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import FORWARD_TOKENS, Activations
+from puzzle_core.model.predictions import per_token
 from puzzle_core.model.surgery import Subblocks, load_subblocks
 from puzzle_core.state_dict import State
 from puzzle_core.work import ScoreRecord, ScoreWork
@@ -73,13 +74,24 @@ class _TokenComparison:
 
     def add(self, activations: Activations, rows: slice, final_BTD: torch.Tensor) -> None:
         """Compare the predictions from the last layer's output with the parent's, and add the results to the sums."""
-        parent_BTV = activations.log_probabilities(rows).to(final_BTD.device)
-        child_BTV = activations.log_softmax(final_BTD)
-        following_BT1 = activations.ids_NT[rows, 1:, None].long().to(final_BTD.device)
-        self.kl += kl_of_log_probabilities(parent_BTV, child_BTV).sum(dtype=torch.float64).item()
-        increase_BT1 = parent_BTV[:, :-1].gather(-1, following_BT1) - child_BTV[:, :-1].gather(-1, following_BT1)
-        self.loss_increase += increase_BT1.sum(dtype=torch.float64).item()
-        self.agreed += (parent_BTV.argmax(-1) == child_BTV.argmax(-1)).sum().item()
+        outside, ids_BT = activations.outside(), activations.ids_NT[rows].long().to(final_BTD.device)
+        kl_BT, increase_BT, agreed_BT = per_token(
+            _differences, activations.predictions(rows), outside, outside.model.norm(final_BTD), ids_BT
+        )
+        self.kl += kl_BT.sum(dtype=torch.float64).item()
+        self.loss_increase += increase_BT[:, :-1].sum(dtype=torch.float64).item()
+        self.agreed += agreed_BT.sum().item()
+
+
+def _differences(
+    parent_CV: torch.Tensor, child_CV: torch.Tensor, following_C: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """KL, the increase of the next-token loss, and whether both have the same first choice."""
+    return (
+        kl_divergence(parent_CV, child_CV),
+        next_token_loss(child_CV, following_C) - next_token_loss(parent_CV, following_C),
+        parent_CV.argmax(-1) == child_CV.argmax(-1),
+    )
 
 
 def _record(work: ScoreWork, activations: Activations, comparison: _TokenComparison) -> ScoreRecord:

@@ -32,7 +32,7 @@ from puzzle_core.device import use_threads
 from puzzle_core.formats.block_configs import block_config
 from puzzle_core.model.child import random_child
 from puzzle_core.model.child_config import child_config
-from puzzle_core.model.parent import Parent, build_model, served_as, torch_dtype
+from puzzle_core.model.parent import Parent, random_model, served_as, torch_dtype
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.sizes import DTYPE_BYTES, variant_size
 from puzzle_core.target import TargetSpec
@@ -110,7 +110,7 @@ def bench_models(request: BenchRequest, report: Callable[[str], None]) -> BenchT
     device, dtype, models = target_device(request.target), torch_dtype(request.target.dtype), {}
     for name, source in request.sources.items():
         blocks = [block_config(block) for block in source.architecture.layers]
-        model = build_model(child_config(source.config, blocks), None)
+        model = random_model(child_config(source.config, blocks))
         models[name] = served_as(model, dtype, device).requires_grad_(False)
     rounds = []
     for traffic in request.traffics:

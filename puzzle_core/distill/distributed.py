@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as recompute_activations
 
 from puzzle_core.device import default_device, on_device
 from puzzle_core.model.checkpoint import Checkpoint
-from puzzle_core.model.parent import empty_model, tensor_shapes
+from puzzle_core.model.parent import empty_model, fill, tensor_shapes
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 
@@ -75,6 +74,8 @@ class ShardedGroup(NamedTuple):
     def load(self, config: PuzzleConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> PuzzleForCausalLM:
         """Load a sharded model in evaluation mode; each process reads one tensor at a time and keeps its shard.
 
+        What lies outside the blocks stays gathered after a forward pass, because losses apply the head to its result.
+
         Raises:
             ArtifactError: the checkpoint's tensors differ from those that its config requires.
         """
@@ -83,19 +84,17 @@ class ShardedGroup(NamedTuple):
         for block in model.model.layers:
             block.forward = partial(recompute_activations, block.forward, use_reentrant=False)
         for module in (*model.model.layers, model):
-            sharded = fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+            sharded = fully_shard(module, mesh=self.mesh, reshard_after_forward=module is not model)
             assert isinstance(sharded, FSDPModule)
             sharded.set_gradient_divide_factor(1.0)  # gradients are summed: the loss terms already have their weights
             sharded.set_force_sum_reduction_for_comms(True)
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config.parent()).to(device)
-        empty_tensors, state = model.state_dict(), dict[str, nn.Parameter]()
-        for name in checkpoint.headers:
-            like = empty_tensors.get(name)
-            tensor = checkpoint.tensor(name).to(dtype)
-            state[name] = nn.Parameter(tensor if like is None else self.shard(tensor.to(device), like))
-        if config.tie_word_embeddings:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        model.load_state_dict(state, assign=True)
+        placeholders = model.state_dict()
+
+        def place(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            tensor = tensor.to(dtype).to(device)
+            return self.shard(tensor, placeholders[name]) if name in placeholders else tensor
+
+        fill(model, config, checkpoint, checkpoint.headers, device, place)
         return model
 
 

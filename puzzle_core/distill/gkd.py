@@ -20,12 +20,13 @@ import torch
 from puzzle_core.data import batch_rows, read_windows
 from puzzle_core.device import default_device
 from puzzle_core.distill.loop import Checkpoints, MicroBatch, Progress, micro_batches, train
-from puzzle_core.distill.losses import cosine_distance, kl_per_token, next_token_loss
+from puzzle_core.distill.losses import cosine_distance, kl_divergence, next_token_loss
 from puzzle_core.errors import ArtifactError
 from puzzle_core.model.checkpoint import Checkpoint, write_checkpoint
 from puzzle_core.model.child import load_child, load_parent, write_description
 from puzzle_core.model.child_config import read_child_config
 from puzzle_core.model.parent import Parent, torch_dtype
+from puzzle_core.model.predictions import Chunk, from_states, per_token
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.spec import GkdSpec
 from puzzle_core.work import GkdRecord, GkdWork
@@ -111,15 +112,31 @@ def loss_terms(
     parent_model: PuzzleForCausalLM, child: PuzzleForCausalLM, ids_BT: torch.Tensor, spec: GkdSpec
 ) -> dict[str, torch.Tensor]:
     """Compute the weighted loss terms of one batch, each a scalar; a term of weight 0 is skipped."""
+    no_logits = torch.empty(0, dtype=torch.long, device=ids_BT.device)
     with torch.no_grad():
-        target = parent_model(input_ids=ids_BT, output_hidden_states=bool(spec.cosine_weight))
-    output = child(input_ids=ids_BT, output_hidden_states=bool(spec.cosine_weight))
+        target = parent_model(input_ids=ids_BT, output_hidden_states=True, logits_to_keep=no_logits)
+    output = child(input_ids=ids_BT, output_hidden_states=True, logits_to_keep=no_logits)
     terms: dict[str, torch.Tensor] = {}
     if spec.cosine_weight:
         pairs = zip(target.hidden_states, output.hidden_states, strict=True)
         terms["cosine"] = spec.cosine_weight * torch.stack([cosine_distance(p, c) for p, c in pairs]).sum()
-    if spec.kl_weight:
-        terms["kl"] = spec.kl_weight * kl_per_token(target.logits, output.logits).mean()
-    if spec.lm_weight:
-        terms["lm"] = spec.lm_weight * next_token_loss(output.logits, ids_BT).mean()
+    if spec.kl_weight or spec.lm_weight:
+        target_BTD, output_BTD = (
+            m.model.norm(o.hidden_states[-1]) for m, o in ((parent_model, target), (child, output))
+        )
+        terms |= _prediction_terms(from_states(parent_model, target_BTD), child, output_BTD, ids_BT, spec)
     return terms
+
+
+def _prediction_terms(
+    parent: Chunk, child: PuzzleForCausalLM, normalised_BTD: torch.Tensor, ids_BT: torch.Tensor, spec: GkdSpec
+) -> dict[str, torch.Tensor]:
+    """The loss terms of next-token distributions."""
+
+    def measure(parent_CV: torch.Tensor, child_CV: torch.Tensor, following_C: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        kl = (kl_divergence(parent_CV, child_CV),) if spec.kl_weight else ()
+        return (*kl, next_token_loss(child_CV, following_C)) if spec.lm_weight else kl
+
+    values = iter(per_token(measure, parent, child, normalised_BTD, ids_BT))
+    terms = {"kl": spec.kl_weight * next(values).mean()} if spec.kl_weight else {}
+    return terms | ({"lm": spec.lm_weight * next(values)[:, :-1].mean()} if spec.lm_weight else {})

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -95,7 +95,7 @@ def train(
             if group:
                 terms = _accumulate_sharded(losses_of_step(step), group)
             else:
-                terms = _accumulate(parameters, losses_of_step(step), threads, pool.map if threads > 1 else map)
+                terms = _accumulate(parameters, losses_of_step(step), threads, pool)
             total = sum(terms.values())
             if not math.isfinite(total):
                 raise NonFiniteError(
@@ -117,24 +117,36 @@ def train(
 
 
 def _accumulate(
-    parameters: Parameters, micro_batches: list[MicroBatch], parallel: int, map_function: Callable[..., Iterable[Any]]
+    parameters: Parameters, micro_batches: list[MicroBatch], parallel: int, pool: ThreadPoolExecutor
 ) -> dict[str, float]:
-    """Set all gradients to their sum over micro-batches, `parallel` of them at a time; return the summed loss terms."""
+    """Set all gradients to their sum over micro-batches, `parallel` of them at a time; return the summed loss terms.
+
+    One at a time adds to the gradients in place. More at a time need a set of gradients each, which are added in order.
+    """
     trained, terms = list(parameters.values()), dict[str, float]()
 
-    def compute(micro_batch: MicroBatch) -> tuple[dict[str, float], tuple[torch.Tensor | None, ...]]:
+    def add_losses(losses: dict[str, torch.Tensor]) -> None:
+        for name, loss in losses.items():
+            terms[name] = terms.get(name, 0.0) + loss.item()
+
+    def compute(micro_batch: MicroBatch) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor | None, ...]]:
         losses = micro_batch()
         gradients = torch.autograd.grad(torch.stack(list(losses.values())).sum(), trained, allow_unused=True)
-        return {name: loss.item() for name, loss in losses.items()}, gradients
+        return {name: loss.detach() for name, loss in losses.items()}, gradients
 
+    if parallel == 1:
+        for micro_batch in micro_batches:
+            losses = micro_batch()
+            torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+            add_losses(losses)
+        return terms
     for start in range(0, len(micro_batches), parallel):
-        for losses, gradients in map_function(compute, micro_batches[start : start + parallel]):
+        for losses, gradients in pool.map(compute, micro_batches[start : start + parallel]):
             for parameter, gradient in zip(trained, gradients, strict=True):
                 if gradient is not None:  # a parameter that no loss term reaches must not decay
                     total = parameter.grad  # cloned below: autograd may return one tensor for two parameters, or a view
                     parameter.grad = gradient.clone() if total is None else total.add_(gradient)
-            for name, loss in losses.items():
-                terms[name] = terms.get(name, 0.0) + loss
+            add_losses(losses)
     return terms
 
 

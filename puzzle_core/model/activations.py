@@ -19,6 +19,8 @@ import torch
 from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import StorageError
 from puzzle_core.model.parent import Parent
+from puzzle_core.model.predictions import Chunk, chunks, from_states
+from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.model.surgery import Subblocks, load_subblocks
 from puzzle_core.sizes import LARGEST_LOG_PROBABILITIES_BYTES
 from puzzle_core.state_dict import State
@@ -61,7 +63,7 @@ class Activations:
     @torch.no_grad()
     def capture_embedding(self) -> None:
         """Embed the tokens, which gives `layer-input-0`."""
-        outside = self.parent.outside(self.dtype, self.device)
+        outside = self.outside()
         with _Writer(self, _layer_input_name(0)) as embedded:
             for rows in self.batches():
                 embedded.put(rows, outside.model.embed(self.ids_NT[rows].long().to(self.device)))
@@ -92,22 +94,25 @@ class Activations:
         """Store the parent's next-token log-probabilities if they take at most LARGEST_LOG_PROBABILITIES_BYTES."""
         if self._path(LOG_PROBABILITIES).exists() or self.log_probability_bytes() > LARGEST_LOG_PROBABILITIES_BYTES:
             return
-        with _Writer(self, LOG_PROBABILITIES, self.parent.shape.vocabulary, torch.float32) as stored:
+        vocabulary = self.parent.shape.vocabulary
+        with _Writer(self, LOG_PROBABILITIES, vocabulary, torch.float32) as stored:
             for rows in self.batches():
-                stored.put(rows, self.log_probabilities(rows))
+                predicted = self.predictions(rows)
+                for part in chunks(self.ids_NT[rows].numel(), vocabulary, self.device):
+                    stored.put_tokens(rows, part, predicted(part))
 
-    def log_probabilities(self, rows: slice) -> torch.Tensor:
-        """The parent's next-token log-probabilities, float32 (B, T, V): read if they are stored, else computed."""
+    def predictions(self, rows: slice) -> Chunk:
+        """The parent's next-token log-probabilities of these windows: read if they are stored, else computed."""
         if self._path(LOG_PROBABILITIES).exists():
             shape = (*self.ids_NT.shape, self.parent.shape.vocabulary)
-            return _map(self._path(LOG_PROBABILITIES), shape, torch.float32, writable=False)[rows]
-        return self.log_softmax(self.layer_input(self.parent.shape.layers)[rows].to(self.device))
+            stored_NV = _map(self._path(LOG_PROBABILITIES), shape, torch.float32, writable=False)[rows].flatten(0, 1)
+            return lambda part: stored_NV[part].to(self.device)
+        outside, final_BTD = self.outside(), self.layer_input(self.parent.shape.layers)[rows].to(self.device)
+        return from_states(outside, outside.model.norm(final_BTD))
 
-    def log_softmax(self, final_BTD: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities, float32 (B, T, V), of what leaves the last layer."""
-        outside = self.parent.outside(self.dtype, self.device)
-        logits: torch.Tensor = outside.head(outside.model.norm(final_BTD))
-        return logits.float().log_softmax(-1)
+    def outside(self) -> PuzzleForCausalLM:
+        """What lies outside the parent's blocks."""
+        return self.parent.outside(self.dtype, self.device)
 
     def log_probability_bytes(self) -> int:
         """Size of the log-probabilities of all tokens."""
@@ -159,8 +164,8 @@ class ChildActivations(Activations):
     def attention(self, layer: int) -> Variant:
         return self._architecture.layers[layer].attention
 
-    def log_probabilities(self, rows: slice) -> torch.Tensor:
-        return self._parents.log_probabilities(rows)
+    def predictions(self, rows: slice) -> Chunk:
+        return self._parents.predictions(rows)
 
 
 def block_context(parent: Parent, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -207,6 +212,10 @@ class _Writer:
 
     def put(self, rows: slice, states: torch.Tensor) -> None:
         self._mapped[rows] = states.to(device="cpu", dtype=self._dtype)
+
+    def put_tokens(self, rows: slice, part: slice, values: torch.Tensor) -> None:
+        """Write some tokens of these windows, which are counted through all of them."""
+        self._mapped[rows].flatten(0, 1)[part] = values.to(device="cpu", dtype=self._dtype)
 
     def __exit__(self, failed: object, *_: object) -> None:
         del self._mapped

@@ -18,7 +18,7 @@ from puzzle_core.families.family import FAMILIES
 from puzzle_core.model import remote
 from puzzle_core.model.checkpoint import Checkpoint, write_checkpoint
 from puzzle_core.model.child_config import read_child_config
-from puzzle_core.model.parent import Parent, build_model, served_as, torch_dtype
+from puzzle_core.model.parent import Parent, load_model, random_model, served_as, torch_dtype
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.model.tokenizer import copy_tokenizer
@@ -74,21 +74,20 @@ def load_child(directory: Path, dtype: torch.dtype, device: torch.device) -> Puz
         ArtifactError: the tensors are not those that the config asks for.
     """
     checkpoint = Checkpoint(directory, ArtifactError)
-    model = build_model(read_child_config(directory), checkpoint, checkpoint.headers)
-    return served_as(model, dtype, device)
+    return load_model(read_child_config(directory), checkpoint, checkpoint.headers, dtype, device)
 
 
 def load_parent(parent: Parent, dtype: torch.dtype, device: torch.device) -> PuzzleForCausalLM:
     """The whole parent as a frozen module of the same class, for the stages that run all layers."""
-    model = build_model(parent.puzzle_config(), parent.checkpoint, parent.checkpoint.headers)
-    return served_as(model, dtype, device).requires_grad_(False)
+    model = load_model(parent.puzzle_config(), parent.checkpoint, parent.checkpoint.headers, dtype, device)
+    return model.requires_grad_(False)
 
 
 def random_child(
     parent: Parent, architecture: Architecture, dtype: torch.dtype, device: torch.device
 ) -> PuzzleForCausalLM:
     """A frozen model of this architecture with random weights, for measuring speed."""
-    model = build_model(parent.puzzle_config(architecture), None)
+    model = random_model(parent.puzzle_config(architecture))
     return served_as(model, dtype, device).requires_grad_(False)
 
 

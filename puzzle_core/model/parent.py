@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -158,25 +158,25 @@ class Parent:
 
     def block(self, layer: int, dtype: torch.dtype, device: torch.device) -> PuzzleBlock:
         """One layer, frozen, from a bounded cache."""
-        module = self._cached(f"layer {layer}", dtype, device, lambda: self._load_block(layer))
+        module = self._cached(f"layer {layer}", dtype, device, lambda: self._load_block(layer, dtype, device))
         assert isinstance(module, PuzzleBlock)
         return module
 
     def outside(self, dtype: torch.dtype, device: torch.device) -> PuzzleForCausalLM:
         """What lies outside the blocks: a causal LM without layers (embedding, rotary, final norm, head)."""
-        module = self._cached("outside", dtype, device, self._load_outside)
+        module = self._cached("outside", dtype, device, lambda: self._load_outside(dtype, device))
         assert isinstance(module, PuzzleForCausalLM)
         return module
 
-    def _load_block(self, layer: int) -> PuzzleBlock:
+    def _load_block(self, layer: int, dtype: torch.dtype, device: torch.device) -> PuzzleBlock:
         with torch.device("meta"):
             block = PuzzleBlock(self.puzzle_config(), self.runnable_config(), layer)
         block.load_state_dict(self.layer_tensors(layer), assign=True)
-        return block
+        return served_as(block, dtype, device)
 
-    def _load_outside(self) -> PuzzleForCausalLM:
+    def _load_outside(self, dtype: torch.dtype, device: torch.device) -> PuzzleForCausalLM:
         names = [name for name in self.checkpoint.headers if not name.startswith("model.layers.")]
-        return build_model(child_config(self.config, []), self.checkpoint, names)
+        return load_model(child_config(self.config, []), self.checkpoint, names, dtype, device)
 
     def runnable_config(self) -> PreTrainedConfig:
         """The parent's config with the attention implementation that its modules use."""
@@ -184,12 +184,11 @@ class Parent:
         config._attn_implementation = "sdpa"
         return config
 
-    def _cached(self, what: str, dtype: torch.dtype, device: torch.device, load: Any) -> nn.Module:
+    def _cached(self, what: str, dtype: torch.dtype, device: torch.device, load: Callable[[], nn.Module]) -> nn.Module:
         key = (what, str(dtype), str(device))
         with self._lock:
             if key not in self._cache:
-                module: nn.Module = load()
-                self._cache[key] = served_as(module, dtype, device).requires_grad_(False)
+                self._cache[key] = load().requires_grad_(False)
                 while len(self._cache) > 1 and sum(map(_module_bytes, self._cache.values())) > self._cached_bytes:
                     self._cache.popitem(last=False)
             self._cache.move_to_end(key)
@@ -208,22 +207,50 @@ def source_files(directory: Path) -> list[Path]:
 _BUILDING = threading.Lock()
 
 
-def build_model(config: PuzzleConfig, checkpoint: Checkpoint | None, names: Iterable[str] = ()) -> PuzzleForCausalLM:
-    """A causal LM with the named tensors of a checkpoint, or with random weights without one.
+def random_model(config: PuzzleConfig) -> PuzzleForCausalLM:
+    """A causal LM with random weights in float32.
 
     Models are made one at a time: while transformers makes one, it replaces torch's initialisers for all threads.
+    """
+    config._attn_implementation = "sdpa"
+    with _BUILDING:
+        return PuzzleForCausalLM(config)
+
+
+def load_model(
+    config: PuzzleConfig,
+    checkpoint: Checkpoint,
+    names: Collection[str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PuzzleForCausalLM:
+    """A causal LM in evaluation mode with the named tensors of a checkpoint.
+
+    Weights that are stored in `dtype` are mapped from their file on a CPU, and copied only when they are changed.
 
     Raises:
         PuzzleError: the tensors are not those that the config asks for; its class is that of the checkpoint's errors.
     """
-    config._attn_implementation = "sdpa"
-    with _BUILDING:
-        model = PuzzleForCausalLM(config)
-    if checkpoint:
-        names = list(names)
-        checkpoint.check(_shapes(model, config), names)
-        model.load_state_dict({name: checkpoint.tensor(name) for name in names}, strict=False)
+    model = empty_model(config)
+    checkpoint.check(_shapes(model, config), names)
+    fill(model, config, checkpoint, names, device, lambda _, tensor: tensor.to(dtype).to(device))
     return model
+
+
+def fill(
+    model: PuzzleForCausalLM,
+    config: PuzzleConfig,
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    device: torch.device,
+    place: Callable[[str, torch.Tensor], torch.Tensor],
+) -> None:
+    """Give an empty model the named tensors of a checkpoint, one by one; `place` gets each with its name."""
+    state = {name: nn.Parameter(place(name, checkpoint.tensor(name))) for name in names}
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config.parent()).to(device)
 
 
 def empty_model(config: PuzzleConfig) -> PuzzleForCausalLM:
@@ -235,10 +262,9 @@ def empty_model(config: PuzzleConfig) -> PuzzleForCausalLM:
 
 def served_as(module: Module, dtype: torch.dtype, device: torch.device) -> Module:
     """The same module in evaluation mode, with parameters in `dtype`; buffers (rotary frequencies) stay float32."""
-    module.to(device).eval()
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
-    return module
+    return module.to(device).eval()
 
 
 def torch_dtype(name: Dtype) -> torch.dtype:

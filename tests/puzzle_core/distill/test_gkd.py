@@ -8,7 +8,7 @@ from puzzle_core.architecture import Architecture
 from puzzle_core.distill import gkd
 from puzzle_core.distill.gkd import loss_terms
 from puzzle_core.distill.loop import Checkpoints
-from puzzle_core.distill.losses import cosine_distance, kl_per_token, next_token_loss
+from puzzle_core.distill.losses import cosine_distance, kl_divergence, next_token_loss
 from puzzle_core.model.child import load_child, load_parent
 from puzzle_core.spec import GkdSpec
 from puzzle_core.work import GkdWork
@@ -74,24 +74,23 @@ def test_terms_are_the_weighted_losses_of_logits_and_of_what_leaves_every_layer(
         block.register_forward_hook(lambda _, __, output: left.append(output))
     terms = loss_terms(parent_model, student, ids_NT.long(), GkdSpec(cosine_weight=2, kl_weight=3, lm_weight=4))
     distances = [cosine_distance(activations.layer_input(layer + 1), states) for layer, states in enumerate(left)]
-    logits = student(input_ids=ids_NT.long()).logits
+    parent_NTV, student_NTV = (m(input_ids=ids_NT.long()).logits.log_softmax(-1) for m in (parent_model, student))
+    surprise = next_token_loss(student_NTV[:, :-1].flatten(0, 1), ids_NT[:, 1:].flatten().long())
     torch.testing.assert_close(terms["cosine"], 2 * sum(distances))
-    torch.testing.assert_close(
-        terms["kl"], 3 * kl_per_token(parent_model(input_ids=ids_NT.long()).logits, logits).mean()
-    )
-    torch.testing.assert_close(terms["lm"], 4 * next_token_loss(logits, ids_NT.long()).mean())
+    torch.testing.assert_close(terms["kl"], 3 * kl_divergence(parent_NTV, student_NTV).mean())
+    torch.testing.assert_close(terms["lm"], 4 * surprise.mean())
 
 
 @pytest.mark.parametrize(
     ("spec", "computed"),
     [
-        ({"cosine_weight": 0}, {"kl_per_token"}),
+        ({"cosine_weight": 0}, {"kl_divergence"}),
         ({"kl_weight": 0}, {"cosine_distance"}),
         ({"kl_weight": 0, "cosine_weight": 0, "lm_weight": 1}, {"next_token_loss"}),
     ],
 )
 def test_terms_of_weight_zero_are_not_computed(spec, computed, assemble, parent, ids_NT, monkeypatch):
-    for loss in {"kl_per_token", "cosine_distance", "next_token_loss"} - computed:
+    for loss in {"kl_divergence", "cosine_distance", "next_token_loss"} - computed:
         monkeypatch.setattr(gkd, loss, lambda *_: pytest.fail("computed"))
     parent_model, student = (
         load_parent(parent, torch.float32, CPU),

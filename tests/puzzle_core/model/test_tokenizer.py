@@ -1,6 +1,7 @@
 """Tokens of a text are those of tokenizer.json, whatever class is named; tokens without a row are named before work."""
 
 import base64
+import functools
 import json
 import logging
 import sys
@@ -51,12 +52,18 @@ def describe(parent, directory):
     return directory
 
 
-def write_tokenizer(directory, split, named, size, **settings):
+@functools.cache
+def trained(split, size):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = SPLITS[split], decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], show_progress=False, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer
+
+
+def write_tokenizer(directory, split, named, size, **settings):
+    tokenizer = trained(split, size)
     tokenizer.save(str(directory / "tokenizer.json"))
     content = {"bos_token": END, "eos_token": END, "unk_token": END, "tokenizer_class": named} | settings
     (directory / "tokenizer_config.json").write_text(json.dumps(content))
