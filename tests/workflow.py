@@ -8,6 +8,7 @@ that noise would decide the architecture.
 
 import contextlib
 import datetime
+import fcntl
 import functools
 import hashlib
 import json
@@ -16,6 +17,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ import pytest
 from puzzle_core.architecture import Variant
 from puzzle_core.spec import RunSpec, parse_spec
 from puzzle_core.work import CostRecord, Timing
+from tasks.runtime.private_files import private_directory
 
 WORDS = ("the", "of", "and", "to", "in", "is", "for", "with", "layer", "head", "width", "loss", "model", "child")
 TINY: dict[str, Any] = {
@@ -71,6 +74,8 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from flows.services.prefect_server import free_port, own_server
 
     home = tmp_path_factory.mktemp("prefect")
+    private_directory(home)
+    shutil.copy(_empty_server(tmp_path_factory), home)
     with own_server(home, free_port()) as url:
         from prefect.logging.handlers import APILogWorker, PrefectConsoleHandler
         from prefect.settings import (
@@ -86,6 +91,29 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         with temporary_settings(settings | {PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore"}):
             yield url
             APILogWorker.drain_all(timeout=5)
+
+
+def _empty_server(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new database of a Prefect server, which takes five seconds to make: one for all workers of this session."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent  # of all workers of this session, and of no other
+    file = place / "empty-server" / "prefect.db"
+    file.parent.mkdir(exist_ok=True)
+    with (file.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            made = file.with_name("made.db")
+            environment = {
+                "PREFECT_HOME": str(file.parent),
+                "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{made}",
+            }
+            command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+            subprocess.run(command, env=os.environ | environment, umask=0o077, capture_output=True, check=True)
+            with contextlib.closing(sqlite3.connect(made)) as database:
+                database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            made.rename(file)
+    return file
 
 
 @pytest.fixture(scope="session")

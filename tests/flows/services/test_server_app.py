@@ -133,7 +133,7 @@ def test_services_are_told_to_listen_on_loopback(tmp_path):
 
 
 @pytest.mark.parametrize("before", ["", "inside.example", "127.0.0.1"])
-def test_loopback_is_asked_without_the_proxy_and_the_rest_with_it(monkeypatch, tmp_path, before):
+def test_loopback_is_asked_without_the_proxy_and_the_rest_with_it(monkeypatch, prefect_server, before):
     for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing answers there
     for name in ("NO_PROXY", "no_proxy"):
@@ -142,8 +142,7 @@ def test_loopback_is_asked_without_the_proxy_and_the_rest_with_it(monkeypatch, t
     assert not urllib.request.proxy_bypass("elsewhere.example")
     assert urllib.request.proxy_bypass("inside.example") == (before == "inside.example")
     assert all(urllib.request.proxy_bypass(host) for host in ("127.0.0.1", "localhost"))
-    with own_server(tmp_path, free_port()) as api:
-        assert ask(api, "/health")[0] == 200
-        with get_client_of(api) as client:
-            assert client.get("/health").status_code == 200
+    assert ask(prefect_server, "/health")[0] == 200
+    with get_client_of(prefect_server) as client:
+        assert client.get("/health").status_code == 200
     assert os.environ["no_proxy"].split(",").count("127.0.0.1") == 1
