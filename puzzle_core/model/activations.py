@@ -106,7 +106,7 @@ class Activations:
     def log_softmax(self, final_BTD: torch.Tensor) -> torch.Tensor:
         """Log-probabilities, float32 (B, T, V), of what leaves the last layer."""
         outside = self.parent.outside(self.dtype, self.device)
-        logits: torch.Tensor = outside.head(outside.model.norm(final_BTD))
+        logits: torch.Tensor = outside.head(outside.model.normalise(final_BTD))
         return logits.float().log_softmax(-1)
 
     def log_probability_bytes(self) -> int:
