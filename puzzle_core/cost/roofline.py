@@ -82,12 +82,15 @@ def roofline(shape: ModelShape, variants: Iterable[Variant], traffic: Traffic, t
             f"target {target.name} has no figures to compute from: give it `costs: roofline` and `hardware`"
         )
     hardware = target.hardware
-    device, own = Device(hardware), shape.parent_block
+    device, parent_block = Device(hardware), shape.parent_block
 
     def timing(variant: Variant) -> Timing:
         return _timing(traffic, partial(subblock_s, device, shape, variant))
 
-    outside, blocks = _timing(traffic, partial(outside_s, device, shape)), [timing(own.attention), timing(own.ffn)]
+    outside, blocks = (
+        _timing(traffic, partial(outside_s, device, shape)),
+        [timing(parent_block.attention), timing(parent_block.ffn)],
+    )
     return CostRecord(
         source="roofline",
         variants={str(variant): timing(variant) for variant in variants if not variant.is_empty},

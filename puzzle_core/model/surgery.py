@@ -65,10 +65,10 @@ def load_subblocks(
     device: torch.device,
 ) -> Subblocks:
     """The subblocks of a block variant, frozen; `weights` holds the trained variants among them."""
-    own = parent.shape.parent_block
+    parent_block = parent.shape.parent_block
 
     def subblock(variant: Variant) -> PuzzleBlock:
-        if variant in own.subblocks:
+        if variant in parent_block.subblocks:
             return parent.block(layer, dtype, device)
         state = {} if variant.is_empty else weights[variant]
         return variant_block(parent, layer, variant, state, dtype, device).eval().requires_grad_(False)
