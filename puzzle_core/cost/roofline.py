@@ -87,10 +87,8 @@ def roofline(shape: ModelShape, variants: Iterable[Variant], traffic: Traffic, t
     def timing(variant: Variant) -> Timing:
         return _timing(traffic, partial(subblock_s, device, shape, variant))
 
-    outside, blocks = (
-        _timing(traffic, partial(outside_s, device, shape)),
-        [timing(parent_block.attention), timing(parent_block.ffn)],
-    )
+    outside = _timing(traffic, partial(outside_s, device, shape))
+    blocks = [timing(variant) for variant in parent_block.subblocks]
     return CostRecord(
         source="roofline",
         variants={str(variant): timing(variant) for variant in variants if not variant.is_empty},

@@ -43,8 +43,8 @@ def imported_tensors(source: GgufFile, expected: dict[str, tuple[int, ...]], hea
     ):
         if unmatched:
             raise ParentError(
-                f"{source.file} {what.format(len(unmatched))}, the first being {unmatched[0]!r}: convert the model again, or "
-                "fetch another file"
+                f"{source.file} {what.format(len(unmatched))}, the first being {unmatched[0]!r}: convert the model "
+                "again, or fetch another file"
             )
     return [_imported(source, source.tensors[part], name, expected[name], head_dim) for part, name in names.items()]
 
@@ -65,11 +65,9 @@ def gguf_name(name: str, family: Family) -> str:
 def _imported(
     source: GgufFile, tensor: ReaderTensor, name: str, shape: tuple[int, ...], head_dim: int
 ) -> StreamedTensor:
-    shape_in_file = tuple(int(size) for size in reversed(tensor.shape))
-    if shape_in_file != shape:
-        raise ParentError(
-            f"{source.file}: tensor {tensor.name!r} has shape {shape_in_file}, its metadata ask for {shape}"
-        )
+    stored = tuple(int(size) for size in reversed(tensor.shape))
+    if stored != shape:
+        raise ParentError(f"{source.file}: tensor {tensor.name!r} has shape {stored}, its metadata ask for {shape}")
     if tensor.tensor_type in _INTEGERS:
         raise ParentError(f"{source.file}: tensor {tensor.name!r} is of type {tensor.tensor_type.name}, no weight")
     architecture = known_architecture(source)

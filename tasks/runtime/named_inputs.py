@@ -44,9 +44,9 @@ def check_parent(work: Work, context: RunContext) -> None:
         return
     if expected != actual:
         raise ParentError(
-            f"the {what} of the parent {context.parent.path} is not that of this run: {work.key} asks for {expected}, and "
-            f"{actual} was found: its files changed since the run started, or are others on this machine; start the run "
-            "again, which plans with what is there now"
+            f"the {what} of the parent {context.parent.path} is not that of this run: {work.key} asks for {expected}, "
+            f"and {actual} was found: its files changed since the run started, or are others on this machine; start the "
+            "run again, which plans with what is there now"
         )
 
 
@@ -82,6 +82,6 @@ def _check_table(digest: str | None, table: Path) -> None:
     actual = digest_file(table)
     if actual != digest:
         raise SpecError(
-            f"the cost table {table} is not that of this run: its digest was {digest} when it started, and is {actual}: "
-            "start the run again, which reads the table that is there now"
+            f"the cost table {table} is not that of this run: its digest was {digest} when it started, and is "
+            f"{actual}: start the run again, which reads the table that is there now"
         )

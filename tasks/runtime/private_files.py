@@ -34,6 +34,6 @@ def check_owned(directory: Path) -> None:
         raise PuzzleError(f"{directory} is not a directory: remove it, or set PUZZLE_LOCK_DIR to one of your own")
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PuzzleError(
-            f"{directory} belongs to user {status.st_uid} and has mode {stat.S_IMODE(status.st_mode):04o}: locks need a "
-            "directory of your own that nobody else may write to; remove it, or set PUZZLE_LOCK_DIR to another"
+            f"{directory} belongs to user {status.st_uid} and has mode {stat.S_IMODE(status.st_mode):04o}: locks need "
+            "a directory of your own that nobody else may write to; remove it, or set PUZZLE_LOCK_DIR to another"
         )
