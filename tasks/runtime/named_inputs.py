@@ -45,8 +45,8 @@ def check_parent(work: Work, context: RunContext) -> None:
     if expected != actual:
         raise ParentError(
             f"the {what} of the parent {context.parent.path} is not that of this run: {work.key} asks for {expected}, "
-            f"and {actual} was found: its files changed since the run started, or are others on this machine; start the "
-            "run again, which plans with what is there now"
+            f"and {actual} was found: its files changed since the run started, or are others on this machine; start "
+            "the run again, which plans with what is there now"
         )
 
 
