@@ -137,10 +137,20 @@ def write_checkpoint(
         save_file(shards[0], directory / SINGLE, metadata={"format": "pt"})
         return
     weight_map |= _save_part(directory, files + 1, shards[0])
-    for part in range(1, files + 2):
-        _part(directory, part).rename(directory / f"model-{part:05d}-of-{files + 1:05d}.safetensors")
-    file_names = {name: f"model-{part:05d}-of-{files + 1:05d}.safetensors" for name, part in weight_map.items()}
-    index = {"metadata": {"total_size": total}, "weight_map": file_names}
+    names = shard_names(files + 1)
+    for part, name in enumerate(names, 1):
+        _part(directory, part).rename(directory / name)
+    write_index(directory, {name: names[part - 1] for name, part in weight_map.items()}, total)
+
+
+def shard_names(count: int) -> list[str]:
+    """The names of a checkpoint's files, by transformers' rule."""
+    return [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+
+
+def write_index(directory: Path, weight_map: dict[str, str], total_bytes: int) -> None:
+    """Write which file has which tensor."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     write_text_atomic(directory / INDEX, json.dumps(index, indent=1))
 
 
