@@ -48,8 +48,8 @@ class Checkpoint:
         """Of tensors that several shards hold: the one that the index names, relative to the directory."""
         headers = {file: _read_headers(file, error) for file in self.files}
         holders: dict[str, list[Path]] = {}
-        for file, names in headers.items():
-            for name in names:
+        for file, headers_of_file in headers.items():
+            for name in headers_of_file:
                 if not name.endswith(DERIVED):
                     holders.setdefault(name, []).append(file)
         missing = sorted(n for n, file in indexed.items() if file not in holders.get(n, ()) and not n.endswith(DERIVED))
