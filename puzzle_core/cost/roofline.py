@@ -33,7 +33,7 @@ class Pass(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """N."""
+        """Tokens of the pass, N."""
         return self.batch_size * self.new_tokens
 
 

@@ -1,4 +1,4 @@
-"""The parent that a process keeps open. It is opened again as soon as one of its files is another one.
+"""The parent that a process keeps open. It is opened again when one of its files has changed.
 
 A process may live longer than the files of a parent: a checkpoint is written anew in place, or the directory is a link
 that points elsewhere by now. A GGUF file is imported into scratch, under the digest of its content.
