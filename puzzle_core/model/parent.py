@@ -196,7 +196,7 @@ class Parent:
             return self._cache[key]
 
 
-def source_files(directory: Path) -> list[Path]:
+def parent_files(directory: Path) -> list[Path]:
     """All files that an opened parent may read in a directory, also those that are not there."""
     names = ["config.json", "generation_config.json", ADAPTER, SINGLE, INDEX, *TOKENIZER_FILES]
     with contextlib.suppress(ParentError):
