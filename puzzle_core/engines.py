@@ -102,7 +102,7 @@ RESTRICTIONS: dict[str, Restriction] = {
     "attention_first": Restriction(_no_attention_first, {"attention_first": True}),
     "one_kv_heads": Restriction(_several_kv_heads, {"uniform_kv_heads": True}),
 }
-_OWN_BENCHMARK = "measure with {title}'s own benchmark and say `costs: imported` with the `table` (docs/targets.md)"
+_OWN_BENCHMARK = "measure with {title}'s own benchmark and set `costs: imported` with the `table` (docs/targets.md)"
 _SGLANG = "SGLang 0.5.23's source, not run:"
 
 ENGINES: dict[str, Engine] = {
@@ -119,7 +119,7 @@ ENGINES: dict[str, Engine] = {
             name="transformers",
             title="transformers",
             formats=("checkpoint", "hf"),
-            not_measured="say `engine: torch`, which times the same modules",
+            not_measured="set `engine: torch`, which times the same modules",
         ),
         Engine(
             name="vllm",
@@ -190,7 +190,7 @@ class EngineChoice:
         """
         known = engines_with(self.has)
         if name not in known:
-            raise ValueError(f"no such engine; say one of: {', '.join(known)}")
+            raise ValueError(f"no such engine; use one of: {', '.join(known)}")
         return name
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

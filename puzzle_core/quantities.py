@@ -36,7 +36,7 @@ class _Kind:
             return Quantity(number / 100, relative=True)
         if unit not in self.units:
             known = ", ".join([*self.units, *(["%"] if self.shares else [])])
-            raise ValueError(f"{text!r} has {'the unit ' + repr(unit) if unit else 'no unit'}; say one of: {known}")
+            raise ValueError(f"{text!r} has {'the unit ' + repr(unit) if unit else 'no unit'}; use one of: {known}")
         return Quantity(number * self.units[unit], relative=False)
 
     @property

@@ -76,7 +76,7 @@ class _TokenComparison:
         """Compare the predictions from the last layer's output with the parent's, and add the results to the sums."""
         outside, ids_BT = activations.outside(), activations.ids_NT[rows].long().to(final_BTD.device)
         kl_BT, increase_BT, agreed_BT = per_token(
-            _differences, activations.predictions(rows), outside, outside.model.norm(final_BTD), ids_BT
+            _differences, activations.predictions(rows), outside, outside.model.normalise(final_BTD), ids_BT
         )
         self.kl += kl_BT.sum(dtype=torch.float64).item()
         self.loss_increase += increase_BT[:, :-1].sum(dtype=torch.float64).item()

@@ -32,7 +32,7 @@ def load_spec(path: Path, overrides: tuple[str, ...] = ()) -> RunSpec:
 def _apply_override(content: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
-        raise SpecError(f"--set {override!r}: say key.path=value, for instance --set parent.path=/models/mine")
+        raise SpecError(f"--set {override!r}: write key.path=value, for instance --set parent.path=/models/mine")
     *parents, last = key.split(".")
     place = content
     for part in parents:

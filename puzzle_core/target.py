@@ -88,7 +88,7 @@ class HardwareSpec(Record):
                 )
         if self.tensor_parallel > 1 and self.interconnect is None:
             raise ValueError(
-                f"interconnect is missing: tensor_parallel is {self.tensor_parallel}, so say the link's bandwidth "
+                f"interconnect is missing: tensor_parallel is {self.tensor_parallel}, so give the link's bandwidth "
                 "and latency"
             )
         return self
@@ -142,9 +142,9 @@ class TargetSpec(Record):
         for kind, key in (("roofline", "hardware"), ("imported", "table")):
             given = getattr(self, key) is not None
             if self.costs == kind and not given:
-                raise ValueError(f"costs are {kind}, but {key} is missing: give it, or say another kind of costs")
+                raise ValueError(f"costs are {kind}, but {key} is missing: give it, or choose another kind of costs")
             if self.costs != kind and given:
-                raise ValueError(f"{key} is given, but costs are {self.costs}: say `costs: {kind}`, or leave {key} out")
+                raise ValueError(f"{key} is given, but costs are {self.costs}: set `costs: {kind}`, or leave {key} out")
         return self
 
     @model_validator(mode="after")
@@ -161,12 +161,12 @@ class TargetSpec(Record):
         if self.device not in ("auto", *row.devices):
             raise ValueError(
                 f"engine is {self.engine}, which is measured on {', '.join(row.devices)} alone: leave device out, or "
-                "say engine torch"
+                "set `engine: torch`"
             )
         if self.gguf_type and self.gguf_type not in row.gguf_types:
             takers = engines_with(lambda other: self.gguf_type in other.gguf_types)
             raise ValueError(
-                f"gguf_type is given, but engine is {self.engine}: say `engine: {' or '.join(takers)}`, or leave it out"
+                f"gguf_type is given, but engine is {self.engine}: set `engine: {' or '.join(takers)}`, or leave it out"
             )
         return self
 

@@ -123,7 +123,7 @@ def _files_of(source: str) -> list[Path]:
     if source in _STDLIB_SPLITS:
         return _stdlib_files(held_out=_STDLIB_SPLITS[source])
     if source.startswith(STDLIB):
-        raise DataError(f"unknown text source {source!r}: say {' or '.join(map(repr, _STDLIB_SPLITS))}")
+        raise DataError(f"unknown text source {source!r}: use {' or '.join(map(repr, _STDLIB_SPLITS))}")
     path = Path(source)
     if path.is_dir():
         return _files_with_text(path)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from puzzle_core.credentials import redacted
 from puzzle_core.errors import SpecError
 
-Model = TypeVar("Model", bound=BaseModel)
+SchemaModel = TypeVar("SchemaModel", bound=BaseModel)
 
 RENAMED_KEYS = {"form": "constraints"}
 """Old names of keys. A record that has the new key refuses the old key and names the new one."""
@@ -37,7 +37,7 @@ def read_keys(path: Path, what: str, hint: str) -> dict[str, Any]:
     return content
 
 
-def parse_record(model: type[Model], content: dict[str, Any], origin: str, what: str) -> Model:
+def parse_record(model: type[SchemaModel], content: dict[str, Any], origin: str, what: str) -> SchemaModel:
     """Validate a record given as plain values.
 
     Raises:

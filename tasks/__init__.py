@@ -1,4 +1,4 @@
-"""Prefect's hands: fetch inputs, call core, store outputs, record."""
+"""Prefect tasks: they fetch inputs, call puzzle_core, store outputs, and log lineage."""
 
 from puzzle_core.credentials import redact_logs
 

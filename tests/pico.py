@@ -53,6 +53,7 @@ PICOS = {
     "qwen2": Pico("qwen2"),
     "qwen3": Pico("qwen3", {"head_dim": 8}),
     "smollm3": Pico("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0]}),
+    "seed_oss": Pico("seed_oss", {"head_dim": 16, "attention_bias": False, "attention_out_bias": True}),
     "tied": Pico(config={"tie_word_embeddings": True}),
     "attention-bias": Pico(config={"attention_bias": True}),
     "mlp-bias": Pico(config={"mlp_bias": True}),

@@ -38,7 +38,7 @@ def check_pair(_type: object, value: str) -> None:
     """
     key, equals, _ = value.partition("=")
     if not key or not equals:
-        raise ValueError("say KEY=VALUE")
+        raise ValueError("write KEY=VALUE")
 
 
 def check_name(_type: object, value: str | None) -> None:

@@ -91,13 +91,13 @@ def export_config(
 ) -> None:
     """Write a child's `config.json` for serving engines."""
     from puzzle_core.architecture import Architecture
-    from puzzle_core.formats.decilm_config import child_config
+    from puzzle_core.formats.decilm_config import decilm_child_config
     from puzzle_core.formats.foreign_json import read_json
     from puzzle_core.records import write_text_atomic
 
     parent = read_json(parent_config, "the parent's configuration", dict)
     architecture = Architecture.read(answer / "architecture.json" if answer.is_dir() else answer)
-    write_text_atomic(out, json.dumps(child_config(parent, architecture), indent=1) + "\n")
+    write_text_atomic(out, json.dumps(decilm_child_config(parent, architecture), indent=1) + "\n")
     sys.stdout.write(f"{out}\n")
 
 

@@ -58,7 +58,7 @@ def search(
     try:
         parent_block = BlockVariant.parse(parent) if parent else None
     except ValueError as error:
-        raise SpecError(f"--parent {parent!r} is no block variant: say attn:kv8+ffn:i28672") from error
+        raise SpecError(f"--parent {parent!r} is no block variant: use attn:kv8+ffn:i28672") from error
     request = read_request(scenario)
     record = search_tables(scores, costs, request, out, score=score, maximise=maximise, parent=parent_block)
     sys.stdout.write(f"{answer_text(record)}\n\nanswer: {out}\n")

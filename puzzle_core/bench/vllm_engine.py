@@ -24,7 +24,7 @@ def bench_models(request: BenchRequest, report: Callable[[str], None]) -> BenchT
         MeasurementError: vLLM failed.
     """
     if request.python is None:
-        raise SpecError("vLLM lives in an environment of its own: say --python with its interpreter")
+        raise SpecError("vLLM lives in an environment of its own: name its interpreter with --python")
     with tempfile.TemporaryDirectory(prefix="puzzle-vllm-") as place:
         directories, weight_bytes = {}, {}
         for name, source in request.sources.items():

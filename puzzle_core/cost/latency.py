@@ -171,7 +171,8 @@ def _filled_cache(model: PuzzleForCausalLM, batch: int, length: int) -> DynamicC
     for block, config in zip(model.model.layers, model.config.block_configs, strict=True):
         kv_heads = config["attention"]["num_key_value_heads"]
         if kv_heads:
-            states = torch.randn(batch, kv_heads, max(1, length), block.self_attn.head_dim, device=model.device)
+            head_dim = block.attention_subblock.head_dim
+            states = torch.randn(batch, kv_heads, max(1, length), head_dim, device=model.device)
             cache.update(states.to(model.dtype), states.to(model.dtype), index)
             index += 1
     return cache

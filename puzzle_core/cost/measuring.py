@@ -40,7 +40,7 @@ def target_device(target: TargetSpec) -> torch.device:
         return torch.device("cpu")
     present = torch.cuda.is_available()
     if target.device == "cuda" and not present:
-        raise SpecError("target.device is 'cuda', but torch sees no GPU here: say 'cpu', or run on the GPU machine")
+        raise SpecError("target.device is 'cuda', but torch sees no GPU here: set 'cpu', or run on the GPU machine")
     return torch.device("cuda" if present and target.device != "cpu" else "cpu")
 
 

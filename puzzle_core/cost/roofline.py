@@ -33,7 +33,7 @@ class Pass(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """N."""
+        """Tokens of the pass, N."""
         return self.batch_size * self.new_tokens
 
 
@@ -82,12 +82,13 @@ def roofline(shape: ModelShape, variants: Iterable[Variant], traffic: Traffic, t
             f"target {target.name} has no figures to compute from: give it `costs: roofline` and `hardware`"
         )
     hardware = target.hardware
-    device, own = Device(hardware), shape.parent_block
+    device, parent_block = Device(hardware), shape.parent_block
 
     def timing(variant: Variant) -> Timing:
         return _timing(traffic, partial(subblock_s, device, shape, variant))
 
-    outside, blocks = _timing(traffic, partial(outside_s, device, shape)), [timing(own.attention), timing(own.ffn)]
+    outside = _timing(traffic, partial(outside_s, device, shape))
+    blocks = [timing(variant) for variant in parent_block.subblocks]
     return CostRecord(
         source="roofline",
         variants={str(variant): timing(variant) for variant in variants if not variant.is_empty},

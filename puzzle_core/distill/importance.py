@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from puzzle_core.data import read_windows
 from puzzle_core.device import default_device
 from puzzle_core.errors import NonFiniteError
+from puzzle_core.families.family import FAMILIES
 from puzzle_core.model.activations import FORWARD_TOKENS, block_context
 from puzzle_core.model.parent import Parent
 from puzzle_core.work import ImportanceRecord, ImportanceWork
@@ -29,16 +30,19 @@ def measure_contributions(work: ImportanceWork, parent: Parent, tokens_dir: Path
     embed = parent.outside(dtype, device).model.embed
     hidden = [embed(batch.long().to(device)) for batch in torch.split(ids_NT, rows)]
     context = block_context(parent, ids_NT.shape[1], dtype, device)
+    names = FAMILIES[parent.shape.family].ffn_names
     contributions: dict[str, torch.Tensor] = {}
     for layer in range(parent.shape.layers):
         block, total_I = parent.block(layer, dtype, device), torch.zeros(parent.shape.ffn_width, dtype=torch.float64)
+        ffn = block.ffn_subblock
+        gate, up, down = (getattr(ffn, name) for name in (names.gate, names.up, names.down))
         for batch, input_BTD in enumerate(hidden):
             post_attention = block.attend(input_BTD, **context)
             ffn_input = block.normalise_ffn_input(post_attention)
-            x = block.mlp.act_fn(block.mlp.gate_proj(ffn_input)) * block.mlp.up_proj(ffn_input)
+            x = ffn.act_fn(gate(ffn_input)) * up(ffn_input)
             total_I += x.abs().sum((0, 1), dtype=torch.float64).cpu()
             hidden[batch] = block.feed(post_attention)
-        norms_I = block.mlp.down_proj.weight.double().norm(dim=0).cpu()
+        norms_I = down.weight.double().norm(dim=0).cpu()
         contribution_I = (total_I / ids_NT.numel() * norms_I).float()
         if not torch.isfinite(contribution_I).all():
             raise NonFiniteError(f"channel contributions of layer {layer} are not finite: is the parent damaged?")

@@ -35,8 +35,9 @@ KINDS: dict[GgufType, tuple[Kind, LlamaFileType]] = {
 STORED: dict[torch.dtype, GgufType] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 ARCHITECTURE = "deci"
 _BLOCK_ROW = 32
-PROJECTIONS = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-FFN_PROJECTIONS = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+PROJECTIONS = {"query": "attn_q", "key": "attn_k", "value": "attn_v", "output": "attn_output"}
+FFN_PROJECTIONS = {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
+"""llama.cpp's names of projections, by the fields of a family's names."""
 
 
 class _Rotary(NamedTuple):
@@ -167,7 +168,8 @@ def _rotary(source: Source) -> _Rotary:
 
 
 def _outside(source: Source) -> list[WrittenTensor]:
-    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    final_norm = f"model.{FAMILIES[source.shape.family].final_norm}.weight"
+    names = {"model.embed_tokens.weight": "token_embd.weight", final_norm: "output_norm.weight"}
     names |= {} if source.shape.tied_embeddings else {"lm_head.weight": "output.weight"}
     return [source.tensor(name)._replace(name=written) for name, written in names.items()]
 
@@ -185,28 +187,28 @@ def _layer_tensors(source: Source, layers: list[LoweredLayer]) -> list[WrittenTe
 def _attention_tensors(source: Source, subblock: PlacedSubblock) -> list[WrittenTensor]:
     if subblock.layer is None:
         return _zero_attention(source, subblock)
-    prefix = f"model.layers.{subblock.layer}"
-    norm = "input_layernorm" if subblock.variant.subblock == "attn" else "post_attention_layernorm"
-    tensors = [source.tensor(f"{prefix}.{norm}.weight")._replace(name="attn_norm.weight")]
+    prefix, family = f"model.layers.{subblock.layer}", FAMILIES[source.shape.family]
+    norms = family.attention_norms if subblock.variant.subblock == "attn" else family.ffn_norms
+    tensors = [source.tensor(f"{prefix}.{norms.before}.weight")._replace(name="attn_norm.weight")]
     if subblock.variant.row.linear_bias is not None:
-        return [*tensors, source.tensor(f"{_linear(subblock)}.weight")._replace(name="attn_output.weight")]
+        return [*tensors, source.tensor(f"{_linear(source, subblock)}.weight")._replace(name="attn_output.weight")]
     for part, written in PROJECTIONS.items():
         for end in ("weight", "bias"):
-            name = f"{prefix}.self_attn.{part}.{end}"
+            name = f"{prefix}.{family.attention_names.path(part)}.{end}"
             if name in source.names:
                 tensor = source.tensor(name)._replace(name=f"{written}.{end}")
-                tensors.append(_interleaved(tensor, source.shape.head_dim) if part in ("q_proj", "k_proj") else tensor)
+                tensors.append(_interleaved(tensor, source.shape.head_dim) if part in ("query", "key") else tensor)
     return tensors
 
 
 def _ffn_tensors(source: Source, layer: LoweredLayer) -> list[WrittenTensor]:
     if layer.ffn.layer is None:
         return _zero_ffn(source, layer.attention)
-    prefix = f"model.layers.{layer.ffn.layer}"
-    tensors = [source.tensor(f"{prefix}.post_attention_layernorm.weight")._replace(name="ffn_norm.weight")]
+    prefix, family = f"model.layers.{layer.ffn.layer}", FAMILIES[source.shape.family]
+    tensors = [source.tensor(f"{prefix}.{family.ffn_norms.before}.weight")._replace(name="ffn_norm.weight")]
     for part, written in FFN_PROJECTIONS.items():
         for end in ("weight", "bias"):
-            name = f"{prefix}.mlp.{part}.{end}"
+            name = f"{prefix}.{family.ffn_names.path(part)}.{end}"
             if name in source.names:
                 tensors.append(source.tensor(name)._replace(name=f"{written}.{end}"))
     return tensors
@@ -234,12 +236,13 @@ def _zero_ffn(source: Source, before: PlacedSubblock | None) -> list[WrittenTens
         _filled("ffn_down.weight", (hidden, ZERO_WIDTH), 0.0),
     ]
     if before and biased(before, source.shape):
-        tensors.append(source.tensor(f"{_linear(before)}.bias")._replace(name="ffn_down.bias"))
+        tensors.append(source.tensor(f"{_linear(source, before)}.bias")._replace(name="ffn_down.bias"))
     return tensors
 
 
-def _linear(subblock: PlacedSubblock) -> str:
-    part = "self_attn.linear_attn" if subblock.variant.subblock == "attn" else "mlp.linear_mlp"
+def _linear(source: Source, subblock: PlacedSubblock) -> str:
+    family, attends = FAMILIES[source.shape.family], subblock.variant.subblock == "attn"
+    part = f"{family.attention_names.module}.linear_attn" if attends else f"{family.ffn_names.module}.linear_mlp"
     return f"model.layers.{subblock.layer}.{part}"
 
 

@@ -19,6 +19,7 @@ from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.export import deci_remote
 from puzzle_core.export.source import ExportRecord, Source, WrittenTensor, refuse, shared_reasons
+from puzzle_core.families.family import FAMILIES, FfnNames
 from puzzle_core.formats.block_configs import BlockConfig, block_config, to_block_configs
 from puzzle_core.formats.decilm_config import published_config
 from puzzle_core.model.checkpoint import write_checkpoint
@@ -68,11 +69,12 @@ def export_hf(source: Source, out_dir: Path, *, widths: Widths = "grid", dtype: 
     config = _config(source, architecture)
     config["torch_dtype"] = str(weights).removeprefix("torch.")
     tokens = source.unusable_tokens if tokenizer_files(source.directory) else {}
+    names = FAMILIES[source.shape.family].ffn_names
     counted: Counter[str] = Counter()
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for entry in source.tensors():
-            tensor = _converted(_widened(entry, architecture), weights)
+            tensor = _converted(_widened(entry, architecture, names), weights)
             counted["parameters"] += tensor.numel()
             counted["bytes"] += tensor.numel() * tensor.element_size()
             yield entry.name, tensor
@@ -152,13 +154,14 @@ def _off_grid(variant: Variant) -> bool:
     return variant.ffn_width % WIDTH_GRID != 0
 
 
-def _widened(entry: WrittenTensor, architecture: Architecture) -> torch.Tensor:
+def _widened(entry: WrittenTensor, architecture: Architecture, names: FfnNames) -> torch.Tensor:
     """The tensor, padded with zero channels up to its layer's width; these add exactly nothing to the output."""
     tensor = entry.make()
-    _, _, layer, module, part, *_ = [*entry.name.split("."), "", "", "", ""]
-    if module != "mlp" or part not in ("gate_proj", "up_proj", "down_proj") or entry.name.endswith("down_proj.bias"):
+    layer, _, name = entry.name.removeprefix("model.layers.").partition(".")
+    axes = {f"{names.path(part)}.{end}": 0 for part in ("gate", "up") for end in ("weight", "bias")}
+    axis = (axes | {f"{names.path('down')}.weight": 1}).get(name)
+    if axis is None:
         return tensor
-    axis = 1 if part == "down_proj" else 0
     missing = architecture.layers[int(layer)].ffn.size - tensor.shape[axis]
     shape = [missing if dimension == axis else size for dimension, size in enumerate(tensor.shape)]
     return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis) if missing else tensor

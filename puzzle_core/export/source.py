@@ -186,7 +186,7 @@ def shared_reasons(source: Source) -> list[str]:
     if unknown:
         reasons.append(f"the format has no place for {', '.join(unknown)}")
     if layers := source.without_rotary():
-        reasons.append(f"layers {layers} attend without rotary positions, which the format cannot say")
+        reasons.append(f"layers {layers} attend without rotary positions, which the format cannot describe")
     if source.config.hidden_act not in ("silu", "swish"):
         reasons.append(f"its FFN's activation is {source.config.hidden_act!r}, where engines take silu")
     return reasons

@@ -1,8 +1,9 @@
 """What sets a model family apart: one YAML file per Hugging Face `model_type`, read into a `Family`.
 
-Every family is a decoder whose layers have `self_attn` and `mlp`, built from Hugging Face's own attention, FFN, norm
-and rotary classes. A file describes what these classes do not decide: where norms stand, biases, scalars, what happens
-to logits, which attention kinds layers may have, and which keys of a `config.json` are understood.
+Every family is a decoder whose layers have an attention and a gated FFN, built from Hugging Face's own attention, FFN,
+norm and rotary classes. A file describes what these classes do not decide: names of modules, projections and norms,
+where norms stand, biases, scalars, what happens to logits, which attention kinds layers may have, and which keys of a
+`config.json` are understood.
 
 A child's `config.json` carries the description of its family, since the modelling code of a child imports nothing
 from here. CONTRIBUTING.md says how to add a family.
@@ -22,6 +23,37 @@ Flag = bool | str
 """True, False, or the config key whose value it is."""
 
 
+class SubblockNames(Record):
+    """Names in the checkpoint: of a subblock's module within a layer, and of parts within the module."""
+
+    module: str
+
+    def path(self, part: str) -> str:
+        """The name within a layer of a part, which is one of the fields: `self_attn.q_proj` for `query`."""
+        return f"{self.module}.{getattr(self, part)}"
+
+
+class AttentionNames(SubblockNames):
+    """Names of an attention, its projections and its norms of queries and keys; Llama's by default."""
+
+    module: str = "self_attn"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    query_norm: str = "q_norm"
+    key_norm: str = "k_norm"
+
+
+class FfnNames(SubblockNames):
+    """Names of a gated FFN and its projections; Llama's by default."""
+
+    module: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
 class SubblockNorms(Record):
     """Names of the norms of one subblock; without a name there is no norm."""
 
@@ -39,8 +71,11 @@ class Family(Record):
 
     model_type: str = Field(description="Hugging Face's name of the family, and the name of the file")
     class_prefix: str = Field(description="start of Hugging Face's class names: Llama in LlamaAttention")
+    attention_names: AttentionNames = AttentionNames()
+    ffn_names: FfnNames = FfnNames()
     attention_norms: SubblockNorms
     ffn_norms: SubblockNorms
+    final_norm: str = Field(default="norm", description="name of the norm before the head, within the model")
     qk_norm: bool = Field(description="attention normalises queries and keys")
     qkv_bias: Flag = Field(description="query, key and value projections have biases")
     attention_out_bias: Flag = Field(description="the output projection of attention has a bias")
@@ -65,17 +100,20 @@ class Family(Record):
     @property
     def attention_prefixes(self) -> tuple[str, ...]:
         """How names of an attention subblock's tensors start, within a layer."""
-        return ("self_attn.", *(f"{name}." for name in self.attention_norms.names))
+        return (f"{self.attention_names.module}.", *(f"{name}." for name in self.attention_norms.names))
 
     @property
     def ffn_prefixes(self) -> tuple[str, ...]:
         """How names of an FFN subblock's tensors start, within a layer."""
-        return ("mlp.", *(f"{name}." for name in self.ffn_norms.names))
+        return (f"{self.ffn_names.module}.", *(f"{name}." for name in self.ffn_norms.names))
 
     @property
     def unlike_llama(self) -> list[str]:
-        """Fields of norms and scalars that differ from Llama's: what a format made for Llamas has no place for."""
+        """Fields of names, norms and scalars unlike Llama's: what a format made for Llamas has no place for."""
         fields = (
+            "attention_names",
+            "ffn_names",
+            "final_norm",
             "attention_norms",
             "ffn_norms",
             "embedding_scale_key",

@@ -93,11 +93,11 @@ def variant_of(entry: Any, subblock: Subblock, hidden: int, heads: int, place: s
     _refuse_others(entry, (*flags, *(key for row in rows for key in row.size_keys)), place)
     for key, value in flags.items():
         if not isinstance(value, bool):
-            raise SpecError(f"{place}: {key} is {brief(value)}; say true or false")
-    said = [key for key, value in flags.items() if value]
-    if len(said) > 1:
-        raise SpecError(f"{place}: {' and '.join(sorted(said))} are both true; it can be one of them")
-    row = next(row for row in rows if row.flag == (said[0] if said else None))
+            raise SpecError(f"{place}: {key} is {brief(value)}; use true or false")
+    true_flags = [key for key, value in flags.items() if value]
+    if len(true_flags) > 1:
+        raise SpecError(f"{place}: {' and '.join(sorted(true_flags))} are both true; it can be one of them")
+    row = next(row for row in rows if row.flag == (true_flags[0] if true_flags else None))
     return Variant(subblock, row.name, row.entry_size(entry, hidden, heads, place))
 
 

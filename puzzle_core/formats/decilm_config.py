@@ -1,6 +1,6 @@
 """A child's `config.json` in the published form (DeciLM, Nemotron-NAS), and the architecture that it describes.
 
-export/hf.py writes such a file beside the weights. `child_config` makes it from the parent's `config.json` alone.
+export/hf.py writes such a file beside the weights. `decilm_child_config` makes it of the parent's `config.json` alone.
 """
 
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ def published_config(kept: Mapping[str, Any], block_configs: list[Any]) -> dict[
     return {**kept, **PUBLISHED, **sizes}
 
 
-def child_config(parent: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+def decilm_child_config(parent: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     """The child's `config.json`, from its parent's.
 
     Raises:

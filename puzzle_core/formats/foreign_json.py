@@ -51,5 +51,5 @@ def parse_foreign(shape: type[Shape], content: Any, place: str) -> Shape:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole of it"
-        found = "" if first["type"] == "missing" else f" (found {str(first['input'])[:80]!r})"
-        raise SpecError(f"{place}: {where}: {first['msg']}{found}") from error
+        given = "" if first["type"] == "missing" else f" (found {str(first['input'])[:80]!r})"
+        raise SpecError(f"{place}: {where}: {first['msg']}{given}") from error

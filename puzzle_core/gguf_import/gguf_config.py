@@ -119,9 +119,9 @@ def _vocabulary(source: GgufFile) -> int:
     if embedding is None:
         raise ParentError(f"{source.file} has no tensor token_embd.weight")
     rows = int(embedding.shape[-1])
-    said = source.get(f"{source.architecture}.vocab_size", int, rows)
-    if said != rows:
-        raise ParentError(f"{source.file}: {source.architecture}.vocab_size is {said}, the embedding has {rows} rows")
+    stated = source.get(f"{source.architecture}.vocab_size", int, rows)
+    if stated != rows:
+        raise ParentError(f"{source.file}: {source.architecture}.vocab_size is {stated}, the embedding has {rows} rows")
     return rows
 
 
@@ -131,8 +131,8 @@ def _head_dim(source: GgufFile, hidden: int, heads: int) -> int:
     width = source.size("attention.key_length") if _has(source, "key_length") else hidden // heads
     for name in ("attention.value_length", "rope.dimension_count"):
         full = f"{source.architecture}.{name}"
-        if source.has(full) and (found := source.size(name)) != width:
-            raise ParentError(f"{source.file}: {full} is {found}, where the head width {width} is expected")
+        if source.has(full) and (size := source.size(name)) != width:
+            raise ParentError(f"{source.file}: {full} is {size}, where the head width {width} is expected")
     return width
 
 

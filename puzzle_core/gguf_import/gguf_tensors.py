@@ -12,23 +12,14 @@ from gguf.quants import dequantize
 
 from puzzle_core.errors import ParentError
 from puzzle_core.export.gguf_file import FFN_PROJECTIONS, PROJECTIONS
+from puzzle_core.families.family import FAMILIES, Family
 from puzzle_core.gguf_import.gguf_config import FACTORS, known_architecture
 from puzzle_core.gguf_import.gguf_metadata import GgufFile
 from puzzle_core.model.tensor_stream import StreamedTensor
 
 FLOATS = {Kind.F64: torch.float64, Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 _INTEGERS = {Kind.I8, Kind.I16, Kind.I32, Kind.I64}
-_GGUF_NAME = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    **{f"self_attn.{part}": name for part, name in PROJECTIONS.items()},
-    **{f"mlp.{part}": name for part, name in FFN_PROJECTIONS.items()},
-}
+_ATTENTION = {**PROJECTIONS, "query_norm": "attn_q_norm", "key_norm": "attn_k_norm"}
 
 
 def imported_tensors(source: GgufFile, expected: dict[str, tuple[int, ...]], head_dim: int) -> list[StreamedTensor]:
@@ -42,39 +33,46 @@ def imported_tensors(source: GgufFile, expected: dict[str, tuple[int, ...]], hea
     Raises:
         ParentError: the file lacks a tensor, holds others, or has another shape or type.
     """
-    names = {gguf_name(name): name for name in expected}
+    family = FAMILIES[known_architecture(source).family]
+    names = {gguf_name(name, family): name for name in expected}
     missing = sorted(names.keys() - source.tensors.keys())
     others = sorted(source.tensors.keys() - names.keys() - {FACTORS})
-    for found, what in (
+    for unmatched, what in (
         (missing, "lacks {} tensors of its architecture"),
         (others, "holds {} tensors of no place here"),
     ):
-        if found:
+        if unmatched:
             raise ParentError(
-                f"{source.file} {what.format(len(found))}, the first being {found[0]!r}: convert the model again, or "
-                "fetch another file"
+                f"{source.file} {what.format(len(unmatched))}, the first being {unmatched[0]!r}: convert the model "
+                "again, or fetch another file"
             )
     return [_imported(source, source.tensors[part], name, expected[name], head_dim) for part, name in names.items()]
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, family: Family) -> str:
     """llama.cpp's name of a tensor: `blk.3.attn_q.weight` for `model.layers.3.self_attn.q_proj.weight`."""
     stem, _, end = name.rpartition(".")
     if stem.startswith("model.layers."):
         _, _, layer, part = stem.split(".", 3)
-        return f"blk.{layer}.{_GGUF_NAME[part]}.{end}"
-    return f"{_GGUF_NAME[stem]}.{end}"
+        names = {family.attention_norms.before: "attn_norm", family.ffn_norms.before: "ffn_norm"}
+        names |= {family.attention_names.path(field): name for field, name in _ATTENTION.items()}
+        names |= {family.ffn_names.path(field): name for field, name in FFN_PROJECTIONS.items()}
+        return f"blk.{layer}.{names[part]}.{end}"
+    outside = {"model.embed_tokens": "token_embd", f"model.{family.final_norm}": "output_norm", "lm_head": "output"}
+    return f"{outside[stem]}.{end}"
 
 
 def _imported(
     source: GgufFile, tensor: ReaderTensor, name: str, shape: tuple[int, ...], head_dim: int
 ) -> StreamedTensor:
-    found = tuple(int(size) for size in reversed(tensor.shape))
-    if found != shape:
-        raise ParentError(f"{source.file}: tensor {tensor.name!r} has shape {found}, its metadata ask for {shape}")
+    stored = tuple(int(size) for size in reversed(tensor.shape))
+    if stored != shape:
+        raise ParentError(f"{source.file}: tensor {tensor.name!r} has shape {stored}, its metadata ask for {shape}")
     if tensor.tensor_type in _INTEGERS:
         raise ParentError(f"{source.file}: tensor {tensor.name!r} is of type {tensor.tensor_type.name}, no weight")
-    turned = known_architecture(source).interleaved and ("self_attn.q_proj" in name or "self_attn.k_proj" in name)
+    architecture = known_architecture(source)
+    names = FAMILIES[architecture.family].attention_names
+    turned = architecture.interleaved and (names.path("query") in name or names.path("key") in name)
 
     def make() -> torch.Tensor:
         values = _values(source, tensor).reshape(shape)

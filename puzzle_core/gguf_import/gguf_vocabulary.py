@@ -128,12 +128,12 @@ def split_name(source: GgufFile) -> str:
     Raises:
         ParentError: no split of this name is known here.
     """
-    said: str = source.get(f"{_PREFIX}pre", str, "default")
+    split: str = source.get(f"{_PREFIX}pre", str, "default")
     known = {other: name for name, others in _SAME_SPLIT.items() for other in others.split()}
-    name = known.get(said, said)
+    name = known.get(split, split)
     if name != "default" and name not in SPLITS.values():
         names = ", ".join(sorted({"default", *SPLITS.values(), *known}))
-        raise ParentError(f"{source.file}: {_PREFIX}pre is {said!r}, a split that is not known here; known: {names}")
+        raise ParentError(f"{source.file}: {_PREFIX}pre is {split!r}, a split that is not known here; known: {names}")
     return name
 
 

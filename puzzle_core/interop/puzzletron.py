@@ -67,7 +67,7 @@ class _Replacement(Foreign):
     child_block_configs: list[dict[str, Any]]
 
 
-class _Solution(Foreign):
+class _ScoredReplacement(Foreign):
     single_sequence_replacement: _Replacement
     chosen_replacements: list[_Replacement]
 
@@ -160,7 +160,7 @@ class _Campaign:
 
     def _read_solution(self, file: Path) -> None:
         content = read_json(file, "the scores of one replacement", dict)
-        solution = parse_foreign(_Solution, content.get("puzzle_solution"), f"{file.name}, puzzle_solution")
+        solution = parse_foreign(_ScoredReplacement, content.get("puzzle_solution"), f"{file.name}, puzzle_solution")
         key = self._key(solution.single_sequence_replacement, file.name)
         if key in self._scored_by:
             raise SpecError(f"{file.name}: layer {key[0]} {key[1]} has a score already, from {self._scored_by[key]}")

@@ -108,7 +108,7 @@ class Activations:
             stored_NV = _map(self._path(LOG_PROBABILITIES), shape, torch.float32, writable=False)[rows].flatten(0, 1)
             return lambda part: stored_NV[part].to(self.device)
         outside, final_BTD = self.outside(), self.layer_input(self.parent.shape.layers)[rows].to(self.device)
-        return from_states(outside, outside.model.norm(final_BTD))
+        return from_states(outside, outside.model.normalise(final_BTD))
 
     def outside(self) -> PuzzleForCausalLM:
         """What lies outside the parent's blocks."""

@@ -48,8 +48,8 @@ class Checkpoint:
         """Of tensors that several shards hold: the one that the index names, relative to the directory."""
         headers = {file: _read_headers(file, error) for file in self.files}
         holders: dict[str, list[Path]] = {}
-        for file, found in headers.items():
-            for name in found:
+        for file, headers_of_file in headers.items():
+            for name in headers_of_file:
                 if not name.endswith(DERIVED):
                     holders.setdefault(name, []).append(file)
         missing = sorted(n for n, file in indexed.items() if file not in holders.get(n, ()) and not n.endswith(DERIVED))
@@ -137,10 +137,20 @@ def write_checkpoint(
         save_file(shards[0], directory / SINGLE, metadata={"format": "pt"})
         return
     weight_map |= _save_part(directory, files + 1, shards[0])
-    for part in range(1, files + 2):
-        _part(directory, part).rename(directory / f"model-{part:05d}-of-{files + 1:05d}.safetensors")
-    file_names = {name: f"model-{part:05d}-of-{files + 1:05d}.safetensors" for name, part in weight_map.items()}
-    index = {"metadata": {"total_size": total}, "weight_map": file_names}
+    names = shard_names(files + 1)
+    for part, name in enumerate(names, 1):
+        _part(directory, part).rename(directory / name)
+    write_index(directory, {name: names[part - 1] for name, part in weight_map.items()}, total)
+
+
+def shard_names(count: int) -> list[str]:
+    """The names of a checkpoint's files, by transformers' rule."""
+    return [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+
+
+def write_index(directory: Path, weight_map: dict[str, str], total_bytes: int) -> None:
+    """Write which file has which tensor."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     write_text_atomic(directory / INDEX, json.dumps(index, indent=1))
 
 

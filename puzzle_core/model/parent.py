@@ -195,13 +195,13 @@ class Parent:
             return self._cache[key]
 
 
-def source_files(directory: Path) -> list[Path]:
+def parent_files(directory: Path) -> list[Path]:
     """All files that an opened parent may read in a directory, also those that are not there."""
     names = ["config.json", "generation_config.json", ADAPTER, SINGLE, INDEX, *TOKENIZER_FILES]
     with contextlib.suppress(ParentError):
         names += [file.relative_to(directory).as_posix() for file in checkpoint_files(directory, ParentError).files]
-    found = [*sorted(directory.glob("*.py")), *sorted((directory / MORE_TEMPLATES).glob("*.jinja"))]
-    return [*(directory / name for name in dict.fromkeys(names)), *found]
+    code_and_templates = [*sorted(directory.glob("*.py")), *sorted((directory / MORE_TEMPLATES).glob("*.jinja"))]
+    return [*(directory / name for name in dict.fromkeys(names)), *code_and_templates]
 
 
 _BUILDING = threading.Lock()

@@ -42,13 +42,16 @@ class Subblocks(NamedTuple):
 def variant_block(
     parent: Parent, layer: int, variant: Variant, state: State, dtype: torch.dtype, device: torch.device
 ) -> PuzzleBlock:
-    """A block that holds one subblock variant with the given weights, and nothing in the place of the other."""
+    """A block that holds one subblock variant with the given weights, and nothing in the place of the other.
+
+    It is in evaluation mode, in training too: dropouts of the parent's config would add noise that its targets lack.
+    """
     config = parent.puzzle_config()
     config.block_configs = [block_config(EMPTY_BLOCK.with_variant(variant))] * parent.shape.layers
     with torch.device("meta"):
         block = PuzzleBlock(config, parent.runnable_config(), layer)
     block.load_state_dict({name: t.to(device=device, dtype=dtype) for name, t in state.items()}, assign=True)
-    return block
+    return block.eval()
 
 
 def load_weights(directory: Path) -> State:
@@ -65,12 +68,12 @@ def load_subblocks(
     device: torch.device,
 ) -> Subblocks:
     """The subblocks of a block variant, frozen; `weights` holds the trained variants among them."""
-    own = parent.shape.parent_block
+    parent_block = parent.shape.parent_block
 
     def subblock(variant: Variant) -> PuzzleBlock:
-        if variant in own.subblocks:
+        if variant in parent_block.subblocks:
             return parent.block(layer, dtype, device)
         state = {} if variant.is_empty else weights[variant]
-        return variant_block(parent, layer, variant, state, dtype, device).eval().requires_grad_(False)
+        return variant_block(parent, layer, variant, state, dtype, device).requires_grad_(False)
 
     return Subblocks(subblock(block.attention), subblock(block.ffn))

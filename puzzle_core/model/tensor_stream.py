@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from puzzle_core.model.checkpoint import INDEX, MAX_SHARD_BYTES, SINGLE
+from puzzle_core.model.checkpoint import MAX_SHARD_BYTES, shard_names, write_index
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -41,14 +41,12 @@ def write_streamed(directory: Path, tensors: Sequence[StreamedTensor], max_shard
             room = max_shard_bytes
         shards[-1].append(tensor)
         room -= tensor.size_bytes
-    count = len(shards)
-    names = [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    names = shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
         _write_shard(directory / name, shard)
-    if count > 1:
+    if len(shards) > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        metadata = {"total_size": sum(tensor.size_bytes for tensor in tensors)}
-        (directory / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1))
+        write_index(directory, weight_map, sum(tensor.size_bytes for tensor in tensors))
 
 
 def _write_shard(file: Path, tensors: list[StreamedTensor]) -> None:

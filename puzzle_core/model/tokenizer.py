@@ -101,19 +101,19 @@ def is_rebuilt(directory: Path) -> bool:
     """
     if not (directory / JSON_FILE).is_file() or tokenizer_code(directory):
         return False
-    said = Tokenizer.from_file(str(directory / JSON_FILE))
+    reference = Tokenizer.from_file(str(directory / JSON_FILE))
     try:
-        return differing_text(said, AutoTokenizer.from_pretrained(directory, trust_remote_code=False)) is not None
+        return differing_text(reference, AutoTokenizer.from_pretrained(directory, trust_remote_code=False)) is not None
     except Exception:  # a class that cannot be made of these files gives no tokens at all
         return True
 
 
-def differing_text(said: Tokenizer, tokenizer: Any) -> str | None:
+def differing_text(reference: Tokenizer, tokenizer: Any) -> str | None:
     """The first probe that the tokenizer splits in another way than the file says; none if there is none."""
-    said.no_truncation()
-    said.no_padding()
-    for text in _probes(said):
-        ids = said.encode(text, add_special_tokens=False).ids
+    reference.no_truncation()
+    reference.no_padding()
+    for text in _probes(reference):
+        ids = reference.encode(text, add_special_tokens=False).ids
         if tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] != ids:
             return text
     return None
@@ -121,8 +121,8 @@ def differing_text(said: Tokenizer, tokenizer: Any) -> str | None:
 
 def tokens_without_row(tokenizer: Any, rows: int) -> dict[str, int]:
     """The tokens whose numbers the embedding has no row for, by their texts."""
-    found = {text: number for text, number in tokenizer.get_vocab().items() if number >= rows}
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    rowless = {text: number for text, number in tokenizer.get_vocab().items() if number >= rows}
+    return dict(sorted(rowless.items(), key=lambda item: item[1]))
 
 
 def check_rows(tokenizer: Any, rows: int, start: list[int], read: Callable[[], Iterable[Document]]) -> None:
@@ -239,14 +239,14 @@ def _is_tiktoken(file: Path) -> bool:
         return re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", opened.readline(1000).strip()) is not None
 
 
-def _probes(said: Tokenizer) -> Iterator[str]:
+def _probes(reference: Tokenizer) -> Iterator[str]:
     """The probe texts, all added tokens, all triples of atoms, and the texts of all tokens between atoms."""
     yield from PROBE_TEXTS
-    for token in said.get_added_tokens_decoder().values():
+    for token in reference.get_added_tokens_decoder().values():
         yield f"a{token.content}b {token.content} c"
     for first in ATOMS:
         yield "".join(f"{first}{second}{third}" for second in ATOMS for third in ATOMS)
-    texts = [said.decode([number]) for number in sorted(said.get_vocab(with_added_tokens=False).values())]
+    texts = [reference.decode([number]) for number in sorted(reference.get_vocab(with_added_tokens=False).values())]
     for start in range(0, len(texts), CHUNK_TOKENS):
         numbered = enumerate(texts[start : start + CHUNK_TOKENS])
         yield "".join(f"{text}{ATOMS[place % len(ATOMS)]}" for place, text in numbered)

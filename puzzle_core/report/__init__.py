@@ -1,1 +1,1 @@
-"""Reports: tables, figures and their pages. The only place where units become human. No torch."""
+"""Reports: tables, figures and pages. Only this folder converts numbers to units for display. No torch."""

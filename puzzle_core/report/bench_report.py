@@ -14,8 +14,8 @@ def bench_text(record: BenchRecord) -> str:
     rows = []
     for parent, child in pairs(record):
         place = f"{parent.batch_size}", f"{parent.prompt_tokens:,}"
-        for name, own, its, ratio in _quantities(parent, child):
-            rows.append((*place, name, own, its, ratio))
+        for name, parent_text, child_text, ratio in _quantities(parent, child):
+            rows.append((*place, name, parent_text, child_text, ratio))
             place = "", ""
     return format_text(
         Table(
@@ -62,8 +62,8 @@ def pairs(record: BenchRecord) -> list[tuple[BenchPoint, BenchPoint]]:
 
 
 def _quantities(parent: BenchPoint, child: BenchPoint) -> list[tuple[str, str, str, str]]:
-    def of_rate(name: str, own: float, its: float) -> tuple[str, str, str, str]:
-        return name, rate_text(own), rate_text(its), f"{its / own:.2f}x"
+    def of_rate(name: str, parent_rate: float, child_rate: float) -> tuple[str, str, str, str]:
+        return name, rate_text(parent_rate), rate_text(child_rate), f"{child_rate / parent_rate:.2f}x"
 
     first = parent.timing.prefill_ms, child.timing.prefill_ms
     memory = parent.memory_bytes, child.memory_bytes

@@ -1,4 +1,4 @@
-"""Numbers derived from a run's records, which tables, figures and flags share. Units stay as they are inside."""
+"""Numbers derived from a run's records, which tables, figures and warnings share. Units stay as they are inside."""
 
 from typing import NamedTuple
 
@@ -147,7 +147,7 @@ def layer_facts(inputs: ReportInputs) -> list[LayerFact]:
 
 
 def method_name(solution: FoundArchitecture) -> str:
-    """How people call a way to choose."""
+    """The name that reports show for a search method."""
     names = {"mip": "MIP", "mip_no_op_only": "MIP, no-op only", "mip_lm_loss": "MIP on LM loss"}
     return names.get(solution.method, solution.method.replace("_", " "))
 

@@ -63,7 +63,7 @@ class LibraryIndex(Record):
 
 
 def library_keys(plan: Plan) -> list[str]:
-    """The keys of everything that an index tells of."""
+    """The keys of all artifacts that an index lists."""
     return [work.key for work in (*plan.all_bld(), *plan.all_scores())]
 
 

@@ -39,7 +39,7 @@ class Table(NamedTuple):
     note: str = ""
 
 
-class _Quantity(NamedTuple):
+class _FinalRow(NamedTuple):
     """One row of the final table; `ratio` takes the parent's value and the child's."""
 
     name: str
@@ -235,7 +235,7 @@ def variant_order(variant: Variant) -> tuple[str, int, int, str]:
     return variant.subblock, *variant.rank
 
 
-def _quantities(inputs: ReportInputs) -> list[_Quantity]:
+def _quantities(inputs: ReportInputs) -> list[_FinalRow]:
     scenario, batch = inputs.spec.scenario, inputs.batch_size
     prompt, steps = batch * scenario.prompt_tokens, batch * (scenario.generated_tokens - 1)
 
@@ -264,18 +264,18 @@ def _quantities(inputs: ReportInputs) -> list[_Quantity]:
         return kept_text(child / parent)
 
     return [
-        _Quantity("parameters", lambda m: m.parameters, count_text, share),
-        _Quantity("memory", lambda m: m.memory_bytes, bytes_text, share),
-        _Quantity("prefill", prefill, ms_text, speed),
-        _Quantity("prefill rate", rate(prompt, prefill), rate_text, times),
-        _Quantity("decode", decode, ms_text, speed),
-        _Quantity("decode rate", rate(steps, decode), rate_text, times),
-        _Quantity("end to end", whole, ms_text, speed),
-        _Quantity("end-to-end rate", rate(batch * scenario.generated_tokens, whole), rate_text, times),
-        _Quantity("KL, nats per token", lambda m: m.evaluation.kl_nats_per_token, number_text, None),
-        _Quantity("perplexity", lambda m: m.evaluation.perplexity, number_text, times),
-        _Quantity("top-1 accuracy", lambda m: m.evaluation.top1_accuracy, percent_text, kept),
-        _Quantity("top-1 agreement", lambda m: m.evaluation.top1_agreement, percent_text, None),
+        _FinalRow("parameters", lambda m: m.parameters, count_text, share),
+        _FinalRow("memory", lambda m: m.memory_bytes, bytes_text, share),
+        _FinalRow("prefill", prefill, ms_text, speed),
+        _FinalRow("prefill rate", rate(prompt, prefill), rate_text, times),
+        _FinalRow("decode", decode, ms_text, speed),
+        _FinalRow("decode rate", rate(steps, decode), rate_text, times),
+        _FinalRow("end to end", whole, ms_text, speed),
+        _FinalRow("end-to-end rate", rate(batch * scenario.generated_tokens, whole), rate_text, times),
+        _FinalRow("KL, nats per token", lambda m: m.evaluation.kl_nats_per_token, number_text, None),
+        _FinalRow("perplexity", lambda m: m.evaluation.perplexity, number_text, times),
+        _FinalRow("top-1 accuracy", lambda m: m.evaluation.top1_accuracy, percent_text, kept),
+        _FinalRow("top-1 agreement", lambda m: m.evaluation.top1_agreement, percent_text, None),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them: bytes become MiB, milliseconds seconds, and nowhere else (DESIGN rule 4)."""
+"""Numbers as text for display, bytes in MiB and long times in seconds; no other module converts (DESIGN rule 4)."""
 
 import math
 

@@ -1,7 +1,7 @@
 """Initial weights of attention variants from the parent's attention (Puzzle paper, appendix A).
 
-The rows of kinds.py name these functions. State dicts are by the names within a layer: `self_attn.q_proj.weight`,
-`input_layernorm.weight` and so on.
+The rows of kinds.py name these functions. State dicts are by the names within a layer, which the family gives:
+`self_attn.q_proj.weight`, `input_layernorm.weight` and so on.
 
 Legend: D hidden width, H heads, K KV heads, G heads per KV head, d head width.
 """
@@ -21,10 +21,10 @@ def pooled_attention(layer: State, shape: ParentShape, kv_heads: int, contributi
         kv_heads: a divisor of the parent's.
         contribution_I: of no use here.
     """
-    state = _attention_tensors(layer, shape)
-    for projection in ("k_proj", "v_proj"):
+    state, names = _attention_tensors(layer, shape), FAMILIES[shape.family].attention_names
+    for projection in (names.path("key"), names.path("value")):
         for part in ("weight", "bias"):
-            name = f"self_attn.{projection}.{part}"
+            name = f"{projection}.{part}"
             if name in state:
                 state[name] = mean_pool(state[name], kv_heads, shape.head_dim)
     return state
@@ -32,17 +32,18 @@ def pooled_attention(layer: State, shape: ParentShape, kv_heads: int, contributi
 
 def linear_attention(layer: State, shape: ParentShape, size: int, contribution_I: None = None) -> State:
     """W = W_O . expand(W_V): every token attends to itself alone, so its value goes straight to the output."""
-    parent = _attention_tensors(layer, shape)
-    out_DHd = parent["self_attn.o_proj.weight"].float()
+    parent, names = _attention_tensors(layer, shape), FAMILIES[shape.family].attention_names
+    value, output, linear = names.path("value"), names.path("output"), f"{names.module}.linear_attn"
+    out_DHd = parent[f"{output}.weight"].float()
     state = {
-        **{name: tensor for name, tensor in parent.items() if not name.startswith("self_attn.")},
-        "self_attn.linear_attn.weight": out_DHd @ _expand(parent["self_attn.v_proj.weight"], shape),
+        **{name: tensor for name, tensor in parent.items() if not name.startswith(f"{names.module}.")},
+        f"{linear}.weight": out_DHd @ _expand(parent[f"{value}.weight"], shape),
     }
-    if "self_attn.v_proj.bias" in parent or "self_attn.o_proj.bias" in parent:
+    if f"{value}.bias" in parent or f"{output}.bias" in parent:
         bias_D = torch.zeros(shape.hidden)
-        if "self_attn.v_proj.bias" in parent:
-            bias_D = out_DHd @ _expand(parent["self_attn.v_proj.bias"], shape)
-        state["self_attn.linear_attn.bias"] = bias_D + parent.get("self_attn.o_proj.bias", torch.zeros(())).float()
+        if f"{value}.bias" in parent:
+            bias_D = out_DHd @ _expand(parent[f"{value}.bias"], shape)
+        state[f"{linear}.bias"] = bias_D + parent.get(f"{output}.bias", torch.zeros(())).float()
     return state
 
 

@@ -19,7 +19,7 @@ WIDTH_GRID = 256
 _MULT_DIGITS = 6
 """Engines may round `ffn_mult` to so many decimals."""
 
-Entry = Mapping[str, Any]
+SubblockEntry = Mapping[str, Any]
 
 
 def ffn_mult_of(width: int, hidden: int) -> float:
@@ -43,7 +43,7 @@ def width_of(ffn_mult: float, hidden: int) -> int:
     return -(-int(2 * ffn_mult * hidden / 3) // WIDTH_GRID) * WIDTH_GRID
 
 
-def kv_heads_of(entry: Entry, heads: int, place: str) -> int:
+def kv_heads_of(entry: SubblockEntry, heads: int, place: str) -> int:
     """The KV heads that an attention's entry gives, in either form.
 
     Raises:
@@ -61,7 +61,7 @@ def kv_heads_of(entry: Entry, heads: int, place: str) -> int:
     return int(size)
 
 
-def ffn_width_of(entry: Entry, hidden: int, place: str) -> int:
+def ffn_width_of(entry: SubblockEntry, hidden: int, place: str) -> int:
     """The width that an FFN's entry gives, in either form.
 
     Raises:
@@ -73,7 +73,7 @@ def ffn_width_of(entry: Entry, hidden: int, place: str) -> int:
     return int(width) if width else width_of(ffn_mult or 0.0, hidden)
 
 
-def _size(entry: Entry, key: str, place: str, kind: type) -> float | None:
+def _size(entry: SubblockEntry, key: str, place: str, kind: type) -> float | None:
     value = entry.get(key)
     if value is None:
         return None

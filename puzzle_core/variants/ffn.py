@@ -20,26 +20,30 @@ def pruned_ffn(layer: State, shape: ParentShape, width: int, contribution_I: tor
         contribution_I: how much each channel contributes; the lowest are dropped.
     """
     assert contribution_I is not None, f"FFN of width {width}: nothing says which channels to keep"
-    state = _ffn_tensors(layer, shape)
+    state, names = _ffn_tensors(layer, shape), FAMILIES[shape.family].ffn_names
     kept_C = contribution_I.topk(width).indices.sort().values
-    for name in ("gate_proj.weight", "gate_proj.bias", "up_proj.weight", "up_proj.bias"):
-        if f"mlp.{name}" in state:
-            state[f"mlp.{name}"] = state[f"mlp.{name}"][kept_C].contiguous()
-    state["mlp.down_proj.weight"] = state["mlp.down_proj.weight"][:, kept_C].contiguous()
+    for projection in (names.path("gate"), names.path("up")):
+        for part in ("weight", "bias"):
+            name = f"{projection}.{part}"
+            if name in state:
+                state[name] = state[name][kept_C].contiguous()
+    down = f"{names.path('down')}.weight"
+    state[down] = state[down][:, kept_C].contiguous()
     return state
 
 
 def linear_ffn(layer: State, shape: ParentShape, size: int, contribution_I: torch.Tensor | None = None) -> State:
     """W = W_down . W_up, the gate ignored."""
-    parent = _ffn_tensors(layer, shape)
-    down_DI = parent["mlp.down_proj.weight"].float()
+    parent, names = _ffn_tensors(layer, shape), FAMILIES[shape.family].ffn_names
+    up, down, linear = names.path("up"), names.path("down"), f"{names.module}.linear_mlp"
+    down_DI = parent[f"{down}.weight"].float()
     state = {
-        **{name: tensor for name, tensor in parent.items() if not name.startswith("mlp.")},
-        "mlp.linear_mlp.weight": down_DI @ parent["mlp.up_proj.weight"].float(),
+        **{name: tensor for name, tensor in parent.items() if not name.startswith(f"{names.module}.")},
+        f"{linear}.weight": down_DI @ parent[f"{up}.weight"].float(),
     }
-    if "mlp.down_proj.bias" in parent:
-        bias_D = down_DI @ parent["mlp.up_proj.bias"].float()
-        state["mlp.linear_mlp.bias"] = bias_D + parent["mlp.down_proj.bias"].float()
+    if f"{down}.bias" in parent:
+        bias_D = down_DI @ parent[f"{up}.bias"].float()
+        state[f"{linear}.bias"] = bias_D + parent[f"{down}.bias"].float()
     return state
 
 

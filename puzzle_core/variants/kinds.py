@@ -296,7 +296,7 @@ def parse_id(text: str) -> tuple[VariantKind, int]:
             named = (row.subblock, row.word, row.sized) == (subblock, word, bool(digits))
             if named and (not digits or int(digits)):
                 return row, int(digits or 0)
-    raise ValueError(f"{text!r} is no variant id: say attn:kv4, attn:linear, attn:no_op, ffn:i512 and so on")
+    raise ValueError(f"{text!r} is no variant id: use attn:kv4, attn:linear, attn:no_op, ffn:i512 and so on")
 
 
 def id_pattern() -> str:

@@ -1,1 +1,1 @@
-"""Where a run happens: its places, its locks, its disk space and its process."""
+"""The surroundings of a run: directories, locks, disk space, processes."""

@@ -98,11 +98,11 @@ class RunContext(Record):
             ParentError: it is another one.
         """
         parent = self.open_parent()
-        found = parent_digest(parent, self.scratch)
-        if found != digest:
+        actual = parent_digest(parent, self.scratch)
+        if actual != digest:
             raise ParentError(
                 f"the parent {self.parent.path} is not the one of this run: its digest was {digest} when the run "
-                f"started, and is {found} here: its files changed since, or are others on this machine; start the run "
+                f"started, and is {actual} here: its files changed since, or are others on this machine; start the run "
                 "again, which gives the new weights keys of their own"
             )
         return parent

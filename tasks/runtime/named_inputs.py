@@ -37,16 +37,16 @@ def check_parent(work: Work, context: RunContext) -> None:
         context.parent_of(work.parent)
         return
     if isinstance(work, TokensWork):
-        what, asked, found = "tokenizer", work.tokenizer, context.open_parent().tokenizer_digest
+        what, expected, actual = "tokenizer", work.tokenizer, context.open_parent().tokenizer_digest
     elif isinstance(work, CostWork | TimingWork):
-        what, asked, found = "shape", work.shape, context.open_parent().shape.digest()
+        what, expected, actual = "shape", work.shape, context.open_parent().shape.digest()
     else:
         return
-    if asked != found:
+    if expected != actual:
         raise ParentError(
-            f"the {what} of the parent {context.parent.path} is not that of this run: {work.key} asks for {asked}, and "
-            f"{found} was found: its files changed since the run started, or are others on this machine; start the run "
-            "again, which plans with what is there now"
+            f"the {what} of the parent {context.parent.path} is not that of this run: {work.key} asks for {expected}, "
+            f"and {actual} was found: its files changed since the run started, or are others on this machine; start "
+            "the run again, which plans with what is there now"
         )
 
 
@@ -57,11 +57,11 @@ def read_named_documents(digest: str, sources: tuple[str, ...]) -> list[Document
         DataError: as `read_documents`, or their digest is another one.
     """
     documents = read_documents(sources)
-    found = digest_documents(documents)
-    if found != digest:
+    actual = digest_documents(documents)
+    if actual != digest:
         raise DataError(
             f"the texts {', '.join(sources)} are not those of this run: their digest was {digest} when it started, and "
-            f"is {found}: they changed since, or are others on this machine; start the run again"
+            f"is {actual}: they changed since, or are others on this machine; start the run again"
         )
     return documents
 
@@ -79,9 +79,9 @@ def read_named_costs(digest: str | None, table: Path) -> CostTable:
 
 
 def _check_table(digest: str | None, table: Path) -> None:
-    found = digest_file(table)
-    if found != digest:
+    actual = digest_file(table)
+    if actual != digest:
         raise SpecError(
-            f"the cost table {table} is not that of this run: its digest was {digest} when it started, and is {found}: "
-            "start the run again, which reads the table that is there now"
+            f"the cost table {table} is not that of this run: its digest was {digest} when it started, and is "
+            f"{actual}: start the run again, which reads the table that is there now"
         )

@@ -1,4 +1,4 @@
-"""The parent that a process keeps open. It is opened again as soon as one of its files is another one.
+"""The parent that a process keeps open. It is opened again when one of its files has changed.
 
 A process may live longer than the files of a parent: a checkpoint is written anew in place, or the directory is a link
 that points elsewhere by now. A GGUF file is imported into scratch, under the digest of its content.
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from puzzle_core.errors import ParentError
-from puzzle_core.model.parent import Parent, source_files
+from puzzle_core.model.parent import Parent, parent_files
 from puzzle_core.model.parent_config import fetch
 from puzzle_core.spec import ParentSpec
 from tasks.runtime.digest_cache import Signature, file_digest, signature_of
@@ -101,4 +101,4 @@ def _is_current(held: _OpenedEntry, scratch: Path) -> bool:
 
 
 def _signature(directory: Path) -> Signature:
-    return signature_of(source_files(directory))
+    return signature_of(parent_files(directory))

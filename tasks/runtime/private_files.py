@@ -29,11 +29,11 @@ def check_owned(directory: Path) -> None:
     Raises:
         PuzzleError: it is a link or no directory, another user's, or others may write into it.
     """
-    found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode):
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode):
         raise PuzzleError(f"{directory} is not a directory: remove it, or set PUZZLE_LOCK_DIR to one of your own")
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PuzzleError(
-            f"{directory} belongs to user {found.st_uid} and has mode {stat.S_IMODE(found.st_mode):04o}: locks need a "
-            "directory of your own that nobody else may write to; remove it, or set PUZZLE_LOCK_DIR to another"
+            f"{directory} belongs to user {status.st_uid} and has mode {stat.S_IMODE(status.st_mode):04o}: locks need "
+            "a directory of your own that nobody else may write to; remove it, or set PUZZLE_LOCK_DIR to another"
         )

@@ -55,16 +55,16 @@ def software() -> Software:
     )
 
 
-def difference(here: Software, there: Software) -> str | None:
+def difference(ours: Software, theirs: Software) -> str | None:
     """What another process has otherwise, in a sentence; nothing where its code and its packages are the same."""
-    names = sorted(here.versions.keys() | there.versions.keys())
-    pairs = {name: (here.versions.get(name, "none"), there.versions.get(name, "none")) for name in names}
-    other = [f"{name} {there} instead of {here}" for name, (here, there) in pairs.items() if here != there]
+    names = sorted(ours.versions.keys() | theirs.versions.keys())
+    pairs = {name: (ours.versions.get(name, "none"), theirs.versions.get(name, "none")) for name in names}
+    other = [f"{name} {version} instead of {wanted}" for name, (wanted, version) in pairs.items() if wanted != version]
     if other:
         return f"it has {', '.join(other)}: install the versions of {LOCK}"
-    if here.code != there.code:
+    if ours.code != theirs.code:
         return (
-            f"its code of this project has the digest {there.code}, that of the run {here.code}: install the same "
+            f"its code of this project has the digest {theirs.code}, that of the run {ours.code}: install the same "
             "commit, and start the worker again"
         )
     return None

@@ -76,7 +76,7 @@ _REFUSAL_ADVICE = {
 }
 
 
-class Entry(NamedTuple):
+class FileStatus(NamedTuple):
     """One object, or one file of a local store; `tag` changes with its content."""
 
     size_bytes: int
@@ -112,7 +112,7 @@ class Bucket:
         self.url, self._root, self._is_s3 = url, root.rstrip("/"), parts.scheme == "s3"
         self._answered = threading.Event()
 
-    def listing(self, prefix: str = "") -> dict[str, Entry]:
+    def listing(self, prefix: str = "") -> dict[str, FileStatus]:
         """All objects below a prefix, by path: one request per thousand."""
         try:
             objects = self._request("list", lambda: self.fs.find(f"{self._root}/{prefix}".rstrip("/"), detail=True))
@@ -321,9 +321,9 @@ class Bucket:
 
 
 # `Any`: fsspec and botocore have no types for the dictionaries that they return.
-def _entry(info: dict[str, Any]) -> Entry:
+def _entry(info: dict[str, Any]) -> FileStatus:
     modified = info["LastModified"].timestamp() if "LastModified" in info else info.get("created", 0.0)
-    return Entry(int(info["size"]), modified, str(info.get("ETag", "")).strip('"'))
+    return FileStatus(int(info["size"]), modified, str(info.get("ETag", "")).strip('"'))
 
 
 def _response(error: BaseException) -> dict[str, Any]:

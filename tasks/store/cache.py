@@ -21,7 +21,7 @@ EVICTION_MARGIN = 0.1
 """Share of the limit that an eviction frees in addition, so that not every download evicts."""
 
 
-class _Entry(NamedTuple):
+class _CachedArtifact(NamedTuple):
     used_ns: int
     size_bytes: int
     directory: Path
@@ -128,11 +128,13 @@ class Cache:
                 )
         self._counted_bytes, self._added_bytes = total, 0.0
 
-    def _entries(self) -> Iterator[_Entry]:
+    def _entries(self) -> Iterator[_CachedArtifact]:
         for directory in self.directory.glob("[!.]*/v*/*"):
             with contextlib.suppress(FileNotFoundError):
                 used = directory.stat().st_mtime_ns
-                yield _Entry(used, sum(p.stat().st_size for p in directory.rglob("*") if p.is_file()), directory)
+                yield _CachedArtifact(
+                    used, sum(p.stat().st_size for p in directory.rglob("*") if p.is_file()), directory
+                )
 
 
 def _lock_shared(directory: Path) -> int:

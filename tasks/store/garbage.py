@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from tasks.store.bucket import Entry
+from tasks.store.bucket import FileStatus
 from tasks.store.manifest import KEY, MANIFEST, Manifest
 from tasks.store.references import reachable, references
 from tasks.store.store import Store
@@ -29,7 +29,7 @@ class Inventory(NamedTuple):
     """Everything in a store: artifacts and manifests by key, and files that belong to no artifact by path."""
 
     artifacts: dict[str, ArtifactSize]
-    strays: dict[str, Entry]
+    strays: dict[str, FileStatus]
     manifests: dict[str, Manifest]
 
     @classmethod

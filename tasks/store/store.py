@@ -22,7 +22,7 @@ from puzzle_core.errors import ArtifactError, DamagedError
 from puzzle_core.quantities import parse_memory
 from puzzle_core.records import Record, Work, digest_file
 from puzzle_core.spec import RuntimeSpec
-from tasks.store.bucket import Bucket, Entry
+from tasks.store.bucket import Bucket, FileStatus
 from tasks.store.cache import Cache
 from tasks.store.manifest import KEY, MANIFEST, Manifest, StoredFile, check_key, content_name
 from tasks.store.origin import Origin
@@ -89,7 +89,7 @@ class Store:
         records = (path.removesuffix(f"/{MANIFEST}") for path in self.listing(stage) if path.endswith(f"/{MANIFEST}"))
         return {key for key in records if KEY.fullmatch(key)}
 
-    def listing(self, prefix: str = "") -> dict[str, Entry]:
+    def listing(self, prefix: str = "") -> dict[str, FileStatus]:
         """Every file below a prefix, by path; files without a manifest are included."""
         if self._bucket is None:
             return dict(_walk(self._root, prefix))
@@ -381,7 +381,7 @@ def _read(file: Path) -> bytes | None:
     return None
 
 
-def _walk(root: Path, prefix: str) -> Iterator[tuple[str, Entry]]:
+def _walk(root: Path, prefix: str) -> Iterator[tuple[str, FileStatus]]:
     """Files below a local root by relative path, without the staging directory."""
     for directory, names, files in os.walk(root / prefix):
         names[:] = [name for name in names if not name.startswith(".")]
@@ -389,4 +389,4 @@ def _walk(root: Path, prefix: str) -> Iterator[tuple[str, Entry]]:
             path = Path(directory, name)
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                yield path.relative_to(root).as_posix(), Entry(status.st_size, status.st_mtime, "")
+                yield path.relative_to(root).as_posix(), FileStatus(status.st_size, status.st_mtime, "")

@@ -27,7 +27,7 @@ from tasks.tracking.lineage_steps import (
     gkd_curve,
     uri_of,
 )
-from tasks.tracking.tracked_models import Model, Version, allowed_name
+from tasks.tracking.tracked_models import TrackedModel, Version, allowed_name
 from tasks.tracking.tracked_run import TextsInput, TrackedRun
 from tasks.tracking.tracking import current_run, track_use
 
@@ -119,7 +119,7 @@ def record_child(plan: Plan, context: RunContext, run: TrackedRun, work: ReportW
     run.reads(_texts(plan, context, "gkd", "evaluation"))
     run.text(artifact_table(context.store(), keys), TABLE)
     run.uses(*steps.all())
-    child = Model(
+    child = TrackedModel(
         kind="child",
         name=f"child-{plan.spec.name}",
         key=work.gkd,
@@ -161,8 +161,8 @@ def record_export(uri: str, scratch: str, child: str, directory: Path, about: di
     rows = [f"{name},{file.stat().st_size},{digest_file(file)}" for name, file in files.items()]
     table = "\n".join(["file,bytes,sha256", *rows, ""])
 
-    def export(name: str) -> Model:
-        return Model(
+    def export(name: str) -> TrackedModel:
+        return TrackedModel(
             kind="export",
             name=f"{name}-{str(about['format']).lower()}",
             key=f"export/{hashlib.sha256(table.encode()).hexdigest()[:40]}",
@@ -193,7 +193,7 @@ def _card(steps: Steps, work: ReportWork, inputs: ReportInputs, context: RunCont
     return child_card(f"child-{work.spec.name}", headline, child.architecture, provenance, steps.descent)
 
 
-def _version(plan: Plan, child: Model, numbers: dict[str, float]) -> Version:
+def _version(plan: Plan, child: TrackedModel, numbers: dict[str, float]) -> Version:
     """The registered version of a child; its alias names target and scenario."""
     spec, family = plan.spec, allowed_name(Path(plan.spec.parent.path).name)
     lines = [child.headline, f"Answer for {spec.scenario.name} on {spec.target.name}, from specification {spec.name}."]

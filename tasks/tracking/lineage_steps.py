@@ -18,7 +18,7 @@ from puzzle_core.sizes import architecture_parameters
 from puzzle_core.work import BldRecord, GkdRecord
 from tasks.runtime.context import RunContext
 from tasks.store.store import Store
-from tasks.tracking.tracked_models import Model, Values, allowed_name
+from tasks.tracking.tracked_models import TrackedModel, Values, allowed_name
 
 TABLE = "artifacts.csv"
 COLUMNS = ("stage", "key", "uri", "bytes", "sha256_of_record", "made_by", "made_at")
@@ -37,7 +37,7 @@ class Steps:
         self.score_keys = (plan.tokens("scoring").key, *self.scored)
         self.cost_keys = tuple(work.key for work in plan.costs().values())
 
-    def all(self) -> list[Model]:
+    def all(self) -> list[TrackedModel]:
         """Every step, each after its sources."""
         steps = [self.parent, self.library, self.scores, self.costs, self.architecture]
         return steps if self.answer.key == self.architecture.key else [*steps, self.answer]
@@ -48,11 +48,11 @@ class Steps:
         return {"parent": self.parent.key, "library": self.library.key, "architecture": self.answer.key}
 
     @cached_property
-    def parent(self) -> Model:
+    def parent(self) -> TrackedModel:
         """The parent model."""
         shape, path = self._plan.inputs.shape, self._plan.spec.parent.path
         parameters = architecture_parameters(shape, Architecture.of_parent(shape))
-        return Model(
+        return TrackedModel(
             kind="parent",
             name=allowed_name(Path(path).name),
             key=f"parent/{self._plan.inputs.parent}",
@@ -61,10 +61,10 @@ class Steps:
         )
 
     @cached_property
-    def library(self) -> Model:
+    def library(self) -> TrackedModel:
         """The block library: all trained variants."""
         spec, layers = self._plan.spec, len(self._plan.layers)
-        return Model(
+        return TrackedModel(
             kind="block-library",
             name="block-library",
             key=f"library/{_digest(self.bld)}",
@@ -76,10 +76,10 @@ class Steps:
         )
 
     @cached_property
-    def scores(self) -> Model:
+    def scores(self) -> TrackedModel:
         """The replace-1-block scores."""
         spec = self._plan.spec.scoring
-        return Model(
+        return TrackedModel(
             kind="scores",
             name="scores",
             key=f"scores/{_digest(self.scored)}",
@@ -90,11 +90,11 @@ class Steps:
         )
 
     @cached_property
-    def costs(self) -> Model:
+    def costs(self) -> TrackedModel:
         """The costs of every variant on the target."""
         target, scenarios = self._plan.spec.target, self._plan.spec.scenarios
         traffic = "; ".join(f"{s.name}, batch {', '.join(map(str, s.batch_sizes))}" for s in scenarios)
-        return Model(
+        return TrackedModel(
             kind="cost-table",
             name=f"costs-{allowed_name(target.name)}",
             key=f"costs/{_digest([*self.cost_keys, self._plan.inputs.cost_table or ''])}",
@@ -105,14 +105,14 @@ class Steps:
         )
 
     @cached_property
-    def architecture(self) -> Model:
+    def architecture(self) -> TrackedModel:
         """The architecture that the search chose."""
         key = self._plan.search().key
         chosen = self._store.record(SearchRecord, key).best
         return self._architecture("architecture", key, (self.scores.key, self.costs.key), chosen, "")
 
     @cached_property
-    def answer(self) -> Model:
+    def answer(self) -> TrackedModel:
         """The architecture of the child: the search's choice, or the best measured candidate where it was refined."""
         refine = self._plan.refine()
         if refine is None:
@@ -126,10 +126,10 @@ class Steps:
 
     def _architecture(
         self, name: str, key: str, sources: tuple[str, ...], found: FoundArchitecture, remark: str
-    ) -> Model:
+    ) -> TrackedModel:
         used = [f"{use.name} {use.text} used to {percent_text(use.usage / use.threshold)}" for use in found.limits]
         about: dict[str, object] = {"library": self.library.key, "score": found.score}
-        return Model(
+        return TrackedModel(
             kind="architecture",
             name=f"{name}-{self._plan.spec.name}",
             key=key,

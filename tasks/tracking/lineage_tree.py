@@ -105,8 +105,8 @@ def find_child(client: MlflowClient, models: list[LoggedModel], name: str) -> Lo
         return models_by_key[name]
     for registered_model in client.search_registered_models():
         family = registered_model.name
-        found = client.search_model_versions(f"name = '{family}'")
-        versions = {str(version.version): version for version in found if KEY_TAG in version.tags}
+        all_versions = client.search_model_versions(f"name = '{family}'")
+        versions = {str(version.version): version for version in all_versions if KEY_TAG in version.tags}
         aliases = {alias: versions.get(str(number)) for alias, number in registered_model.aliases.items()}
         labels: dict[str, ModelVersion | None] = {f"{family}/{number}": versions[number] for number in versions}
         labels |= {family: versions[max(versions, key=int)]} if versions else {}

@@ -43,19 +43,19 @@ def experiment_ids(client: MlflowClient) -> list[str]:
 
 def ensure_experiment(client: MlflowClient, uri: str, name: str) -> str:
     """The id of the experiment of this name, which is created where there is none."""
-    found = client.get_experiment_by_name(name)
-    if found:
-        return str(found.experiment_id)
+    experiment = client.get_experiment_by_name(name)
+    if experiment:
+        return str(experiment.experiment_id)
     location = None
     if uri.startswith("sqlite:///"):
         location = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
     try:
         return str(client.create_experiment(name, artifact_location=location))
     except MlflowException:  # a run that started at the same moment may have created it
-        found = client.get_experiment_by_name(name)
-        if not found:
+        experiment = client.get_experiment_by_name(name)
+        if not experiment:
             raise
-        return str(found.experiment_id)
+        return str(experiment.experiment_id)
 
 
 def runs_tagged(client: MlflowClient, experiment: str, tag: str, value: str) -> list[Run]:

@@ -30,7 +30,7 @@ OLDEST_FIRST = [{"field_name": "creation_timestamp", "ascending": True}]
 
 
 @dataclass(frozen=True)
-class Model:
+class TrackedModel:
     """A step of the lineage, to be logged as a model. `files` (text by name) and `curve` are computed if needed."""
 
     kind: str
@@ -54,7 +54,7 @@ class Version:
     tags: dict[str, str]
 
 
-def note_model(client: MlflowClient, experiment: str, model: Model, made_by: str | None) -> LoggedModel:
+def note_model(client: MlflowClient, experiment: str, model: TrackedModel, made_by: str | None) -> LoggedModel:
     """Find the logged model of this key, or log it, and add the sources and the headline that it lacks.
 
     Args:
@@ -78,7 +78,7 @@ def note_model(client: MlflowClient, experiment: str, model: Model, made_by: str
 
 
 def complete_model(
-    client: MlflowClient, model: Model, logged: LoggedModel, log_curve: Callable[[Values], None]
+    client: MlflowClient, model: TrackedModel, logged: LoggedModel, log_curve: Callable[[Values], None]
 ) -> None:
     """Log a model's curve and files and set it READY, unless that was done before."""
     if WHOLE_TAG in logged.tags:
@@ -95,8 +95,8 @@ def complete_model(
 def find_model(client: MlflowClient, experiment: str, key: str) -> LoggedModel | None:
     """The oldest logged model of a key in an experiment; none where there is none."""
     only = f"tags.`{KEY_TAG}` = '{key}'"
-    found = client.search_logged_models([experiment], filter_string=only, max_results=1, order_by=OLDEST_FIRST)
-    return found[0] if found else None
+    models = client.search_logged_models([experiment], filter_string=only, max_results=1, order_by=OLDEST_FIRST)
+    return models[0] if models else None
 
 
 def all_models(client: MlflowClient, experiments: list[str]) -> Iterator[LoggedModel]:
@@ -179,8 +179,8 @@ def allowed_name(text: str) -> str:
 
 def _versions(client: MlflowClient, name: str, key: str) -> list[ModelVersion]:
     """The registered versions of a key, the oldest first."""
-    found = client.search_model_versions(f"name = '{name}' and tags.`{KEY_TAG}` = '{key}'")
-    return sorted(found, key=lambda version: int(version.version))
+    versions = client.search_model_versions(f"name = '{name}' and tags.`{KEY_TAG}` = '{key}'")
+    return sorted(versions, key=lambda version: int(version.version))
 
 
 def _links(title: str, models: list[LoggedModel]) -> str:

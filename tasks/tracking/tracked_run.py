@@ -49,7 +49,15 @@ from tasks.tracking.recovery import (
     time_text,
 )
 from tasks.tracking.system_metrics import restart_monitor, start_monitor, stop_monitor
-from tasks.tracking.tracked_models import Model, Values, Version, complete_model, link_models, note_model, register
+from tasks.tracking.tracked_models import (
+    TrackedModel,
+    Values,
+    Version,
+    complete_model,
+    link_models,
+    note_model,
+    register,
+)
 
 log = logging.getLogger("puzzle")
 MOST_METRICS, MOST_PARAMS = 1000, 100
@@ -126,7 +134,7 @@ class TrackedRun(Record):
         ]  # fmt: skip
         self.send(lambda client, ids: client.log_inputs(ids.run, datasets=datasets))
 
-    def uses(self, *models: Model) -> None:
+    def uses(self, *models: TrackedModel) -> None:
         """Note models as inputs of this run. A model that MLflow does not have yet is logged without a source run."""
 
         def note(client: MlflowClient, ids: RunIds) -> None:
@@ -145,7 +153,7 @@ class TrackedRun(Record):
         """Note a model that MLflow has as an input of this run."""
         self.send(lambda client, ids: client.log_inputs(ids.run, models=[LoggedModelInput(logged.model_id)]))
 
-    def makes(self, model: Model, version: Version | None = None) -> None:
+    def makes(self, model: TrackedModel, version: Version | None = None) -> None:
         """Note a model as an output of this run, and register it as a version where one is given."""
 
         def note(client: MlflowClient, ids: RunIds) -> None:

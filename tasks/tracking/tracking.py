@@ -10,7 +10,7 @@ import yaml
 from puzzle_core.records import canonical_json
 from puzzle_core.spec import RunSpec
 from tasks.tracking.mlflow_client import mlflow_client
-from tasks.tracking.tracked_models import Model, find_model
+from tasks.tracking.tracked_models import TrackedModel, find_model
 from tasks.tracking.tracked_run import TrackedRun, start_run
 
 _current: contextvars.ContextVar[TrackedRun | None] = contextvars.ContextVar("tracked_run", default=None)
@@ -44,7 +44,7 @@ def current_run() -> TrackedRun | None:
     return _current.get()
 
 
-def track_use(uri: str, key: str, name: str, scratch: str, make: Callable[[str], Model]) -> bool:
+def track_use(uri: str, key: str, name: str, scratch: str, make: Callable[[str], TrackedModel]) -> bool:
     """Log a run that uses the model of this key and makes another model.
 
     Args:

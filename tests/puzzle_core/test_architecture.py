@@ -17,7 +17,7 @@ def test_variant_ids_round_trip(variant):
     "text", ["", "attn", "attn:kv", "attn:kv0", "attn:i4", "ffn:kv4", "ffn:i-1", "ffn:noop", "mlp:i4", "attn:kv4 "]
 )
 def test_what_is_no_variant_id_is_refused(text):
-    with pytest.raises(ValueError, match="is no variant id: say attn:kv4"):
+    with pytest.raises(ValueError, match="is no variant id: use attn:kv4"):
         Variant.parse(text)
 
 

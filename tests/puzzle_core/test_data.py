@@ -153,7 +153,7 @@ def test_refuses_and_says_why(tmp_path, name, content, message):
 def test_a_source_that_is_nothing_is_named():
     with pytest.raises(DataError, match="'/no/such/file' does not exist"):
         read_documents(["/no/such/file"])
-    with pytest.raises(DataError, match="say 'python-stdlib:train' or 'python-stdlib:held-out'"):
+    with pytest.raises(DataError, match="use 'python-stdlib:train' or 'python-stdlib:held-out'"):
         read_documents(["python-stdlib"])
 
 

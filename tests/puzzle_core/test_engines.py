@@ -73,7 +73,7 @@ def test_the_modules_of_a_row_have_the_functions_of_fixed_names(engine):
 
 @pytest.mark.parametrize("engine", [name for name, row in ENGINES.items() if not row.costs_module])
 def test_a_target_of_an_engine_without_measured_costs_says_what_to_do(engine):
-    with pytest.raises(ValueError, match=f"engine is {engine}, which is not measured here: (measure with|say)"):
+    with pytest.raises(ValueError, match=f"engine is {engine}, which is not measured here: (measure with|set)"):
         TargetSpec(engine=engine)
     assert TargetSpec(engine=engine, costs="imported", table="costs.csv").engine == engine
 
@@ -103,7 +103,7 @@ def test_forms_offer_the_engines_of_the_registry_those_added_later_too(monkeypat
 
 
 def test_an_engine_that_is_not_in_the_registry_is_refused_with_the_names_of_the_others(plan):
-    with pytest.raises(SpecError, match=r"engines\.1: no such engine; say one of: .*sglang.* \(found 'toy'\)"):
+    with pytest.raises(SpecError, match=r"engines\.1: no such engine; use one of: .*sglang.* \(found 'toy'\)"):
         plan("vllm", "toy")
 
 

@@ -27,10 +27,10 @@ def test_reads(parse, text, value, relative):
 @pytest.mark.parametrize(
     ("parse", "text", "message"),
     [
-        (parse_bytes, "80", "no unit; say one of: B, kB, MB"),
+        (parse_bytes, "80", "no unit; use one of: B, kB, MB"),
         (parse_bytes, "80 gb", "unit 'gb'"),
-        (parse_seconds, "80GB", "unit 'GB'; say one of: us, ms"),
-        (parse_share, "300ms", "unit 'ms'; say one of: %"),
+        (parse_seconds, "80GB", "unit 'GB'; use one of: us, ms"),
+        (parse_share, "300ms", "unit 'ms'; use one of: %"),
         (parse_bytes, "0GB", "must be above 0"),
         (parse_bytes, "-1GB", "is not a number with a unit, for instance '80GiB'"),
         (parse_bytes, "much", "is not a number with a unit"),

@@ -71,11 +71,11 @@ def test_all_errors_are_said_at_once():
 @pytest.mark.parametrize("limit", ["80", 80, 0.5])
 def test_a_limit_without_a_unit_is_refused(limit):
     text = complaint(scenario={"limits": {"memory": limit}})
-    assert f"scenario.limits.memory: '{limit}' has no unit; say one of: B, kB, MB, GB" in text
+    assert f"scenario.limits.memory: '{limit}' has no unit; use one of: B, kB, MB, GB" in text
 
 
 def test_a_share_of_block_time_has_no_absolute_value():
-    assert "'3ms' has the unit 'ms'; say one of: %" in complaint(scenario={"limits": {"block_decode_time": "3ms"}})
+    assert "'3ms' has the unit 'ms'; use one of: %" in complaint(scenario={"limits": {"block_decode_time": "3ms"}})
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_credentials_in_the_address_of_a_cluster_are_refused_and_not_repeated():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("bld.tokens", "say key.path=value"),
-        ("=1", "say key.path=value"),
+        ("bld.tokens", "write key.path=value"),
+        ("=1", "write key.path=value"),
         ("parent.path.x=1", "'path' holds a value, not keys"),
         ("bld.token=1", "bld.token: unknown key; did you mean 'tokens'"),
         ("bld.tokens=[1", "the value is not YAML"),

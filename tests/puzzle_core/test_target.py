@@ -50,10 +50,10 @@ def test_figures_are_read_with_their_units(parse, text, value):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("memory", 80, "'80' has no unit; say one of: B, kB"),
+        ("memory", 80, "'80' has no unit; use one of: B, kB"),
         ("memory", "80%", "'80%' has the unit '%'"),
-        ("bandwidth", "3.35TB", "'3.35TB' has the unit 'TB'; say one of: B/s"),
-        ("peak_rates", {"bfloat16": "989 TB/s"}, "'989 TB/s' has the unit 'TB/s'; say one of: GFLOP/s"),
+        ("bandwidth", "3.35TB", "'3.35TB' has the unit 'TB'; use one of: B/s"),
+        ("peak_rates", {"bfloat16": "989 TB/s"}, "'989 TB/s' has the unit 'TB/s'; use one of: GFLOP/s"),
         ("peak_rates", {"bf16": "989 TFLOP/s"}, "hardware.peak_rates.bf16: unknown key; did you mean 'bfloat16'?"),
         ("bandwith", "1TB/s", "hardware.bandwith: unknown key; did you mean 'bandwidth'?"),
         ("efficiency", {"bandwidth": 1.5}, "hardware.efficiency.bandwidth: "),
@@ -76,8 +76,8 @@ def test_a_wrong_figure_is_said_with_its_place(target_file, key, value, message)
     [
         ({"costs": "roofline"}, "costs are roofline, but hardware is missing"),
         ({"costs": "imported"}, "costs are imported, but table is missing"),
-        ({"table": "costs.csv"}, "table is given, but costs are measured: say `costs: imported`"),
-        ({"hardware": HARDWARE}, "hardware is given, but costs are measured: say `costs: roofline`"),
+        ({"table": "costs.csv"}, "table is given, but costs are measured: set `costs: imported`"),
+        ({"hardware": HARDWARE}, "hardware is given, but costs are measured: set `costs: roofline`"),
     ],
 )
 def test_a_target_has_what_its_kind_of_costs_needs_and_no_more(target_file, parts, message):

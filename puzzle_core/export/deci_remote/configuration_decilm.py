@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 WIDTH_GRID = 256
 
 
-class Entry(dict):
+class AttributeDict(dict):
     """A dict whose keys are attributes too."""
 
     def __getattr__(self, name):
@@ -31,7 +31,10 @@ class DeciLMConfig(LlamaConfig):
     model_type = "nemotron-nas"
 
     def __init__(self, block_configs=None, **kwargs):
-        entries = [Entry({half: Entry(values) for half, values in entry.items()}) for entry in block_configs or []]
+        entries = [
+            AttributeDict({subblock: AttributeDict(sizes) for subblock, sizes in entry.items()})
+            for entry in block_configs or []
+        ]
         for name in ("num_key_value_heads", "intermediate_size"):  # null in the file: layers have their own
             if kwargs.get(name, 0) is None:
                 del kwargs[name]

@@ -11,8 +11,8 @@ class PuzzleConfig(PreTrainedConfig):
 
     An entry is `{"attention": {"num_key_value_heads", "no_op", "replace_with_linear"},
     "ffn": {"intermediate_size", "no_op", "replace_with_linear"}}`; a size is null where the
-    subblock has none. `family` says what Hugging Face's classes of the family do not decide: its class names, norms,
-    biases and scalars. The fields that tools look for (`hidden_size` and so on) repeat the parent's.
+    subblock has none. `family` says what Hugging Face's classes of the family do not decide: its class names, names of
+    modules, norms, biases and scalars. The fields that tools look for (`hidden_size` and so on) repeat the parent's.
     """
 
     model_type = "puzzle"

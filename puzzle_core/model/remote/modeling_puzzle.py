@@ -1,9 +1,10 @@
 """A Puzzle child: a decoder whose layers may differ, built from Hugging Face's own parts.
 
 Attention, FFN, norm and rotary classes are those of the parent's family. `config.family` describes what they do not
-decide: names and places of norms, biases, and scalars. A layer without a subblock has no norm for it either; a linear
-subblock keeps its norms (Puzzle paper, arXiv 2411.19146, section 2). The cache numbers real attentions, not layers:
-transformers reads the past length from cache entry 0, which must exist even if layer 0 lost its attention.
+decide: names of modules, names and places of norms, biases, and scalars. A layer without a subblock has no norm for it
+either; a linear subblock keeps its norms (Puzzle paper, arXiv 2411.19146, section 2). The cache numbers real
+attentions, not layers: transformers reads the past length from cache entry 0, which must exist even if layer 0 lost its
+attention.
 
 Legend: B batch, T tokens, D hidden width, V vocabulary.
 """
@@ -72,36 +73,49 @@ class PuzzleBlock(nn.Module):
         block, family = config.block_configs[layer], config.family
         sizes, width = config.of_layer(parent, layer), parent.hidden_size
         self.attention_norms, self.ffn_norms = family["attention_norms"], family["ffn_norms"]
+        self.attention_name, self.ffn_name = family["attention_names"]["module"], family["ffn_names"]["module"]
         self.residual_scale = scalar(family, "residual_scale", parent)
-        self.self_attn = self.mlp = None
+        attention = ffn = None
 
         self._add_norms(self.attention_norms, parent, family, absent=block["attention"]["no_op"])
         if block["attention"]["replace_with_linear"]:
             bias = has_bias(family, "qkv", parent) or has_bias(family, "attention_out", parent)
-            self.self_attn = LinearAttention(width, bias)
+            attention = LinearAttention(width, bias)
         elif not block["attention"]["no_op"]:
-            self.self_attn = family_class(family, "Attention")(sizes, layer)
-            self.self_attn.layer_idx = cache_index
+            attention = family_class(family, "Attention")(sizes, layer)
+            attention.layer_idx = cache_index
+        setattr(self, self.attention_name, attention)
 
         self._add_norms(self.ffn_norms, parent, family, absent=block["ffn"]["no_op"])
         if block["ffn"]["replace_with_linear"]:
-            self.mlp = LinearMLP(width, has_bias(family, "mlp", parent))
+            ffn = LinearMLP(width, has_bias(family, "mlp", parent))
         elif not block["ffn"]["no_op"]:
-            self.mlp = family_class(family, "MLP")(sizes)
+            ffn = family_class(family, "MLP")(sizes)
+        setattr(self, self.ffn_name, ffn)
+
+    @property
+    def attention_subblock(self) -> nn.Module | None:
+        """The attention, whatever its name in the family; None where the layer has none."""
+        return getattr(self, self.attention_name)
+
+    @property
+    def ffn_subblock(self) -> nn.Module | None:
+        """The FFN, whatever its name in the family; None where the layer has none."""
+        return getattr(self, self.ffn_name)
 
     def attend(self, layer_input_BTD: torch.Tensor, **context) -> torch.Tensor:
         """The attention subblock with its residual connection."""
-        if self.self_attn is None:
+        if self.attention_subblock is None:
             return layer_input_BTD
         normalised = self._normalise(layer_input_BTD, self.attention_norms["before"])
-        output = self.self_attn(hidden_states=normalised, **context)[0]
+        output = self.attention_subblock(hidden_states=normalised, **context)[0]
         return self._add(layer_input_BTD, self._normalise(output, self.attention_norms["after"]))
 
     def feed(self, post_attention_BTD: torch.Tensor) -> torch.Tensor:
         """The FFN subblock with its residual connection."""
-        if self.mlp is None:
+        if self.ffn_subblock is None:
             return post_attention_BTD
-        output = self.mlp(self.normalise_ffn_input(post_attention_BTD))
+        output = self.ffn_subblock(self.normalise_ffn_input(post_attention_BTD))
         return self._add(post_attention_BTD, self._normalise(output, self.ffn_norms["after"]))
 
     def normalise_ffn_input(self, post_attention_BTD: torch.Tensor) -> torch.Tensor:
@@ -150,7 +164,8 @@ class PuzzleModel(PuzzlePreTrainedModel):
         for layer, block in enumerate(config.block_configs):
             self.layers.append(PuzzleBlock(config, parent, layer, cache_index=attentions))
             attentions += block["attention"]["num_key_value_heads"] is not None
-        self.norm = family_class(family, "RMSNorm")(config.hidden_size, eps=parent.rms_norm_eps)
+        norm = family_class(family, "RMSNorm")(config.hidden_size, eps=parent.rms_norm_eps)
+        setattr(self, family["final_norm"], norm)
         self.rotary_emb = family_class(family, "RotaryEmbedding")(config=parent)
         self.post_init()
 
@@ -160,6 +175,10 @@ class PuzzleModel(PuzzlePreTrainedModel):
         if self.config.family["embedding_sqrt_hidden"]:
             embeddings = embeddings * torch.tensor(self.config.hidden_size**0.5).to(embeddings)
         return embeddings if self.embedding_scale is None else embeddings * self.embedding_scale
+
+    def normalise(self, final_BTD: torch.Tensor) -> torch.Tensor:
+        """What the head sees of what leaves the last layer."""
+        return getattr(self, self.config.family["final_norm"])(final_BTD)
 
     def forward(
         self,
@@ -202,7 +221,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
             hidden = block(hidden, **context)
             states.append(hidden)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden),
+            last_hidden_state=self.normalise(hidden),
             hidden_states=tuple(states) if output_hidden_states else None,
             **{CACHE: cache},
         )

@@ -121,7 +121,7 @@ def test_vllm_runs_both_in_its_own_environment(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--engine", "vllm"], "say --python with its interpreter"),
+        (["--engine", "vllm"], "name its interpreter with --python"),
         (["--engine", "vllm", "--python", "/no/python"], "--python /no/python cannot be run"),
         (["--context", "120", "--generate", "9"], "the context of the model holds 128"),
         (["--gguf-type", "q8_0"], "--gguf-type is of --engine llama.cpp"),

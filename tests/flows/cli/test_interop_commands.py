@@ -58,7 +58,7 @@ def test_an_import_says_what_is_wrong(campaign, tmp_path, capsys):
     place = str(campaign.write())
     for arguments, code, message in (
         ([str(tmp_path), "--out", "o"], 1, r"cannot read the costs .*subblock_stats.json"),
-        ([place, "--out", "o", "--stats", "int8"], 2, r'"int8" for --stats. say KEY=VALUE'),
+        ([place, "--out", "o", "--stats", "int8"], 2, r'"int8" for --stats. write KEY=VALUE'),
     ):
         assert main(["import", "puzzletron", *arguments]) == code
         assert re.search(message, capsys.readouterr().err)

@@ -1,6 +1,7 @@
 """Every family's row gives transformers' own logits, bitwise; a row that leaves something out does not."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from puzzle_core.architecture import Variant
+from puzzle_core.architecture import ModelShape, Variant
 from puzzle_core.errors import ArtifactError, ParentError
 from puzzle_core.export.source import Source, shared_reasons
 from puzzle_core.families import family as family_module
@@ -47,6 +48,7 @@ OTHER_PICOS = {
         "gemma2",
         {"head_dim": 8, "layer_types": FULL, "final_logit_softcapping": 2.0, "attn_logit_softcapping": None},
     ),
+    "lfm2": Pico("lfm2", {"rms_norm_eps": 1e-5, "hidden_act": "silu", "block_auto_adjust_ff_dim": False}),
 }
 
 
@@ -91,7 +93,36 @@ OTHER_ROWS = {
             "use_bidirectional_attention",
         ],
     ),
+    "lfm2": row_like_llama(
+        "lfm2",
+        "Lfm2",
+        attention_names={"output": "out_proj", "query_norm": "q_layernorm", "key_norm": "k_layernorm"},
+        ffn_names={"module": "feed_forward", "gate": "w1", "up": "w3", "down": "w2"},
+        attention_norms={"before": "operator_norm"},
+        ffn_norms={"before": "ffn_norm"},
+        final_norm="embedding_norm",
+        qk_norm=True,
+        config_keys=(
+            "norm_eps",
+            "conv_bias",
+            "conv_L_cache",
+            "block_multiple_of",
+            "block_ffn_dim_multiplier",
+            "block_auto_adjust_ff_dim",
+            "full_attn_idxs",
+        ),
+    ),
 }
+LLAMAS_NAME = {
+    "feed_forward": "mlp",
+    "w1": "gate_proj",
+    "w2": "down_proj",
+    "w3": "up_proj",
+    "out_proj": "o_proj",
+    "operator_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+"""By LFM2's names."""
 LEFT_OUT = {
     "granite-embedding": ("granite", {"embedding_scale_key": None}),
     "granite-residual": ("granite", {"residual_scale_key": None}),
@@ -141,19 +172,30 @@ def test_a_row_gives_the_logits_of_transformers_bitwise(name, checkpoint_of, ids
 
 
 @pytest.mark.parametrize("name", PICOS)
-def test_a_row_names_the_norms_and_biases_of_transformers_model(name, checkpoint_of, parent_of):
+def test_a_row_names_every_tensor_of_transformers_model(name, checkpoint_of, parent_of):
     model, row = AutoModelForCausalLM.from_pretrained(checkpoint_of(name)), FAMILIES[PICOS[name].family]
-    tensors = [tensor.removeprefix("model.layers.0.") for tensor in model.state_dict() if ".layers.0." in tensor]
-    shape = parent_of(name).shape
-    norms = {*row.attention_norms.names, *row.ffn_norms.names}
-    assert {tensor.split(".")[0] for tensor in tensors} == {"self_attn", "mlp", *norms}
-    assert shape.qk_norm == ("self_attn.q_norm.weight" in tensors) == ("self_attn.k_norm.weight" in tensors)
-    for flag, projections in (
-        (shape.qkv_bias, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        (shape.attention_out_bias, ("self_attn.o_proj",)),
-        (shape.mlp_bias, ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
-    ):
-        assert [f"{projection}.bias" in tensors for projection in projections] == [flag] * len(projections)
+    assert tensors_named_by(row, parent_of(name).shape) == {*model.state_dict()} - {"lm_head.weight"}
+
+
+def test_a_row_with_other_names_than_llamas_names_every_tensor_of_transformers_model(with_rows, other_checkpoint):
+    with_rows("lfm2")
+    model = AutoModelForCausalLM.from_pretrained(other_checkpoint["lfm2"])
+    shape = Parent(ParentSpec(path=str(other_checkpoint["lfm2"]))).shape
+    assert tensors_named_by(OTHER_ROWS["lfm2"], shape) == {*model.state_dict()} - {"lm_head.weight"}
+    assert tensors_named_by(OTHER_ROWS["lfm2"], shape) != tensors_named_by(FAMILIES["llama"], shape)
+
+
+def tensors_named_by(row: Family, shape: ModelShape) -> set[str]:
+    """The tensors, all but the head's, that the names and flags of a row give a parent of this shape."""
+    attention, ffn = row.attention_names, row.ffn_names
+    biased = {attention.path(part): shape.qkv_bias for part in ("query", "key", "value")}
+    biased |= {attention.path("output"): shape.attention_out_bias}
+    biased |= {ffn.path(part): shape.mlp_bias for part in ("gate", "up", "down")}
+    weights = {*biased, *row.attention_norms.names, *row.ffn_norms.names}
+    weights |= {attention.path("query_norm"), attention.path("key_norm")} if shape.qk_norm else set()
+    layer = {f"{name}.weight" for name in weights} | {f"{name}.bias" for name, has_bias in biased.items() if has_bias}
+    outside = {"model.embed_tokens.weight", f"model.{row.final_norm}.weight"}
+    return outside | {f"model.layers.{number}.{name}" for number in range(shape.layers) for name in layer}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -187,7 +229,7 @@ def test_fields_of_the_next_families_give_the_logits_of_transformers_bitwise(
 
 
 @pytest.mark.parametrize("variant", ["attn:linear", "ffn:i24", "ffn:linear"])
-@pytest.mark.parametrize("name", ["olmo2", "gemma2"])
+@pytest.mark.parametrize("name", ["olmo2", "gemma2", "lfm2"])
 def test_variants_keep_the_norms_of_their_subblock_where_the_row_says(name, variant, with_rows, other_checkpoint):
     with_rows(name)
     parent, kind = Parent(ParentSpec(path=str(other_checkpoint[name]))), Variant.parse(variant)
@@ -198,6 +240,18 @@ def test_variants_keep_the_norms_of_their_subblock_where_the_row_says(name, vari
     assert {*norms.names} < {tensor.split(".")[0] for tensor in block.state_dict()}
     for norm in norms.names:
         assert torch.equal(getattr(block, norm).weight, parent.layer_tensors(1)[f"{norm}.weight"])
+
+
+def test_weights_are_cut_alike_whatever_their_names(with_rows, other_checkpoint):
+    with_rows("lfm2")
+    parent = Parent(ParentSpec(path=str(other_checkpoint["lfm2"])))
+    layer, contribution_I = parent.layer_tensors(2), torch.arange(float(parent.shape.ffn_width))
+    as_llama = {re.sub("|".join(LLAMAS_NAME), lambda m: LLAMAS_NAME[m[0]], name): layer[name] for name in layer}
+    shape = parent.shape.model_copy(update={"family": "llama"})
+    for variant in map(Variant.parse, ("attn:kv2", "attn:linear", "ffn:i24", "ffn:linear")):
+        state = variant.row.initial_state(layer, parent.shape, variant.size, contribution_I)
+        expected = variant.row.initial_state(as_llama, shape, variant.size, contribution_I)
+        assert [tensor.tolist() for tensor in state.values()] == [tensor.tolist() for tensor in expected.values()]
 
 
 @pytest.mark.parametrize(("name", "change"), LEFT_OUT.values(), ids=LEFT_OUT)
@@ -304,6 +358,7 @@ def test_an_attention_kind_that_the_row_lacks_is_refused_by_name(copy_of):
         ("granite", "embedding_scale_key, residual_scale_key, logits_divisor_key"),
         ("gemma", "embedding_sqrt_hidden"),
         ("olmo2", "attention_norms, ffn_norms"),
+        ("lfm2", "attention_names, ffn_names, final_norm, attention_norms, ffn_norms"),
     ],
 )
 def test_an_export_refuses_what_its_format_cannot_carry(name, fields, with_rows, other_checkpoint):

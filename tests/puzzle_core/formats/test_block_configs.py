@@ -10,7 +10,7 @@ import pytest
 from puzzle_core.architecture import Architecture, ModelShape
 from puzzle_core.errors import SpecError
 from puzzle_core.formats.block_configs import from_block_configs, to_block_configs
-from puzzle_core.formats.decilm_config import architecture_of, child_config
+from puzzle_core.formats.decilm_config import architecture_of, decilm_child_config
 from puzzle_core.variants.entries import ffn_mult_of, width_of
 
 LLAMA: dict[str, Any] = {
@@ -62,7 +62,7 @@ def test_a_published_child_is_read_and_written_back(published: dict[str, Any]) -
     assert {str(block.attention) for block in architecture.layers} == {"attn:kv8", "attn:no_op"}
     widths = {block.ffn.size for block in architecture.layers}
     assert widths == {2816, 5632, 7168, 14336, 17920, 28672}, "as the engines compute them"
-    again = child_config(LLAMA, architecture)
+    again = decilm_child_config(LLAMA, architecture)
     assert architecture_of(again, "written") == architecture
     for name in (
         "architectures",
@@ -135,7 +135,7 @@ def test_what_the_form_cannot_carry_is_refused(block: str, changes: dict[str, An
 )
 def test_parents_that_the_form_cannot_carry_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        child_config(SMALL | changes, Architecture.parse(BLOCKS))
+        decilm_child_config(SMALL | changes, Architecture.parse(BLOCKS))
 
 
 ATTENTION = {"n_heads_in_group": 2, "no_op": False, "replace_with_linear": False}
@@ -151,7 +151,7 @@ FFN = {"ffn_mult": 2.0, "no_op": False, "replace_with_linear": False}
         ({"n_heads_in_group": None, "num_key_value_heads": 5}, {}, "num_key_value_heads 5 do not divide the 16"),
         ({"n_heads_in_group": True}, {}, "n_heads_in_group is True; it must be a whole number above 0"),
         ({"no_op": True, "replace_with_linear": True}, {}, "no_op and replace_with_linear are both true"),
-        ({"no_op": None}, {}, "no_op is None; say true or false"),
+        ({"no_op": None}, {}, "no_op is None; use true or false"),
         ({"window_length": 4096}, {}, "layer 1, attention: window_length is 4096, and no variant here has that"),
         ({}, {"ffn_mult": None}, "layer 1, ffn is kept, and neither intermediate_size nor ffn_mult says its width"),
         ({}, {"ffn_mult": -1.0}, "layer 1, ffn: ffn_mult is -1.0; it must be a number above 0"),

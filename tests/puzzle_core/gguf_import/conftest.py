@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter
 
 from puzzle_core.export.source import Source
+from puzzle_core.families.family import FAMILIES
 from puzzle_core.gguf_import.gguf_config import ARCHITECTURES
 from puzzle_core.gguf_import.gguf_tensors import gguf_name
 
@@ -64,7 +65,7 @@ def write_gguf(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Callable
             array = source.checkpoint.tensor(hf_name).float().numpy()
             if known and known.interleaved and hf_name.split(".")[-2] in ("q_proj", "k_proj"):
                 array = interleaved(array, shape.head_dim)
-            stored[gguf_name(hf_name)] = array
+            stored[gguf_name(hf_name, FAMILIES[shape.family])] = array
         for tensor, array in (stored | (tensors or {})).items():
             if array is None:
                 continue

@@ -23,7 +23,7 @@ from tasks.runtime.process import this_process
 from tasks.tracking import lineage_tree, outbox
 from tasks.tracking.lineage_steps import TABLE
 from tasks.tracking.mlflow_client import PROCESS_TAG, end_orphaned_runs, mlflow_client
-from tasks.tracking.tracked_models import FROM_TAG, KEY_TAG, NOTE_TAG, Model, Version, note_model, registered
+from tasks.tracking.tracked_models import FROM_TAG, KEY_TAG, NOTE_TAG, TrackedModel, Version, note_model, registered
 from tasks.tracking.tracking import tracked
 from tests.workflow import SCORED, TRAINED, artifacts, of_stage, placed
 
@@ -166,7 +166,7 @@ def test_artifacts_are_uploaded(tracked_spec, client, tmp_path):
 
 
 def test_a_model_is_logged_once_per_key_and_is_an_output_of_every_run_that_made_it(tracked_spec, client):
-    child, outputs, made = Model("child", "child-tracked", "gkd/v1/once", about={"size": 3}), [], []
+    child, outputs, made = TrackedModel("child", "child-tracked", "gkd/v1/once", about={"size": 3}), [], []
     for _ in range(2):
         with tracked("making", tracked_spec) as run:
             run.makes(child)
@@ -174,7 +174,7 @@ def test_a_model_is_logged_once_per_key_and_is_an_output_of_every_run_that_made_
         outputs += [model.model_id for model in client.get_run(run.run_id).outputs.model_outputs]
     assert outputs[0] == outputs[1]
     with tracked("making another", tracked_spec) as run:
-        run.makes(Model("child", "child-tracked", "gkd/v1/other"))
+        run.makes(TrackedModel("child", "child-tracked", "gkd/v1/other"))
     (other,) = client.get_run(run.run_id).outputs.model_outputs
     assert other.model_id != outputs[0]
     model = client.get_logged_model(outputs[0])
@@ -185,7 +185,7 @@ def test_a_model_is_logged_once_per_key_and_is_an_output_of_every_run_that_made_
 
 def test_models_that_are_used_are_inputs_and_made_by_no_run(tracked_spec, client):
     with tracked("using", tracked_spec) as user:
-        user.uses(Model("parent", "parent", "parent/used"))
+        user.uses(TrackedModel("parent", "parent", "parent/used"))
     (used,) = client.get_run(user.run_id).inputs.model_inputs
     assert client.get_run(user.run_id).outputs.model_outputs == []
     assert client.get_logged_model(used.model_id).source_run_id is None
@@ -195,7 +195,7 @@ def test_models_link_to_what_they_were_made_from_and_to_what_was_made_from_them(
     steps = [("parent", ()), ("library", ("parent/x",)), ("scores", ("library/x", "parent/x"))]
     with tracked("linking", tracked_spec) as run:
         for kind, sources in steps:
-            run.makes(Model(kind, kind, f"{kind}/x", sources, headline=f"about {kind}"))
+            run.makes(TrackedModel(kind, kind, f"{kind}/x", sources, headline=f"about {kind}"))
     made = [client.get_logged_model(model.model_id) for model in client.get_run(run.run_id).outputs.model_outputs]
     models = {model.name: model for model in made}
     assert models["scores"].tags[FROM_TAG] == "library/x parent/x"
@@ -205,7 +205,7 @@ def test_models_link_to_what_they_were_made_from_and_to_what_was_made_from_them(
     assert place.format(models["parent"].model_id) in before
     assert place.format(models["scores"].model_id) in after
     with tracked("another source", tracked_spec) as again:
-        again.makes(Model("scores", "scores", "scores/x", ("library/y",)))
+        again.makes(TrackedModel("scores", "scores", "scores/x", ("library/y",)))
     assert client.get_logged_model(models["scores"].model_id).tags[FROM_TAG] == "library/x parent/x library/y"
 
 
@@ -221,7 +221,7 @@ def test_files_and_curve_are_given_once_and_again_if_that_failed(tracked_spec, c
     def curve():
         return [("gkd/loss", 1.0 / step, step) for step in (1, 2, 3)]
 
-    model = Model("child", "child-late", "gkd/v1/late", files=files, curve=curve)
+    model = TrackedModel("child", "child-late", "gkd/v1/late", files=files, curve=curve)
     for status in ("PENDING", "READY", "READY"):
         with tracked("trying", tracked_spec) as run:
             run.metrics([("gkd/loss", 1.0, 1)])  # known from live
@@ -238,7 +238,7 @@ def test_a_child_is_one_version_and_an_alias_names_the_newest_answer(tracked_spe
     def make(key, alias):
         with tracked("registering", tracked_spec) as run:
             run.makes(
-                Model("child", "child", key),
+                TrackedModel("child", "child", key),
                 Version("puzzle-family", "children", alias, f"of {key}", {"puzzle.x": "1"}),
             )
 
@@ -387,7 +387,7 @@ def test_a_run_goes_on_where_mlflow_cannot_be_reached_and_says_so(content, caplo
     ):
         run.params({"a": 1})
         run.metrics([("loss", 1.0, 0)])
-        inner.uses(Model("parent", "parent", "parent/none"))
+        inner.uses(TrackedModel("parent", "parent", "parent/none"))
     *cannot, lost = [record.getMessage() for record in caplog.records if record.name == "puzzle"]
     said = "MLflow at http://127.0.0.1:11 cannot be reached, the run goes on without it"
     assert all(line.startswith(said) for line in cannot)  # a busy machine may not have found out before the end
@@ -409,7 +409,7 @@ def test_a_record_that_mlflow_does_not_take_is_said_and_stops_nothing(tracked_sp
 def test_a_child_of_any_name_is_recorded_and_found_by_it(tmp_path, name):
     client = mlflow_client(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.create_experiment("names")
-    child = Model(kind="child", name=f"child-{name}", key="gkd/v1/a")
+    child = TrackedModel(kind="child", name=f"child-{name}", key="gkd/v1/a")
     logged = note_model(client, experiment, child, None)
     assert note_model(client, experiment, child, None).model_id == logged.model_id
     for asked in (name, f"child-{name}"):

@@ -16,7 +16,7 @@ from flows.train_child import train_child
 from puzzle_core.spec import parse_spec
 from tasks.tracking import outbox
 from tasks.tracking.recovery import GAP_TAG
-from tasks.tracking.tracked_models import KEY_TAG, WHOLE_TAG, Model
+from tasks.tracking.tracked_models import KEY_TAG, WHOLE_TAG, TrackedModel
 from tasks.tracking.tracking import tracked
 from tests.workflow import merged, plan_of
 
@@ -98,7 +98,7 @@ def test_what_is_recorded_while_the_server_is_gone_follows_when_it_is_back(serve
         outer.metrics([("loss", 2.0, 2)])
         assert wait_for(lambda: "cannot be reached, the run goes on without it" in caplog.text)
         with tracked("inner", spec) as inner:
-            inner.makes(Model("child", "child-pico", "gkd/v1/late", files=lambda: {"README.md": "a card"}))
+            inner.makes(TrackedModel("child", "child-pico", "gkd/v1/late", files=lambda: {"README.md": "a card"}))
         assert inner.run_id is None  # nobody waited for the server, which was not there
         server.start()
         patient()
