@@ -121,10 +121,9 @@ def loss_terms(
         pairs = zip(target.hidden_states, output.hidden_states, strict=True)
         terms["cosine"] = spec.cosine_weight * torch.stack([cosine_distance(p, c) for p, c in pairs]).sum()
     if spec.kl_weight or spec.lm_weight:
-        target_BTD, output_BTD = (
-            m.model.norm(o.hidden_states[-1]) for m, o in ((parent_model, target), (child, output))
-        )
-        terms |= _prediction_terms(from_states(parent_model, target_BTD), child, output_BTD, ids_BT, spec)
+        predicted = from_states(parent_model, parent_model.model.normalise(target.hidden_states[-1]))
+        normalised_BTD = child.model.normalise(output.hidden_states[-1])
+        terms |= _prediction_terms(predicted, child, normalised_BTD, ids_BT, spec)
     return terms
 
 

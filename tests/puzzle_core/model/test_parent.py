@@ -34,7 +34,7 @@ def test_layer_by_layer_the_parent_has_the_logits_of_transformers_bitwise(
         parent_of(name).outside(torch.float32, CPU),
         activations_of(name).layer_input(SIZES["num_hidden_layers"]),
     )
-    assert torch.equal(outside.head(outside.model.norm(final)), transformers_logits(checkpoint_of(name), ids_NT))
+    assert torch.equal(outside.head(outside.model.normalise(final)), transformers_logits(checkpoint_of(name), ids_NT))
 
 
 def test_layers_in_another_order_give_other_logits(parent, checkpoint_of, ids_NT):
