@@ -30,8 +30,8 @@ from puzzle_core.search.search_record import LimitUse, Prediction
 from puzzle_core.search.tables import OUTSIDE, CostTable, Option, ScoreTable
 from puzzle_core.spec import ConstraintsSpec, ScenarioSpec, SearchRequest
 
-MIX = "mix"
-"""The weighted mix of all scenarios, in the names of limits and resources."""
+MIX = "(mix)"
+"""The weighted mix of all scenarios, in the names of limits and resources. No scenario can have this name."""
 DERIVED = {
     "memory_bytes": ("parameter_bytes", "kv_bytes_per_token"),
     "runtime_ms": ("prefill_ms", "decode_ms"),
@@ -157,7 +157,7 @@ class ProblemBuilder:
     def problem(self, batch_sizes: BatchSizes) -> Problem:
         """The problem at these batch sizes, with every limit of the request.
 
-        Resources are named `scenario/column`, and `mix/column` for the mix: those of all limits, and `runtime_ms` and
+        Resources are named `scenario/column`, and `(mix)/column` for the mix: those of all limits, and `runtime_ms` and
         `parameters` of the main scenario if the table has them.
 
         Raises:
@@ -281,7 +281,7 @@ class ProblemBuilder:
         return ResolvedLimit(scenario, name, text, resource, limit_type.unit, capacity, outside, tokens, steps)
 
     def _resource(self, name: str, batch_sizes: BatchSizes) -> Column:
-        where = name.rsplit("/", 1)[0]
+        where = name.split("/", 1)[0]
         key = name, tuple(batch for scenario, batch in batch_sizes.items() if where in (MIX, scenario))
         if key not in self._columns:
             self._columns[key] = self.column(
@@ -299,7 +299,7 @@ class ProblemBuilder:
 
     def _resource_of(self, name: str, layer: int | None, block: BlockVariant | None, batch_sizes: BatchSizes) -> float:
         """A resource of one block, or of the parts outside the blocks when `block` is None."""
-        where, column = name.rsplit("/", 1)
+        where, column = name.split("/", 1)
 
         def of_scenario(scenario: ScenarioSpec, column: str) -> float:
             batch = batch_sizes[scenario.name]

@@ -184,9 +184,9 @@ def test_a_mix_weighs_scenarios() -> None:
     chat, rag_ms = 1 + LAYERS * 6 + 10 + LAYERS * 50, 2 + LAYERS * 12 + 10 + LAYERS * 50 * 2**0.5
     limits = {limit.name: limit for limit in problem.limits}
     outside = 0.25 * 11 + 0.75 * 12
-    assert limits["mix/latency"].capacity == pytest.approx(0.5 * (0.25 * chat + 0.75 * rag_ms) - outside)
+    assert limits["(mix)/latency"].capacity == pytest.approx(0.5 * (0.25 * chat + 0.75 * rag_ms) - outside)
     outside = 0.25 * 11 + 0.75 * 12 / 2
-    assert limits["mix/throughput"].capacity == pytest.approx((0.25 * chat + 0.75 * rag_ms / 2) / 0.9 - outside)
+    assert limits["(mix)/throughput"].capacity == pytest.approx((0.25 * chat + 0.75 * rag_ms / 2) / 0.9 - outside)
 
 
 @pytest.mark.parametrize(
