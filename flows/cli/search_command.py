@@ -32,6 +32,12 @@ def search(
         str | None, Parameter(group=TABLES, metavar="COLUMN", help="The column of --scores that is the score.")
     ] = None,
     maximise: Annotated[bool, Parameter(group=TABLES, help="Larger scores are better.")] = False,
+    distance: Annotated[
+        bool,
+        Parameter(
+            group=TABLES, help="The score is a distance to the parent: its own block scores 0 where it has no row."
+        ),
+    ] = False,
     parent: Annotated[
         str | None,
         Parameter(group=TABLES, metavar="BLOCK", help="The parent's own block, for instance attn:kv8+ffn:i28672."),
@@ -60,5 +66,7 @@ def search(
     except ValueError as error:
         raise SpecError(f"--parent {parent!r} is no block variant: say attn:kv8+ffn:i28672") from error
     request = read_request(scenario)
-    record = search_tables(scores, costs, request, out, score=score, maximise=maximise, parent=parent_block)
+    record = search_tables(
+        scores, costs, request, out, score=score, maximise=maximise, parent=parent_block, distance=distance
+    )
     sys.stdout.write(f"{answer_text(record)}\n\nanswer: {out}\n")
