@@ -77,7 +77,7 @@ def _measured_limits(inputs: ReportInputs) -> list[str]:
     warnings = []
     for use in inputs.search.best.limits:
         time_of = _MEASURED.get(use.name)
-        if time_of is None or use.scenario != inputs.spec.scenario.name:
+        if time_of is None or not use.usage or use.scenario != inputs.spec.scenario.name:
             continue
         predicted = inputs.search.best.prediction
         used = time_of(timing) / time_of(_as_timing(predicted))
