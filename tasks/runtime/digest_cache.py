@@ -5,10 +5,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from puzzle_core.data import check_enough
 from puzzle_core.errors import DataError, ParentError, PuzzleError
 from puzzle_core.model.parent import Parent
 from puzzle_core.records import digest_file, write_text_atomic
 from puzzle_core.text_sources import Texts, check_disjoint, digest_documents, read_texts, source_files
+from puzzle_core.work import TokensWork
 
 Signature = tuple[tuple[str, tuple[int, int, int, int] | None], ...]
 """By file: size in bytes, time of modification and of change in ns, and inode; none of a file that is not there."""
@@ -74,6 +76,20 @@ def check_texts_disjoint(train: Texts, held_out: Texts, scratch: Path) -> None:
     train_files, held_out_files = source_files(train.sources), source_files(held_out.sources)
     purpose = f"the first {len(train_files)} files are for training"
     _cached(scratch / "texts", [*train_files, *held_out_files], compute, DataError, purpose)
+
+
+def check_texts_enough(work: TokensWork, texts: Texts, parent: Parent, scratch: Path) -> None:
+    """Refuse texts that hold fewer tokens than a split and those before it need.
+
+    Raises:
+        DataError: names the first split that gets too few, or a file changes meanwhile.
+    """
+
+    def compute() -> str:
+        check_enough(work, read_texts(texts), parent.tokenizer())
+        return "enough"
+
+    _cached(scratch / "texts", source_files(texts.sources), compute, DataError, f"enough for {work.key}")
 
 
 def _cached(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from puzzle_core import data, text_sources
-from puzzle_core.data import batch_rows, document_start, pack
+from puzzle_core.data import batch_rows, check_enough, document_start, pack
 from puzzle_core.errors import DataError
 from puzzle_core.spec import DataSpec
 from puzzle_core.text_sources import (
@@ -74,21 +74,33 @@ def test_too_few_tokens_say_what_was_asked_and_what_is_there(tokenizer):
         pack(DOCUMENTS, tokenizer, 8, {"bld": 40, "gkd": 800}, seed=0)
 
 
+WORK = TokensWork(
+    split="bld",
+    tokens=120,
+    earlier_splits=(("calibration", 40),),
+    sequence_length=8,
+    seed=0,
+    cut_documents=True,
+    document_start="auto",
+    texts="t",
+    tokenizer="t",
+)
+
+
 def test_stage_writes_one_split_as_if_all_were_packed(tokenizer, tmp_path):
-    work = TokensWork(
-        split="bld",
-        tokens=120,
-        earlier_splits=(("calibration", 40),),
-        sequence_length=8,
-        seed=0,
-        cut_documents=True,
-        document_start="auto",
-        texts="t",
-        tokenizer="t",
-    )
-    record = data.pack_split(work, DOCUMENTS, tokenizer, tmp_path)
+    record = data.pack_split(WORK, DOCUMENTS, tokenizer, tmp_path)
     assert torch.equal(data.read_windows(tmp_path), pack(DOCUMENTS, tokenizer, 8, SPLITS, seed=0)["bld"])
     assert (record.windows, record.tokens, record.bytes_per_token) == (15, 120, 0.75)
+
+
+def test_too_few_tokens_are_found_without_tokenizing_many(tokenizer):
+    check_enough(WORK, DOCUMENTS, tokenizer)
+    with pytest.raises(DataError, match=r"split 'bld' needs 800 tokens .* the 200 documents of the texts gave only"):
+        check_enough(WORK.model_copy(update={"tokens": 800}), DOCUMENTS, tokenizer)
+    book = [Document("book", "0123 " * 2000)]
+    check_enough(WORK, book, lambda *texts, **options: pytest.fail("tokenized"))
+    with pytest.raises(DataError, match=r"the 1 documents of the texts gave only 0 after serving calibration"):
+        check_enough(WORK.model_copy(update={"cut_documents": False}), book, tokenizer)
 
 
 def test_batches_wrap_around_the_windows():
