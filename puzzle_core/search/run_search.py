@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from puzzle_core.architecture import EMPTY_BLOCK, Architecture
-from puzzle_core.errors import InfeasibleError, SpecError, TimeLimitError
+from puzzle_core.errors import InfeasibleError, SpecError, SolveLimitError
 from puzzle_core.search.baselines import greedy, maximise, random_choice, uniform
 from puzzle_core.search.best_of import Alternative, solve_best
 from puzzle_core.search.frontier import capacity_range, frontier, sweep_frontier
@@ -134,7 +134,7 @@ def _baselines(
         try:
             solution = replace(methods[name](problem), method=name)
             architectures.append(_architecture(builder, solution, batch_sizes))
-        except (InfeasibleError, SpecError, TimeLimitError) as error:
+        except (InfeasibleError, SpecError, SolveLimitError) as error:
             omissions[f"baseline {name}"] = str(error)
     return architectures, omissions
 
