@@ -17,6 +17,7 @@ from puzzle_core.report.units import (
     ms_text,
     number_text,
     percent_text,
+    range_text,
     rate_text,
     signed_percent_text,
     speed_text,
@@ -309,7 +310,7 @@ def limit_row(use: LimitUse, prices: Sequence[LimitPrice]) -> tuple[str, ...]:
         _in_unit(use.usage, use.unit),
         f"{_in_unit(slack, use.unit)} ({percent_text(slack / use.threshold)})",
         _in_unit(price.step, price.unit) if price else NONE,
-        number_text(price.gain) if price else NONE,
+        range_text(price.at_least, price.at_most) if price else NONE,
     )
 
 

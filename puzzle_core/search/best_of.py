@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from puzzle_core.errors import InfeasibleError, SpecError, SolveLimitError
+from puzzle_core.errors import InfeasibleError, SolveLimitError, SpecError
 from puzzle_core.search.effort import BY_NODES, Effort
 from puzzle_core.search.highs import lower_bound
 from puzzle_core.search.infeasible import explain_infeasible
@@ -64,9 +64,7 @@ def solve_best(problems: Mapping[Key, Problem], *, effort: Effort = BY_NODES, re
     race = BoundedRace(problems, bounds, effort, relative_gap)
     race.run()
     infeasible = {
-        key: explain_infeasible(problems[key], effort=effort)
-        for key, bound in race.bounds.items()
-        if bound == math.inf
+        key: explain_infeasible(problems[key], effort=effort) for key, bound in race.bounds.items() if bound == math.inf
     }
     winner = race.winner()
     if winner is None:
@@ -137,9 +135,7 @@ class BoundedRace(Generic[Key]):
 
     def _solve(self, key: Key) -> None:
         try:
-            solution = solve_or_none(
-                self.problems[key], effort=self._effort, relative_gap=self._relative_gap
-            )
+            solution = solve_or_none(self.problems[key], effort=self._effort, relative_gap=self._relative_gap)
         except SolveLimitError:
             return
         if solution is None:

@@ -1,6 +1,6 @@
 """Search from tables alone: no parent, no torch, no server (`puzzle search --scores --costs --scenario`)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,17 @@ def search_tables(
     score: str | None = None,
     maximise: bool = False,
     parent: BlockVariant | None = None,
+    on_answer: Callable[[SearchRecord], None] | None = None,
 ) -> SearchRecord:
     """Solve, and write `search.json` (the whole answer), `architecture.json` and `frontier.csv` into `out`.
+
+    `on_answer` gets the answer as soon as it is known, before its baselines, frontier and explanations.
 
     Raises:
         PuzzleError: bad tables, limits that nothing can meet.
     """
     builder = ProblemBuilder(request, read_scores(scores, score, maximise, parent), read_costs(costs))
-    record = find_architecture(builder)
+    record = find_architecture(builder, on_answer)
     out.mkdir(parents=True, exist_ok=True)
     record.write(out / "search.json")
     record.best.architecture.write(out / "architecture.json")

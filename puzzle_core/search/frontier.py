@@ -50,9 +50,7 @@ def frontier(
         raise SpecError(f"a frontier needs two points or more, got {points}")
     least, most = capacity_range(problem, limit_name, effort=effort, relative_gap=relative_gap)
     capacities = [float(capacity) for capacity in np.linspace(least, most, points)]
-    swept = sweep_frontier(
-        {"": problem}, limit_name, {"": capacities}, effort=effort, relative_gap=relative_gap
-    )
+    swept = sweep_frontier({"": problem}, limit_name, {"": capacities}, effort=effort, relative_gap=relative_gap)
     solutions: list[Solution] = []
     for point in swept:
         if point is not None and (not solutions or point.solution.objective < solutions[-1].objective):

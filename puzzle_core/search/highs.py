@@ -40,6 +40,7 @@ CORE = 2
 CUT = (highspy.HighsModelStatus.kTimeLimit, highspy.HighsModelStatus.kSolutionLimit)
 """How HiGHS ends at its seconds and at its nodes."""
 
+
 @dataclass(frozen=True)
 class Minimum:
     """A choice, its cost, and a lower bound on all costs. `proven`: it is optimal within the relative gap.

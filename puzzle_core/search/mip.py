@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 
-from puzzle_core.errors import SpecError, SolveLimitError
+from puzzle_core.errors import SpecError
 from puzzle_core.search.effort import BY_NODES, Effort
 from puzzle_core.search.highs import minimise
 from puzzle_core.search.infeasible import explain_infeasible

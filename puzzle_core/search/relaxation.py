@@ -1,8 +1,8 @@
 """The relaxation of the model: bounds from dual values, solved again from its own basis when a little changes.
 
 By weak duality every lambda <= 0 on the rows "at most" gives the bound lambda . b + sum min(0, reduced cost), and a
-column in use adds its reduced cost to it. So any dual values give a valid bound, and a basis that is kept makes a second
-relaxation with a column less, or a limit looser, a matter of a few iterations.
+column in use adds its reduced cost to it. So any dual values give a valid bound, and from a basis that is kept, a
+relaxation with a column less or a limit looser takes a few iterations.
 
 Legend: L layers, K limits, N columns of the model.
 """
@@ -57,7 +57,7 @@ class Relaxation:
         self._solver = new_solver({"solver": "simplex"})
         checked(self._solver.passModel(program(model, self._rows, integer=False)), "reading the relaxation")
         checked(self._solver.run(), "solving the relaxation")
-        self._basis = self._solver.getBasis()
+        self._basis, self._forbidden_N = self._solver.getBasis(), np.zeros(columns, dtype=bool)
         self.work = work_of(columns, self._rows.lower.size, self._solver)
 
     def solve(self, forbidden_N: Mask | None = None, upper_K: Floats | None = None) -> Relaxed | None:
@@ -86,16 +86,15 @@ class Relaxation:
         return Relaxed(max(bound, 0.0), np.maximum(reduced[: self._columns], 0.0), share)
 
     def _change(self, forbidden_N: Mask, upper: Floats) -> None:
-        columns = np.arange(self._columns, dtype=np.int32)
+        columns = np.flatnonzero(forbidden_N != self._forbidden_N).astype(np.int32)
         limits = np.arange(self._layers, self._layers + self._limits, dtype=np.int32)
-        ends = np.where(forbidden_N, 0.0, highspy.kHighsInf)
-        checked(self._solver.changeColsBounds(columns.size, columns, np.zeros(columns.size), ends), "forbidding columns")
-        checked(
-            self._solver.changeRowsBounds(
-                limits.size, limits, np.full(limits.size, -highspy.kHighsInf), upper[limits]
-            ),
-            "moving limits",
-        )
+        ends, lowest = np.where(forbidden_N[columns], 0.0, highspy.kHighsInf), np.full(limits.size, -highspy.kHighsInf)
+        if columns.size:
+            zeros = np.zeros(columns.size)
+            checked(self._solver.changeColsBounds(columns.size, columns, zeros, ends), "forbidding columns")
+        if limits.size:
+            checked(self._solver.changeRowsBounds(limits.size, limits, lowest, upper[limits]), "moving limits")
+        self._forbidden_N = forbidden_N
         checked(self._solver.setBasis(self._basis), "taking the basis")
         checked(self._solver.run(), "solving the relaxation again")
 

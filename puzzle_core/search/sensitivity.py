@@ -20,7 +20,7 @@ from puzzle_core.errors import SolveLimitError, SpecError
 from puzzle_core.search.effort import Effort
 from puzzle_core.search.highs import above_least, minimise
 from puzzle_core.search.milp import SCALE, Floats, Indices, Mask, build, headroom, keep_useful
-from puzzle_core.search.problem import TOLERANCE, Choice, Limit, Problem, Solution
+from puzzle_core.search.problem import TOLERANCE, Choice, Column, Limit, Problem, Solution
 from puzzle_core.search.relaxation import Relaxation, Relaxed
 
 RELATIVE_STEP = 0.01
@@ -72,7 +72,10 @@ class WithoutChoice:
 
 @dataclass
 class _Variation:
-    """One variation: lower and upper bound on its score, the choice of the upper bound, and options in question."""
+    """One variation: lower and upper bound on its score, the choice of the upper bound, and options in question.
+
+    `layer` is that whose chosen option is forbidden; the problem allows it still.
+    """
 
     problem: Problem
     low: float
@@ -84,6 +87,13 @@ class _Variation:
     @property
     def width(self) -> float:
         return self.high - self.low
+
+    def improve(self, choice: Choice | None) -> bool:
+        """Take a choice that scores below the upper bound, and say whether it does."""
+        if choice is None or self.problem.total_score(choice) >= self.high:
+            return False
+        self.high, self.choice = self.problem.total_score(choice), choice
+        return True
 
 
 def explain(
@@ -109,7 +119,7 @@ def explain(
     for variation in [*prices, *sorted(layers, key=lambda layer: -layer.width)]:
         change = max(variation.high - solution.objective, solution.objective - variation.low)
         if left >= around.relaxation.work and change > noise and not variation.width <= DIGITS * change:
-            left -= _close(variation, problem, relative_gap, around.relaxation.work)
+            left -= _close(variation, solution.choice, relative_gap, around.relaxation.work)
     found = []
     for limit, price in zip(problem.limits, prices, strict=True):
         ends = (solution.objective - price.high, solution.objective - price.low)
@@ -134,13 +144,14 @@ def _checked_steps(problem: Problem, steps: Mapping[str, float]) -> dict[str, fl
     return sizes
 
 
-def _close(variation: _Variation, problem: Problem, relative_gap: float, least_work: int) -> int:
+def _close(variation: _Variation, answer: Choice, relative_gap: float, least_work: int) -> int:
     """Solve a variation exactly, as far as EXACT_NODES go, and return the work."""
-    effort = Effort(nodes=EXACT_NODES)
+    problem, layer, effort = variation.problem, variation.layer, Effort(nodes=EXACT_NODES)
+    if layer is not None:
+        avoided = tuple(index if number == layer else -1 for number, index in enumerate(answer))
+        problem = problem.avoiding(avoided, 0, f"layer {layer} takes another option")
     try:
-        minimum = minimise(
-            variation.problem, problem.score, effort=effort, relative_gap=relative_gap, start=variation.choice
-        )
+        minimum = minimise(problem, problem.score, effort=effort, relative_gap=relative_gap, start=variation.choice)
     except SolveLimitError:
         return least_work
     if minimum is None:
@@ -150,8 +161,8 @@ def _close(variation: _Variation, problem: Problem, relative_gap: float, least_w
     if minimum.cost <= variation.high:
         variation.high, variation.choice = minimum.cost, minimum.choice
     variation.low = variation.high if minimum.proven else max(variation.low, minimum.bound)
-    if minimum.proven and variation.layer is not None:
-        variation.options = (problem.options[variation.layer][minimum.choice[variation.layer]],)
+    if minimum.proven and layer is not None:
+        variation.options = (problem.options[layer][minimum.choice[layer]],)
     return minimum.work
 
 
@@ -168,58 +179,51 @@ class _Around:
         assert kept is not None, "the answer fits"
         self.model, self.unit = build(self.loosest, extra, kept)
         self.relaxation = Relaxation(self.model)
-        model = self.model
-        self.score_M = _flat(problem.score, model.layer, model.option)
         columns = [problem.resources[limit.resource] for limit in problem.limits]
-        uses = [_flat(column, model.layer, model.option) for column in columns]
-        self.use_KM = np.reshape(uses, (len(uses), model.layer.size))
-        self.alone_M = np.bincount(model.column, minlength=model.cost.size)[model.column] == 1
+        self.values_CLJ = np.stack([_padded(column) for column in (problem.score, *columns)])
+        self.alone_M = np.bincount(self.model.column, minlength=self.model.cost.size)[self.model.column] == 1
+        self.room_K = [headroom(limit, column) for limit, column in zip(self.loosest.limits, columns, strict=True)]
+        self.bounds = self._bounds(problem)
 
     def loosened(self, limit: Limit, step: float) -> _Variation:
         """The problem with one limit looser."""
         problem = self.problem.with_capacity(limit.name, limit.capacity + step)
         variation = _Variation(problem, self.least, self.solution.objective, self.solution.choice)
-        relaxed = self._relaxed(problem, np.zeros(self.model.cost.size, dtype=bool))
+        upper_K, too_large_N = self._bounds(problem)
+        relaxed = self.relaxation.solve(too_large_N, upper_K)
         if relaxed is not None:
             self._narrow(variation, relaxed)
         return variation
 
     def without(self, layer: int) -> _Variation:
         """The problem without the chosen option of one layer."""
-        model, index = self.model, self.solution.choice[layer]
-        here_M, chosen_M = model.layer == layer, model.option == index
-        forbidden = np.zeros(model.cost.size, dtype=bool)
-        forbidden[model.column[here_M & chosen_M]] = True
-        avoided = tuple(index if number == layer else -1 for number in range(model.layers))
-        problem = self.problem.avoiding(avoided, 0, f"layer {layer} takes another option")
-        relaxed = self._relaxed(self.problem, forbidden)
+        model, problem = self.model, self.problem
+        here_M, chosen_M = model.layer == layer, model.option == self.solution.choice[layer]
+        upper_K, forbidden_N = self.bounds
+        forbidden_N = forbidden_N.copy()
+        forbidden_N[model.column[here_M & chosen_M]] = True
+        relaxed = self.relaxation.solve(forbidden_N, upper_K)
         if relaxed is None:
             return _Variation(problem, math.inf, math.inf, layer=layer)
         variation = _Variation(problem, self.least, math.inf, layer=layer)
         excess_M = relaxed.excess[model.column]
-        near = self._changed(
-            problem, self.solution.choice, _least(here_M & ~chosen_M, excess_M), _least(~here_M, excess_M)
-        )
-        if near is not None:
-            variation.high, variation.choice = problem.total_score(near), near
         self._narrow(variation, relaxed)
         reached = self._cost(relaxed.bound + excess_M)
         options = {int(model.option[place]): float(reached[place]) for place in np.flatnonzero(here_M & ~chosen_M)}
         best = -1 if variation.choice is None else variation.choice[layer]
         possible = sorted(option for option, low in options.items() if low <= variation.high and low < math.inf)
-        ids = self.problem.options[layer]
+        ids = problem.options[layer]
         variation.options = tuple(ids[o] for o in sorted(possible, key=lambda o: (o != best, options[o])))
         return variation
 
-    def _relaxed(self, problem: Problem, forbidden_N: Mask) -> Relaxed | None:
-        """The relaxation at the capacities of a problem, without columns that alone exceed one."""
-        upper_K = np.array([
-            SCALE * headroom(limit, problem.resources[limit.resource])
-            / (headroom(loosest, problem.resources[limit.resource]) or 1.0)
-            for limit, loosest in zip(problem.limits, self.loosest.limits, strict=True)
-        ])  # fmt: skip
-        too_large = (self.model.use > upper_K[:, None] * (1.0 + TOLERANCE)).any(axis=0)
-        return self.relaxation.solve(forbidden_N | too_large, upper_K)
+    def _bounds(self, problem: Problem) -> tuple[Floats, Mask]:
+        """The capacities of a problem in the units of the model, (K,), and the columns that alone exceed one, (N,)."""
+        ratios = [
+            headroom(limit, problem.resources[limit.resource]) / (room or 1.0)
+            for limit, room in zip(problem.limits, self.room_K, strict=True)
+        ]
+        upper_K = SCALE * np.array(ratios, dtype=np.float64)
+        return upper_K, np.asarray((self.model.use > upper_K[:, None] * (1.0 + TOLERANCE)).any(axis=0))
 
     def _cost(self, scaled: Floats) -> Floats:
         return np.asarray(self.least + scaled * self.unit)
@@ -228,61 +232,81 @@ class _Around:
         """Raise the lower bound to that of the relaxation, and lower the upper one by rounding and by changes."""
         model, problem = self.model, variation.problem
         variation.low = max(variation.low, float(self._cost(np.array(relaxed.bound))))
-        rounded = self._rounded(problem, relaxed)
-        if rounded is not None and problem.total_score(rounded) < variation.high:
-            variation.high, variation.choice = problem.total_score(rounded), rounded
+        excess_M = relaxed.excess[model.column]
+        here_M = model.layer == variation.layer
+        starts = [self._rounded(problem, relaxed)]
+        if variation.choice is None:
+            beside = self._changed(problem, self.solution.choice, _least(here_M, excess_M), _least(~here_M, excess_M))
+            starts.append(beside)
+        for start in starts:
+            variation.improve(start)
         for _ in range(ROUNDS):
             if variation.choice is None:
                 break
-            excess_M = relaxed.excess[model.column]
             near = _least(excess_M * self.unit <= variation.width, excess_M)
-            better = self._changed(problem, variation.choice, near, near)
-            if better is None or problem.total_score(better) >= variation.high:
+            if not variation.improve(self._changed(problem, variation.choice, near, near)):
                 break
-            variation.high, variation.choice = problem.total_score(better), better
         variation.high = max(variation.high, variation.low)
+
+    def _sums(self, choices_BL: Indices) -> Floats:
+        """Score and use of every limit, (1 + K, B), summed fast: `problem.feasible` has the last word."""
+        return np.asarray(self.values_CLJ[:, np.arange(self.model.layers), choices_BL].sum(axis=2))
 
     def _rounded(self, problem: Problem, relaxed: Relaxed) -> Choice | None:
         """The best choice among the options that the relaxation takes, if these make few choices and one fits."""
         model = self.model
         taken = np.flatnonzero(relaxed.share[model.column] > 1e-6)
-        options: list[list[int]] = [[] for _ in range(model.layers)]
-        for place in taken:
-            options[model.layer[place]].append(int(model.option[place]))
-        if math.prod(map(len, options)) > ROUNDINGS:
+        layers = model.layer[taken]
+        open_layers = np.flatnonzero(np.bincount(layers, minlength=model.layers) > 1)
+        options = [model.option[taken[layers == layer]] for layer in open_layers]
+        count = math.prod(map(len, options))
+        if count > ROUNDINGS:
             return None
-        fitting = [choice for choice in itertools.product(*options) if problem.feasible(choice)]
-        return min(fitting, key=problem.total_score, default=None)
+        choices_BL = np.zeros((count, model.layers), dtype=np.int64)
+        choices_BL[:, layers] = model.option[taken]
+        if options:
+            choices_BL[:, open_layers] = list(itertools.product(*options))
+        score_B, *use_KB = self._sums(choices_BL)
+        fits_B = np.ones(count, dtype=bool)
+        for limit, use_B in zip(problem.limits, use_KB, strict=True):
+            fits_B &= use_B <= limit.capacity + TOLERANCE * abs(limit.capacity)
+        for place in np.flatnonzero(fits_B)[np.argsort(score_B[fits_B], kind="stable")]:
+            choice = tuple(choices_BL[place].tolist())
+            if problem.feasible(choice):
+                return choice
+        return None
 
     def _changed(self, problem: Problem, choice: Choice, first: Indices, second: Indices) -> Choice | None:
-        """The best choice that takes an option of `first` and at most one of `second` instead of its own, if one fits."""
+        """The best choice with one option of `first` and at most one of `second` instead of its own, if one fits."""
         model, own = self.model, np.asarray(choice)
         tied = np.zeros(model.layers, dtype=bool)
         tied[model.layer[~self.alone_M & (own[model.layer] == model.option)]] = True
+        own_CL = self.values_CLJ[:, np.arange(model.layers), own]
 
-        def movable(places: Indices) -> Indices:
+        def moves(places: Indices) -> tuple[Indices, Floats]:
+            """The places that change something, and by how much each changes every sum, (1 + K, ...)."""
             layers = model.layer[places]
-            return places[self.alone_M[places] & ~tied[layers] & (own[layers] != model.option[places])]
+            places = places[self.alone_M[places] & ~tied[layers] & (own[layers] != model.option[places])]
+            layers = model.layer[places]
+            return places, self.values_CLJ[:, layers, model.option[places]] - own_CL[:, layers]
 
-        first, second = movable(first), movable(second)
-        layer_1, layer_2 = model.layer[first], np.concatenate([[-1], model.layer[second]])
-        score = _rises(self.score_M, problem.score, model.layer, choice)
-        total = score[first][:, None] + np.concatenate([[0.0], score[second]])
-        total[layer_1[:, None] == layer_2] = np.inf
-        for limit, use_M in zip(self.problem.limits, self.use_KM, strict=True):
-            capacity = next(other.capacity for other in problem.limits if other.name == limit.name)
-            rise = _rises(use_M, problem.resources[limit.resource], model.layer, choice)
-            room = capacity - problem.total(limit.resource, choice) + 0.5 * TOLERANCE * abs(capacity)
-            total[rise[first][:, None] + np.concatenate([[0.0], rise[second]]) > room] = np.inf
-        flat = total.ravel()
-        count = min(TRIES, flat.size)
-        if not count:
-            return None
-        nearest = np.argpartition(flat, count - 1)[:count]
-        for place in nearest[np.lexsort((nearest, flat[nearest]))]:
-            if flat[place] == np.inf:
+        (first, rise_CA), (second, rise_CB) = moves(first), moves(second)
+        rise_CB = np.concatenate([np.zeros((rise_CB.shape[0], 1)), rise_CB], axis=1)
+        total_AB = rise_CA[0][:, None] + rise_CB[0]
+        wrong_AB = model.layer[first][:, None] == np.concatenate([[-1], model.layer[second]])
+        for limit, used, rise_A, rise_B in zip(
+            problem.limits, own_CL[1:].sum(axis=1), rise_CA[1:], rise_CB[1:], strict=True
+        ):
+            room = limit.capacity - used + 0.5 * TOLERANCE * abs(limit.capacity)
+            wrong_AB |= rise_A[:, None] > room - rise_B
+        total_AB[wrong_AB] = np.inf
+        total = total_AB.ravel()
+        count = min(TRIES, total.size)
+        nearest = np.argpartition(total, count - 1)[:count] if count else np.zeros(0, dtype=np.int64)
+        for place in nearest[np.lexsort((nearest, total[nearest]))]:
+            if total[place] == np.inf:
                 return None
-            row, column = divmod(int(place), layer_2.size)
+            row, column = divmod(int(place), second.size + 1)
             changed = list(choice)
             for entry in (first[row], *(second[column - 1 : column] if column else ())):
                 changed[model.layer[entry]] = int(model.option[entry])
@@ -291,14 +315,12 @@ class _Around:
         return None
 
 
-def _flat(column: tuple[Floats, ...], layer: Indices, option: Indices) -> Floats:
-    return np.array([column[i][j] for i, j in zip(layer, option, strict=True)], dtype=np.float64)
-
-
-def _rises(values_M: Floats, column: tuple[Floats, ...], layer_M: Indices, choice: Choice) -> Floats:
-    """The increase of a sum when a choice takes each option instead of its own, (M,)."""
-    own = np.array([values[index] for values, index in zip(column, choice, strict=True)])
-    return np.asarray(values_M - own[layer_M])
+def _padded(column: Column) -> Floats:
+    """A column as one array (L, J), with zeros for options that a layer does not have."""
+    padded = np.zeros((len(column), max(values.size for values in column)))
+    for row, values in zip(padded, column, strict=True):
+        row[: values.size] = values
+    return padded
 
 
 def _least(mask_M: Mask, excess_M: Floats) -> Indices:

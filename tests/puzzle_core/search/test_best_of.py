@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from puzzle_core.errors import InfeasibleError, SpecError, SolveLimitError
+from puzzle_core.errors import InfeasibleError, SolveLimitError, SpecError
 from puzzle_core.search import best_of
 from puzzle_core.search.best_of import solve_best
 from puzzle_core.search.mip import solve

@@ -255,20 +255,23 @@ def test_scores_of_any_magnitude_give_the_same_architecture(scale: float) -> Non
 def test_what_loosening_a_limit_buys_is_what_a_new_search_gains() -> None:
     record = find_architecture(builder({"block_time": "50%", "memory": "100%"}))
     prices = {price.limit: price for price in record.prices}
-    assert prices["memory"].gain == 0
+    assert (prices["memory"].at_least, prices["memory"].at_most) == (0, 0)
     allowed = next(use.threshold for use in record.best.limits if use.name == "block_time")
     share = 0.5 * (1 + prices["block_time"].step / allowed)
     looser = find_architecture(builder({"block_time": f"{100 * share:.9f}%"}))
-    assert prices["block_time"].gain == pytest.approx(record.best.score - looser.best.score)
+    gain = pytest.approx(record.best.score - looser.best.score)
+    assert (prices["block_time"].at_least, prices["block_time"].at_most) == (gain, gain)
 
 
 def test_runner_ups_name_what_else_a_layer_would_take() -> None:
     record = find_architecture(builder({"block_time": "60%"}))
     for runner_up in record.runner_ups:
         assert runner_up.option == str(record.best.architecture.layers[runner_up.layer])
-        assert runner_up.other != runner_up.option
-        assert runner_up.rise is not None
-        assert runner_up.rise >= 0
+        assert len(runner_up.others) == 1
+        assert runner_up.others != (runner_up.option,)
+        assert runner_up.at_least is not None
+        assert runner_up.at_least >= 0
+        assert runner_up.at_most == runner_up.at_least, "a small model is explained exactly"
 
 
 def test_infeasible_names_the_least_that_can_be_had_and_that_can_be_met() -> None:
