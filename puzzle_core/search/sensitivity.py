@@ -86,7 +86,7 @@ class _Variation:
 
     @property
     def width(self) -> float:
-        return self.high - self.low
+        return 0.0 if self.low == self.high else self.high - self.low
 
     def improve(self, choice: Choice | None) -> bool:
         """Take a choice that scores below the upper bound, and say whether it does."""
@@ -118,7 +118,8 @@ def explain(
     left = EXACT_WORK
     for variation in [*prices, *sorted(layers, key=lambda layer: -layer.width)]:
         change = max(variation.high - solution.objective, solution.objective - variation.low)
-        if left >= around.relaxation.work and change > noise and not variation.width <= DIGITS * change:
+        wide = variation.width == math.inf or variation.width > DIGITS * change
+        if wide and change > noise and left >= around.relaxation.work:
             left -= _close(variation, solution.choice, relative_gap, around.relaxation.work)
     found = []
     for limit, price in zip(problem.limits, prices, strict=True):
