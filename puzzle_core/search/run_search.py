@@ -61,7 +61,11 @@ def find_architecture(builder: ProblemBuilder, on_answer: Callable[[SearchRecord
     if on_answer:
         on_answer(answer)
     baselines, omissions = _baselines(builder, problem, batch_sizes, effort)
-    points = _frontier(builder, problem, batch_sizes, effort)
+    points: list[FoundArchitecture] = []
+    try:
+        points = _frontier(builder, problem, batch_sizes, effort)
+    except SolveLimitError as error:
+        omissions["frontier"] = str(error)
     prices, runner_ups = _explanations(builder, problem, best, batch_sizes) if spec.explain else ([], [])
     return answer.model_copy(
         update={
