@@ -77,6 +77,24 @@ def capacity_range(
     return least, max(least, most)
 
 
+def without_free(problem: Problem, limit_name: str, outside: float) -> Problem:
+    """The problem without the choices that use nothing at all of a limit's resource: a model of nothing is no offer.
+
+    Args:
+        outside: what the parts outside the layers use; where they use something, no choice is free.
+
+    Raises:
+        SpecError: there is no such limit.
+    """
+    column = problem.resources[_limit(problem, limit_name).resource]
+    free = tuple(np.asarray(values == 0.0, dtype=np.float64) for values in column)
+    if outside > 0.0 or not all(values.any() for values in free) or all(values.all() for values in free):
+        return problem
+    name = f"layers without {limit_name}"
+    limit = Limit(name, name, float(len(free) - 1), "layers")
+    return replace(problem, resources={**problem.resources, name: free}, limits=(*problem.limits, limit))
+
+
 def sweep_frontier(
     problems: Mapping[Key, Problem],
     limit_name: str,

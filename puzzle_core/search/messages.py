@@ -48,7 +48,10 @@ def _reachable(limit: ResolvedLimit, least: float, builder: ProblemBuilder, batc
     parent = Architecture(layers=(builder.scores.parent,) * len(builder.layers))
     uses = {(use.scenario, use.name): use for use in builder.limit_uses(parent, batch_sizes)}
     value = limit.in_terms(least + limit.outside)
-    share = value / uses[limit.scenario, limit.name].usage
+    parent_use = uses[limit.scenario, limit.name].usage
+    if value == math.inf or parent_use is None:
+        return "any rate"
+    share = value / parent_use
     if limit.tokens:
         return f"at most {math.floor(value):,} tok/s ({_tenths(share, math.floor)}%)"
     percent = f"{_tenths(share, math.ceil)}%"

@@ -7,6 +7,7 @@ Legend: L layers, J options of a layer. A column is a tuple of L arrays (J,), as
 """
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -98,8 +99,13 @@ class ResolvedLimit:
         return Limit(self.label, self.resource, self.capacity - self.outside, "ms" if self.tokens else self.unit)
 
     def in_terms(self, total: float) -> float:
-        """The use of a whole model in the terms of the limit: a throughput, a time per step, or the use itself."""
-        return self.tokens / total * 1e3 if self.tokens else total / self.steps
+        """The use of a whole model in the terms of the limit: a throughput, a time per step, or the use itself.
+
+        The throughput of no time is infinite.
+        """
+        if self.tokens:
+            return self.tokens / total * 1e3 if total > 0.0 else math.inf
+        return total / self.steps
 
     def capacity_of(self, value: float) -> float:
         """The capacity of the blocks alone when the limit has this value."""
@@ -107,6 +113,7 @@ class ResolvedLimit:
 
     def use(self, blocks: float) -> LimitUse:
         """The limit, with the use of all blocks together."""
+        usage = self.in_terms(blocks + self.outside)
         return LimitUse(
             scenario=self.scenario,
             name=self.name,
@@ -114,7 +121,7 @@ class ResolvedLimit:
             unit=self.unit,
             sense="at_least" if self.tokens else "at_most",
             threshold=self.in_terms(self.capacity),
-            usage=self.in_terms(blocks + self.outside),
+            usage=usage if usage < math.inf else None,
         )
 
 
@@ -256,6 +263,10 @@ class ProblemBuilder:
             uses.append(limit.use(sum(blocks)))
         return tuple(uses)
 
+    def outside(self, resource: str, batch_sizes: BatchSizes) -> float:
+        """What the parts outside the blocks take of a resource of `problem`."""
+        return self._resource_of(resource, None, None, batch_sizes)
+
     def _resolve(
         self,
         scenario: str,
@@ -267,11 +278,16 @@ class ProblemBuilder:
         steps: int,
         batch_sizes: BatchSizes,
     ) -> ResolvedLimit:
-        outside = self._resource_of(resource, None, None, batch_sizes) if limit_type.outside else 0.0
+        outside = self.outside(resource, batch_sizes) if limit_type.outside else 0.0
         quantity = limit_type.parse(text)
         if quantity.relative:
             layers = range(len(self.layers))
             blocks = sum(self._resource_of(resource, layer, self.scores.parent, batch_sizes) for layer in layers)
+            if tokens and blocks + outside <= 0.0:
+                raise SpecError(
+                    f"limit {name} of {scenario} is {text} of the parent's, which takes no time in the cost table: "
+                    "give a rate in tok/s"
+                )
             share = 1 / quantity.value if tokens else quantity.value
             capacity = share * (blocks + outside)
         elif tokens:

@@ -12,7 +12,7 @@ from puzzle_core.errors import InfeasibleError, SolveLimitError, SpecError
 from puzzle_core.search.baselines import greedy, maximise, random_choice, uniform
 from puzzle_core.search.best_of import Alternative, solve_best
 from puzzle_core.search.effort import Effort
-from puzzle_core.search.frontier import capacity_range, frontier, sweep_frontier
+from puzzle_core.search.frontier import capacity_range, frontier, sweep_frontier, without_free
 from puzzle_core.search.infeasible import explain_infeasible
 from puzzle_core.search.messages import batch_text, infeasible_text
 from puzzle_core.search.mip import solve, solve_diverse, solve_or_none
@@ -64,7 +64,7 @@ def find_architecture(builder: ProblemBuilder, on_answer: Callable[[SearchRecord
     points: list[FoundArchitecture] = []
     try:
         points = _frontier(builder, problem, batch_sizes, effort)
-    except SolveLimitError as error:
+    except (InfeasibleError, SolveLimitError) as error:
         omissions["frontier"] = str(error)
     prices, runner_ups = _explanations(builder, problem, best, batch_sizes) if spec.explain else ([], [])
     return answer.model_copy(
@@ -196,14 +196,19 @@ def _as_choice(problem: Problem, solution: Solution) -> Solution:
 def _frontier(
     builder: ProblemBuilder, problem: Problem, batch_sizes: BatchSizes, effort: Effort
 ) -> list[FoundArchitecture]:
-    """Score against the limit that the request names, or against time at the best batch size."""
+    """Score against the limit that the request names, or against time at the best batch size.
+
+    All other limits hold, and a model that uses nothing at all is no point.
+    """
     if builder.request.search.frontier_limit:
         return _limit_frontier(builder, builder.request.search.frontier_limit, effort)
     resource = f"{builder.request.scenario.name}/runtime_ms"
     if resource not in problem.resources:
         return []
-    unlimited = problem.with_limits((Limit("time", resource, problem.total(resource, problem.parent), "ms"),))
-    points = frontier(unlimited, "time", builder.request.search.frontier_points, effort=effort)
+    others = (limit for limit in problem.limits if limit.resource != resource)
+    time = Limit("time", resource, problem.total(resource, problem.parent), "ms")
+    swept = without_free(problem.with_limits((*others, time)), time.name, builder.outside(resource, batch_sizes))
+    points = frontier(swept, time.name, builder.request.search.frontier_points, effort=effort)
     return [_architecture(builder, point, batch_sizes) for point in points]
 
 
@@ -214,7 +219,8 @@ def _limit_frontier(builder: ProblemBuilder, name: str, effort: Effort) -> list[
     problems, ends = {}, []
     for number, batch_sizes in enumerate(combinations):
         limit = _limit_to_sweep(builder, name, batch_sizes)
-        problem = builder.problem(batch_sizes)
+        outside = builder.outside(limit.resource, batch_sizes)
+        problem = without_free(builder.problem(batch_sizes), label, outside)
         try:
             capacities = capacity_range(problem, label, effort=effort, relative_gap=RELATIVE_GAP)
         except InfeasibleError:

@@ -42,7 +42,10 @@ class Prediction(Record):
 
 
 class LimitUse(Record):
-    """One limit: its text in the request, and in `unit` its threshold and the value of the whole architecture."""
+    """One limit: its text in the request, and in `unit` its threshold and the value of the whole architecture.
+
+    `usage` is None for the rate of an architecture that takes no time, which is unbounded.
+    """
 
     scenario: str
     name: str
@@ -50,7 +53,12 @@ class LimitUse(Record):
     unit: str
     sense: Literal["at_most", "at_least"]
     threshold: float
-    usage: float
+    usage: float | None
+
+    @property
+    def share(self) -> float | None:
+        """The usage as a share of the threshold; None for an unbounded rate."""
+        return None if self.usage is None else self.usage / self.threshold
 
 
 class FoundArchitecture(Record):

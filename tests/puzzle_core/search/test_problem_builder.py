@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from puzzle_core.architecture import Architecture, BlockVariant
+from puzzle_core.architecture import EMPTY_BLOCK, Architecture, BlockVariant
 from puzzle_core.errors import CoverageError, InfeasibleError, NonFiniteError, SpecError
 from puzzle_core.report.report_warnings import search_warnings
+from puzzle_core.report.search_text import answer_text, explanation_text
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.run_search import check_feasible, find_architecture
 from puzzle_core.search.tables import CostRow, CostTable, Option, ScoreTable
@@ -334,6 +335,64 @@ def test_the_frontier_of_a_limit_goes_over_all_batch_sizes() -> None:
         assert again.best.score <= point.score + 1e-9
     with pytest.raises(SpecError, match="frontier_limit is 'latency', and scenario chat has no such limit"):
         find_architecture(builder({"memory": "1GB"}, search={"frontier_limit": "latency"}))
+
+
+NOTHING_OUTSIDE = CostTable(tuple(row for row in costs().rows if row.part != "outside"))
+
+
+@pytest.mark.parametrize("frontier_limit", [None, "throughput"])
+def test_a_frontier_holds_all_other_limits_and_has_no_model_of_nothing(frontier_limit: str | None) -> None:
+    """A published library has no-ops and nothing outside the blocks: its rate of no time is unbounded."""
+    search = {"frontier_points": 9, "frontier_limit": frontier_limit}
+    asked = request({"throughput": "60 tok/s", "memory": "3000B", "parameters": "60%"}, search=search)
+    record = find_architecture(ProblemBuilder(asked, scores(), NOTHING_OUTSIDE))
+    unlimited = find_architecture(
+        ProblemBuilder(request({"throughput": "60 tok/s"}, search=search), scores(), NOTHING_OUTSIDE)
+    )
+    assert len(record.frontier) >= 4
+    for point in record.frontier:
+        memory, parameters = (next(use for use in point.limits if use.name == n) for n in ("memory", "parameters"))
+        assert memory.usage <= memory.threshold
+        assert parameters.usage <= parameters.threshold
+        assert point.prediction.total_ms > 0
+    assert any(point.prediction.memory_bytes > 3000 for point in unlimited.frontier), "the limit binds"
+    assert not any(point.architecture.layers == (EMPTY_BLOCK,) * LAYERS for point in unlimited.frontier)
+    least = min(point.prediction.total_ms for point in unlimited.frontier)
+    assert least == 5.5, "the fastest model of one subblock: a linear attention"
+
+
+def test_the_empty_model_is_offered_where_something_lies_outside() -> None:
+    record = find_architecture(builder({"block_time": "60%"}, search={"frontier_points": 9}))
+    assert record.frontier[0].architecture.layers == (EMPTY_BLOCK,) * LAYERS
+
+
+def test_a_model_of_no_time_has_an_unbounded_rate_and_can_be_printed() -> None:
+    asked = request({"parameters": "1params", "throughput": "60 tok/s"})
+    record = find_architecture(ProblemBuilder(asked, scores(), NOTHING_OUTSIDE))
+    assert record.best.architecture.layers == (EMPTY_BLOCK,) * LAYERS
+    use = next(use for use in record.best.limits if use.name == "throughput")
+    assert (use.usage, use.share) == (None, None)
+    assert "takes no time" in answer_text(record)
+    assert "unbounded" in answer_text(record)
+
+
+def test_a_share_of_a_rate_that_is_unbounded_is_refused() -> None:
+    free = CostTable(tuple(CostRow(part, {"runtime_ms": 0.0, "parameters": p}) for part, (p, *_) in HALVES.items()))
+    with pytest.raises(SpecError, match=r"throughput of chat is 160% of the parent's, which takes no time"):
+        ProblemBuilder(request({"throughput": "160%"}), scores(), free).problem({"chat": 1})
+
+
+def test_the_answer_comes_before_its_explanations() -> None:
+    seen = []
+    asked = {"throughput": "60 tok/s"}
+    record = find_architecture(builder(asked, search={"baselines": ["greedy"]}), seen.append)
+    (answer,) = seen
+    assert answer.solutions == record.solutions
+    assert (answer.frontier, answer.baselines, answer.prices, answer.runner_ups) == ((), (), (), ())
+    assert all((record.frontier, record.baselines, record.prices, record.runner_ups))
+    text = explanation_text(record)
+    assert all(title in text for title in ("What a looser limit gains", "Runners-up", "greedy"))
+    assert "Limits" in answer_text(answer)
 
 
 def test_other_ways_to_choose_are_searched_over_the_same_problem() -> None:
