@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*(.*?)\s*")
+LEAST, LARGEST = 1e-30, 1e30
 
 
 class Quantity(NamedTuple):
@@ -32,6 +33,8 @@ class _Kind:
         number, unit = float(match[1]), match[2]
         if number <= 0:
             raise ValueError(f"{text!r} must be above 0")
+        if not LEAST <= number <= LARGEST:
+            raise ValueError(f"{text!r} is not between {LEAST:g} and {LARGEST:g}: say it in another unit")
         if unit == "%" and self.shares:
             return Quantity(number / 100, relative=True)
         if unit not in self.units:

@@ -35,6 +35,12 @@ def search(
         str | None, Parameter(group=TABLES, metavar="COLUMN", help="The column of --scores that is the score.")
     ] = None,
     maximise: Annotated[bool, Parameter(group=TABLES, help="Larger scores are better.")] = False,
+    distance: Annotated[
+        bool,
+        Parameter(
+            group=TABLES, help="The score is a distance to the parent: its own block scores 0 where it has no row."
+        ),
+    ] = False,
     parent: Annotated[
         str | None,
         Parameter(group=TABLES, metavar="BLOCK", help="The parent's own block, for instance attn:kv8+ffn:i28672."),
@@ -69,6 +75,7 @@ def search(
         sys.stdout.flush()
 
     record = search_tables(
-        scores, costs, request, out, score=score, maximise=maximise, parent=parent_block, on_answer=print_answer
-    )
+        scores, costs, request, out, score=score, maximise=maximise, parent=parent_block, distance=distance,
+        on_answer=print_answer,
+    )  # fmt: skip
     sys.stdout.write(f"{explanation_text(record)}\n\nanswer: {out}\n")

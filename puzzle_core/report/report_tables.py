@@ -300,24 +300,24 @@ def _quality_cells(inputs: ReportInputs, model: ModelResult | None) -> tuple[str
 
 def limit_row(use: LimitUse, prices: Sequence[LimitPrice]) -> tuple[str, ...]:
     """One limit: request, threshold, use, slack, and the score gain of a looser limit."""
+    usage, slack = "no bound", NONE
+    if use.usage is not None:
+        room = use.threshold - use.usage if use.sense == "at_most" else use.usage - use.threshold
+        usage, slack = (
+            _in_unit(use.usage, use.unit),
+            f"{_in_unit(room, use.unit)} ({percent_text(room / use.threshold)})",
+        )
     price = next((p for p in prices if (p.scenario, p.limit) == (use.scenario, use.name)), None)
     return (
         use.name.replace("_", " "),
         use.scenario,
         use.text,
         f"{'≤' if use.sense == 'at_most' else '≥'} {_in_unit(use.threshold, use.unit)}",
-        *_use_cells(use),
+        usage,
+        slack,
         _in_unit(price.step, price.unit) if price else NONE,
         range_text(price.at_least, price.at_most) if price else NONE,
     )
-
-
-def _use_cells(use: LimitUse) -> tuple[str, str]:
-    """The use of a limit, and its slack."""
-    if use.usage is None:
-        return "takes no time", "unbounded"
-    slack = use.threshold - use.usage if use.sense == "at_most" else use.usage - use.threshold
-    return _in_unit(use.usage, use.unit), f"{_in_unit(slack, use.unit)} ({percent_text(slack / use.threshold)})"
 
 
 def _in_unit(value: float, unit: str) -> str:

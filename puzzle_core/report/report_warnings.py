@@ -92,11 +92,11 @@ def _measured_limits(inputs: ReportInputs) -> list[str]:
     warnings = []
     for use in inputs.search.best.limits:
         time_of = _MEASURED.get(use.name)
-        if time_of is None or not use.share or use.scenario != inputs.spec.scenario.name:
+        if time_of is None or not use.usage or use.scenario != inputs.spec.scenario.name:
             continue
         predicted = inputs.search.best.prediction
         used = time_of(timing) / time_of(_as_timing(predicted))
-        allowed = 1 / use.share if use.sense == "at_most" else use.share
+        allowed = use.threshold / use.usage if use.sense == "at_most" else use.usage / use.threshold
         if use.text.rstrip().endswith("%"):
             allowed *= time_of(parent) / time_of(_as_timing(inputs.search.parent))
         if used > allowed:

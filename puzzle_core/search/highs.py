@@ -30,6 +30,7 @@ from puzzle_core.search.effort import BY_NODES, Effort
 from puzzle_core.search.milp import Model, build, keep_useful, program
 from puzzle_core.search.problem import Choice, Column, Problem
 from puzzle_core.search.relaxation import INFEASIBLE, Relaxation, Relaxed, checked, new_solver, work_of
+from puzzle_core.search.rules import drop_broken
 
 PEAKED = 1e3
 """If the largest cost exceeds the optimum by this factor, the problem is solved again without the larger options."""
@@ -87,7 +88,8 @@ def minimise(
         answer = _confirmed_extra(problem, extra, scaled, unit)
         if not scaled.proven or answer == 0.0 or model.cost.max() * unit <= PEAKED * answer:
             return Minimum(scaled.choice, base + answer, base + scaled.bound * unit, scaled.proven, scaled.work)
-        kept = [rows[values[rows] <= answer] for values, rows in zip(extra, kept, strict=True)]
+        cheap = [rows[values[rows] <= answer] for values, rows in zip(extra, kept, strict=True)]
+        kept = drop_broken(problem.rules, cheap)
         start, refining = scaled.choice, True
     if refining:
         raise RuntimeError(f"HiGHS finds no choice, although it found {start} before")

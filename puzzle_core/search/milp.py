@@ -24,6 +24,8 @@ from puzzle_core.search.problem import TOLERANCE, Choice, Column, Limit, Problem
 from puzzle_core.search.rules import UNCOUNTED, AllOrNone, AtMostDistinct, drop_broken, tied_options
 
 SCALE = 100.0
+MOST_USE = 1e6 * SCALE
+"""Larger scaled uses are cut to this, which is far over every limit too: HiGHS refuses coefficients from 1e15 on."""
 DECIMALS = 10
 """Scaled costs are rounded, far below the tolerance, so that scores in another unit make the very same model."""
 
@@ -158,7 +160,7 @@ def build(problem: Problem, extra: Column, kept: list[Indices]) -> tuple[Model, 
     for limit in problem.limits:
         resource = problem.resources[limit.resource]
         above = tuple(values - values.min() for values in resource)
-        use.append(summed(above) * (SCALE / (headroom(limit, resource) or 1.0)))
+        use.append(np.minimum(summed(above) * (SCALE / (headroom(limit, resource) or 1.0)), MOST_USE))
     cost = summed(extra)
     unit = (float(cost.max()) or 1.0) / SCALE
     model = Model(

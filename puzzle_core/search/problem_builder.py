@@ -31,8 +31,8 @@ from puzzle_core.search.search_record import LimitUse, Prediction
 from puzzle_core.search.tables import OUTSIDE, CostTable, Option, ScoreTable
 from puzzle_core.spec import ConstraintsSpec, ScenarioSpec, SearchRequest
 
-MIX = "mix"
-"""The weighted mix of all scenarios, in the names of limits and resources."""
+MIX = "(mix)"
+"""The weighted mix of all scenarios, in the names of limits and resources. No scenario can have this name."""
 DERIVED = {
     "memory_bytes": ("parameter_bytes", "kv_bytes_per_token"),
     "runtime_ms": ("prefill_ms", "decode_ms"),
@@ -101,10 +101,10 @@ class ResolvedLimit:
     def in_terms(self, total: float) -> float:
         """The use of a whole model in the terms of the limit: a throughput, a time per step, or the use itself.
 
-        The throughput of no time is infinite.
+        A throughput of no time is infinite.
         """
         if self.tokens:
-            return self.tokens / total * 1e3 if total > 0.0 else math.inf
+            return self.tokens / total * 1e3 if total > 0 else math.inf
         return total / self.steps
 
     def capacity_of(self, value: float) -> float:
@@ -121,7 +121,7 @@ class ResolvedLimit:
             unit=self.unit,
             sense="at_least" if self.tokens else "at_most",
             threshold=self.in_terms(self.capacity),
-            usage=usage if usage < math.inf else None,
+            usage=usage if math.isfinite(usage) else None,
         )
 
 
@@ -164,7 +164,7 @@ class ProblemBuilder:
     def problem(self, batch_sizes: BatchSizes) -> Problem:
         """The problem at these batch sizes, with every limit of the request.
 
-        Resources are named `scenario/column`, and `mix/column` for the mix: those of all limits, and `runtime_ms` and
+        Resources are named `scenario/column`, and `(mix)/column` for the mix: those of all limits, and `runtime_ms` and
         `parameters` of the main scenario if the table has them.
 
         Raises:
@@ -283,10 +283,10 @@ class ProblemBuilder:
         if quantity.relative:
             layers = range(len(self.layers))
             blocks = sum(self._resource_of(resource, layer, self.scores.parent, batch_sizes) for layer in layers)
-            if tokens and blocks + outside <= 0.0:
+            if not blocks + outside:
                 raise SpecError(
-                    f"limit {name} of {scenario} is {text} of the parent's, which takes no time in the cost table: "
-                    "give a rate in tok/s"
+                    f"limit {name} of scenario {scenario} is {text} of the parent's value, which is 0: give a limit "
+                    f"with a unit, or fill in the cost table's {resource.partition('/')[2]}"
                 )
             share = 1 / quantity.value if tokens else quantity.value
             capacity = share * (blocks + outside)
@@ -297,7 +297,7 @@ class ProblemBuilder:
         return ResolvedLimit(scenario, name, text, resource, limit_type.unit, capacity, outside, tokens, steps)
 
     def _resource(self, name: str, batch_sizes: BatchSizes) -> Column:
-        where = name.rsplit("/", 1)[0]
+        where = name.split("/", 1)[0]
         key = name, tuple(batch for scenario, batch in batch_sizes.items() if where in (MIX, scenario))
         if key not in self._columns:
             self._columns[key] = self.column(
@@ -315,7 +315,7 @@ class ProblemBuilder:
 
     def _resource_of(self, name: str, layer: int | None, block: BlockVariant | None, batch_sizes: BatchSizes) -> float:
         """A resource of one block, or of the parts outside the blocks when `block` is None."""
-        where, column = name.rsplit("/", 1)
+        where, column = name.split("/", 1)
 
         def of_scenario(scenario: ScenarioSpec, column: str) -> float:
             batch = batch_sizes[scenario.name]

@@ -44,7 +44,7 @@ class Prediction(Record):
 class LimitUse(Record):
     """One limit: its text in the request, and in `unit` its threshold and the value of the whole architecture.
 
-    `usage` is None for the rate of an architecture that takes no time, which is unbounded.
+    `usage` is None for a rate of no time, which has no bound.
     """
 
     scenario: str
@@ -57,7 +57,7 @@ class LimitUse(Record):
 
     @property
     def share(self) -> float | None:
-        """The usage as a share of the threshold; None for an unbounded rate."""
+        """The usage relative to the threshold."""
         return None if self.usage is None else self.usage / self.threshold
 
 

@@ -80,7 +80,8 @@ def record_architecture(plan: Plan, context: RunContext, run: TrackedRun, key: s
     """Log the chosen architecture's figures; the run makes the costs and the architecture."""
     steps, chosen = Steps(plan, context), context.store().record(SearchRecord, key).best
     run.metrics([("score", chosen.score, 0), ("gap", chosen.gap, 0), ("batch_size", chosen.prediction.batch_size, 0)])
-    run.metrics([(f"limit/{limit.name}", limit.share, 0) for limit in chosen.limits if limit.share is not None])
+    shares = {f"limit/{limit.scenario}/{limit.name}": limit.share for limit in chosen.limits}
+    run.metrics([(name, share, 0) for name, share in shares.items() if share is not None])
     run.text(artifact_table(context.store(), (*steps.cost_keys, key)), TABLE)
     run.uses(steps.parent, steps.library, steps.scores)
     run.makes(steps.costs)

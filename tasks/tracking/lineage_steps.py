@@ -127,10 +127,7 @@ class Steps:
     def _architecture(
         self, name: str, key: str, sources: tuple[str, ...], found: FoundArchitecture, remark: str
     ) -> Model:
-        used = [
-            f"{use.name} {use.text} " + ("takes no time" if use.share is None else f"used to {percent_text(use.share)}")
-            for use in found.limits
-        ]
+        used = [f"{use.name} {use.text} used to {percent_text(use.share)}" for use in found.limits if use.share]
         about: dict[str, object] = {"library": self.library.key, "score": found.score}
         return Model(
             kind="architecture",
