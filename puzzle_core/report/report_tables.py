@@ -322,6 +322,8 @@ def limit_row(use: LimitUse, prices: Sequence[LimitPrice]) -> tuple[str, ...]:
 
 def _in_unit(value: float, unit: str) -> str:
     texts = {"tok/s": rate_text, "ms": ms_text, "bytes": bytes_text, "params": count_text}
+    if unit in ("layers", "heads") and value == round(value):
+        return f"{value:,.0f} {unit}"
     return texts[unit](value) if unit in texts else f"{number_text(value)} {unit}".rstrip()
 
 

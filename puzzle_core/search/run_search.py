@@ -19,7 +19,7 @@ from puzzle_core.search.mip import solve, solve_diverse, solve_or_none
 from puzzle_core.search.problem import Limit, Problem, Solution, describe
 from puzzle_core.search.problem_builder import BatchSizes, ProblemBuilder, ResolvedLimit
 from puzzle_core.search.search_record import BatchSizeOutcome, FoundArchitecture, LimitPrice, RunnerUp, SearchRecord
-from puzzle_core.search.sensitivity import RELATIVE_STEP, explain
+from puzzle_core.search.sensitivity import explain
 
 RELATIVE_GAP = 1e-6
 BASELINE_GAP = 1e-4
@@ -252,9 +252,9 @@ def _limit_to_sweep(builder: ProblemBuilder, name: str, batch_sizes: BatchSizes)
 def _explanations(
     builder: ProblemBuilder, problem: Problem, best: Solution, batch_sizes: BatchSizes
 ) -> tuple[list[LimitPrice], list[RunnerUp]]:
-    """The gain when each limit is relaxed by RELATIVE_STEP of its capacity, in its own unit, and the runners-up."""
+    """The gain when each limit is relaxed by its step, in its own unit, and the runners-up."""
     limits = {limit.label: limit for limit in builder.limits(batch_sizes)}
-    steps = {label: RELATIVE_STEP * limit.capacity for label, limit in limits.items()}
+    steps = {label: limit.step for label, limit in limits.items()}
     prices, others = explain(problem, best, steps=steps, relative_gap=RELATIVE_GAP)
     found = []
     for price in prices:

@@ -381,6 +381,80 @@ def test_a_share_of_a_rate_that_is_unbounded_is_refused() -> None:
         ProblemBuilder(request({"throughput": "160%"}), scores(), free).problem({"chat": 1})
 
 
+COUNTED = {
+    "attention_layers": lambda blocks: sum(block.attention.kv_heads > 0 for block in blocks),
+    "kv_heads": lambda blocks: sum(block.attention.kv_heads for block in blocks),
+    "attn:linear": lambda blocks: sum(str(block.attention) == "attn:linear" for block in blocks),
+    "attn:kv4": lambda blocks: sum(str(block.attention) == "attn:kv4" for block in blocks),
+    "attn:kv": lambda blocks: sum(block.attention.kv_heads > 0 for block in blocks),
+    "ffn:i": lambda blocks: sum(block.ffn.ffn_width > 0 for block in blocks),
+}
+
+
+@pytest.mark.parametrize(
+    ("limits", "name", "most"),
+    [
+        ({"attention_layers": 2}, "attention_layers", 2),
+        ({"attention_layers": "50%"}, "attention_layers", 2),
+        ({"attention_layers": "2 layers"}, "attention_layers", 2),
+        ({"kv_heads": 7}, "kv_heads", 7),
+        ({"kv_heads": "50%"}, "kv_heads", 8),
+        ({"counts": {"attn:kv4": 1}}, "attn:kv4", 1),
+        ({"counts": {"attn:kv": "75%"}}, "attn:kv", 3),
+        ({"counts": {"ffn:i": 3}}, "ffn:i", 3),
+        ({"kv_bytes_per_token": "8B", "counts": {"attn:linear": 1}}, "attn:linear", 1),
+    ],
+)
+def test_counts_are_limits(limits: dict[str, Any], name: str, most: int) -> None:
+    """Every count holds and costs something, and its use is the count of the architecture."""
+    other = {key: value for key, value in limits.items() if key == "kv_bytes_per_token"} or {"block_time": "100%"}
+    loose, record = find_architecture(builder(other)).best, find_architecture(builder(limits))
+    use = next(use for use in record.best.limits if use.name == name)
+    assert use.usage == COUNTED[name](record.best.architecture.layers)
+    assert use.usage <= use.threshold == most
+    assert COUNTED[name](loose.architecture.layers) > most
+    assert record.best.score > loose.score
+    price = next(price for price in record.prices if price.limit == name)
+    assert price.step == 1
+
+
+def test_a_count_that_cannot_hold_says_what_can_be_had() -> None:
+    text = r"ffn:no_op was 1, and at least 3 layers .* can be had with the others held"
+    with pytest.raises(InfeasibleError, match=text):
+        find_architecture(builder({"parameters": "1050params", "counts": {"ffn:no_op": 1}}))
+
+
+def test_layers_that_a_block_spans_count_as_empty() -> None:
+    layers = [dict(layer) for layer in scores().layers]
+    layers[1][Option(OWN, 2)] = 0.25
+    table = ScoreTable(OWN, tuple(layers))
+    asked = {"block_time": "75%", "attention_layers": 3}
+    record = find_architecture(ProblemBuilder(request(asked), table, costs()))
+    assert record.best.spans == {1: 2}
+    assert next(use.usage for use in record.best.limits if use.name == "attention_layers") == 3
+    no_empty = request({"block_time": "75%", "counts": {"attn:no_op": "1 layers", "ffn:no_op": 1}})
+    assert find_architecture(ProblemBuilder(no_empty, table, costs())).best.spans == {1: 2}
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [
+        ({"attention_layers": "4.5"}, "'4.5' is no whole number"),
+        ({"kv_heads": "80GiB"}, "unit 'GiB'; say one of: no unit, layers, heads, %"),
+        ({"counts": {"attn:mamba": 3}}, "'attn:mamba' is no variant id"),
+        ({"counts": {"attn:kv4": 1}, "columns": {"attn:kv4": "50%"}}, "outside `columns`"),
+    ],
+)
+def test_bad_counts_are_refused(limits: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        request(limits)
+
+
+def test_a_share_of_a_kind_that_the_parent_lacks_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"ffn:no_op of scenario chat is 50% .* which is 0: give a number"):
+        builder({"counts": {"ffn:no_op": "50%"}}).problem({"chat": 1})
+
+
 def test_the_answer_comes_before_its_explanations() -> None:
     seen = []
     asked = {"throughput": "60 tok/s"}
