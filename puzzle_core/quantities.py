@@ -38,7 +38,7 @@ class _Kind:
         if unit == "%" and self.shares:
             return Quantity(number / 100, relative=True)
         if unit not in self.units:
-            known = ", ".join([*self.units, *(["%"] if self.shares else [])])
+            known = ", ".join([*(unit or "no unit" for unit in self.units), *(["%"] if self.shares else [])])
             raise ValueError(f"{text!r} has {'the unit ' + repr(unit) if unit else 'no unit'}; say one of: {known}")
         return Quantity(number * self.units[unit], relative=False)
 
@@ -63,6 +63,7 @@ parse_bytes = _Kind(_BYTES, "'80GiB' or '60%'")
 parse_seconds = _Kind(_SECONDS, "'300ms' or '60%'")
 parse_throughput = _Kind({"tok/s": 1.0}, "'6000 tok/s' or '160%'")
 parse_share = _Kind({}, "'60%'")
+parse_count = _Kind({"": 1.0, "layers": 1.0, "heads": 1.0}, "'49' or '60%'")
 
 # Properties of a device: shares are not allowed.
 parse_memory = _Kind(_BYTES, "'80GB'", shares=False)

@@ -10,13 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from puzzle_core.architecture import BlockVariant, ModelShape, Variant, VariantId
+from puzzle_core.architecture import BlockVariant, ModelShape, Variant, VariantId, variants_named
 from puzzle_core.credentials import SCHEMA_PATTERN, has_credentials
 from puzzle_core.engines import ServingEngine, required_constraints, restrictions
 from puzzle_core.quantities import (
     column_unit,
     parse_bytes,
     parse_column,
+    parse_count,
     parse_memory,
     parse_parameters,
     parse_seconds,
@@ -32,6 +33,7 @@ from puzzle_core.variants.kinds import KINDS, Subblock, kinds_of
 from puzzle_core.yaml_file import parse_record
 
 Bytes = Annotated[str, BeforeValidator(parse_bytes.check), Field(json_schema_extra=parse_bytes.form)]
+LayerCount = Annotated[str, BeforeValidator(parse_count.check), Field(json_schema_extra=parse_count.form)]
 Parameters = Annotated[str, BeforeValidator(parse_parameters.check), Field(json_schema_extra=parse_parameters.form)]
 Seconds = Annotated[str, BeforeValidator(parse_seconds.check), Field(json_schema_extra=parse_seconds.form)]
 ShareOfParent = Annotated[str, BeforeValidator(parse_share.check), Field(json_schema_extra=parse_share.form)]
@@ -266,12 +268,18 @@ class LimitsSpec(Record):
     block_decode_time: ShareOfParent | None = Field(
         None, description="At most: decode time in blocks, without the rest of the model"
     )
+    attention_layers: LayerCount | None = Field(None, description="At most: layers whose attention has KV heads")
+    kv_heads: LayerCount | None = Field(None, description="At most: KV heads of all layers together")
+    counts: dict[str, LayerCount] = Field(
+        {},
+        description="At most: layers with a variant, or with any of a kind, by its id: attn:kv4, attn:kv, ffn:no_op",
+    )
     columns: dict[str, str] = Field({}, description="At most: any other column of the cost table, for instance energy")
 
     def by_name(self) -> dict[str, str]:
-        """Every limit that is set, by name; other limits by the name of their column."""
-        named = self.model_dump(exclude={"columns"}, exclude_none=True)
-        return named | self.columns
+        """Every limit that is set, by name; other limits by the name of their column, variant or kind."""
+        named = self.model_dump(exclude={"columns", "counts"}, exclude_none=True)
+        return named | self.counts | self.columns
 
     @model_validator(mode="before")
     @classmethod
@@ -287,9 +295,20 @@ class LimitsSpec(Record):
         return rest | ({"columns": columns | {key: content[key] for key in content if key in moved}} if moved else {})
 
     @model_validator(mode="after")
+    def _check_counts(self) -> "LimitsSpec":
+        counts = {name: text for name in ("attention_layers", "kv_heads") if (text := getattr(self, name))}
+        for name in self.counts:
+            variants_named(name)
+        for name, text in (counts | self.counts).items():
+            number = parse_count(text)
+            if not number.relative and not number.value.is_integer():
+                raise ValueError(f"{name}: {text!r} is no whole number")
+        return self
+
+    @model_validator(mode="after")
     def _check_columns(self) -> "LimitsSpec":
         for column, text in self.columns.items():
-            if column in type(self).model_fields:
+            if column in type(self).model_fields or column in self.counts:
                 raise ValueError(f"columns.{column}: set the limit {column!r} outside `columns`")
             parse_column(column, text)
         return self
@@ -376,7 +395,17 @@ class SearchSpec(Record):
     objective: Literal["kl", "lm_loss", "disagreement"] = Field("kl", description="The score to minimise")
     solutions: int = Field(1, ge=1, le=MOST, description="Number of diverse solutions; the best is assembled")
     alpha: float = Field(0.8, gt=0, lt=1, description="Largest share of layers that two solutions have in common")
-    time_limit_s: float = Field(60.0, gt=0, description="Seconds per solve")
+    node_limit: int = Field(
+        20_000,
+        ge=1,
+        le=10**9,
+        description="Nodes of branch and bound per solve; at the limit, the best so far is the answer",
+    )
+    time_limit_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds per solve. An answer cut by it depends on the machine: the store does not take it",
+    )
     frontier_points: int = Field(12, ge=2, le=MOST, description="Points of score against block time in the report")
     frontier_limit: str | None = Field(
         None,
@@ -395,7 +424,7 @@ class SearchSpec(Record):
         description="Further rounds: each scores every block in the child instead of the parent and searches again",
     )
     explain: bool = Field(
-        True, description="Report the gain from looser limits and the runner-up of each layer, with one solve for each"
+        True, description="Report the gain from looser limits and the runner-up of each layer, exact or as intervals"
     )
     baselines: tuple[Baseline, ...] = Field(
         ("mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"),

@@ -18,7 +18,7 @@ from puzzle_core.device import available_cores, on_first, use_threads, visible_g
 from puzzle_core.distill import bld, gkd, importance
 from puzzle_core.distill.launch import GkdRequest, launch
 from puzzle_core.distill.loop import Progress
-from puzzle_core.errors import PuzzleError
+from puzzle_core.errors import PuzzleError, SolveLimitError
 from puzzle_core.model import child
 from puzzle_core.model.activations import drop_layer
 from puzzle_core.model.surgery import load_weights
@@ -28,7 +28,7 @@ from puzzle_core.records import digest_file
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table, score_table, unscored_table
 from puzzle_core.search.run_search import check_feasible, find_architecture
-from puzzle_core.search.search_record import RefineRecord
+from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.search.table_files import read_costs
 from puzzle_core.search.tables import CostTable
 from puzzle_core.spec import DataSpec, Dtype, TargetSpec
@@ -226,14 +226,29 @@ def check_limits(work: SearchWork, target: TargetSpec, context: RunContext) -> N
 
 @stage_task("search", "search {work.request.scenario.name} on {work.target}")
 def search_architecture(work: SearchWork, target: TargetSpec, context: RunContext) -> str:
-    """Solve the mixed-integer program, and compute the baselines that its solution is compared with."""
+    """Solve the mixed-integer program, and compute the baselines that its solution is compared with.
+
+    Raises:
+        SolveLimitError: the clock cut a solve at `search.time_limit_s`; such an answer is not stored.
+    """
     store = context.store()
     records = list(store.records(ScoreRecord, work.scores).values())
     base, objective = work.base.architecture if work.base else None, work.request.search.objective
     scores = score_table(records, work.composition, objective, work.variants, work.shape, base)
-    return produce(
-        work, context, lambda _: find_architecture(ProblemBuilder(work.request, scores, _costs(work, target, context)))
-    )
+
+    def find(_: Path) -> SearchRecord:
+        record = find_architecture(ProblemBuilder(work.request, scores, _costs(work, target, context)))
+        if record.met_time_limit:
+            best = record.best
+            raise SolveLimitError(
+                f"a solve met search.time_limit_s ({work.request.search.time_limit_s:g} s), so this answer (score "
+                f"{best.score:.6g}, gap {best.gap:.1%}) depends on this machine's speed, and is not stored as that of "
+                "the request. Raise search.time_limit_s, or leave it out and lower search.node_limit "
+                f"({work.request.search.node_limit:,}): solves then end at the same answer everywhere"
+            )
+        return record
+
+    return produce(work, context, find)
 
 
 @stage_task("refine", "refine")

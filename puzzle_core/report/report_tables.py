@@ -17,6 +17,7 @@ from puzzle_core.report.units import (
     ms_text,
     number_text,
     percent_text,
+    range_text,
     rate_text,
     signed_percent_text,
     speed_text,
@@ -315,12 +316,14 @@ def limit_row(use: LimitUse, prices: Sequence[LimitPrice]) -> tuple[str, ...]:
         usage,
         slack,
         _in_unit(price.step, price.unit) if price else NONE,
-        number_text(price.gain) if price else NONE,
+        range_text(price.at_least, price.at_most) if price else NONE,
     )
 
 
 def _in_unit(value: float, unit: str) -> str:
     texts = {"tok/s": rate_text, "ms": ms_text, "bytes": bytes_text, "params": count_text}
+    if unit in ("layers", "heads") and value == round(value):
+        return f"{value:,.0f} {unit}"
     return texts[unit](value) if unit in texts else f"{number_text(value)} {unit}".rstrip()
 
 

@@ -1,7 +1,7 @@
 """Search from tables alone: no parent, no torch, no server (`puzzle search --scores --costs --scenario`)."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,11 @@ def search_tables(
     maximise: bool = False,
     parent: BlockVariant | None = None,
     distance: bool = False,
+    on_answer: Callable[[SearchRecord], None] | None = None,
 ) -> SearchRecord:
     """Solve, and write `search.json` (the whole answer), `architecture.json` and `frontier.csv` into `out`.
+
+    `on_answer` gets the answer as soon as it is known, before its baselines, frontier and explanations.
 
     Raises:
         PuzzleError: bad tables, limits that nothing can meet.
@@ -60,7 +63,7 @@ def search_tables(
     table = read_scores(scores, score, maximise, parent, distance)
     builder = ProblemBuilder(request, table, read_costs(costs))
     _make_directory(out)
-    record = find_architecture(builder)
+    record = find_architecture(builder, on_answer)
     try:
         record.write(out / "search.json")
         record.best.architecture.write(out / "architecture.json")

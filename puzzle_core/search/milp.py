@@ -208,14 +208,15 @@ def headroom(limit: Limit, column: Column) -> float:
     return math.fsum([limit.capacity, granted, *(-float(values.min()) for values in column)])
 
 
-def keep_useful(problem: Problem, costs: Column) -> list[Indices] | None:
+def keep_useful(problem: Problem, costs: Column, beside: Sequence[int] | None = None) -> list[Indices] | None:
     """Indices of the options per layer that a best choice can need, or None when some layer has none.
 
     An option goes when it alone exceeds the headroom of a limit, or when another option of its layer costs no
     more, uses no more of any limited resource, and counts in no other group of an AtMostDistinct rule: the other option
     keeps every limit and rule and never costs more. This holds with limits made by `Problem.avoiding` too, since shared
     layers are a resource like any other. Members of an AllOrNone neither beat nor are beaten, and go when one of them
-    goes. Of two equal options the parent's own stays, else the first.
+    goes. Of two equal options the parent's own stays, else the first. The options of `beside`, a choice, stay too, and
+    beat no other: what stays is enough for a best choice without any of them.
     """
     columns = [problem.resources[limit.resource] for limit in problem.limits]
     room_K = np.array([headroom(limit, column) for limit, column in zip(problem.limits, columns, strict=True)])
@@ -226,6 +227,8 @@ def keep_useful(problem: Problem, costs: Column) -> list[Indices] | None:
         values.append(values_CJ)
         fitting.append(np.flatnonzero((above_KJ <= room_K[:, None]).all(axis=0)))
     tied = tied_options(problem.rules, [cost.size for cost in costs])
+    for layer, option in enumerate(beside or ()):
+        tied[layer][option] = True
     counted = [rule.groups for rule in problem.rules if isinstance(rule, AtMostDistinct)]
     kept = []
     for layer, rows in enumerate(drop_broken(problem.rules, fitting)):

@@ -193,7 +193,9 @@ def test_the_command_imports_neither_torch_nor_prefect_nor_mlflow(tmp_path: Path
     command += ["--scenario", str(scenario), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stderr.splitlines()[-1]) == [0, []]
-    assert "Architectures within the limits" in done.stdout
+    titles = ["Architectures within the limits", "Layers", "What a looser limit gains", "Runners-up", "answer: "]
+    places = [done.stdout.index(title) for title in titles]
+    assert places == sorted(places), "the answer first"
 
 
 def test_a_cost_table_names_its_columns(tmp_path: Path) -> None:
