@@ -50,6 +50,8 @@ LIMITS = {
     "block_time": shares,
     "block_decode_time": shares,
     "energy_mj": quantities("mJ"),
+    "attention_layers": st.sampled_from(["1", "2", "100%", "60%"]),
+    "kv_heads": st.sampled_from(["4", "8", "16", "100%", "60%"]),
 }
 """A text for each limit, most of them readable."""
 
