@@ -3,6 +3,7 @@
 `solves`: 80 x 54 and 126 x 54 tables under memory, throughput and latency limits, from loose to tight, several seeds.
 Every answer is proven within a relative gap of 1e-6. PuLP solves the same instance in the same run, written as METHOD
 section 6 has it, with the same gap and one thread; its answer is recomputed and the two objectives are compared.
+`explanations`: the time for all prices and runners-up beside that for the answer, and how wide their intervals are.
 `frontier`: the best score over all batch sizes along a range of throughputs, each batch size with its own costs.
 
 Costs are a roofline of eight devices with some noise, one for each variant and batch size; scores are random
@@ -28,6 +29,7 @@ from puzzle_core.search.frontier import SweepPoint, capacity_range, sweep_fronti
 from puzzle_core.search.mip import solve
 from puzzle_core.search.problem import Limit, Problem, Solution
 from puzzle_core.search.rules import UNCOUNTED, AtMostDistinct
+from puzzle_core.search.sensitivity import explain
 
 PROMPT_TOKENS, GENERATED_TOKENS, DTYPE_BYTES = 2048, 256, 2
 DEVICES, FLOPS, BYTES_PER_S = 8, 400e12, 2.4e12
@@ -36,6 +38,7 @@ FFN_RATIOS = (1.0, 0.87, 0.75, 0.5, 0.25, 0.2, 0.1, "linear", "no_op")
 OPTIONS = [(heads, ratio) for heads in KV_HEADS for ratio in FFN_RATIOS]
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192)
 NOISE = 0.02
+PARTS = ("solves", "explanations", "frontier")
 GAP = 1e-6
 
 
@@ -241,6 +244,49 @@ def _cbc_cells(ours: list[tuple[float, Solution]], theirs: list[CbcAnswer]) -> t
     return f"{statistics.median(seconds):.3f}", f"{max(seconds):.3f}", *found
 
 
+def wide_instance(layers: int, options: int, seed: int) -> Problem:
+    """Two limits at 60 % of the parent, no two options of one cost: few options are beaten by another."""
+    random = np.random.default_rng(seed)
+    weight = np.linspace(1.0, 0.0, options)
+    score = [1e-3 * np.exp(random.normal()) * (1 - weight) * random.uniform(0.7, 1.3, options) for _ in range(layers)]
+    columns = {
+        name: tuple(weight * random.uniform(0.9, 1.1, options) for _ in range(layers)) for name in ("memory", "time")
+    }
+    limits = [Limit(name, name, 0.6 * sum(float(x[0]) for x in column), "") for name, column in columns.items()]
+    ids = tuple(f"v{index}" for index in range(options))
+    return Problem((ids,) * layers, tuple(score), (0,) * layers, columns, tuple(limits))
+
+
+def explanations_table(seeds: int, shares: Sequence[float]) -> Table:
+    """One row per problem, CPU seconds; one thread does everything."""
+    shape = SHAPES[0]
+    problems = {
+        f"{shape.layers} x {len(OPTIONS)}, {share:.0%}, seed {seed}": instance(
+            shape, seed, 64, (share, share, min(share + 0.05, 1.0))
+        )
+        for share in shares
+        for seed in range(seeds)
+    } | {f"{layers} x {options}": wide_instance(layers, options, 0) for layers, options in ((8, 25), (400, 200))}
+    rows = []
+    for name, problem in problems.items():
+        started = time.process_time()
+        solution = solve(problem, relative_gap=GAP)
+        solved = time.process_time()
+        _, others = explain(problem, solution)
+        explained_s, solve_s = time.process_time() - solved, solved - started
+        widths = [1 - other.at_least / other.at_most for other in others if 0 < other.at_most < np.inf]
+        exact = sum(other.at_most - other.at_least <= 1e-3 * other.at_most for other in others)
+        named = sum(len(other.options) == 1 for other in others)
+        cells = (f"{solve_s:.2f}", f"{explained_s:.2f}", f"{explained_s / solve_s:.1f}")
+        rows.append((name, *cells, f"{exact}/{len(others)}", f"{named}/{len(others)}", f"{np.median(widths):.0%}"))
+    return Table(
+        title="Prices and runners-up beside the answer",
+        columns=("problem", "answer, s", "explained, s", "ratio", "exact", "one option", "median width"),
+        rows=tuple(rows),
+        note="CPU seconds. Width: of the interval of a rise, relative to its upper end.",
+    )
+
+
 def frontier_table(shape: Shape, seeds: int, points: int) -> Table:
     """The throughput frontier over twelve batch sizes, memory for 60 % of what batch 64 takes, no other limit."""
     rows = []
@@ -273,7 +319,7 @@ def _frontier_cells(swept: list[SweepPoint[int] | None], wall_s: float, cpu_s: f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="*", default=["solves", "frontier"], choices=["solves", "frontier"])
+    parser.add_argument("--parts", nargs="*", default=[*PARTS], choices=PARTS)
     parser.add_argument("--layers", nargs="*", type=int, default=[80, 126], choices=[80, 126])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--shares", nargs="*", type=float, default=[0.85, 0.7, 0.5, 0.3], help="of the parent's costs")
@@ -285,9 +331,11 @@ def main() -> None:
     tables = []
     if "solves" in options.parts:
         tables.append(solves_table(options.seeds, options.shares, options.cbc_seconds, shapes))
+    if "explanations" in options.parts:
+        tables.append(explanations_table(min(options.seeds, 3), options.shares))
     if "frontier" in options.parts:
         tables += [frontier_table(shape, options.frontier_seeds, options.points) for shape in shapes]
-    sys.stdout.write("\n\n".join(format_text(table) for table in tables) + f"\n\n{os.cpu_count()} CPUs\n")
+    sys.stdout.write("\n\n".join(format_text(table) for table in tables) + f"\n\n{len(os.sched_getaffinity(0))} CPUs\n")
 
 
 if __name__ == "__main__":

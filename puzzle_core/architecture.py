@@ -9,6 +9,7 @@ Every kind is a row of variants/kinds.py. A block variant is a pair of variants 
 one block variant per layer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -70,6 +71,19 @@ class Variant:
     def rank(self) -> tuple[int, int, str]:
         """Sort key for the variants of a subblock: the most capable kind first, then the larger size, no-op last."""
         return self.row.order, -self.size, self.kind
+
+
+def variants_named(name: str) -> Callable[[Variant], bool]:
+    """Whether a variant is the one with this id (`attn:kv4`), or one of this kind (`attn:kv`, `ffn:i`, `ffn:no_op`).
+
+    Raises:
+        ValueError: neither a variant nor a kind has this name.
+    """
+    for row in KINDS.values():
+        if name == f"{row.subblock}:{row.word}":
+            return lambda variant: variant.row is row
+    one = Variant.parse(name)
+    return lambda variant: variant == one
 
 
 VariantId = Annotated[

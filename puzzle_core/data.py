@@ -21,6 +21,8 @@ from puzzle_core.text_sources import Document
 from puzzle_core.work import TokensRecord, TokensWork
 
 DOCUMENTS_AT_A_TIME = 16
+SURELY_ENOUGH = 32
+"""Characters per token that no text has on average."""
 START_OF_PRETRAINING = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>")
 """Tokens that pretraining puts between documents, for tokenizers that add no token at the start of a text."""
 CHAT_MARKERS = frozenset(
@@ -129,6 +131,20 @@ def pack(
             rest = stream[needed:]
         packed[split] = torch.tensor(stream[:needed], dtype=torch.int32).view(windows, sequence_length)
     return packed
+
+
+def check_enough(work: TokensWork, documents: list[Document], tokenizer: Tokenizer) -> None:
+    """Refuse documents that hold fewer tokens than a split and those before it need.
+
+    Documents that may be cut and have many more characters than tokens are asked for are not tokenized.
+
+    Raises:
+        DataError: as `pack`.
+    """
+    tokens = dict(work.earlier_splits) | {work.split: work.tokens}
+    characters = sum(len(document.text) for document in documents)
+    if not work.cut_documents or characters < SURELY_ENOUGH * sum(tokens.values()):
+        pack(documents, tokenizer, work.sequence_length, tokens, work.seed, work.cut_documents, work.document_start)
 
 
 def _token_ids(documents: Iterator[Document], tokenizer: Tokenizer, start: list[int]) -> Iterator[list[int]]:

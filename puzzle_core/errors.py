@@ -44,8 +44,8 @@ class InfeasibleError(PuzzleError):
     conflicts: tuple[Any, ...] = ()
 
 
-class TimeLimitError(PuzzleError):
-    """A search reached its time limit without a solution and without a proof of infeasibility."""
+class SolveLimitError(PuzzleError):
+    """A search ended at its nodes or its time limit without a solution and without a proof of infeasibility."""
 
 
 class ArtifactError(PuzzleError):

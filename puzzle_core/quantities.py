@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*(.*?)\s*")
+LEAST, LARGEST = 1e-30, 1e30
 
 
 class Quantity(NamedTuple):
@@ -32,10 +33,12 @@ class _Kind:
         number, unit = float(match[1]), match[2]
         if number <= 0:
             raise ValueError(f"{text!r} must be above 0")
+        if not LEAST <= number <= LARGEST:
+            raise ValueError(f"{text!r} is not between {LEAST:g} and {LARGEST:g}: say it in another unit")
         if unit == "%" and self.shares:
             return Quantity(number / 100, relative=True)
         if unit not in self.units:
-            known = ", ".join([*self.units, *(["%"] if self.shares else [])])
+            known = ", ".join([*(unit or "no unit" for unit in self.units), *(["%"] if self.shares else [])])
             raise ValueError(f"{text!r} has {'the unit ' + repr(unit) if unit else 'no unit'}; use one of: {known}")
         return Quantity(number * self.units[unit], relative=False)
 
@@ -60,6 +63,7 @@ parse_bytes = _Kind(_BYTES, "'80GiB' or '60%'")
 parse_seconds = _Kind(_SECONDS, "'300ms' or '60%'")
 parse_throughput = _Kind({"tok/s": 1.0}, "'6000 tok/s' or '160%'")
 parse_share = _Kind({}, "'60%'")
+parse_count = _Kind({"": 1.0, "layers": 1.0, "heads": 1.0}, "'49' or '60%'")
 
 # Properties of a device: shares are not allowed.
 parse_memory = _Kind(_BYTES, "'80GB'", shares=False)

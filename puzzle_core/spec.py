@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from puzzle_core.architecture import BlockVariant, ModelShape, Variant, VariantId
+from puzzle_core.architecture import BlockVariant, ModelShape, Variant, VariantId, variants_named
 from puzzle_core.credentials import SCHEMA_PATTERN, has_credentials
 from puzzle_core.engines import ServingEngine, required_constraints, restrictions
 from puzzle_core.quantities import (
+    column_unit,
     parse_bytes,
     parse_column,
+    parse_count,
     parse_memory,
     parse_parameters,
     parse_seconds,
@@ -23,18 +25,23 @@ from puzzle_core.quantities import (
     parse_throughput,
 )
 from puzzle_core.records import Record
+from puzzle_core.target import Count, Name, Positive, Share
 from puzzle_core.target import Dtype as Dtype
-from puzzle_core.target import Name, Positive, Share
 from puzzle_core.target import TargetSpec as TargetSpec
+from puzzle_core.text_sources import Texts
 from puzzle_core.variants.kinds import KINDS, Subblock, kinds_of
 from puzzle_core.yaml_file import parse_record
 
 Bytes = Annotated[str, BeforeValidator(parse_bytes.check), Field(json_schema_extra=parse_bytes.form)]
+LayerCount = Annotated[str, BeforeValidator(parse_count.check), Field(json_schema_extra=parse_count.form)]
 Parameters = Annotated[str, BeforeValidator(parse_parameters.check), Field(json_schema_extra=parse_parameters.form)]
 Seconds = Annotated[str, BeforeValidator(parse_seconds.check), Field(json_schema_extra=parse_seconds.form)]
 ShareOfParent = Annotated[str, BeforeValidator(parse_share.check), Field(json_schema_extra=parse_share.form)]
 TaskName = Annotated[str, Field(pattern=r"^[\w.+-]+$")]
 Throughput = Annotated[str, BeforeValidator(parse_throughput.check), Field(json_schema_extra=parse_throughput.form)]
+
+MOST = 1000
+"""The most solutions, points of a frontier, rounds and combinations of batch sizes: each is a search of its own."""
 
 
 class ParentSpec(Record):
@@ -60,7 +67,14 @@ class DataSpec(Record):
     held_out_texts: tuple[str, ...] = Field(
         ("python-stdlib:held-out",), min_length=1, description="Text sources for scoring and evaluation"
     )
-    sequence_length: int = Field(256, ge=8, description="Tokens per window")
+    held_out_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Instead of held_out_texts: share of the documents of train_texts that is held out",
+        exclude_if=lambda share: share is None,
+    )
+    sequence_length: int = Field(256, ge=8, le=10**9, description="Tokens per window")
     seed: int = Field(0, description="Seed for the order of the documents")
     cut_documents: bool = Field(
         True,
@@ -70,6 +84,26 @@ class DataSpec(Record):
         "auto",
         description="Start of every document: auto (that of the tokenizer or its pretraining), none, or a token",
     )
+
+    @model_validator(mode="after")
+    def _held_out_once(self) -> "DataSpec":
+        if self.held_out_share and self.held_out_texts != type(self).model_fields["held_out_texts"].default:
+            raise ValueError(
+                "held_out_share takes held-out documents from train_texts: leave out held_out_share or held_out_texts"
+            )
+        return self
+
+    @property
+    def train(self) -> Texts:
+        """The texts for calibration, BLD and GKD."""
+        return Texts(sources=self.train_texts, held_out_share=self.held_out_share)
+
+    @property
+    def held_out(self) -> Texts:
+        """The texts for scoring and evaluation."""
+        if self.held_out_share:
+            return Texts(sources=self.train_texts, held_out_share=self.held_out_share, held_out=True)
+        return Texts(sources=self.held_out_texts)
 
 
 class VariantRange(Record):
@@ -234,17 +268,47 @@ class LimitsSpec(Record):
     block_decode_time: ShareOfParent | None = Field(
         None, description="At most: decode time in blocks, without the rest of the model"
     )
+    attention_layers: LayerCount | None = Field(None, description="At most: layers whose attention has KV heads")
+    kv_heads: LayerCount | None = Field(None, description="At most: KV heads of all layers together")
+    counts: dict[str, LayerCount] = Field(
+        {},
+        description="At most: layers with a variant, or with any of a kind, by its id: attn:kv4, attn:kv, ffn:no_op",
+    )
     columns: dict[str, str] = Field({}, description="At most: any other column of the cost table, for instance energy")
 
     def by_name(self) -> dict[str, str]:
-        """Every limit that is set, by name; other limits by the name of their column."""
-        named = self.model_dump(exclude={"columns"}, exclude_none=True)
-        return named | self.columns
+        """Every limit that is set, by name; other limits by the name of their column, variant or kind."""
+        named = self.model_dump(exclude={"columns", "counts"}, exclude_none=True)
+        return named | self.counts | self.columns
+
+    @model_validator(mode="before")
+    @classmethod
+    def _move_columns(cls, content: Any) -> Any:
+        """Move a limit on a column that stands beside the others under `columns`: its name ends in a unit."""
+        if not isinstance(content, dict) or not isinstance(content.get("columns") or {}, dict):
+            return content
+        moved = {key for key in content if isinstance(key, str) and key not in cls.model_fields and column_unit(key)}
+        columns = dict(content.get("columns") or {})
+        if repeated := sorted(moved & columns.keys()):
+            raise ValueError(f"{', '.join(repeated)}: given here and under `columns`")
+        rest = {key: value for key, value in content.items() if key not in moved}
+        return rest | ({"columns": columns | {key: content[key] for key in content if key in moved}} if moved else {})
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> "LimitsSpec":
+        counts = {name: text for name in ("attention_layers", "kv_heads") if (text := getattr(self, name))}
+        for name in self.counts:
+            variants_named(name)
+        for name, text in (counts | self.counts).items():
+            number = parse_count(text)
+            if not number.relative and not number.value.is_integer():
+                raise ValueError(f"{name}: {text!r} is no whole number")
+        return self
 
     @model_validator(mode="after")
     def _check_columns(self) -> "LimitsSpec":
         for column, text in self.columns.items():
-            if column in type(self).model_fields:
+            if column in type(self).model_fields or column in self.counts:
                 raise ValueError(f"columns.{column}: set the limit {column!r} outside `columns`")
             parse_column(column, text)
         return self
@@ -254,15 +318,15 @@ class ScenarioSpec(Record):
     """Traffic of requests, and the limits at this traffic."""
 
     name: Name = Field("chatbot", description="Name of this traffic in reports")
-    prompt_tokens: Positive = Field(128, description="Prompt tokens per request")
-    generated_tokens: Positive = Field(128, description="Generated tokens per request")
-    batch_sizes: tuple[Positive, ...] = Field(
+    prompt_tokens: Count = Field(128, description="Prompt tokens per request")
+    generated_tokens: Count = Field(128, description="Generated tokens per request")
+    batch_sizes: tuple[Count, ...] = Field(
         (1,), min_length=1, description="The search tries each batch size and keeps the best"
     )
     throughput_counts: Literal["generated", "total"] = Field(
         "generated", description="Tokens that `throughput` counts: generated tokens, or prompt and generated tokens"
     )
-    weight: float = Field(1.0, gt=0, description="Relative number of these requests in a mix of scenarios")
+    weight: float = Field(1.0, ge=1e-6, le=1e6, description="Relative number of these requests in a mix of scenarios")
     limits: LimitsSpec = LimitsSpec()
 
     @property
@@ -297,11 +361,11 @@ class ConstraintsSpec(Record):
     keep: KeepSpec = KeepSpec()
     linear: bool = Field(True, description="Allow linear layers in place of subblocks")
     no_op: bool = Field(True, description="Allow subblocks to be removed")
-    max_ffn_widths: Positive | None = Field(None, description="Maximum number of different FFN widths")
+    max_ffn_widths: Count | None = Field(None, description="Maximum number of different FFN widths")
     uniform_kv_heads: bool = Field(False, description="All remaining attentions have the same number of KV heads")
-    ffn_multiple_of: Positive = Field(1, description="FFN widths must be a multiple of this")
+    ffn_multiple_of: Count = Field(1, description="FFN widths must be a multiple of this")
     attention_first: bool = Field(False, description="Layer 0 keeps an attention with any number of KV heads")
-    tensor_parallel: Positive = Field(
+    tensor_parallel: Count = Field(
         1,
         description="Devices that share every layer. FFN widths are multiples of it, KV heads multiples or divisors",
     )
@@ -329,24 +393,38 @@ class SearchSpec(Record):
     """The mixed-integer program (METHOD section 6)."""
 
     objective: Literal["kl", "lm_loss", "disagreement"] = Field("kl", description="The score to minimise")
-    solutions: Positive = Field(1, description="Number of diverse solutions; the best is assembled")
-    alpha: Share = Field(0.8, description="Largest share of layers that two solutions have in common")
-    time_limit_s: float = Field(60.0, gt=0, description="Seconds per solve")
-    frontier_points: int = Field(12, ge=2, description="Points of score against block time in the report")
+    solutions: int = Field(1, ge=1, le=MOST, description="Number of diverse solutions; the best is assembled")
+    alpha: float = Field(0.8, gt=0, lt=1, description="Largest share of layers that two solutions have in common")
+    node_limit: int = Field(
+        20_000,
+        ge=1,
+        le=10**9,
+        description="Nodes of branch and bound per solve; at the limit, the best so far is the answer",
+    )
+    time_limit_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds per solve. An answer cut by it depends on the machine: the store does not take it",
+    )
+    frontier_points: int = Field(12, ge=2, le=MOST, description="Points of score against block time in the report")
     frontier_limit: str | None = Field(
         None,
         description="Limit of the main scenario that the frontier varies instead of block time, over all batch sizes",
     )
-    shortlist: Positive = Field(
-        1, description="Number of diverse solutions to assemble; the one with the lowest measured KL is the child"
+    shortlist: int = Field(
+        1,
+        ge=1,
+        le=MOST,
+        description="Number of diverse solutions to assemble; the one with the lowest measured KL is the child",
     )
     iterations: int = Field(
         0,
         ge=0,
+        le=MOST,
         description="Further rounds: each scores every block in the child instead of the parent and searches again",
     )
     explain: bool = Field(
-        True, description="Report the gain from looser limits and the runner-up of each layer, with one solve for each"
+        True, description="Report the gain from looser limits and the runner-up of each layer, exact or as intervals"
     )
     baselines: tuple[Baseline, ...] = Field(
         ("mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"),
@@ -382,6 +460,12 @@ class SearchRequest(Record):
         names = [scenario.name for scenario in self.scenarios]
         if len(set(names)) < len(names):
             raise ValueError(f"scenarios {', '.join(names)}: give every scenario a different name")
+        combinations = math.prod(len(set(scenario.batch_sizes)) for scenario in self.scenarios)
+        if combinations > MOST:
+            raise ValueError(
+                f"the batch sizes of {len(names)} scenarios have {combinations:,} combinations, and the search tries "
+                f"every one: leave at most {MOST:,}"
+            )
         limits = [scenario.limits.by_name() for scenario in self.scenarios]
         if not any(limits) and not (self.mix and self.mix.by_name()):
             known = ", ".join(name for name in LimitsSpec.model_fields)

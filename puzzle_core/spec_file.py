@@ -41,7 +41,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
             raise SpecError(f"--set {override!r}: {part!r} holds a value, not keys")
     try:
         place[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise SpecError(f"--set {override!r}: the value is not YAML: {error}") from error
 
 

@@ -19,7 +19,8 @@ Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
 _NAME = r"^[A-Za-z0-9]([A-Za-z0-9 ._+-]*[A-Za-z0-9_+-])?"
 Name = Annotated[str, Field(pattern=_NAME + "$", json_schema_extra={"pattern": _NAME + r"(?![\s\S])"})]
 """Becomes part of names of runs, models and files: no slash, no newline, no dot or space at an end."""
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=10**15)]
+Count = Annotated[int, Field(gt=0, le=10**9)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Memory = Annotated[str, BeforeValidator(parse_memory.check), Field(json_schema_extra=parse_memory.form)]
 Bandwidth = Annotated[str, BeforeValidator(parse_bandwidth.check), Field(json_schema_extra=parse_bandwidth.form)]

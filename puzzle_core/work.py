@@ -252,7 +252,7 @@ class SearchWork(Work):
     """
 
     stage: ClassVar[str] = "search"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     parent: str
     shape: ModelShape

@@ -16,6 +16,19 @@ RENAMED_KEYS = {"form": "constraints"}
 """Old names of keys. A record that has the new key refuses the old key and names the new one."""
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, where YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def read_keys(path: Path, what: str, hint: str) -> dict[str, Any]:
     """The keys and values of a YAML file, without validation.
 
@@ -27,10 +40,10 @@ def read_keys(path: Path, what: str, hint: str) -> dict[str, Any]:
         SpecError: the file is missing, not YAML, or holds no keys.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _OnceLoader)
     except OSError as error:
         raise SpecError(f"cannot read the {what} {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, bytes of no text
         raise SpecError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise SpecError(f"{path} holds no keys: {hint}")
@@ -50,6 +63,18 @@ def parse_record(model: type[SchemaModel], content: dict[str, Any], origin: str,
         raise SpecError(f"{origin} is not a valid {what}:\n" + "\n".join(f"  {line}" for line in lines)) from error
 
 
+def refuse_unknown(content: dict[str, Any], model: type[BaseModel], origin: str, what: str) -> None:
+    """Refuse keys that no field of `model` has, without a look at values.
+
+    Raises:
+        SpecError: lists every unknown key with the nearest known one, one per line.
+    """
+    unknown = [key for key in content if key not in model.model_fields]
+    if unknown:
+        lines = [f"  {key}: {_unknown_key(str(key), list(model.model_fields))}" for key in unknown]
+        raise SpecError(f"{origin} is not a valid {what}:\n" + "\n".join(lines))
+
+
 def resolve_path(value: Any, directory: Path) -> Any:
     """The absolute path of `value` if it exists in `directory`, otherwise `value` unchanged."""
     exists = isinstance(value, str) and (directory / value).exists()
@@ -59,17 +84,21 @@ def resolve_path(value: Any, directory: Path) -> Any:
 def _explain(error: dict[str, Any], model: type[BaseModel], what: str) -> str:
     place = ".".join(str(part) for part in error["loc"]) or what
     if error["type"] == "extra_forbidden":
-        known = _fields_at(model, error["loc"][:-1])
-        key = str(error["loc"][-1])
-        if RENAMED_KEYS.get(key) in known:
-            return f"{place}: `{key}` is now `{RENAMED_KEYS[key]}`"
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys here: {', '.join(known)}"
-        return f"{place}: unknown key; {hint}"
+        return f"{place}: {_unknown_key(str(error['loc'][-1]), _fields_at(model, error['loc'][:-1]))}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if isinstance(error["input"], dict) or error["type"] == "missing":
         return f"{place}: {message}"
     return f"{place}: {message} (found {redacted(repr(error['input']))})"
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    """What is wrong with a key that is none of these."""
+    if RENAMED_KEYS.get(key) in known:
+        return f"`{key}` is now `{RENAMED_KEYS[key]}`"
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys here: {', '.join(known)}"
+    columns = "; a column of the cost table goes under `columns`" if "columns" in known else ""
+    return f"unknown key; {hint}{columns}"
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -18,7 +18,7 @@ from puzzle_core.device import available_cores, on_first, use_threads, visible_g
 from puzzle_core.distill import bld, gkd, importance
 from puzzle_core.distill.launch import GkdRequest, launch
 from puzzle_core.distill.loop import Progress
-from puzzle_core.errors import PuzzleError
+from puzzle_core.errors import PuzzleError, SolveLimitError
 from puzzle_core.model import child
 from puzzle_core.model.activations import drop_layer
 from puzzle_core.model.surgery import load_weights
@@ -28,11 +28,11 @@ from puzzle_core.records import digest_file
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table, score_table, unscored_table
 from puzzle_core.search.run_search import check_feasible, find_architecture
-from puzzle_core.search.search_record import RefineRecord
+from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.search.table_files import read_costs
 from puzzle_core.search.tables import CostTable
 from puzzle_core.spec import DataSpec, Dtype, TargetSpec
-from puzzle_core.text_sources import read_documents
+from puzzle_core.text_sources import Texts, read_texts
 from puzzle_core.work import (
     AssembleWork,
     BldWork,
@@ -72,16 +72,16 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec) -> Inp
         PuzzleError: the parent, the texts, the target's device, engine or cost table cannot be used.
     """
     parent = context.open_parent()
-    tokenizer, sources = parent.tokenizer(), (*texts.train_texts, *texts.held_out_texts)
+    tokenizer, train, held_out = parent.tokenizer(), texts.train, texts.held_out
     start = data.document_start(tokenizer, texts.document_start)
-    check_rows(tokenizer, parent.shape.vocabulary, start, lambda: read_documents(sources))
-    check_texts_disjoint(texts.train_texts, texts.held_out_texts, context.scratch)
+    check_rows(tokenizer, parent.shape.vocabulary, start, lambda: [*read_texts(train), *read_texts(held_out)])
+    check_texts_disjoint(train, held_out, context.scratch)
     inputs = Inputs(
         parent=parent_digest(parent, context.scratch),
         tokenizer=parent.tokenizer_digest,
         shape=parent.shape,
-        train_texts=texts_digest(texts.train_texts, context.scratch),
-        held_out_texts=texts_digest(texts.held_out_texts, context.scratch),
+        train_texts=texts_digest(train, context.scratch),
+        held_out_texts=texts_digest(held_out, context.scratch),
         hardware="",
         parent_commit=hub_commit(context.parent, parent),
     )
@@ -107,11 +107,11 @@ def for_target(inputs: Inputs, target: TargetSpec) -> Inputs:
 
 
 @stage_task("tokens", "tokens {work.split}")
-def pack_tokens(work: TokensWork, sources: tuple[str, ...], context: RunContext) -> str:
+def pack_tokens(work: TokensWork, texts: Texts, context: RunContext) -> str:
     """Pack one split of the texts."""
     tokenizer = context.open_parent().tokenizer()
     return produce(
-        work, context, lambda out: data.pack_split(work, read_named_documents(work.texts, sources), tokenizer, out)
+        work, context, lambda out: data.pack_split(work, read_named_documents(work.texts, texts), tokenizer, out)
     )
 
 
@@ -226,14 +226,29 @@ def check_limits(work: SearchWork, target: TargetSpec, context: RunContext) -> N
 
 @stage_task("search", "search {work.request.scenario.name} on {work.target}")
 def search_architecture(work: SearchWork, target: TargetSpec, context: RunContext) -> str:
-    """Solve the mixed-integer program, and compute the baselines that its solution is compared with."""
+    """Solve the mixed-integer program, and compute the baselines that its solution is compared with.
+
+    Raises:
+        SolveLimitError: the clock cut a solve at `search.time_limit_s`; such an answer is not stored.
+    """
     store = context.store()
     records = list(store.records(ScoreRecord, work.scores).values())
     base, objective = work.base.architecture if work.base else None, work.request.search.objective
     scores = score_table(records, work.composition, objective, work.variants, work.shape, base)
-    return produce(
-        work, context, lambda _: find_architecture(ProblemBuilder(work.request, scores, _costs(work, target, context)))
-    )
+
+    def find(_: Path) -> SearchRecord:
+        record = find_architecture(ProblemBuilder(work.request, scores, _costs(work, target, context)))
+        if record.met_time_limit:
+            best = record.best
+            raise SolveLimitError(
+                f"a solve met search.time_limit_s ({work.request.search.time_limit_s:g} s), so this answer (score "
+                f"{best.score:.6g}, gap {best.gap:.1%}) depends on this machine's speed, and is not stored as that of "
+                "the request. Raise search.time_limit_s, or leave it out and lower search.node_limit "
+                f"({work.request.search.node_limit:,}): solves then end at the same answer everywhere"
+            )
+        return record
+
+    return produce(work, context, find)
 
 
 @stage_task("refine", "refine")

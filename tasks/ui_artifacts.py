@@ -84,9 +84,10 @@ def show_library(plan: Plan, context: RunContext) -> None:
 @_log_errors
 def show_architecture(plan: Plan, context: RunContext, key: str) -> None:
     """The chosen architecture, with its limits and the baselines."""
-    from puzzle_core.report.search_text import answer_text
+    from puzzle_core.report.search_text import answer_text, explanation_text
 
-    answer = answer_text(context.store().record(SearchRecord, key))
+    record = context.store().record(SearchRecord, key)
+    answer = f"{answer_text(record)}\n\n{explanation_text(record)}"
     spec = plan.spec
     create_markdown_artifact(
         f"```text\n{answer}\n```\n\nArtifact `{key}`\n",

@@ -2,12 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
 from flows.cli.arguments import Overrides
 from puzzle_core.errors import SpecError
+
+if TYPE_CHECKING:
+    from puzzle_core.search.search_record import SearchRecord
 
 TABLES = Group("From tables alone, without a specification (docs/formats.md)", sort_key=1)
 
@@ -32,6 +35,12 @@ def search(
         str | None, Parameter(group=TABLES, metavar="COLUMN", help="The column of --scores that is the score.")
     ] = None,
     maximise: Annotated[bool, Parameter(group=TABLES, help="Larger scores are better.")] = False,
+    distance: Annotated[
+        bool,
+        Parameter(
+            group=TABLES, help="The score is a distance to the parent: its own block scores 0 where it has no row."
+        ),
+    ] = False,
     parent: Annotated[
         str | None,
         Parameter(group=TABLES, metavar="BLOCK", help="The parent's own block, for instance attn:kv8+ffn:i28672."),
@@ -52,7 +61,7 @@ def search(
         missing = ", --".join(name for name, value in tables.items() if not value)
         raise SpecError(f"give a specification, or tables: --{missing} missing")
     from puzzle_core.architecture import BlockVariant
-    from puzzle_core.report.search_text import answer_text
+    from puzzle_core.report.search_text import answer_text, explanation_text
     from puzzle_core.search.from_tables import read_request, search_tables
 
     try:
@@ -60,5 +69,13 @@ def search(
     except ValueError as error:
         raise SpecError(f"--parent {parent!r} is no block variant: use attn:kv8+ffn:i28672") from error
     request = read_request(scenario)
-    record = search_tables(scores, costs, request, out, score=score, maximise=maximise, parent=parent_block)
-    sys.stdout.write(f"{answer_text(record)}\n\nanswer: {out}\n")
+
+    def print_answer(record: "SearchRecord") -> None:
+        sys.stdout.write(f"{answer_text(record)}\n\n")
+        sys.stdout.flush()
+
+    record = search_tables(
+        scores, costs, request, out, score=score, maximise=maximise, parent=parent_block, distance=distance,
+        on_answer=print_answer,
+    )  # fmt: skip
+    sys.stdout.write(f"{explanation_text(record)}\n\nanswer: {out}\n")

@@ -98,7 +98,8 @@ def quality_figure(inputs: ReportInputs) -> Figure:
     architectures = (search.best, *search.baselines, *search.frontier)
     log_scale_to_zero(left, [f.score for f in architectures])
     log_scale_to_zero(right, [model.evaluation.kl_nats_per_token for model in inputs.models])
-    least_ms = min(f.prediction.total_ms for f in architectures)
+    times_ms = [f.prediction.total_ms for f in architectures if f.prediction.total_ms > 0]
+    least_ms = min(times_ms, default=search.parent.total_ms)
     for axes in (left, right):
         _add_speed_axis(axes, search.parent.total_ms / scale, least_ms / scale)
     names = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))

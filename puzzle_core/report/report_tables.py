@@ -17,6 +17,7 @@ from puzzle_core.report.units import (
     ms_text,
     number_text,
     percent_text,
+    range_text,
     rate_text,
     signed_percent_text,
     speed_text,
@@ -299,22 +300,30 @@ def _quality_cells(inputs: ReportInputs, model: ModelResult | None) -> tuple[str
 
 def limit_row(use: LimitUse, prices: Sequence[LimitPrice]) -> tuple[str, ...]:
     """One limit: request, threshold, use, slack, and the score gain of a looser limit."""
-    slack = use.threshold - use.usage if use.sense == "at_most" else use.usage - use.threshold
+    usage, slack = "no bound", NONE
+    if use.usage is not None:
+        room = use.threshold - use.usage if use.sense == "at_most" else use.usage - use.threshold
+        usage, slack = (
+            _in_unit(use.usage, use.unit),
+            f"{_in_unit(room, use.unit)} ({percent_text(room / use.threshold)})",
+        )
     price = next((p for p in prices if (p.scenario, p.limit) == (use.scenario, use.name)), None)
     return (
         use.name.replace("_", " "),
         use.scenario,
         use.text,
         f"{'≤' if use.sense == 'at_most' else '≥'} {_in_unit(use.threshold, use.unit)}",
-        _in_unit(use.usage, use.unit),
-        f"{_in_unit(slack, use.unit)} ({percent_text(slack / use.threshold)})",
+        usage,
+        slack,
         _in_unit(price.step, price.unit) if price else NONE,
-        number_text(price.gain) if price else NONE,
+        range_text(price.at_least, price.at_most) if price else NONE,
     )
 
 
 def _in_unit(value: float, unit: str) -> str:
     texts = {"tok/s": rate_text, "ms": ms_text, "bytes": bytes_text, "params": count_text}
+    if unit in ("layers", "heads") and value == round(value):
+        return f"{value:,.0f} {unit}"
     return texts[unit](value) if unit in texts else f"{number_text(value)} {unit}".rstrip()
 
 

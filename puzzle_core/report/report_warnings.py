@@ -36,6 +36,16 @@ def report_warnings(inputs: ReportInputs) -> list[str]:
 
 def search_warnings(search: SearchRecord) -> list[str]:
     """Sentences on the best architecture of a search, and the reasons for what the search left out."""
+    return answer_warnings(search) + omissions(search)
+
+
+def omissions(search: SearchRecord) -> list[str]:
+    """The reasons for what a search left out."""
+    return [f"Left out: {name}. {reason}" for name, reason in search.omissions.items()]
+
+
+def answer_warnings(search: SearchRecord) -> list[str]:
+    """Sentences on the best architecture of a search."""
     best = search.best
     layers = len(best.architecture.layers)
     covered = sum(span - 1 for span in best.spans.values())
@@ -54,9 +64,14 @@ def search_warnings(search: SearchRecord) -> list[str]:
     if not best.optimal:
         warnings.append(
             f"The search stopped after {duration_text(best.seconds)} with a gap of {percent_text(best.gap)}: a better "
-            "architecture may exist. Raise search.time_limit_s."
+            f"architecture may exist. Raise search.{'time_limit_s' if search.met_time_limit else 'node_limit'}."
         )
-    return warnings + [f"Left out: {name}. {reason}" for name, reason in search.omissions.items()]
+    if search.met_time_limit:
+        warnings.append(
+            "The clock cut a solve at search.time_limit_s: the same request may have another answer in another run. "
+            "search.node_limit gives the same answer everywhere."
+        )
+    return warnings
 
 
 def _child_not_faster(inputs: ReportInputs) -> list[str]:
@@ -77,7 +92,7 @@ def _measured_limits(inputs: ReportInputs) -> list[str]:
     warnings = []
     for use in inputs.search.best.limits:
         time_of = _MEASURED.get(use.name)
-        if time_of is None or use.scenario != inputs.spec.scenario.name:
+        if time_of is None or not use.usage or use.scenario != inputs.spec.scenario.name:
             continue
         predicted = inputs.search.best.prediction
         used = time_of(timing) / time_of(_as_timing(predicted))

@@ -1,27 +1,44 @@
-"""A search as text for a terminal: architectures, limits, batch sizes, layers and warnings."""
+"""A search as text for a terminal: first its answer, then what explains it."""
 
 from puzzle_core.report.report_tables import LIMIT_COLUMNS, Table, format_text, limit_row
-from puzzle_core.report.report_warnings import search_warnings
-from puzzle_core.report.units import NONE, duration_text, number_text, percent_text
-from puzzle_core.search.search_record import FoundArchitecture, SearchRecord
+from puzzle_core.report.report_warnings import answer_warnings, omissions
+from puzzle_core.report.units import NONE, duration_text, number_text, percent_text, range_text
+from puzzle_core.search.search_record import FoundArchitecture, RunnerUp, SearchRecord
+
+PRICED = 3
+"""Columns of a limit that name it, and that come last in LIMIT_COLUMNS: step and gain."""
 
 
 def answer_text(record: SearchRecord) -> str:
-    """All tables and warnings of a search."""
-    tables = [_solutions(record), _limits(record), _layers(record)]
+    """The architecture, its limits and its layers, with warnings."""
+    rows = tuple(f"solution {rank}" for rank in range(1, len(record.solutions) + 1))
+    tables = [
+        _architectures(record, dict(zip(rows, record.solutions, strict=True)), "The first solution is chosen."),
+        _limits(record),
+        _layers(record),
+    ]
     if len(record.outcomes) > 1:
         tables.insert(1, _batch_sizes(record))
-    return "\n\n".join([*map(format_text, tables), *search_warnings(record)])
+    return "\n\n".join([*map(format_text, tables), *answer_warnings(record)])
 
 
-def _solutions(record: SearchRecord) -> Table:
-    rows = [_solution_row(f"solution {rank}", solution) for rank, solution in enumerate(record.solutions, start=1)]
-    rows += [_solution_row(solution.method.replace("_", " "), solution) for solution in record.baselines]
+def explanation_text(record: SearchRecord) -> str:
+    """Other ways to choose, what looser limits gain, what each layer would take instead, and what was left out."""
+    baselines = {solution.method.replace("_", " "): solution for solution in record.baselines}
+    tables = [
+        _architectures(record, baselines, "Other ways to choose within the same limits. They have no proof."),
+        _prices(record),
+        _runner_ups(record),
+    ]
+    return "\n\n".join([*(format_text(table) for table in tables if table.rows), *omissions(record)])
+
+
+def _architectures(record: SearchRecord, solutions: dict[str, FoundArchitecture], note: str) -> Table:
     return Table(
         title="Architectures within the limits",
         columns=("", record.objective, "bound", "gap", "proof", "solved in"),
-        rows=tuple(rows),
-        note="The score is the sum over layers. Solution 1 is chosen. Baselines have no proof.",
+        rows=tuple(_solution_row(name, solution) for name, solution in solutions.items()),
+        note=f"The score is the sum over layers. {note}",
     )
 
 
@@ -46,22 +63,45 @@ def _batch_sizes(record: SearchRecord) -> Table:
 
 
 def _limits(record: SearchRecord) -> Table:
-    rows = tuple(limit_row(use, record.prices) for use in record.best.limits)
-    return Table(title="Limits", columns=LIMIT_COLUMNS, rows=rows, text_columns=3)
+    rows = tuple(limit_row(use, ())[:-2] for use in record.best.limits)
+    return Table(title="Limits", columns=LIMIT_COLUMNS[:-2], rows=rows, text_columns=3)
 
 
 def _layers(record: SearchRecord) -> Table:
-    others = {runner_up.layer: runner_up for runner_up in record.runner_ups}
     rows = []
     for layer, block in enumerate(record.best.architecture.layers):
-        span, other = record.best.spans.get(layer, 1), others.get(layer)
-        text = f"{block} x{span}" if span > 1 else str(block)
-        rise = number_text(other.rise) if other and other.rise is not None else NONE
-        rows.append((str(layer), text, other.other or "nothing fits" if other else NONE, rise))
+        span = record.best.spans.get(layer, 1)
+        rows.append((str(layer), f"{block} x{span}" if span > 1 else str(block)))
+    return Table(title="Layers", columns=("layer", "chosen"), rows=tuple(rows), text_columns=2)
+
+
+def _prices(record: SearchRecord) -> Table:
+    rows = tuple(limit_row(use, record.prices) for use in record.best.limits) if record.prices else ()
     return Table(
-        title="Layers",
-        columns=("layer", "chosen", "runner-up", "score rise"),
-        rows=tuple(rows),
-        text_columns=3,
-        note="A runner-up is the option of the layer when its chosen option is forbidden; all other layers may change.",
+        title="What a looser limit gains",
+        columns=(*LIMIT_COLUMNS[:PRICED], *LIMIT_COLUMNS[-2:]),
+        rows=tuple((*row[:PRICED], *row[-2:]) for row in rows),
+        text_columns=PRICED,
     )
+
+
+def _runner_ups(record: SearchRecord) -> Table:
+    return Table(
+        title="Runners-up",
+        columns=("layer", "runner-up", "score rise"),
+        rows=tuple((str(other.layer), _others(other), _rise(other)) for other in record.runner_ups),
+        text_columns=2,
+        note="What a layer takes when its chosen option is forbidden; all other layers may change. Where exact values "
+        "would take too much work, the rise is an interval, and the likeliest option is named.",
+    )
+
+
+def _others(other: RunnerUp) -> str:
+    if not other.others:
+        return "nothing fits" if other.at_least is None else "none found"
+    more = len(other.others) - 1
+    return other.others[0] + (f" or {more} more" if more else "")
+
+
+def _rise(other: RunnerUp) -> str:
+    return NONE if other.at_least is None else range_text(other.at_least, other.at_most)

@@ -1,6 +1,7 @@
 """Numbers as text for display, bytes in MiB and long times in seconds; no other module converts (DESIGN rule 4)."""
 
 import math
+from collections.abc import Callable
 
 NONE = "–"
 _BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -15,6 +16,22 @@ def number_text(value: float, digits: int = 3) -> str:
     if not 1e-4 <= abs(value) < 1e9:
         return f"{value:.{digits - 1}e}"
     return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def range_text(least: float, most: float | None) -> str:
+    """A value between two ends: `0.0031` where they agree in three digits, `under 0.003` from 0, `0.002 to 0.004`."""
+    if most is None:
+        return f"at least {number_text(least)}"
+    if number_text(least) == number_text(most):
+        return number_text(most)
+    upper = number_text(_outwards(most, math.ceil))
+    return f"{number_text(_outwards(least, math.floor))} to {upper}" if least else f"under {upper}"
+
+
+def _outwards(value: float, rounded: Callable[[float], int]) -> float:
+    """A value above 0 rounded up or down to three significant digits."""
+    power = 10.0 ** (2 - math.floor(math.log10(value)))
+    return rounded(value * power) / power
 
 
 def count_text(count: float) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puzzle_core.errors import InfeasibleError, SpecError
+from puzzle_core.search.effort import BY_NODES, Effort
 from puzzle_core.search.highs import minimise
 from puzzle_core.search.infeasible import explain_infeasible
 from puzzle_core.search.problem import TOLERANCE, Choice, Problem, Solution, describe
@@ -89,12 +90,12 @@ def uniform(problem: Problem) -> Solution:
     return describe(problem, best, method="uniform", seconds=time.perf_counter() - started)
 
 
-def maximise(problem: Problem, resource: str, *, time_limit_s: float = 60.0, relative_gap: float = 1e-6) -> Solution:
+def maximise(problem: Problem, resource: str, *, effort: Effort = BY_NODES, relative_gap: float = 1e-6) -> Solution:
     """The choice within limits and rules with the most of a resource, parameter bytes say; scores are not looked at.
 
     Raises:
         SpecError: there is no such resource.
-        InfeasibleError, TimeLimitError: as `mip.solve`.
+        InfeasibleError, SolveLimitError: as `mip.solve`.
     """
     started = time.perf_counter()
     if resource not in problem.resources:
@@ -102,9 +103,9 @@ def maximise(problem: Problem, resource: str, *, time_limit_s: float = 60.0, rel
             f"there is no resource {resource!r} to maximise (known: {', '.join(sorted(problem.resources))})"
         )
     negated = tuple(-values for values in problem.resources[resource])
-    minimum = minimise(problem, negated, time_limit_s=time_limit_s, relative_gap=relative_gap)
+    minimum = minimise(problem, negated, effort=effort, relative_gap=relative_gap)
     if minimum is None:
-        raise explain_infeasible(problem, time_limit_s=time_limit_s)
+        raise explain_infeasible(problem, effort=effort)
     return describe(problem, minimum.choice, method=f"maximise {resource}", seconds=time.perf_counter() - started)
 
 

@@ -9,7 +9,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from puzzle_core.errors import InfeasibleError, SpecError, TimeLimitError
+from puzzle_core.errors import InfeasibleError, SolveLimitError, SpecError
+from puzzle_core.search.effort import BY_NODES, Effort
 from puzzle_core.search.highs import lower_bound
 from puzzle_core.search.infeasible import explain_infeasible
 from puzzle_core.search.mip import solve_or_none
@@ -24,7 +25,7 @@ class Alternative:
 
     Attributes:
         bound: no choice within its limits scores less; infinite where none fits.
-        solution: its best choice; None where the bound was enough to leave it out, or the time limit ended without one.
+        solution: its best choice; None where the bound was enough to leave it out, or the effort ended without one.
         infeasible: why no choice fits; None where one may.
     """
 
@@ -47,33 +48,31 @@ class Best(Generic[Key]):
     alternatives: dict[Key, Alternative]
 
 
-def solve_best(problems: Mapping[Key, Problem], *, time_limit_s: float = 60.0, relative_gap: float = 1e-6) -> Best[Key]:
+def solve_best(problems: Mapping[Key, Problem], *, effort: Effort = BY_NODES, relative_gap: float = 1e-6) -> Best[Key]:
     """The best choice of all problems. Of those that score the same, within the relative gap, the first key's wins.
 
-    `time_limit_s` holds for each problem that is solved.
+    `effort` holds for each problem that is solved.
 
     Raises:
         SpecError: there is no problem.
         InfeasibleError: no problem has an answer; its text has a reason for every key.
-        TimeLimitError: the time limit ended everywhere without a choice, and not everywhere with a proof.
+        SolveLimitError: the effort ended everywhere without a choice, and not everywhere with a proof.
     """
     if not problems:
         raise SpecError("a search needs at least one problem, and got none")
     bounds = {key: lower_bound(problem, problem.score) for key, problem in problems.items()}
-    race = BoundedRace(problems, bounds, time_limit_s, relative_gap)
+    race = BoundedRace(problems, bounds, effort, relative_gap)
     race.run()
     infeasible = {
-        key: explain_infeasible(problems[key], time_limit_s=time_limit_s)
-        for key, bound in race.bounds.items()
-        if bound == math.inf
+        key: explain_infeasible(problems[key], effort=effort) for key, bound in race.bounds.items() if bound == math.inf
     }
     winner = race.winner()
     if winner is None:
         unknown = [key for key in problems if key not in infeasible]
         if unknown:
-            raise TimeLimitError(
-                f"no architecture was found in {time_limit_s:g} s for any of {', '.join(map(str, problems))}, nor a "
-                f"proof that there is none for {', '.join(map(str, unknown))}: give the search more time"
+            raise SolveLimitError(
+                f"no architecture was found in {effort.text} for any of {', '.join(map(str, problems))}, nor a "
+                f"proof that there is none for {', '.join(map(str, unknown))}: give the search more of them"
             )
         lines = "\n".join(f"{key}: {error}" for key, error in infeasible.items())
         error = InfeasibleError(f"none of {len(problems)} problems has an answer:\n{lines}")
@@ -94,12 +93,12 @@ class BoundedRace(Generic[Key]):
     """
 
     def __init__(
-        self, problems: Mapping[Key, Problem], bounds: Mapping[Key, float], time_limit_s: float, relative_gap: float
+        self, problems: Mapping[Key, Problem], bounds: Mapping[Key, float], effort: Effort, relative_gap: float
     ) -> None:
         self.problems = problems
         self.bounds = dict(bounds)
         self.solutions: dict[Key, Solution] = {}
-        self._time_limit_s, self._relative_gap = time_limit_s, relative_gap
+        self._effort, self._relative_gap = effort, relative_gap
         first = next(iter(problems.values()))
         self._least = math.fsum(float(values.min()) for values in first.score)
 
@@ -136,10 +135,8 @@ class BoundedRace(Generic[Key]):
 
     def _solve(self, key: Key) -> None:
         try:
-            solution = solve_or_none(
-                self.problems[key], time_limit_s=self._time_limit_s, relative_gap=self._relative_gap
-            )
-        except TimeLimitError:
+            solution = solve_or_none(self.problems[key], effort=self._effort, relative_gap=self._relative_gap)
+        except SolveLimitError:
             return
         if solution is None:
             self.bounds[key] = math.inf

@@ -1,19 +1,20 @@
 """Search from tables alone: no parent, no torch, no server (`puzzle search --scores --costs --scenario`)."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from puzzle_core.architecture import BlockVariant
-from puzzle_core.errors import SpecError
+from puzzle_core.errors import SpecError, StorageError
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.run_search import find_architecture
 from puzzle_core.search.search_record import FoundArchitecture, SearchRecord
 from puzzle_core.search.table_files import read_costs, read_scores
-from puzzle_core.spec import ScenarioSpec, SearchRequest
-from puzzle_core.yaml_file import RENAMED_KEYS, parse_record, read_keys
+from puzzle_core.spec import RunSpec, ScenarioSpec, SearchRequest
+from puzzle_core.yaml_file import parse_record, read_keys, refuse_unknown
 
 SCENARIO_KEYS = ("scenario", "more_scenarios")
 
@@ -22,8 +23,9 @@ def read_request(paths: Sequence[Path]) -> SearchRequest:
     """The input of a search, from scenario files.
 
     A file holds one scenario (`name`, `prompt_tokens`, `limits`, ...), or keys of a run specification. Of these,
-    `scenario`, `more_scenarios`, `mix`, `constraints`, `engines` and `search` are read, and all others are ignored. The
-    first file's scenario is the main one. A key that several files have is taken from the first of them.
+    `scenario`, `more_scenarios`, `mix`, `constraints`, `engines` and `search` are read, and all others of a run are
+    ignored. A key that no run has is refused. The first file's scenario is the main one. A key that several files have
+    is taken from the first of them.
 
     Raises:
         SpecError: names the file, the key, and the nearest known one.
@@ -47,19 +49,44 @@ def search_tables(
     score: str | None = None,
     maximise: bool = False,
     parent: BlockVariant | None = None,
+    distance: bool = False,
+    on_answer: Callable[[SearchRecord], None] | None = None,
 ) -> SearchRecord:
     """Solve, and write `search.json` (the whole answer), `architecture.json` and `frontier.csv` into `out`.
 
+    `on_answer` gets the answer as soon as it is known, before its baselines, frontier and explanations.
+
     Raises:
         PuzzleError: bad tables, limits that nothing can meet.
+        StorageError: `out` cannot be made or written; it is made before the search.
     """
-    builder = ProblemBuilder(request, read_scores(scores, score, maximise, parent), read_costs(costs))
-    record = find_architecture(builder)
-    out.mkdir(parents=True, exist_ok=True)
-    record.write(out / "search.json")
-    record.best.architecture.write(out / "architecture.json")
-    pd.DataFrame([_row(point) for point in record.frontier]).to_csv(out / "frontier.csv", index=False)
+    table = read_scores(scores, score, maximise, parent, distance)
+    builder = ProblemBuilder(request, table, read_costs(costs))
+    _make_directory(out)
+    record = find_architecture(builder, on_answer)
+    try:
+        record.write(out / "search.json")
+        record.best.architecture.write(out / "architecture.json")
+        pd.DataFrame([_row(point) for point in record.frontier]).to_csv(out / "frontier.csv", index=False)
+    except OSError as error:
+        raise StorageError(f"cannot write the answer to {out}: {error}") from error
     return record
+
+
+def _make_directory(out: Path) -> None:
+    """Make the directory of the answer.
+
+    Raises:
+        StorageError: it is a file or lies below one, or cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StorageError(f"the answer goes into a directory, and {out} is or lies below a file") from error
+    except OSError as error:
+        raise StorageError(f"cannot make the directory {out} of the answer: {error}") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise StorageError(f"cannot write into the directory {out} of the answer: no permission")
 
 
 def _read_one(path: Path) -> dict[str, Any]:
@@ -67,11 +94,11 @@ def _read_one(path: Path) -> dict[str, Any]:
     if "scenario" not in content:
         parse_record(ScenarioSpec, content, str(path), "scenario")
         return {"scenarios": [content]}
+    refuse_unknown(content, RunSpec, str(path), "scenario")
     more = content.get("more_scenarios") or []
     if not isinstance(more, list):
         raise SpecError(f"{path}: more_scenarios must be a list of scenarios")
-    names = (*SearchRequest.model_fields, *RENAMED_KEYS)
-    kept = {name: value for name, value in content.items() if name in names and name not in SCENARIO_KEYS}
+    kept = {name: content[name] for name in SearchRequest.model_fields if name in content and name not in SCENARIO_KEYS}
     return kept | {"scenarios": [content["scenario"], *more]}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from puzzle_core.errors import SpecError
 from puzzle_core.search.best_of import BoundedRace, Key
+from puzzle_core.search.effort import BY_NODES, Effort
 from puzzle_core.search.highs import lower_bound, minimise
 from puzzle_core.search.infeasible import explain_infeasible
 from puzzle_core.search.mip import solve
@@ -32,26 +33,24 @@ def frontier(
     limit_name: str,
     points: int,
     *,
-    time_limit_s: float = 60.0,
+    effort: Effort = BY_NODES,
     relative_gap: float = 1e-6,
 ) -> list[Solution]:
     """Best solutions from the tightest to the loosest capacity of one limit, other limits and rules held.
 
     Capacities are evenly spaced over `capacity_range`; the limit's own capacity does not matter. A capacity
     without a better score than the one before is omitted, so the objective falls along the result, and
-    `used[limit_name] + slack[limit_name]` is the capacity. `time_limit_s` holds for each solve.
+    `used[limit_name] + slack[limit_name]` is the capacity. `effort` holds for each solve.
 
     Raises:
         SpecError: there is no such limit, or `points` is below 2.
-        InfeasibleError, TimeLimitError: as `mip.solve`, for the other limits.
+        InfeasibleError, SolveLimitError: as `mip.solve`, for the other limits.
     """
     if points < 2:
         raise SpecError(f"a frontier needs two points or more, got {points}")
-    least, most = capacity_range(problem, limit_name, time_limit_s=time_limit_s, relative_gap=relative_gap)
+    least, most = capacity_range(problem, limit_name, effort=effort, relative_gap=relative_gap)
     capacities = [float(capacity) for capacity in np.linspace(least, most, points)]
-    swept = sweep_frontier(
-        {"": problem}, limit_name, {"": capacities}, time_limit_s=time_limit_s, relative_gap=relative_gap
-    )
+    swept = sweep_frontier({"": problem}, limit_name, {"": capacities}, effort=effort, relative_gap=relative_gap)
     solutions: list[Solution] = []
     for point in swept:
         if point is not None and (not solutions or point.solution.objective < solutions[-1].objective):
@@ -60,22 +59,40 @@ def frontier(
 
 
 def capacity_range(
-    problem: Problem, limit_name: str, *, time_limit_s: float = 60.0, relative_gap: float = 1e-6
+    problem: Problem, limit_name: str, *, effort: Effort = BY_NODES, relative_gap: float = 1e-6
 ) -> tuple[float, float]:
     """The capacities between which a limit matters: the least feasible use, and the use of the optimum without it.
 
     Raises:
         SpecError: there is no such limit.
-        InfeasibleError, TimeLimitError: as `mip.solve`, for the other limits.
+        InfeasibleError, SolveLimitError: as `mip.solve`, for the other limits.
     """
     swept = _limit(problem, limit_name)
     others = problem.with_limits(limit for limit in problem.limits if limit is not swept)
-    tightest = minimise(others, others.resources[swept.resource], time_limit_s=time_limit_s)
+    tightest = minimise(others, others.resources[swept.resource], effort=effort)
     if tightest is None:
-        raise explain_infeasible(others, time_limit_s=time_limit_s)
-    loosest = solve(others, time_limit_s=time_limit_s, relative_gap=relative_gap)
+        raise explain_infeasible(others, effort=effort)
+    loosest = solve(others, effort=effort, relative_gap=relative_gap)
     least, most = (others.total(swept.resource, choice) for choice in (tightest.choice, loosest.choice))
     return least, max(least, most)
+
+
+def without_free(problem: Problem, limit_name: str, outside: float) -> Problem:
+    """The problem without the choices that use nothing at all of a limit's resource: a model of nothing is no offer.
+
+    Args:
+        outside: what the parts outside the layers use; where they use something, no choice is free.
+
+    Raises:
+        SpecError: there is no such limit.
+    """
+    column = problem.resources[_limit(problem, limit_name).resource]
+    free = tuple(np.asarray(values == 0.0, dtype=np.float64) for values in column)
+    if outside > 0.0 or not all(values.any() for values in free) or all(values.all() for values in free):
+        return problem
+    name = f"layers without {limit_name}"
+    limit = Limit(name, name, float(len(free) - 1), "layers")
+    return replace(problem, resources={**problem.resources, name: free}, limits=(*problem.limits, limit))
 
 
 def sweep_frontier(
@@ -83,7 +100,7 @@ def sweep_frontier(
     limit_name: str,
     capacities: Mapping[Key, Sequence[float]],
     *,
-    time_limit_s: float = 60.0,
+    effort: Effort = BY_NODES,
     relative_gap: float = 1e-6,
 ) -> list[SweepPoint[Key] | None]:
     """The best over problems that share score and rules, at every point of a sweep of one limit's capacity.
@@ -91,7 +108,7 @@ def sweep_frontier(
     Args:
         capacities: per problem the capacity at each point, from the tightest to the loosest. They may
             differ between problems at one point (one rate is a different time at each batch size, less a fixed part).
-        time_limit_s: seconds for each solve. A problem at the limit counts with its best solution so far.
+        effort: for each solve. A problem at its end counts with its best solution so far.
 
     Returns:
         One entry per point; None if no problem is feasible. Ties within the
@@ -106,7 +123,7 @@ def sweep_frontier(
     bounds = dict.fromkeys(problems, -np.inf)
     for point in reversed(range(points)):
         at_point = {key: problem.with_capacity(limit_name, capacities[key][point]) for key, problem in problems.items()}
-        race = BoundedRace(at_point, bounds, time_limit_s, relative_gap)
+        race = BoundedRace(at_point, bounds, effort, relative_gap)
         for key, solution in looser.items():
             if at_point[key].feasible(solution.choice):
                 race.solutions[key] = _moved(at_point[key], solution)

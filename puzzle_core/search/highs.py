@@ -25,9 +25,12 @@ from dataclasses import dataclass, replace
 import highspy
 import numpy as np
 
-from puzzle_core.errors import TimeLimitError
-from puzzle_core.search.milp import Floats, Model, build, keep_useful, program
+from puzzle_core.errors import SolveLimitError
+from puzzle_core.search.effort import BY_NODES, Effort
+from puzzle_core.search.milp import Model, build, keep_useful, program
 from puzzle_core.search.problem import Choice, Column, Problem
+from puzzle_core.search.relaxation import INFEASIBLE, Relaxation, Relaxed, checked, new_solver, work_of
+from puzzle_core.search.rules import drop_broken
 
 PEAKED = 1e3
 """If the largest cost exceeds the optimum by this factor, the problem is solved again without the larger options."""
@@ -35,45 +38,29 @@ PEAKED = 1e3
 CORE = 2
 """Number of columns per layer in the first MIP."""
 
-SETTINGS: dict[str, bool | int | float | str] = {
-    "output_flag": False,
-    "threads": 1,
-    "parallel": "off",
-    "random_seed": 0,
-    "mip_abs_gap": 0.0,
-    "mip_feasibility_tolerance": 1e-8,
-    "primal_feasibility_tolerance": 1e-9,
-    "dual_feasibility_tolerance": 1e-10,
-    "small_matrix_value": 1e-12,
-}
-"""HiGHS ignores improvements below its tolerances, also in presolve, so all are well below its defaults."""
-
-INFEASIBLE = (highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible)
+CUT = (highspy.HighsModelStatus.kTimeLimit, highspy.HighsModelStatus.kSolutionLimit)
+"""How HiGHS ends at its seconds and at its nodes."""
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """A choice, its cost, and a lower bound on all costs. `proven`: it is optimal within the relative gap."""
+    """A choice, its cost, and a lower bound on all costs. `proven`: it is optimal within the relative gap.
+
+    `work` is that of its last solve, see `relaxation.work_of`.
+    """
 
     choice: Choice
     cost: float
     bound: float
     proven: bool
-
-
-@dataclass(frozen=True)
-class Relaxation:
-    """Lower bounds on costs: `bound` for all choices, `bound + excess[n]` for those with column n, (N,)."""
-
-    bound: float
-    excess: Floats
+    work: int = 0
 
 
 def minimise(
     problem: Problem,
     costs: Column,
     *,
-    time_limit_s: float = 60.0,
+    effort: Effort = BY_NODES,
     relative_gap: float = 1e-6,
     start: Sequence[int] | None = None,
 ) -> Minimum | None:
@@ -81,28 +68,28 @@ def minimise(
 
     Args:
         costs: shape (J,) per layer: the score, a resource, or zeros to check feasibility only.
-        time_limit_s: seconds of branching, without the relaxation (milliseconds). At the limit, the best choice so far
-            is returned.
+        effort: the nodes or seconds of branching, at whose end the best choice so far is returned.
         relative_gap: relative to the cost above the sum of the layers' least costs.
         start: an initial choice; ignored if it is infeasible or has an option that was removed.
 
     Raises:
-        TimeLimitError: the time limit was reached without a choice and without a proof of infeasibility.
+        SolveLimitError: the effort ended without a choice and without a proof of infeasibility.
         RuntimeError: the solver failed, or the recomputed cost differs from its result. This is a bug.
     """
-    deadline = time.perf_counter() + time_limit_s
-    base, extra = _above_least(costs)
+    deadline = time.perf_counter() + effort.seconds
+    base, extra = above_least(costs)
     kept = keep_useful(problem, costs)
     refining = False
     while kept is not None:
         model, unit = build(problem, extra, kept)
-        scaled = _solve_core(model, deadline, relative_gap, start)
+        scaled = _solve_core(model, effort, deadline, relative_gap, start)
         if scaled is None:
             break
         answer = _confirmed_extra(problem, extra, scaled, unit)
         if not scaled.proven or answer == 0.0 or model.cost.max() * unit <= PEAKED * answer:
-            return Minimum(scaled.choice, base + answer, base + scaled.bound * unit, scaled.proven)
-        kept = [rows[values[rows] <= answer] for values, rows in zip(extra, kept, strict=True)]
+            return Minimum(scaled.choice, base + answer, base + scaled.bound * unit, scaled.proven, scaled.work)
+        cheap = [rows[values[rows] <= answer] for values, rows in zip(extra, kept, strict=True)]
+        kept = drop_broken(problem.rules, cheap)
         start, refining = scaled.choice, True
     if refining:
         raise RuntimeError(f"HiGHS finds no choice, although it found {start} before")
@@ -114,44 +101,34 @@ def lower_bound(problem: Problem, costs: Column) -> float:
 
     It takes milliseconds and is usually within a thousandth of the optimum.
     """
-    base, extra = _above_least(costs)
+    base, extra = above_least(costs)
     kept = keep_useful(problem, costs)
     if kept is None:
         return math.inf
     model, unit = build(problem, extra, kept)
-    relaxed = _relax(model)
+    relaxed = Relaxation(model).solve()
     return math.inf if relaxed is None else base + relaxed.bound * unit
 
 
-def option_bounds(problem: Problem, costs: Column) -> Column:
-    """For every option a lower bound on the sum of `costs` with it, (J,) per layer, from one relaxation."""
-    base, extra = _above_least(costs)
-    model, unit = build(problem, extra, [np.arange(len(values)) for values in extra])
-    relaxed = _relax(model)
-    bounds = tuple(np.full(len(values), math.inf) for values in extra)
-    if relaxed is not None:
-        reached = base + (relaxed.bound + relaxed.excess[model.column]) * unit
-        for layer, option, bound in zip(model.layer, model.option, reached, strict=True):
-            bounds[layer][option] = min(bounds[layer][option], bound)
-    return bounds
-
-
-def _above_least(costs: Column) -> tuple[float, Column]:
+def above_least(costs: Column) -> tuple[float, Column]:
     """The sum of the layers' least costs, and the cost of each option above its layer's least."""
     least = [float(values.min()) for values in costs]
     return math.fsum(least), tuple(values - low for values, low in zip(costs, least, strict=True))
 
 
-def _solve_core(model: Model, deadline: float, relative_gap: float, start: Sequence[int] | None) -> Minimum | None:
+def _solve_core(
+    model: Model, effort: Effort, deadline: float, relative_gap: float, start: Sequence[int] | None
+) -> Minimum | None:
     """The MIP over the columns of small excess, extended until no other column can improve it. Costs are scaled."""
-    relaxed = _relax(model)
+    relaxation = Relaxation(model)
+    relaxed = relaxation.solve()
     if relaxed is None:
         return None
     columns = model.cost.size
     size = CORE * model.layers
     while True:
         window = np.partition(relaxed.excess, size - 1)[size - 1] if size < columns else math.inf
-        minimum, outside = _solve_within(model, relaxed, window, deadline, relative_gap, start)
+        minimum, outside = _solve_within(model, relaxed, window, effort, deadline, relative_gap, start)
         if minimum is not None:
             break
         if outside == math.inf:
@@ -159,15 +136,17 @@ def _solve_core(model: Model, deadline: float, relative_gap: float, start: Seque
         size *= 4
     if minimum.proven and outside < minimum.bound:
         window = minimum.cost - relaxed.bound
-        minimum, outside = _solve_within(model, relaxed, window, deadline, relative_gap, minimum.choice)
+        minimum, outside = _solve_within(model, relaxed, window, effort, deadline, relative_gap, minimum.choice)
         assert minimum is not None, "the start fits"
-    return replace(minimum, bound=min(minimum.bound, max(outside, relaxed.bound)))
+    bound = min(minimum.bound, max(outside, relaxed.bound))
+    return replace(minimum, bound=bound, work=minimum.work + relaxation.work)
 
 
 def _solve_within(
     model: Model,
-    relaxed: Relaxation,
+    relaxed: Relaxed,
     window: float,
+    effort: Effort,
     deadline: float,
     relative_gap: float,
     start: Sequence[int] | None,
@@ -177,66 +156,40 @@ def _solve_within(
     if start is not None:
         inside |= model.columns_of(start)
     outside = relaxed.bound + float(relaxed.excess[~inside].min(initial=math.inf))
-    seconds = max(0.0, deadline - time.perf_counter())
-    return _run(model.only(inside), seconds, relative_gap, start), outside
+    return _run(model.only(inside), effort, deadline, relative_gap, start), outside
 
 
-def _relax(model: Model) -> Relaxation | None:
-    """The relaxation, or None if it is infeasible.
-
-    By weak duality every lambda <= 0 on the rows "at most" gives the bound lambda . b + sum min(0, reduced cost), and
-    a column in use adds its reduced cost to it.
-    """
-    rows = model.rows()
-    solver = _solver({"solver": "simplex"})
-    _checked(solver.passModel(program(model, rows, integer=False)), "reading the relaxation")
-    _checked(solver.run(), "solving the relaxation")
-    if solver.getModelStatus() in INFEASIBLE:
-        return None
-    dual = np.asarray(solver.getSolution().row_dual)
-    dual[rows.lower < rows.upper] = np.minimum(dual[rows.lower < rows.upper], 0.0)
-    cost = np.concatenate([model.cost, np.zeros(rows.columns - model.cost.size)])
-    reduced = cost - np.bincount(rows.column, weights=rows.value * dual[rows.row], minlength=rows.columns)
-    bound = float(dual @ rows.upper + np.minimum(reduced, 0.0).sum())
-    return Relaxation(max(bound, 0.0), np.maximum(reduced[: model.cost.size], 0.0))
-
-
-def _run(model: Model, time_limit_s: float, relative_gap: float, start: Sequence[int] | None) -> Minimum | None:
+def _run(
+    model: Model, effort: Effort, deadline: float, relative_gap: float, start: Sequence[int] | None
+) -> Minimum | None:
     """Solve the scaled MIP. Costs and bound of the result are scaled."""
     rows = model.rows()
-    solver = _solver({"time_limit": time_limit_s, "mip_rel_gap": relative_gap})
-    _checked(solver.passModel(program(model, rows, integer=True)), "reading the model")
+    settings: dict[str, bool | int | float | str] = {"mip_rel_gap": relative_gap, "mip_max_nodes": effort.nodes}
+    if effort.seconds < math.inf:
+        settings["time_limit"] = max(0.0, deadline - time.perf_counter())
+    solver = new_solver(settings)
+    checked(solver.passModel(program(model, rows, integer=True)), "reading the model")
     if start is not None:
         columns = np.flatnonzero(model.columns_of(start))
         if model.takes_every_layer(columns):
             solver.setSolution(columns.size, columns.astype(np.int32), np.ones(columns.size))
-    _checked(solver.run(), "solving")
+    checked(solver.run(), "solving")
 
     status, info = solver.getModelStatus(), solver.getInfo()
     if status in INFEASIBLE:
         return None
-    if status not in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kTimeLimit):
+    if status not in (highspy.HighsModelStatus.kOptimal, *CUT):
         raise RuntimeError(f"HiGHS ended with {solver.modelStatusToString(status)}")
+    if status == highspy.HighsModelStatus.kTimeLimit:
+        effort.met_time_limit = True
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-        raise TimeLimitError(
-            f"no architecture within the limits was found in {time_limit_s:g} s, nor a proof that there is none: "
-            "give the search more time, fewer options or looser limits"
+        raise SolveLimitError(
+            f"no architecture within the limits was found in {effort.text}, nor a proof that there is none: "
+            "give the search more of them, fewer options or looser limits"
         )
     taken = np.asarray(solver.getSolution().col_value)[: model.cost.size] > 0.5
-    proven = status == highspy.HighsModelStatus.kOptimal
-    return Minimum(model.choice_of(taken), info.objective_function_value, info.mip_dual_bound, proven)
-
-
-def _solver(settings: dict[str, bool | int | float | str]) -> highspy.Highs:
-    solver = highspy.Highs()
-    for name, value in {**SETTINGS, **settings}.items():
-        _checked(solver.setOptionValue(name, value), f"setting {name}")
-    return solver
-
-
-def _checked(status: highspy.HighsStatus, action: str) -> None:
-    if status == highspy.HighsStatus.kError:
-        raise RuntimeError(f"HiGHS failed in {action}")
+    proven, work = status == highspy.HighsModelStatus.kOptimal, work_of(model.cost.size, rows.lower.size, solver)
+    return Minimum(model.choice_of(taken), info.objective_function_value, info.mip_dual_bound, proven, work)
 
 
 def _confirmed_extra(problem: Problem, extra: Column, scaled: Minimum, unit: float) -> float:

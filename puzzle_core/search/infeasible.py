@@ -6,13 +6,13 @@ holds.
 """
 
 import math
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from puzzle_core.errors import InfeasibleError, TimeLimitError
+from puzzle_core.errors import InfeasibleError, SolveLimitError
+from puzzle_core.search.effort import BY_NODES, Effort
 from puzzle_core.search.highs import minimise
 from puzzle_core.search.problem import Choice, Limit, Problem
 from puzzle_core.search.rules import UNCOUNTED, AllOrNone, AtMostDistinct
@@ -20,6 +20,8 @@ from puzzle_core.search.rules import UNCOUNTED, AllOrNone, AtMostDistinct
 Part = Limit | AtMostDistinct
 Parts = frozenset[int]
 """Places of parts in the tuple of all."""
+CORRECTIONS = 4
+"""Tries to find a smaller set that is impossible, for every part of the request."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,14 @@ class Conflict:
     least_alone: float
 
 
-def explain_infeasible(problem: Problem, *, time_limit_s: float = 60.0) -> InfeasibleError:
+def explain_infeasible(problem: Problem, *, effort: Effort = BY_NODES) -> InfeasibleError:
     """The error to raise for a problem known to have no answer; its attribute `conflicts` is a tuple of Conflict.
 
-    `time_limit_s` holds for finding the parts and for each of their least values; when it ends, the parts are still
-    such that cannot hold together, and may not be the fewest.
+    `effort` holds for each solve; where it ends one, the parts are still such that cannot hold together, and may not be
+    the fewest.
     """
-    together = _fewest_impossible(problem, _parts(problem), time.perf_counter() + time_limit_s)
-    conflicts = tuple(_conflict(problem, part, time_limit_s) for part in together)
+    together = _fewest_impossible(problem, _parts(problem), effort)
+    conflicts = tuple(_conflict(problem, part, effort) for part in together)
     error = InfeasibleError(_text(conflicts))
     error.conflicts = conflicts
     return error
@@ -65,7 +67,7 @@ def _only(problem: Problem, parts: Iterable[Part]) -> Problem:
     )
 
 
-def _fewest_impossible(problem: Problem, parts: tuple[Part, ...], deadline: float) -> tuple[Part, ...]:
+def _fewest_impossible(problem: Problem, parts: tuple[Part, ...], effort: Effort) -> tuple[Part, ...]:
     """The smallest set of parts that cannot hold together, in about as many solves as there are parts.
 
     Step 1, the deletion filter: drop each part without which the rest is still impossible. The result is a set that is
@@ -77,11 +79,11 @@ def _fewest_impossible(problem: Problem, parts: tuple[Part, ...], deadline: floa
     corrections: list[Parts] = []
 
     def possible(places: Parts) -> bool:
-        """Whether these parts can hold together, as far as known by the deadline; notes what the choice breaks."""
+        """Whether these parts can hold together, as far as the effort tells; notes what the choice breaks."""
         rest = frozenset(range(len(parts))) - places
         try:
-            choice = _choice_within(problem, parts, places, deadline - time.perf_counter())
-        except TimeLimitError:
+            choice = _choice_within(problem, parts, places, effort)
+        except SolveLimitError:
             choice = problem.parent
             broken = rest
         else:
@@ -96,7 +98,7 @@ def _fewest_impossible(problem: Problem, parts: tuple[Part, ...], deadline: floa
     for place in reversed(range(len(parts))):
         if not possible(known - {place}):
             known -= {place}
-    while time.perf_counter() < deadline:
+    for _ in range(CORRECTIONS * len(parts)):
         smaller = _smallest_hitting(corrections, len(known) - 1)
         if smaller is None:
             break
@@ -106,7 +108,7 @@ def _fewest_impossible(problem: Problem, parts: tuple[Part, ...], deadline: floa
     return tuple(parts[place] for place in sorted(known))
 
 
-def _choice_within(problem: Problem, parts: tuple[Part, ...], places: Parts, time_limit_s: float) -> Choice | None:
+def _choice_within(problem: Problem, parts: tuple[Part, ...], places: Parts, effort: Effort) -> Choice | None:
     """A choice that holds these parts, and does not exceed the other limits by much; None when there is none."""
     excess = [np.zeros_like(values) for values in problem.score]
     for place, part in enumerate(parts):
@@ -115,7 +117,7 @@ def _choice_within(problem: Problem, parts: tuple[Part, ...], places: Parts, tim
             span = math.fsum(float(np.ptp(values)) for values in column) or 1.0
             excess = [sum_J + values / span for sum_J, values in zip(excess, column, strict=True)]
     held = _only(problem, (parts[place] for place in places))
-    minimum = minimise(held, tuple(excess), time_limit_s=max(0.0, time_limit_s), relative_gap=0.1)
+    minimum = minimise(held, tuple(excess), effort=effort, relative_gap=0.1)
     return None if minimum is None else minimum.choice
 
 
@@ -136,36 +138,36 @@ def _smallest_hitting(sets: Sequence[Parts], largest: int) -> Parts | None:
     return next((smallest for smallest in sizes if smallest is not None), None)
 
 
-def _conflict(problem: Problem, part: Part, time_limit_s: float) -> Conflict:
+def _conflict(problem: Problem, part: Part, effort: Effort) -> Conflict:
     others = _only(problem, (other for other in _parts(problem) if other is not part))
     alone = _only(problem, ())
     if isinstance(part, AtMostDistinct):
-        counts = [_least_count(within, part, time_limit_s) for within in (others, alone)]
+        counts = [_least_count(within, part, effort) for within in (others, alone)]
     else:
-        counts = [_least_use(within, part.resource, time_limit_s) for within in (others, alone)]
+        counts = [_least_use(within, part.resource, effort) for within in (others, alone)]
     least, least_alone = counts
     assert least_alone is not None, "without limits, the parent is a choice"
     return Conflict(part, least, least_alone)
 
 
-def _least_use(problem: Problem, resource: str, time_limit_s: float) -> float | None:
+def _least_use(problem: Problem, resource: str, effort: Effort) -> float | None:
     try:
-        minimum = minimise(problem, problem.resources[resource], time_limit_s=time_limit_s)
-    except TimeLimitError:
+        minimum = minimise(problem, problem.resources[resource], effort=effort)
+    except SolveLimitError:
         return None
     return None if minimum is None else problem.total(resource, minimum.choice)
 
 
-def _least_count(problem: Problem, rule: AtMostDistinct, time_limit_s: float) -> float | None:
+def _least_count(problem: Problem, rule: AtMostDistinct, effort: Effort) -> float | None:
     """The least number of groups that a choice can have, by trying each."""
     nothing = tuple(np.zeros_like(values) for values in problem.score)
     groups = np.setdiff1d(np.concatenate(rule.groups), [UNCOUNTED]).size
     for at_most in range(groups + 1):
         ruled = replace(problem, rules=(*problem.rules, replace(rule, at_most=at_most)))
         try:
-            if minimise(ruled, nothing, time_limit_s=time_limit_s) is not None:
+            if minimise(ruled, nothing, effort=effort) is not None:
                 return float(at_most)
-        except TimeLimitError:
+        except SolveLimitError:
             return None
     return None
 

@@ -48,10 +48,14 @@ def _reachable(limit: ResolvedLimit, least: float, builder: ProblemBuilder, batc
     parent = Architecture(layers=(builder.scores.parent,) * len(builder.layers))
     uses = {(use.scenario, use.name): use for use in builder.limit_uses(parent, batch_sizes)}
     value = limit.in_terms(least + limit.outside)
-    share = value / uses[limit.scenario, limit.name].usage
+    own = uses[limit.scenario, limit.name].usage
+    if value == math.inf:
+        return "any rate"
+    share = value / own if own else math.inf
     if limit.tokens:
-        return f"at most {math.floor(value):,} tok/s ({_tenths(share, math.floor)}%)"
-    percent = f"{_tenths(share, math.ceil)}%"
+        percent = f" ({_tenths(share, math.floor)}%)" if share < math.inf else ""
+        return f"at most {math.floor(value):,} tok/s{percent}"
+    percent = f"{_tenths(share, math.ceil)}%" if share < math.inf else "the parent has 0"
     if limit.name.startswith("block_"):
         return f"at least {percent}"
     if limit.unit == "bytes":

@@ -24,6 +24,8 @@ from puzzle_core.search.problem import TOLERANCE, Choice, Column, Limit, Problem
 from puzzle_core.search.rules import UNCOUNTED, AllOrNone, AtMostDistinct, drop_broken, tied_options
 
 SCALE = 100.0
+MOST_USE = 1e6 * SCALE
+"""Larger scaled uses are cut to this, which is far over every limit too: HiGHS refuses coefficients from 1e15 on."""
 DECIMALS = 10
 """Scaled costs are rounded, far below the tolerance, so that scores in another unit make the very same model."""
 
@@ -158,7 +160,7 @@ def build(problem: Problem, extra: Column, kept: list[Indices]) -> tuple[Model, 
     for limit in problem.limits:
         resource = problem.resources[limit.resource]
         above = tuple(values - values.min() for values in resource)
-        use.append(summed(above) * (SCALE / (headroom(limit, resource) or 1.0)))
+        use.append(np.minimum(summed(above) * (SCALE / (headroom(limit, resource) or 1.0)), MOST_USE))
     cost = summed(extra)
     unit = (float(cost.max()) or 1.0) / SCALE
     model = Model(
@@ -206,14 +208,15 @@ def headroom(limit: Limit, column: Column) -> float:
     return math.fsum([limit.capacity, granted, *(-float(values.min()) for values in column)])
 
 
-def keep_useful(problem: Problem, costs: Column) -> list[Indices] | None:
+def keep_useful(problem: Problem, costs: Column, beside: Sequence[int] | None = None) -> list[Indices] | None:
     """Indices of the options per layer that a best choice can need, or None when some layer has none.
 
     An option goes when it alone exceeds the headroom of a limit, or when another option of its layer costs no
     more, uses no more of any limited resource, and counts in no other group of an AtMostDistinct rule: the other option
     keeps every limit and rule and never costs more. This holds with limits made by `Problem.avoiding` too, since shared
     layers are a resource like any other. Members of an AllOrNone neither beat nor are beaten, and go when one of them
-    goes. Of two equal options the parent's own stays, else the first.
+    goes. Of two equal options the parent's own stays, else the first. The options of `beside`, a choice, stay too, and
+    beat no other: what stays is enough for a best choice without any of them.
     """
     columns = [problem.resources[limit.resource] for limit in problem.limits]
     room_K = np.array([headroom(limit, column) for limit, column in zip(problem.limits, columns, strict=True)])
@@ -224,6 +227,8 @@ def keep_useful(problem: Problem, costs: Column) -> list[Indices] | None:
         values.append(values_CJ)
         fitting.append(np.flatnonzero((above_KJ <= room_K[:, None]).all(axis=0)))
     tied = tied_options(problem.rules, [cost.size for cost in costs])
+    for layer, option in enumerate(beside or ()):
+        tied[layer][option] = True
     counted = [rule.groups for rule in problem.rules if isinstance(rule, AtMostDistinct)]
     kept = []
     for layer, rows in enumerate(drop_broken(problem.rules, fitting)):

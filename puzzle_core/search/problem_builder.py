@@ -7,6 +7,7 @@ Legend: L layers, J options of a layer. A column is a tuple of L arrays (J,), as
 """
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,19 +20,23 @@ from puzzle_core.quantities import (
     column_unit,
     parse_bytes,
     parse_column,
+    parse_count,
     parse_parameters,
     parse_seconds,
     parse_share,
     parse_throughput,
 )
+from puzzle_core.search.counts import UNITS as COUNT_UNITS
+from puzzle_core.search.counts import counter
 from puzzle_core.search.problem import Column, Limit, Problem
 from puzzle_core.search.rules import AllOrNone, AtMostDistinct, Rule
 from puzzle_core.search.search_record import LimitUse, Prediction
+from puzzle_core.search.sensitivity import RELATIVE_STEP
 from puzzle_core.search.tables import OUTSIDE, CostTable, Option, ScoreTable
 from puzzle_core.spec import ConstraintsSpec, ScenarioSpec, SearchRequest
 
-MIX = "mix"
-"""The weighted mix of all scenarios, in the names of limits and resources."""
+MIX = "(mix)"
+"""The weighted mix of all scenarios, in the names of limits and resources. No scenario can have this name."""
 DERIVED = {
     "memory_bytes": ("parameter_bytes", "kv_bytes_per_token"),
     "runtime_ms": ("prefill_ms", "decode_ms"),
@@ -89,6 +94,11 @@ class ResolvedLimit:
     steps: int
 
     @property
+    def step(self) -> float:
+        """The step that its price is for: 1 of a count, a hundredth of another capacity."""
+        return 1.0 if self.unit in COUNT_UNITS.values() else RELATIVE_STEP * self.capacity
+
+    @property
     def label(self) -> str:
         """The unique name of the limit."""
         return f"{self.scenario}/{self.name}"
@@ -98,8 +108,13 @@ class ResolvedLimit:
         return Limit(self.label, self.resource, self.capacity - self.outside, "ms" if self.tokens else self.unit)
 
     def in_terms(self, total: float) -> float:
-        """The use of a whole model in the terms of the limit: a throughput, a time per step, or the use itself."""
-        return self.tokens / total * 1e3 if self.tokens else total / self.steps
+        """The use of a whole model in the terms of the limit: a throughput, a time per step, or the use itself.
+
+        A throughput of no time is infinite.
+        """
+        if self.tokens:
+            return self.tokens / total * 1e3 if total > 0 else math.inf
+        return total / self.steps
 
     def capacity_of(self, value: float) -> float:
         """The capacity of the blocks alone when the limit has this value."""
@@ -107,6 +122,7 @@ class ResolvedLimit:
 
     def use(self, blocks: float) -> LimitUse:
         """The limit, with the use of all blocks together."""
+        usage = self.in_terms(blocks + self.outside)
         return LimitUse(
             scenario=self.scenario,
             name=self.name,
@@ -114,7 +130,7 @@ class ResolvedLimit:
             unit=self.unit,
             sense="at_least" if self.tokens else "at_most",
             threshold=self.in_terms(self.capacity),
-            usage=self.in_terms(blocks + self.outside),
+            usage=usage if math.isfinite(usage) else None,
         )
 
 
@@ -149,7 +165,8 @@ class ProblemBuilder:
         )
         for scenario in self.request.scenarios:
             for name in scenario.limits.by_name():
-                self._check_column(scenario.name, name)
+                if not counter(name, scenario.limits):
+                    self._check_column(scenario.name, name)
         if self.request.mix:
             for scenario in self.request.scenarios:
                 self._check_column(scenario.name, "latency")
@@ -157,7 +174,7 @@ class ProblemBuilder:
     def problem(self, batch_sizes: BatchSizes) -> Problem:
         """The problem at these batch sizes, with every limit of the request.
 
-        Resources are named `scenario/column`, and `mix/column` for the mix: those of all limits, and `runtime_ms` and
+        Resources are named `scenario/column`, and `(mix)/column` for the mix: those of all limits, and `runtime_ms` and
         `parameters` of the main scenario if the table has them.
 
         Raises:
@@ -192,6 +209,8 @@ class ProblemBuilder:
                 limit_type = LIMIT_TYPES.get(name) or _LimitType(
                     name, column_unit(name), functools.partial(parse_column, name)
                 )
+                if counter(name, scenario.limits):
+                    limit_type = _LimitType(name, COUNT_UNITS.get(name, "layers"), parse_count)
                 resource = f"{scenario.name}/{limit_type.column}"
                 tokens = float(batch * scenario.counted_tokens) if name == "throughput" else 0.0
                 steps = max(1, scenario.generated_tokens - 1) if name == "time_per_output_token" else 1
@@ -251,10 +270,14 @@ class ProblemBuilder:
             blocks = [
                 self._resource_of(limit.resource, layer, block, batch_sizes)
                 for layer, block in enumerate(architecture.layers)
-                if block != EMPTY_BLOCK
+                if block != EMPTY_BLOCK or self._counter(limit.resource)
             ]
             uses.append(limit.use(sum(blocks)))
         return tuple(uses)
+
+    def outside(self, resource: str, batch_sizes: BatchSizes) -> float:
+        """What the parts outside the blocks take of a resource of `problem`."""
+        return self._resource_of(resource, None, None, batch_sizes)
 
     def _resolve(
         self,
@@ -267,11 +290,17 @@ class ProblemBuilder:
         steps: int,
         batch_sizes: BatchSizes,
     ) -> ResolvedLimit:
-        outside = self._resource_of(resource, None, None, batch_sizes) if limit_type.outside else 0.0
+        outside = self.outside(resource, batch_sizes) if limit_type.outside else 0.0
         quantity = limit_type.parse(text)
         if quantity.relative:
             layers = range(len(self.layers))
             blocks = sum(self._resource_of(resource, layer, self.scores.parent, batch_sizes) for layer in layers)
+            if not blocks + outside:
+                unit = f"limit with a unit, or fill in the cost table's {resource.partition('/')[2]}"
+                raise SpecError(
+                    f"limit {name} of scenario {scenario} is {text} of the parent's value, which is 0: give a "
+                    f"{'number' if self._counter(resource) else unit}"
+                )
             share = 1 / quantity.value if tokens else quantity.value
             capacity = share * (blocks + outside)
         elif tokens:
@@ -281,25 +310,35 @@ class ProblemBuilder:
         return ResolvedLimit(scenario, name, text, resource, limit_type.unit, capacity, outside, tokens, steps)
 
     def _resource(self, name: str, batch_sizes: BatchSizes) -> Column:
-        where = name.rsplit("/", 1)[0]
+        where = name.split("/", 1)[0]
         key = name, tuple(batch for scenario, batch in batch_sizes.items() if where in (MIX, scenario))
         if key not in self._columns:
+            count = self._counter(name)
             self._columns[key] = self.column(
-                lambda layer, option: self._resource_of(name, layer, option.block, batch_sizes)
+                lambda layer, option: self._resource_of(name, layer, option.block, batch_sizes),
+                covered=count(EMPTY_BLOCK) if count else 0.0,
             )
         return self._columns[key]
 
-    def column(self, value: Callable[[int, Option], float]) -> Column:
-        """A column over all options; 0 for a layer that an earlier option covers."""
+    def _counter(self, resource: str) -> Callable[[BlockVariant], float] | None:
+        """What a resource counts in a block, if it is a count."""
+        where, name = resource.split("/", 1)
+        limits = next((scenario.limits for scenario in self.request.scenarios if scenario.name == where), None)
+        return counter(name, limits) if limits else None
+
+    def column(self, value: Callable[[int, Option], float], covered: float = 0.0) -> Column:
+        """A column over all options; `covered` for a layer that an earlier option covers."""
         covering = self._covering()
         return tuple(
-            np.array([*(value(layer, option) for option in options), *(0.0 for _ in covering[layer])])
+            np.array([*(value(layer, option) for option in options), *(covered for _ in covering[layer])])
             for layer, options in enumerate(self.layers)
         )
 
     def _resource_of(self, name: str, layer: int | None, block: BlockVariant | None, batch_sizes: BatchSizes) -> float:
         """A resource of one block, or of the parts outside the blocks when `block` is None."""
-        where, column = name.rsplit("/", 1)
+        if count := self._counter(name):
+            return 0.0 if block is None else count(block)
+        where, column = name.split("/", 1)
 
         def of_scenario(scenario: ScenarioSpec, column: str) -> float:
             batch = batch_sizes[scenario.name]

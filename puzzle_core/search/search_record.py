@@ -42,7 +42,10 @@ class Prediction(Record):
 
 
 class LimitUse(Record):
-    """One limit: its text in the request, and in `unit` its threshold and the value of the whole architecture."""
+    """One limit: its text in the request, and in `unit` its threshold and the value of the whole architecture.
+
+    `usage` is None for a rate of no time, which has no bound.
+    """
 
     scenario: str
     name: str
@@ -50,7 +53,12 @@ class LimitUse(Record):
     unit: str
     sense: Literal["at_most", "at_least"]
     threshold: float
-    usage: float
+    usage: float | None
+
+    @property
+    def share(self) -> float | None:
+        """The usage relative to the threshold."""
+        return None if self.usage is None else self.usage / self.threshold
 
 
 class FoundArchitecture(Record):
@@ -86,22 +94,32 @@ class BatchSizeOutcome(Record):
 
 
 class LimitPrice(Record):
-    """The price of one limit: the best score falls by `gain` when the limit is relaxed by `step`, in its unit."""
+    """The price of one limit: how much the best score falls when the limit is relaxed by `step`, in its unit.
+
+    The gain lies between `at_least` and `at_most`, which are equal where it is known exactly.
+    """
 
     scenario: str
     limit: str
     unit: str
     step: float
-    gain: float
+    at_least: float
+    at_most: float
 
 
 class RunnerUp(Record):
-    """The option that a layer takes when its own option is forbidden, and the rise of the score; None if none fits."""
+    """What a layer takes when its own option is forbidden, and how much the score rises then.
+
+    `others` are the options that may be it, the likeliest first: one where it is certain, none where nothing fits. The
+    rise lies between `at_least` and `at_most`, which are equal where it is known exactly; `at_least` is None where
+    nothing fits, `at_most` also where no choice was found.
+    """
 
     layer: int
     option: str
-    other: str | None
-    rise: float | None
+    others: tuple[str, ...]
+    at_least: float | None
+    at_most: float | None
 
 
 class SearchRecord(Record):
@@ -109,6 +127,7 @@ class SearchRecord(Record):
 
     `times` are prefill plus decode in ms in the main scenario, by subblock variant and for `outside`, where the cost
     table has them. `largest_score` is the largest score of a single block. `omissions` has a reason by name.
+    `met_time_limit`: the clock cut a solve at `search.time_limit_s`, so that another run may give another answer.
     """
 
     objective: str
@@ -123,6 +142,7 @@ class SearchRecord(Record):
     runner_ups: tuple[RunnerUp, ...]
     largest_score: float
     omissions: dict[str, str]
+    met_time_limit: bool = False
 
     @property
     def best(self) -> FoundArchitecture:

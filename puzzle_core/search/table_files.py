@@ -1,46 +1,59 @@
-"""Reads scores and costs from files: CSV, Parquet or JSON (docs/formats.md). No torch, no Prefect."""
+"""Reads scores and costs from files: CSV, Parquet or JSON (docs/formats.md). No torch, no Prefect.
 
+Cells are taken as written. A reader that guesses types makes numbers, dates or missing values of names that look like
+them.
+"""
+
+import csv
+import json
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import Any, NamedTuple
 
 from puzzle_core.architecture import BlockVariant, Variant
-from puzzle_core.errors import CoverageError, NonFiniteError, SpecError
+from puzzle_core.errors import CoverageError, NonFiniteError, SpecError, reason
 from puzzle_core.search.tables import OUTSIDE, CostRow, CostTable, Option, ScoreTable
 
-READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": partial(pd.read_csv, dtype=str, keep_default_na=False),
-    ".parquet": pd.read_parquet,
-    ".json": partial(pd.read_json, dtype=False, convert_dates=False),
-}
-"""Cells are taken as written: pandas would make numbers, dates or missing values of names that look like them."""
 MOST_LAYERS = 10_000
+LARGEST, LEAST = 1e30, 1e-30
+"""Numbers of a table lie between these magnitudes, or are 0: sums over layers stay finite, differences stay visible."""
 SCORE_KEYS = ("layer", "attention", "ffn", "span")
 COST_KEYS = ("scenario", "batch_size", "layer", "attention", "ffn", "subblock", "variant")
 
 
+class _Table(NamedTuple):
+    """The columns of a file, and every row with its place for messages."""
+
+    columns: list[str]
+    rows: list[tuple[str, dict[str, Any]]]
+
+
 def read_scores(
-    path: Path, column: str | None = None, maximise: bool = False, parent: BlockVariant | None = None
+    path: Path,
+    column: str | None = None,
+    maximise: bool = False,
+    parent: BlockVariant | None = None,
+    distance: bool = False,
 ) -> ScoreTable:
     """A score table: columns `layer`, `attention`, `ffn`, the score, and optionally `span`.
 
     Args:
         column: the score's name; required if the file has several numeric columns and none is named `score`.
         maximise: larger scores are better. The table negates them.
-        parent: the parent's own block; by default the widest attention with the widest FFN. Its score is 0 in layers
-            without a row for it.
+        parent: the parent's own block; by default the widest attention with the widest FFN.
+        distance: the score is a distance to the parent, such as a KL or an increase of the loss. The parent's own block
+            then scores 0 in layers without a row for it. Any other score needs these rows.
 
     Raises:
         SpecError, CoverageError, NonFiniteError: the file is not valid; names the row and the column.
     """
-    frame = _read(path)
-    _need(path, frame, ("layer", "attention", "ffn"))
-    column = _score_column(path, frame, column)
-    rows = list(_rows(path, frame))
+    if maximise and distance:
+        raise SpecError("a distance to the parent is better where it is smaller: say --distance or --maximise")
+    table = _read(path)
+    _need(path, table, ("layer", "attention", "ffn"))
+    column = _score_column(path, table, column)
+    rows = table.rows
     blocks = [_block(place, row) for place, row in rows]
     count = max((_integer(place, row, "layer") for place, row in rows), default=-1) + 1
     if count > MOST_LAYERS:
@@ -56,13 +69,15 @@ def read_scores(
         layers[layer][option] = -score if maximise else score
     empty = [layer for layer, scores in enumerate(layers) if not scores]
     if empty or not layers:
-        raise CoverageError(f"{path} has no scores of layers {empty or '0 and on'}: every layer needs its options")
+        missing = _some(empty) if empty else "0 and on"
+        raise CoverageError(f"{path} has no scores of layers {missing}: every layer needs its options")
     parent = parent or _widest(blocks)
     without = [layer for layer, scores in enumerate(layers) if Option(parent) not in scores]
-    if maximise and without:
+    if without and not distance:
+        or_distance = "" if maximise else ", or say --distance where it is a distance to the parent, which scores 0"
         raise CoverageError(
-            f"{path} has no score of the parent's own block {parent} in layers {without}: a score to maximise is no "
-            "distance to the parent, so the parent needs its own; add these rows"
+            f"{path} has no {column} of the parent's own block {parent} in layers {_some(without)}: add these rows"
+            f"{or_distance} (--parent names another block as the parent's)"
         )
     for scores in layers:
         scores.setdefault(Option(parent), 0.0)
@@ -78,16 +93,16 @@ def read_costs(path: Path) -> CostTable:
     Raises:
         SpecError, NonFiniteError: the file is not valid; names the row and the column.
     """
-    frame = _read(path)
-    values = [name for name in frame.columns if name not in COST_KEYS]
+    table = _read(path)
+    values = [name for name in table.columns if name not in COST_KEYS]
     if not values:
-        raise SpecError(f"{path} has no cost column beside {', '.join(frame.columns)}: add `decode_ms` or the like")
+        raise SpecError(f"{path} has no cost column beside {', '.join(table.columns)}: add `decode_ms` or the like")
     rows = []
-    for place, row in _rows(path, frame):
+    for place, row in table.rows:
         rows.append(
             CostRow(
                 part=_part(place, row),
-                values={name: _number(place, row, name) for name in values if not _absent(row[name])},
+                values={name: _number(place, row, name) for name in values if not _absent(row.get(name))},
                 layer=None if _absent(row.get("layer")) else _integer(place, row, "layer"),
                 batch_size=None if _absent(row.get("batch_size")) else _integer(place, row, "batch_size"),
                 scenario=None if _absent(row.get("scenario")) else _name(row["scenario"]),
@@ -97,37 +112,97 @@ def read_costs(path: Path) -> CostTable:
     return CostTable(tuple(rows))
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _read(path: Path) -> _Table:
     reader = READERS.get(path.suffix)
     if reader is None:
         raise SpecError(f"{path}: tables are {', '.join(READERS)} files, and this is none of them")
     try:
-        frame = reader(path)
+        table = reader(path)
     except FileNotFoundError as error:
         raise SpecError(f"the table {path} does not exist") from error
-    except (ValueError, OSError) as error:
-        raise SpecError(f"cannot read the table {path}: {error}") from error
-    return frame
+    except (ValueError, OSError, csv.Error, RecursionError) as error:
+        raise SpecError(f"cannot read the table {path}: {reason(error)}") from error
+    repeated = sorted({name for name in table.columns if table.columns.count(name) > 1})
+    if repeated:
+        raise SpecError(f"{path} has more than one column {', '.join(map(repr, repeated))}: name each column once")
+    for name in table.columns:
+        if not name.isprintable():
+            raise SpecError(f"{path} has a column {name!r}: take the characters out of its name that cannot be printed")
+    return table
 
 
-def _rows(path: Path, frame: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every row as values, with its place for messages. The header of a CSV file is line 1."""
-    first, what = (2, "line") if path.suffix == ".csv" else (0, "row")
-    for number, row in enumerate(frame.to_dict("records")):
-        yield f"{path.name} {what} {number + first}", {str(name): value for name, value in row.items()}
+def _read_csv(path: Path) -> _Table:
+    """Trailing cells that a line lacks are empty. Empty lines are skipped."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        columns = [name.strip() for name in next(reader, [])]
+        if not any(columns):
+            raise ValueError("its first line has no names of columns")
+        rows = []
+        for cells in reader:
+            if any(cell.strip() for cell in cells[len(columns) :]):
+                raise ValueError(f"line {reader.line_num} has {len(cells)} cells, and the header {len(columns)}")
+            if cells:
+                cells += [""] * (len(columns) - len(cells))
+                rows.append((f"{path.name} line {reader.line_num}", dict(zip(columns, cells, strict=False))))
+    return _Table([name for name in columns if name], rows)
 
 
-def _need(path: Path, frame: pd.DataFrame, columns: tuple[str, ...]) -> None:
+def _read_json(path: Path) -> _Table:
+    records = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError("it is no list of objects, one per row")
+    return _of_records(path, list(dict.fromkeys(name for record in records for name in record)), records)
+
+
+def _read_parquet(path: Path) -> _Table:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path).read()
+        return _of_records(path, list(table.schema.names), table.to_pylist())
+    except (pyarrow.ArrowException, NotImplementedError) as error:
+        raise ValueError(reason(error)) from error
+
+
+READERS: dict[str, Callable[[Path], _Table]] = {".csv": _read_csv, ".parquet": _read_parquet, ".json": _read_json}
+
+
+def _of_records(path: Path, columns: list[str], records: Iterable[dict[str, Any]]) -> _Table:
+    rows = [
+        (f"{path.name} row {number}", {str(name).strip(): value for name, value in record.items()})
+        for number, record in enumerate(records)
+    ]
+    names = [str(name).strip() for name in columns]
+    return _Table([name for name in names if name and not name.startswith("__index_level_")], rows)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object with these keys and values.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"an object has {name!r} twice")
+    return dict(pairs)
+
+
+def _need(path: Path, table: _Table, columns: tuple[str, ...]) -> None:
     for column in columns:
-        if column not in frame.columns:
-            raise SpecError(f"{path} has no column {column!r} (columns: {', '.join(map(str, frame.columns))})")
+        if column not in table.columns:
+            raise SpecError(f"{path} has no column {column!r} (columns: {', '.join(table.columns)})")
 
 
-def _score_column(path: Path, frame: pd.DataFrame, column: str | None) -> str:
+def _score_column(path: Path, table: _Table, column: str | None) -> str:
     if column is not None:
-        _need(path, frame, (column,))
+        if column in SCORE_KEYS:
+            raise SpecError(f"{path}: {column!r} is a key of its rows and no score: name another column with --score")
+        _need(path, table, (column,))
         return column
-    others = [str(name) for name in frame.columns if name not in SCORE_KEYS]
+    others = [name for name in table.columns if name not in SCORE_KEYS]
     if "score" in others:
         return "score"
     if len(others) != 1:
@@ -144,17 +219,21 @@ def _widest(blocks: list[BlockVariant]) -> BlockVariant:
 
 
 def _block(place: str, row: dict[str, Any]) -> BlockVariant:
-    return BlockVariant(attention=_variant(place, "attn", row["attention"]), ffn=_variant(place, "ffn", row["ffn"]))
+    attention, ffn = (
+        _variant(place, subblock, row.get(column)) for subblock, column in (("attn", "attention"), ("ffn", "ffn"))
+    )
+    return BlockVariant(attention=attention, ffn=ffn)
 
 
 def _part(place: str, row: dict[str, Any]) -> str:
     attention, ffn, subblock = (row.get(name) for name in ("attention", "ffn", "subblock"))
     if not _absent(subblock):
-        if str(subblock) == OUTSIDE:
+        name = _name(subblock)
+        if name == OUTSIDE:
             return OUTSIDE
-        if _absent(row.get("variant")) or str(subblock) not in ("attn", "attention", "ffn"):
+        if _absent(row.get("variant")) or name not in ("attn", "attention", "ffn"):
             raise SpecError(f"{place}: give subblock attn or ffn with its variant, or subblock {OUTSIDE}")
-        return str(_variant(place, "ffn" if subblock == "ffn" else "attn", row["variant"]))
+        return str(_variant(place, "ffn" if name == "ffn" else "attn", row["variant"]))
     if _absent(attention) and _absent(ffn):
         raise SpecError(f"{place} is about nothing: give attention, ffn or both, or subblock and variant")
     variants = ((subblock, text) for subblock, text in (("attn", attention), ("ffn", ffn)) if not _absent(text))
@@ -163,7 +242,9 @@ def _part(place: str, row: dict[str, Any]) -> str:
 
 def _variant(place: str, subblock: str, text: Any) -> Variant:
     """A variant by its id, with or without `attn:` or `ffn:` before it."""
-    written = str(text)
+    if _absent(text):
+        raise SpecError(f"{place} has no {'attention' if subblock == 'attn' else subblock}: give its variant")
+    written = _name(text)
     try:
         variant = Variant.parse(written if ":" in written else f"{subblock}:{written}")
     except ValueError as error:
@@ -175,23 +256,46 @@ def _variant(place: str, subblock: str, text: Any) -> Variant:
 
 def _name(value: Any) -> str:
     """A name as text. A whole number that a file without text columns holds as a float is written as a whole number."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if isinstance(value, bytes):
+        return value.decode(errors="replace").strip()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
 def _absent(value: Any) -> bool:
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _number(place: str, row: dict[str, Any], column: str) -> float:
-    if _absent(row[column]):
+    cell = row.get(column)
+    if _absent(cell):
         raise NonFiniteError(f"{place}, column {column} is empty: fill it in, or leave the row out")
     try:
-        value = float(row[column])
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"{place}, column {column}: {row[column]!r} is no number") from error
+        if isinstance(cell, bool):
+            raise ValueError
+        value = float(cell)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SpecError(f"{place}, column {column}: {_shown(cell)} is no number") from error
     if not math.isfinite(value):
         raise NonFiniteError(f"{place}, column {column} is {value}: fill it in, or leave the row out")
+    if value and not LEAST <= abs(value) <= LARGEST:
+        raise SpecError(
+            f"{place}, column {column} is {value:g}: numbers lie between {LEAST:g} and {LARGEST:g} or are 0; say it in "
+            "another unit"
+        )
     return value
+
+
+def _shown(cell: Any) -> str:
+    """A cell for a message, cut where it is long."""
+    text = repr(cell)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _some(layers: list[int]) -> str:
+    """The first of many layers."""
+    return str(layers) if len(layers) <= 10 else f"{str(layers[:10])[:-1]}, ...] ({len(layers)} in all)"
 
 
 def _integer(place: str, row: dict[str, Any], column: str, default: int | None = None) -> int:
@@ -201,5 +305,5 @@ def _integer(place: str, row: dict[str, Any], column: str, default: int | None =
         return default
     value = _number(place, row, column)
     if value != int(value) or value < (0 if column == "layer" else 1):
-        raise SpecError(f"{place}, column {column}: {row[column]} is no {column.replace('_', ' ')}")
+        raise SpecError(f"{place}, column {column}: {value:g} is no {column.replace('_', ' ')}")
     return int(value)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 Subblock = Literal["attn", "ffn"]
-_ID = re.compile(r"([a-z]+):([a-z_]+)([0-9]*)")
+_ID = re.compile(r"([a-z]+):([a-z_]+)([0-9]{0,12})")
 
 
 class ParentShape(Protocol):

@@ -80,7 +80,8 @@ def record_architecture(plan: Plan, context: RunContext, run: TrackedRun, key: s
     """Log the chosen architecture's figures; the run makes the costs and the architecture."""
     steps, chosen = Steps(plan, context), context.store().record(SearchRecord, key).best
     run.metrics([("score", chosen.score, 0), ("gap", chosen.gap, 0), ("batch_size", chosen.prediction.batch_size, 0)])
-    run.metrics([(f"limit/{limit.name}", limit.usage / limit.threshold, 0) for limit in chosen.limits])
+    shares = {f"limit/{limit.scenario}/{limit.name}": limit.share for limit in chosen.limits}
+    run.metrics([(name, share, 0) for name, share in shares.items() if share is not None])
     run.text(artifact_table(context.store(), (*steps.cost_keys, key)), TABLE)
     run.uses(steps.parent, steps.library, steps.scores)
     run.makes(steps.costs)
@@ -212,7 +213,7 @@ def _texts(plan: Plan, context: RunContext, *splits: str) -> list[TextsInput]:
     """The token splits, as inputs of a run."""
     texts = []
     for split in splits:
-        work, sources = plan.tokens(split), plan.text_sources(split)
+        work, sources = plan.tokens(split), plan.texts(split).sources
         record = context.store().record(TokensRecord, work.key)
         texts.append(
             TextsInput(

@@ -127,7 +127,7 @@ class Steps:
     def _architecture(
         self, name: str, key: str, sources: tuple[str, ...], found: FoundArchitecture, remark: str
     ) -> TrackedModel:
-        used = [f"{use.name} {use.text} used to {percent_text(use.usage / use.threshold)}" for use in found.limits]
+        used = [f"{use.name} {use.text} used to {percent_text(use.share)}" for use in found.limits if use.share]
         about: dict[str, object] = {"library": self.library.key, "score": found.score}
         return TrackedModel(
             kind="architecture",

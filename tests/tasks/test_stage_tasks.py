@@ -1,6 +1,9 @@
 """Tasks: named, keyed by content, retried where a retry can help and nowhere else."""
 
 import errno
+import json
+import re
+from random import Random
 
 import pytest
 import torch
@@ -9,13 +12,15 @@ from puzzle_core import data
 from puzzle_core.architecture import Architecture
 from puzzle_core.cost import latency, llama_engine
 from puzzle_core.engines import ENGINES
-from puzzle_core.errors import DataError, LostProcessError, MeasurementError, NonFiniteError, SpecError
+from puzzle_core.errors import DataError, LostProcessError, MeasurementError, NonFiniteError, SolveLimitError, SpecError
+from puzzle_core.search import highs
 from puzzle_core.sizes import outside_parameters
 from puzzle_core.spec import TargetSpec
+from puzzle_core.work import ScoreRecord
 from tasks import stage_tasks
 from tasks.task_policies import can_pass
 from tests import toy_engine
-from tests.workflow import plan_of
+from tests.workflow import plan_of, publish_costs
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -36,9 +41,7 @@ def pack(spec_of, monkeypatch):
             return run(*arguments)
 
         monkeypatch.setattr(data, "pack_split", fail_first)
-        return task(
-            work=plan.tokens("calibration"), sources=spec.data.train_texts, context=context, return_state=True
-        ), left
+        return task(work=plan.tokens("calibration"), texts=spec.data.train, context=context, return_state=True), left
 
     return packing
 
@@ -139,3 +142,60 @@ def test_an_engine_that_is_not_installed_is_refused_before_any_work(spec_of, mon
     monkeypatch.setattr(llama_engine.importlib.metadata, "version", missing)
     with pytest.raises(SpecError, match="llama-cpp-python is not installed: `make engines` builds it"):
         stage_tasks.for_target(plan.inputs, TargetSpec(engine="llama.cpp"))
+
+
+@pytest.fixture
+def searched(spec_of):
+    """A function that runs the search stage with these settings, on made-up scores and costs: its key and its store."""
+
+    def search(**settings):
+        spec = spec_of(search=settings)
+        publish_costs(spec)
+        plan, context = plan_of(spec)
+        store, random = context.store(), Random(0)
+        for work in plan.all_scores():
+            loss = 0.0 if work.block == plan.inputs.shape.parent_block else random.random()
+            record = ScoreRecord(
+                layer=work.layer, block=work.block, kl_nats_per_token=loss, lm_loss_increase_nats_per_token=loss,
+                top1_agreement=1.0, tokens=1,
+            )  # fmt: skip
+            with store.staging() as staged:
+                store.publish(work, record, staged, made_by="a test")
+        work = plan.search()
+        try:
+            return stage_tasks.search_architecture.fn(work, spec.target, context), work.key, store
+        except SolveLimitError as error:
+            return error, work.key, store
+
+    return search
+
+
+def test_an_answer_that_the_clock_cut_is_not_stored_as_that_of_the_request(searched, monkeypatch):
+    """The clock stands still for the answer and jumps on for the baseline, so that this one has no seconds left."""
+
+    class Clock:
+        calls = 0
+
+        def perf_counter(self):
+            self.calls += 1
+            return 0.0 if self.calls <= 2 else 1e3 * self.calls
+
+    monkeypatch.setattr(highs, "time", Clock())
+    cut, key, store = searched(time_limit_s=100.0, baselines=["maximise_parameters"])
+    assert isinstance(cut, SolveLimitError)
+    assert "met search.time_limit_s (100 s), so this answer (score" in str(cut)
+    assert "search.node_limit (20,000)" in str(cut)
+    assert not store.has(key)
+    monkeypatch.undo()
+    stored, key, store = searched(baselines=["maximise_parameters"])
+    assert (stored, store.has(key)) == (key, True)
+
+
+def test_two_searches_of_one_request_are_the_same_but_for_the_seconds(searched):
+    def answer():
+        _, key, store = searched(baselines=["maximise_parameters", "mip_no_op_only"], frontier_points=4)
+        text = json.dumps(store.manifest(key).record)
+        store.delete(key)
+        return re.sub(r'"seconds": [^,}]*', "", text)
+
+    assert answer() == answer()

@@ -22,6 +22,23 @@ def test_number(value: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("least", "most", "text"),
+    [
+        (0.0, 0.0, "0"),
+        (0.00312, 0.00312, "0.00312"),
+        (0.0031204, 0.0031209, "0.00312"),
+        (0.0, 0.0029991, "under 0.00300"),
+        (0.0021239, 0.0038901, "0.00212 to 0.00390"),
+        (1234.5, 5678.9, "1,230 to 5,680"),
+        (2.0, None, "at least 2.00"),
+        (0.0, 3.331e-6, "under 3.34e-06"),
+    ],
+)
+def test_a_range_is_rounded_outwards(least: float, most: float | None, text: str) -> None:
+    assert units.range_text(least, most) == text
+
+
+@pytest.mark.parametrize(
     ("value", "text"),
     [
         (0, "0 B"),

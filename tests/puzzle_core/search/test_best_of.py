@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from puzzle_core.errors import InfeasibleError, SpecError, TimeLimitError
+from puzzle_core.errors import InfeasibleError, SolveLimitError, SpecError
 from puzzle_core.search import best_of
 from puzzle_core.search.best_of import solve_best
 from puzzle_core.search.mip import solve
@@ -90,12 +90,12 @@ def test_no_problem_is_no_answer() -> None:
 
 def test_a_time_limit_is_no_proof(pair: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     def late(*arguments: object, **named: object) -> None:
-        raise TimeLimitError("late")
+        raise SolveLimitError("late")
 
     tight = pair.with_limits([Limit("memory", "bytes", 16.0, "GB")])
     impossible = pair.with_limits([Limit("memory", "bytes", 2.0, "GB")])
     monkeypatch.setattr(best_of, "solve_or_none", late)
-    with pytest.raises(TimeLimitError, match="any of 1, 2, nor a proof that there is none for 1"):
+    with pytest.raises(SolveLimitError, match="any of 1, 2, nor a proof that there is none for 1"):
         solve_best({1: tight, 2: impossible})
 
 

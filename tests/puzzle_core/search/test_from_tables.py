@@ -11,10 +11,12 @@ import pytest
 import yaml
 
 from puzzle_core.architecture import Architecture, BlockVariant
-from puzzle_core.errors import CoverageError, InfeasibleError, PuzzleError, SpecError
+from puzzle_core.errors import CoverageError, InfeasibleError, PuzzleError, SpecError, StorageError
+from puzzle_core.report.search_text import answer_text
 from puzzle_core.search.from_tables import read_request, search_tables
 from puzzle_core.search.search_record import SearchRecord
 from puzzle_core.search.table_files import read_costs, read_scores
+from puzzle_core.search.tables import Option
 
 SCORES = """layer,attention,ffn,score
 0,kv4,i512,0
@@ -191,7 +193,9 @@ def test_the_command_imports_neither_torch_nor_prefect_nor_mlflow(tmp_path: Path
     command += ["--scenario", str(scenario), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stderr.splitlines()[-1]) == [0, []]
-    assert "Architectures within the limits" in done.stdout
+    titles = ["Architectures within the limits", "Layers", "What a looser limit gains", "Runners-up", "answer: "]
+    places = [done.stdout.index(title) for title in titles]
+    assert places == sorted(places), "the answer first"
 
 
 def test_a_cost_table_names_its_columns(tmp_path: Path) -> None:
@@ -227,7 +231,134 @@ def test_a_layer_beyond_all_models_is_refused_and_not_listed(tmp_path):
         read_scores(tmp_path / "scores.csv")
 
 
-def test_a_score_to_maximise_needs_the_parents_own(tmp_path):
-    (tmp_path / "scores.csv").write_text("layer,attention,ffn,accuracy\n0,kv8,i8,0.9\n0,kv8,i4,0.8\n1,kv8,i4,0.7\n")
-    with pytest.raises(CoverageError, match=r"no score of the parent's own block attn:kv8\+ffn:i8 in layers \[1\]"):
-        read_scores(tmp_path / "scores.csv", maximise=True)
+@pytest.mark.parametrize("maximise", [False, True])
+def test_an_absolute_score_needs_the_parents_own(tmp_path, maximise):
+    (tmp_path / "scores.csv").write_text("layer,attention,ffn,lm_loss\n0,kv8,i8,2.1\n0,kv8,i4,2.2\n1,kv8,i4,2.3\n")
+    with pytest.raises(CoverageError, match=r"no lm_loss of the parent's own block attn:kv8\+ffn:i8 in layers \[1\]"):
+        read_scores(tmp_path / "scores.csv", maximise=maximise)
+
+
+def test_the_parent_of_a_distance_scores_0(tmp_path):
+    (tmp_path / "scores.csv").write_text("layer,attention,ffn,kl\n0,kv8,i8,0\n0,kv8,i4,0.2\n1,kv8,i4,0.3\n")
+    table = read_scores(tmp_path / "scores.csv", distance=True)
+    assert [scores[Option(table.parent)] for scores in table.layers] == [0, 0]
+    with pytest.raises(SpecError, match="say --distance or --maximise"):
+        read_scores(tmp_path / "scores.csv", distance=True, maximise=True)
+
+
+def test_a_scenario_called_mix_is_a_scenario(tmp_path: Path) -> None:
+    rows = [line for line in COSTS.splitlines() if "," in line]
+    named = [rows[0] + ",scenario", *(f"{row}," for row in rows[1:])]
+    dear = [
+        f"{subblock},{variant},8,,{ms},0,mix" for subblock, variant, ms in (("ffn", "i256", 15), ("ffn", "i512", 20))
+    ]
+    scores, costs, first = write(tmp_path, costs="\n".join(named + dear), name="mix", limits={"latency": "64ms"})
+    second = tmp_path / "rag.yaml"
+    second.write_text(yaml.safe_dump(SCENARIO | {"name": "rag"}))
+    record = search_tables(scores, costs, read_request([first, second]), tmp_path / "out")
+    assert [(use.scenario, use.usage) for use in record.best.limits] == [("mix", 63.0)]  # the mix of both takes 62 ms
+
+
+def test_columns_of_a_users_table_stand_beside_the_other_limits(tmp_path: Path) -> None:
+    record = search(tmp_path, limits={"latency": "62ms", "decode_ms": "60ms", "parameters": "100%"})
+    assert {use.name for use in record.best.limits} == {"latency", "decode_ms", "parameters"}
+    with pytest.raises(SpecError, match="decode_ms: given here and under `columns`"):
+        search(tmp_path, limits={"decode_ms": "60ms", "columns": {"decode_ms": "50ms"}})
+    with pytest.raises(
+        SpecError, match=r"limits\.heat: unknown key; .*a column of the cost table goes under `columns`"
+    ):
+        search(tmp_path, limits={"heat": "60%"})
+
+
+def test_a_misspelt_key_beside_a_scenario_is_refused(tmp_path: Path) -> None:
+    *_, scenario = write(tmp_path)
+    content = {"scenario": yaml.safe_load(scenario.read_text()), "constraint": {"no_op": False}, "bld": {"tokens": 9}}
+    scenario.write_text(yaml.safe_dump(content))
+    with pytest.raises(SpecError, match=r"constraint: unknown key; did you mean 'constraints'\?$"):
+        read_request([scenario])
+    scenario.write_text("name: chat\nlimits: {latency: 62ms}\nlimits: {latency: 99ms}\n")
+    with pytest.raises(SpecError, match="the key 'limits' is there twice"):
+        read_request([scenario])
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"search": {"frontier_points": 10**12}}, "search.frontier_points: .*less than or equal to 1000"),
+        ({"search": {"solutions": 10**9}}, "search.solutions: .*less than or equal to 1000"),
+        ({"search": {"alpha": 1}}, "search.alpha: .*less than 1"),
+        ({"scenario": SCENARIO | {"batch_sizes": [*range(1, 1002)]}}, "1,001 combinations.*at most 1,000"),
+        ({"scenario": SCENARIO | {"prompt_tokens": 10**400}}, "scenario.prompt_tokens: "),
+        ({"scenario": SCENARIO | {"limits": {"latency": "1e400ms"}}}, "'1e400ms' is not between 1e-30 and 1e"),
+    ],
+)
+def test_sizes_are_checked_before_the_work(tmp_path: Path, asked: dict[str, Any], message: str) -> None:
+    *_, scenario = write(tmp_path)
+    scenario.write_text(yaml.safe_dump({"scenario": SCENARIO | {"limits": {"latency": "62ms"}}} | asked))
+    with pytest.raises(SpecError, match=message):
+        read_request([scenario])
+
+
+def test_a_file_in_the_place_of_the_answer_is_refused_before_the_search(tmp_path, monkeypatch):
+    scores, costs, scenario = write(tmp_path)
+    monkeypatch.setattr("puzzle_core.search.from_tables.find_architecture", lambda builder: pytest.fail("searched"))
+    for out in (scores, scores / "below"):
+        with pytest.raises(StorageError, match=f"{out} is or lies below a file"):
+            search_tables(scores, costs, read_request([scenario]), out)
+
+
+@pytest.mark.parametrize(
+    ("costs", "message"),
+    [
+        (COSTS.replace("ffn,i256,8,,10,1", "ffn,i256,8,,1e-300,1"), "decode_ms is 1e-300: numbers lie between"),
+        (COSTS.replace("ffn,i256,8,,10,1", "ffn,i256,8,,10,1,7"), "line 10 has 7 cells, and the header 6"),
+        (COSTS.replace("prefill_ms", "decode_ms"), "more than one column 'decode_ms'"),
+        (COSTS.replace("ffn,i256,8,,10,1", 'ffn,i256,8,,"10,1'), "cannot read the table"),
+    ],
+)
+def test_tables_that_no_reader_should_guess_at(tmp_path: Path, costs: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        search(tmp_path, costs=costs)
+
+
+def test_blanks_an_index_and_a_byte_order_mark_change_no_table(tmp_path: Path) -> None:
+    plain = read_costs(write(tmp_path)[1])
+    lines = COSTS.splitlines()
+    spaced = [
+        ", " + lines[0].replace(",", " ,"),
+        "",
+        *(f"{n}, " + line.replace(",", ", ") for n, line in enumerate(lines[1:])),
+    ]
+    (tmp_path / "spaced.csv").write_text("\n".join(spaced), encoding="utf-8-sig")
+    spaced_rows = read_costs(tmp_path / "spaced.csv").rows
+    assert [row._replace(origin="") for row in spaced_rows] == [row._replace(origin="") for row in plain.rows]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"layer": {"0": 1}}', "no list of objects"),
+        ('[{"layer": 0, "layer": 1}]', "an object has 'layer' twice"),
+        ("[" * 100_000, "cannot read the table"),
+        ('[{"subblock": "ffn", "variant": "i8", "ms": true}]', "row 0, column ms: True is no number"),
+        ('[{"subblock": "ffn", "variant": "i8", "ms": 1%s}]' % ("0" * 400), "row 0, column ms: 1000.* is no number"),
+        ('[{"subblock": "ffn", "variant": "i%s", "ms": 1}]' % ("9" * 30), "is no variant id"),
+    ],
+)  # fmt: skip
+def test_json_tables_that_are_none(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "costs.json").write_text(content)
+    with pytest.raises(SpecError, match=message):
+        read_costs(tmp_path / "costs.json")
+
+
+def test_a_share_of_nothing_is_refused(tmp_path: Path) -> None:
+    nothing = COSTS.replace(",100,,", ",0,,").replace(",200,,", ",0,,").replace(",50,,", ",0,,")
+    with pytest.raises(SpecError, match="limit parameters of scenario chat is 60% of the parent's value, which is 0"):
+        search(tmp_path, costs=nothing, limits={"parameters": "60%"})
+
+
+def test_a_rate_of_no_time_has_no_bound(tmp_path: Path) -> None:
+    timeless = "\n".join(line.rsplit(",", 2)[0] + ",0,0" if ",8," in line else line for line in COSTS.splitlines())
+    record = search(tmp_path, costs=timeless, limits={"throughput": "6000 tok/s", "parameters": "550params"})
+    assert {use.name: use.usage for use in record.best.limits} == {"throughput": None, "parameters": 550}
+    assert "no bound" in answer_text(record)

@@ -9,6 +9,7 @@ import pytest
 
 from puzzle_core.errors import InfeasibleError
 from puzzle_core.search import infeasible
+from puzzle_core.search.effort import Effort
 from puzzle_core.search.mip import solve
 from puzzle_core.search.problem import Limit, Problem
 from puzzle_core.search.rules import AllOrNone, AtMostDistinct
@@ -164,7 +165,7 @@ def test_twenty_earlier_choices_are_explained_quickly() -> None:
 
 def test_when_the_time_ends_the_named_parts_still_cannot_hold_together(pair: Problem) -> None:
     limits = [replace(MEMORY, capacity=6.0), LATENCY, Limit("loose", "bytes", 99.0, "GB")]
-    error = infeasible.explain_infeasible(pair.with_limits(limits), time_limit_s=0.0)
+    error = infeasible.explain_infeasible(pair.with_limits(limits), effort=Effort(seconds=0.0))
     assert {"memory", "latency"} <= {conflict.limit.name for conflict in error.conflicts}
 
 

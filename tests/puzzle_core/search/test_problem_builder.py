@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from puzzle_core.architecture import Architecture, BlockVariant
+from puzzle_core.architecture import EMPTY_BLOCK, Architecture, BlockVariant
 from puzzle_core.errors import CoverageError, InfeasibleError, NonFiniteError, SpecError
 from puzzle_core.report.report_warnings import search_warnings
+from puzzle_core.report.search_text import answer_text, explanation_text
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.run_search import check_feasible, find_architecture
 from puzzle_core.search.tables import CostRow, CostTable, Option, ScoreTable
@@ -184,9 +185,9 @@ def test_a_mix_weighs_scenarios() -> None:
     chat, rag_ms = 1 + LAYERS * 6 + 10 + LAYERS * 50, 2 + LAYERS * 12 + 10 + LAYERS * 50 * 2**0.5
     limits = {limit.name: limit for limit in problem.limits}
     outside = 0.25 * 11 + 0.75 * 12
-    assert limits["mix/latency"].capacity == pytest.approx(0.5 * (0.25 * chat + 0.75 * rag_ms) - outside)
+    assert limits["(mix)/latency"].capacity == pytest.approx(0.5 * (0.25 * chat + 0.75 * rag_ms) - outside)
     outside = 0.25 * 11 + 0.75 * 12 / 2
-    assert limits["mix/throughput"].capacity == pytest.approx((0.25 * chat + 0.75 * rag_ms / 2) / 0.9 - outside)
+    assert limits["(mix)/throughput"].capacity == pytest.approx((0.25 * chat + 0.75 * rag_ms / 2) / 0.9 - outside)
 
 
 @pytest.mark.parametrize(
@@ -255,20 +256,23 @@ def test_scores_of_any_magnitude_give_the_same_architecture(scale: float) -> Non
 def test_what_loosening_a_limit_buys_is_what_a_new_search_gains() -> None:
     record = find_architecture(builder({"block_time": "50%", "memory": "100%"}))
     prices = {price.limit: price for price in record.prices}
-    assert prices["memory"].gain == 0
+    assert (prices["memory"].at_least, prices["memory"].at_most) == (0, 0)
     allowed = next(use.threshold for use in record.best.limits if use.name == "block_time")
     share = 0.5 * (1 + prices["block_time"].step / allowed)
     looser = find_architecture(builder({"block_time": f"{100 * share:.9f}%"}))
-    assert prices["block_time"].gain == pytest.approx(record.best.score - looser.best.score)
+    gain = pytest.approx(record.best.score - looser.best.score)
+    assert (prices["block_time"].at_least, prices["block_time"].at_most) == (gain, gain)
 
 
 def test_runner_ups_name_what_else_a_layer_would_take() -> None:
     record = find_architecture(builder({"block_time": "60%"}))
     for runner_up in record.runner_ups:
         assert runner_up.option == str(record.best.architecture.layers[runner_up.layer])
-        assert runner_up.other != runner_up.option
-        assert runner_up.rise is not None
-        assert runner_up.rise >= 0
+        assert len(runner_up.others) == 1
+        assert runner_up.others != (runner_up.option,)
+        assert runner_up.at_least is not None
+        assert runner_up.at_least >= 0
+        assert runner_up.at_most == runner_up.at_least, "a small model is explained exactly"
 
 
 def test_infeasible_names_the_least_that_can_be_had_and_that_can_be_met() -> None:
@@ -331,6 +335,137 @@ def test_the_frontier_of_a_limit_goes_over_all_batch_sizes() -> None:
         assert again.best.score <= point.score + 1e-9
     with pytest.raises(SpecError, match="frontier_limit is 'latency', and scenario chat has no such limit"):
         find_architecture(builder({"memory": "1GB"}, search={"frontier_limit": "latency"}))
+
+
+NOTHING_OUTSIDE = CostTable(tuple(row for row in costs().rows if row.part != "outside"))
+
+
+@pytest.mark.parametrize("frontier_limit", [None, "throughput"])
+def test_a_frontier_holds_all_other_limits_and_has_no_model_of_nothing(frontier_limit: str | None) -> None:
+    """A published library has no-ops and nothing outside the blocks: its rate of no time is unbounded."""
+    search = {"frontier_points": 9, "frontier_limit": frontier_limit}
+    asked = request({"throughput": "60 tok/s", "memory": "3000B", "parameters": "60%"}, search=search)
+    record = find_architecture(ProblemBuilder(asked, scores(), NOTHING_OUTSIDE))
+    unlimited = find_architecture(
+        ProblemBuilder(request({"throughput": "60 tok/s"}, search=search), scores(), NOTHING_OUTSIDE)
+    )
+    assert len(record.frontier) >= 4
+    for point in record.frontier:
+        memory, parameters = (next(use for use in point.limits if use.name == n) for n in ("memory", "parameters"))
+        assert memory.usage <= memory.threshold
+        assert parameters.usage <= parameters.threshold
+        assert point.prediction.total_ms > 0
+    assert any(point.prediction.memory_bytes > 3000 for point in unlimited.frontier), "the limit binds"
+    assert not any(point.architecture.layers == (EMPTY_BLOCK,) * LAYERS for point in unlimited.frontier)
+    least = min(point.prediction.total_ms for point in unlimited.frontier)
+    assert least == 5.5, "the fastest model of one subblock: a linear attention"
+
+
+def test_the_empty_model_is_offered_where_something_lies_outside() -> None:
+    record = find_architecture(builder({"block_time": "60%"}, search={"frontier_points": 9}))
+    assert record.frontier[0].architecture.layers == (EMPTY_BLOCK,) * LAYERS
+
+
+def test_a_model_of_no_time_has_an_unbounded_rate_and_can_be_printed() -> None:
+    asked = request({"parameters": "1params", "throughput": "60 tok/s"})
+    record = find_architecture(ProblemBuilder(asked, scores(), NOTHING_OUTSIDE))
+    assert record.best.architecture.layers == (EMPTY_BLOCK,) * LAYERS
+    use = next(use for use in record.best.limits if use.name == "throughput")
+    assert (use.usage, use.share) == (None, None)
+    assert "no bound" in answer_text(record)
+
+
+def test_a_share_of_a_rate_that_is_unbounded_is_refused() -> None:
+    free = CostTable(tuple(CostRow(part, {"runtime_ms": 0.0, "parameters": p}) for part, (p, *_) in HALVES.items()))
+    with pytest.raises(SpecError, match=r"throughput of scenario chat is 160% of the parent's value, which is 0"):
+        ProblemBuilder(request({"throughput": "160%"}), scores(), free).problem({"chat": 1})
+
+
+COUNTED = {
+    "attention_layers": lambda blocks: sum(block.attention.kv_heads > 0 for block in blocks),
+    "kv_heads": lambda blocks: sum(block.attention.kv_heads for block in blocks),
+    "attn:linear": lambda blocks: sum(str(block.attention) == "attn:linear" for block in blocks),
+    "attn:kv4": lambda blocks: sum(str(block.attention) == "attn:kv4" for block in blocks),
+    "attn:kv": lambda blocks: sum(block.attention.kv_heads > 0 for block in blocks),
+    "ffn:i": lambda blocks: sum(block.ffn.ffn_width > 0 for block in blocks),
+}
+
+
+@pytest.mark.parametrize(
+    ("limits", "name", "most"),
+    [
+        ({"attention_layers": 2}, "attention_layers", 2),
+        ({"attention_layers": "50%"}, "attention_layers", 2),
+        ({"attention_layers": "2 layers"}, "attention_layers", 2),
+        ({"kv_heads": 7}, "kv_heads", 7),
+        ({"kv_heads": "50%"}, "kv_heads", 8),
+        ({"counts": {"attn:kv4": 1}}, "attn:kv4", 1),
+        ({"counts": {"attn:kv": "75%"}}, "attn:kv", 3),
+        ({"counts": {"ffn:i": 3}}, "ffn:i", 3),
+        ({"kv_bytes_per_token": "8B", "counts": {"attn:linear": 1}}, "attn:linear", 1),
+    ],
+)
+def test_counts_are_limits(limits: dict[str, Any], name: str, most: int) -> None:
+    """Every count holds and costs something, and its use is the count of the architecture."""
+    other = {key: value for key, value in limits.items() if key == "kv_bytes_per_token"} or {"block_time": "100%"}
+    loose, record = find_architecture(builder(other)).best, find_architecture(builder(limits))
+    use = next(use for use in record.best.limits if use.name == name)
+    assert use.usage == COUNTED[name](record.best.architecture.layers)
+    assert use.usage <= use.threshold == most
+    assert COUNTED[name](loose.architecture.layers) > most
+    assert record.best.score > loose.score
+    price = next(price for price in record.prices if price.limit == name)
+    assert price.step == 1
+
+
+def test_a_count_that_cannot_hold_says_what_can_be_had() -> None:
+    text = r"ffn:no_op was 1, and at least 3 layers .* can be had with the others held"
+    with pytest.raises(InfeasibleError, match=text):
+        find_architecture(builder({"parameters": "1050params", "counts": {"ffn:no_op": 1}}))
+
+
+def test_layers_that_a_block_spans_count_as_empty() -> None:
+    layers = [dict(layer) for layer in scores().layers]
+    layers[1][Option(OWN, 2)] = 0.25
+    table = ScoreTable(OWN, tuple(layers))
+    asked = {"block_time": "75%", "attention_layers": 3}
+    record = find_architecture(ProblemBuilder(request(asked), table, costs()))
+    assert record.best.spans == {1: 2}
+    assert next(use.usage for use in record.best.limits if use.name == "attention_layers") == 3
+    no_empty = request({"block_time": "75%", "counts": {"attn:no_op": "1 layers", "ffn:no_op": 1}})
+    assert find_architecture(ProblemBuilder(no_empty, table, costs())).best.spans == {1: 2}
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [
+        ({"attention_layers": "4.5"}, "'4.5' is no whole number"),
+        ({"kv_heads": "80GiB"}, "unit 'GiB'; say one of: no unit, layers, heads, %"),
+        ({"counts": {"attn:mamba": 3}}, "'attn:mamba' is no variant id"),
+        ({"counts": {"attn:kv4": 1}, "columns": {"attn:kv4": "50%"}}, "outside `columns`"),
+    ],
+)
+def test_bad_counts_are_refused(limits: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        request(limits)
+
+
+def test_a_share_of_a_kind_that_the_parent_lacks_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"ffn:no_op of scenario chat is 50% .* which is 0: give a number"):
+        builder({"counts": {"ffn:no_op": "50%"}}).problem({"chat": 1})
+
+
+def test_the_answer_comes_before_its_explanations() -> None:
+    seen = []
+    asked = {"throughput": "60 tok/s"}
+    record = find_architecture(builder(asked, search={"baselines": ["greedy"]}), seen.append)
+    (answer,) = seen
+    assert answer.solutions == record.solutions
+    assert (answer.frontier, answer.baselines, answer.prices, answer.runner_ups) == ((), (), (), ())
+    assert all((record.frontier, record.baselines, record.prices, record.runner_ups))
+    text = explanation_text(record)
+    assert all(title in text for title in ("What a looser limit gains", "Runners-up", "greedy"))
+    assert "Limits" in answer_text(answer)
 
 
 def test_other_ways_to_choose_are_searched_over_the_same_problem() -> None:
