@@ -22,7 +22,7 @@ def describe_targets(spec: RunSpec, directory: Path) -> str:
         PuzzleError: the specification, the parent or the texts are invalid, or there are no target files.
     """
     context = RunContext.of(spec)
-    plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target))
+    plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target, spec.evaluation))
     rows = []
     for search in find_searches(plan, context, directory):
         if search.plan is None:
@@ -55,7 +55,7 @@ def describe_plan(spec: RunSpec) -> str:
     """
     context = RunContext.of(spec)
     check_packages(spec, context)
-    plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target))
+    plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target, spec.evaluation))
     shape, needed, store = plan.inputs.shape, resources(plan), context.store()
     stages: dict[str, Sequence[Work]] = {
         "tokens": [plan.tokens(split) for split in ("calibration", "bld", "gkd", "scoring", "evaluation")],
