@@ -28,6 +28,8 @@ from puzzle_core.spec import EvaluationSpec, HarnessSpec
 from puzzle_core.work import EvaluateWork, EvaluationRecord
 
 log = logging.getLogger("puzzle")
+_HARNESS = ("lm_eval", "accelerate", "peft")
+"""What lm-evaluation-harness imports to run a model of transformers."""
 
 
 @torch.no_grad()
@@ -95,8 +97,11 @@ def check_lm_eval(spec: EvaluationSpec) -> None:
         if options != HarnessSpec():
             raise SpecError("evaluation.lm_eval has options, but evaluation.lm_eval_tasks names no task: name one")
         return
-    if importlib.util.find_spec("lm_eval") is None:
-        raise SpecError("evaluation.lm_eval_tasks needs lm-evaluation-harness: pip install 'lm-eval>=0.4.13'")
+    if lacking := [package for package in _HARNESS if importlib.util.find_spec(package) is None]:
+        raise SpecError(
+            f"evaluation.lm_eval_tasks needs lm-evaluation-harness, and {', '.join(lacking)} is missing here: "
+            "pip install 'lm-eval[hf]>=0.4.13'"
+        )
     if options.task_folder and not Path(options.task_folder).is_dir():
         raise SpecError(f"evaluation.lm_eval.task_folder {options.task_folder!r} is no directory here")
     _known_tasks(tasks, Path(options.task_folder) if options.task_folder else None)
