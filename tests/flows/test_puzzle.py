@@ -120,7 +120,7 @@ def test_benchmarks_are_answered_by_all_models_and_belong_to_evaluations_alone(a
     tasks = [write_items(tmp_path / "heads.jsonl", 0), write_items(tmp_path / "widths.jsonl", 1)]
     spec = again(evaluation={"tasks": tasks})
     before = artifacts(spec.runtime.store)
-    train_child(spec)
+    puzzle(spec)
     made = changed(before, artifacts(spec.runtime.store))
     assert stages_of(made) == {"evaluation", "report"}
     assert len(of_stage(made, "evaluation")) == 4
