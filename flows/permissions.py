@@ -5,6 +5,7 @@ anything, since its user owns the process. In a run of a deployment every key of
 values that the worker's environment allows, or a place below one that ends with `/*`.
 """
 
+import functools
 import json
 import os
 import re
@@ -19,7 +20,13 @@ ALLOWED = "PUZZLE_ALLOWED"
 """Environment variable of a worker: JSON with a list of values for keys of GUARDED."""
 PLACES = ("runtime.store", "runtime.scratch", "runtime.mlflow_uri")
 """A form that leaves one of these at its default gets the first value that the worker allows."""
-GUARDED = (*PLACES, "runtime.dask_address", "runtime.gkd_rendezvous", "parent.allow_remote_code")
+GUARDED = (
+    *PLACES,
+    "runtime.dask_address",
+    "runtime.gkd_rendezvous",
+    "parent.allow_remote_code",
+    "evaluation.lm_eval.task_folder",  # YAML files of lm-evaluation-harness may name Python functions
+)
 
 
 def permitted(spec: RunSpec) -> RunSpec:
@@ -32,12 +39,12 @@ def permitted(spec: RunSpec) -> RunSpec:
         return spec
     allowed = _allowed()
     for key in GUARDED:
-        part, name = key.split(".")
-        record = getattr(spec, part)
+        *parts, name = key.split(".")
+        record = functools.reduce(getattr, parts, spec)
         value, default, values = getattr(record, name), type(record).model_fields[name].default, allowed.get(key, [])
         if value == default:
             places = [other for other in values if key in PLACES and not other.endswith("*")]
-            spec = spec.model_copy(update={part: record.model_copy(update={name: places[0]})}) if places else spec
+            spec = spec.model_copy(update={parts[0]: record.model_copy(update={name: places[0]})}) if places else spec
         elif not any(_matches(value, other) for other in values):
             raise SpecError(
                 f"{key} is {value!r}, which this worker does not allow: leave it out, take one of "

@@ -76,7 +76,10 @@ def evaluate_models(plan: Plan, context: RunContext) -> None:
     missing = {label: work for label, work in evaluations.items() if not context.store().has(work.key)}
     wait_all(
         "evaluation",
-        [submit(stage_tasks.evaluate_model, work, context, label=label) for label, work in missing.items()],
+        [
+            submit(stage_tasks.evaluate_model, work, context, label=label, spec=plan.spec.evaluation)
+            for label, work in missing.items()
+        ],
     )
 
 

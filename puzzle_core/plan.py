@@ -12,7 +12,7 @@ from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Var
 from puzzle_core.engines import ENGINES
 from puzzle_core.errors import SpecError
 from puzzle_core.records import Record
-from puzzle_core.spec import ParentSpec, RunSpec, RuntimeSpec, ScenarioSpec, VariantsSpec
+from puzzle_core.spec import HarnessSpec, ParentSpec, RunSpec, RuntimeSpec, ScenarioSpec, VariantsSpec
 from puzzle_core.text_sources import Texts
 from puzzle_core.work import (
     AssembleWork,
@@ -21,6 +21,7 @@ from puzzle_core.work import (
     EvaluateWork,
     GkdWork,
     ImportanceWork,
+    MultipleChoiceWork,
     RefineWork,
     ScoreWork,
     SearchWork,
@@ -33,10 +34,10 @@ HELD_OUT_SPLITS = ("scoring", "evaluation")
 
 
 class Inputs(Record):
-    """External inputs of a plan: the parent, the texts, the machine, and an imported cost table.
+    """External inputs of a plan: the parent, texts, benchmarks, the machine, and an imported cost table.
 
-    The parent, the texts and the table are digests. `parent_commit` is the hub commit of the parent and is part of no
-    key.
+    The parent, the texts, the table, the benchmarks (by name) and the folder of lm-evaluation-harness are digests.
+    `parent_commit` is the hub commit of the parent and is part of no key.
     """
 
     parent: str
@@ -46,6 +47,8 @@ class Inputs(Record):
     held_out_texts: str
     hardware: str
     cost_table: str | None = None
+    benchmarks: dict[str, str] = {}
+    lm_eval_folder: str | None = None
     parent_commit: str | None = None
 
 
@@ -261,12 +264,22 @@ class Plan:
 
     def evaluate(self, child: str | None) -> EvaluateWork:
         """The evaluation of a child by its key, or of the parent."""
+        evaluation = self.spec.evaluation
         return EvaluateWork(
             parent=self.inputs.parent,
             child=child,
             tokens=self.tokens("evaluation").key,
-            lm_eval_tasks=self.spec.evaluation.lm_eval_tasks,
+            tasks=tuple(
+                MultipleChoiceWork(name=task.name, items=self.inputs.benchmarks[task.name]) for task in evaluation.tasks
+            ),
+            lm_eval_tasks=evaluation.lm_eval_tasks,
+            lm_eval=self._harness,
         )
+
+    @property
+    def _harness(self) -> HarnessSpec:
+        """The options of lm-evaluation-harness, with a digest in place of the folder's path."""
+        return self.spec.evaluation.lm_eval.model_copy(update={"task_folder": self.inputs.lm_eval_folder})
 
     def measure(self, architecture: Architecture) -> EvaluateWork:
         """The measured quality of a candidate, on the scoring split. The evaluation split stays unused."""
@@ -291,11 +304,15 @@ class Plan:
         spec, inputs = self.spec, self.inputs
         texts: dict[str, Any] = {"train_texts": (inputs.train_texts,), "held_out_texts": (inputs.held_out_texts,)}
         texts["held_out_share"] = None  # the digests are those of its two sides
+        benchmarks = tuple(
+            task.model_copy(update={"file": inputs.benchmarks[task.name]}) for task in spec.evaluation.tasks
+        )
         return spec.model_copy(
             update={
                 "parent": ParentSpec(path=inputs.parent),
                 "data": spec.data.model_copy(update=texts),
                 "target": spec.target.model_copy(update={"table": inputs.cost_table}),
+                "evaluation": spec.evaluation.model_copy(update={"tasks": benchmarks, "lm_eval": self._harness}),
                 "runtime": RuntimeSpec(),
             }
         )

@@ -34,7 +34,7 @@ class _Kind:
         if number <= 0:
             raise ValueError(f"{text!r} must be above 0")
         if not LEAST <= number <= LARGEST:
-            raise ValueError(f"{text!r} is not between {LEAST:g} and {LARGEST:g}: say it in another unit")
+            raise ValueError(f"{text!r} is not between {LEAST:g} and {LARGEST:g}: write it in another unit")
         if unit == "%" and self.shares:
             return Quantity(number / 100, relative=True)
         if unit not in self.units:

@@ -48,7 +48,8 @@ class ParentSpec(Record):
     """The parent model."""
 
     path: str = Field(
-        description="Directory or hub id of a Hugging Face causal LM of the Llama pattern, or a GGUF file"
+        description="Directory or hub id of a Hugging Face causal LM of the Llama pattern, or a GGUF file, also one "
+        "of an installed package (python-package:NAME/FILE)"
     )
     revision: str | None = Field(None, description="Hub revision; ignored for a directory")
     allow_remote_code: str | None = Field(
@@ -495,12 +496,45 @@ class GkdSpec(Record):
         return self
 
 
+class MultipleChoiceSpec(Record):
+    """A multiple-choice benchmark in a file of JSON Lines (docs/formats.md)."""
+
+    name: TaskName = Field(description="Name of the benchmark in reports")
+    file: str = Field(description="JSON Lines, plain or compressed: query, choices, label on every line")
+    limit: Positive | None = Field(None, description="Number of items, from the start of the file; unset: all")
+
+
+class HarnessSpec(Record):
+    """Options of lm-evaluation-harness for `lm_eval_tasks`."""
+
+    few_shot: int | None = Field(None, ge=0, description="Examples before each question; unset: as the task says")
+    limit: Positive | None = Field(None, description="Number of items of each task; unset: all")
+    batch_size: Positive = Field(8, description="Sequences per forward pass")
+    chat_template: bool = Field(False, description="Ask in the form of the tokenizer's chat template")
+    task_folder: str | None = Field(None, description="Directory with the YAML files of further tasks")
+
+
 class EvaluationSpec(Record):
-    """Evaluation of parent and child on held-out text."""
+    """Evaluation of parent and child on held-out text and on benchmarks."""
 
     tokens: Positive = Field(65_536, description="Held-out tokens")
+    tasks: tuple[MultipleChoiceSpec, ...] = Field(
+        (), description="Multiple-choice benchmarks in files", exclude_if=lambda tasks: not tasks
+    )
     lm_eval_tasks: tuple[TaskName, ...] = Field((), description="Tasks of lm-evaluation-harness, if it is installed")
+    lm_eval: HarnessSpec = Field(
+        HarnessSpec(),
+        description="Options of lm-evaluation-harness",
+        exclude_if=lambda options: options == HarnessSpec(),
+    )
     timing_rounds: int = Field(7, ge=3, description="Rounds of end-to-end timings, alternating parent and child")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "EvaluationSpec":
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks {', '.join(names)}: give every benchmark a different name")
+        return self
 
 
 class RuntimeSpec(Record):

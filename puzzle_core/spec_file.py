@@ -14,8 +14,8 @@ from puzzle_core.yaml_file import read_keys, resolve_path
 def load_spec(path: Path, overrides: tuple[str, ...] = ()) -> RunSpec:
     """Read a spec from YAML, with `key.path=value` overrides.
 
-    `target` may be the path of a target file (puzzle_core/target.py). Relative parent, text and target paths
-    start at the file's directory; those in overrides start at the working directory.
+    `target` may be the path of a target file (puzzle_core/target.py). Relative paths of the parent, texts,
+    benchmarks and target start at the file's directory; those in overrides start at the working directory.
 
     Raises:
         SpecError: the file is missing or not YAML, or a key or value is wrong; names the key and the nearest known one.
@@ -59,3 +59,10 @@ def _resolve_paths(content: dict[str, Any], directory: Path) -> None:
     for key in ("train_texts", "held_out_texts"):
         if isinstance(data, dict) and isinstance(data.get(key), list):
             data[key] = [resolve_path(text, directory) for text in data[key]]
+    evaluation = content.get("evaluation")
+    if isinstance(evaluation, dict):
+        tasks, options = evaluation.get("tasks"), evaluation.get("lm_eval")
+        named = [(task, "file") for task in tasks] if isinstance(tasks, list) else []
+        for part, key in [*named, (options, "task_folder")]:
+            if isinstance(part, dict) and key in part:
+                part[key] = resolve_path(part[key], directory)

@@ -209,7 +209,7 @@ def _read_file(path: Path) -> Iterator[Document]:
     if suffixes[-1:] == [".parquet"]:
         items = _parquet_texts(path)
     else:
-        text = _text_of(path, _plain_bytes(path))
+        text = read_text(path)
         items = _json_items(path, text, whole=".json" in suffixes[-2:], lines={*_JSON_LINES} & {*suffixes[-2:]})
     for number, item in enumerate(items):
         body = item.get("text") if isinstance(item, dict) else item
@@ -226,6 +226,15 @@ def _read_file(path: Path) -> Iterator[Document]:
                 f"surrogate pair and no text: repair or drop this entry"
             ) from error
         yield Document(f"{path}#{number}", body)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, decompressed if its suffix names a compression.
+
+    Raises:
+        DataError: the file is not whole, or not UTF-8.
+    """
+    return _text_of(path, _plain_bytes(path))
 
 
 def _plain_bytes(path: Path) -> bytes:

@@ -6,12 +6,15 @@ keys. A `Record` is the result of the stage; the artifact holds its tensors in s
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, VariantId
 from puzzle_core.records import Record, Work
 from puzzle_core.spec import (
     BldSpec,
     Dtype,
     GkdSpec,
+    HarnessSpec,
     RunSpec,
     SearchRequest,
     TargetSpec,
@@ -220,8 +223,18 @@ class GkdRecord(Record):
     seconds: float
 
 
+class MultipleChoiceWork(Record):
+    """A multiple-choice benchmark: its name and the digest of its items."""
+
+    name: str
+    items: str
+
+
 class EvaluateWork(Work):
-    """The evaluation of one child, or of the parent if `child` is None."""
+    """The evaluation of one child, or of the parent if `child` is None.
+
+    `lm_eval.task_folder` is the digest of the folder's files.
+    """
 
     stage: ClassVar[str] = "evaluation"
     version: ClassVar[int] = 1
@@ -229,11 +242,30 @@ class EvaluateWork(Work):
     parent: str
     child: str | None
     tokens: str
+    tasks: tuple[MultipleChoiceWork, ...] = Field((), exclude_if=lambda tasks: not tasks)
     lm_eval_tasks: tuple[str, ...] = ()
+    lm_eval: HarnessSpec = Field(HarnessSpec(), exclude_if=lambda options: options == HarnessSpec())
+
+
+class MultipleChoiceResult(Record):
+    """Accuracy on one multiple-choice benchmark, and standard errors of the mean over its items.
+
+    The likeliest choice is the model's answer. `by_length` divides log-likelihoods by the characters of the choice.
+    """
+
+    name: str
+    items: int
+    accuracy: float
+    standard_error: float
+    accuracy_by_length: float
+    standard_error_by_length: float
 
 
 class EvaluationRecord(Record):
-    """Quality on held-out tokens; `top1_agreement` and `kl_nats_per_token` compare with the parent."""
+    """Quality on held-out tokens; `top1_agreement` and `kl_nats_per_token` compare with the parent.
+
+    `tasks` are in the order of the spec.
+    """
 
     kl_nats_per_token: float
     lm_loss_nats_per_token: float
@@ -242,6 +274,7 @@ class EvaluationRecord(Record):
     top1_agreement: float
     tokens: int
     lm_eval: dict[str, dict[str, float]]
+    tasks: tuple[MultipleChoiceResult, ...] = ()
 
 
 class SearchWork(Work):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from puzzle_core import data, evaluation, scoring
+from puzzle_core.benchmark_items import digest_items, read_items
 from puzzle_core.cost import roofline
 from puzzle_core.cost.engine_module import cost_module
 from puzzle_core.cost.measuring import hardware_name
@@ -18,7 +19,7 @@ from puzzle_core.device import available_cores, on_first, use_threads, visible_g
 from puzzle_core.distill import bld, gkd, importance
 from puzzle_core.distill.launch import GkdRequest, launch
 from puzzle_core.distill.loop import Progress
-from puzzle_core.errors import PuzzleError, SolveLimitError
+from puzzle_core.errors import PuzzleError, SolveLimitError, SpecError
 from puzzle_core.model import child
 from puzzle_core.model.activations import drop_layer
 from puzzle_core.model.surgery import load_weights
@@ -31,7 +32,7 @@ from puzzle_core.search.run_search import check_feasible, find_architecture
 from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.search.table_files import read_costs
 from puzzle_core.search.tables import CostTable
-from puzzle_core.spec import DataSpec, Dtype, TargetSpec
+from puzzle_core.spec import DataSpec, Dtype, EvaluationSpec, TargetSpec
 from puzzle_core.text_sources import Texts, read_texts
 from puzzle_core.work import (
     AssembleWork,
@@ -53,7 +54,13 @@ from puzzle_core.work import (
 from tasks.runtime.context import RunContext
 from tasks.runtime.digest_cache import check_texts_disjoint, parent_digest, texts_digest
 from tasks.runtime.locks import gpu_lock, machine_lock
-from tasks.runtime.named_inputs import read_named_costs, read_named_documents
+from tasks.runtime.named_inputs import (
+    digest_folder,
+    named_task_folder,
+    read_named_benchmarks,
+    read_named_costs,
+    read_named_documents,
+)
 from tasks.runtime.opened_parent import hub_commit
 from tasks.runtime.produce import produce
 from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs
@@ -62,19 +69,25 @@ from tasks.tracking.tracked_run import TrackedRun
 from tasks.ui_artifacts import ProgressArtifact
 
 log = logging.getLogger("puzzle")
+NO_BENCHMARKS = EvaluationSpec()
 
 
 @stage_task("open inputs", "open inputs", cached=False)
-def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec) -> Inputs:
-    """Open the parent and the texts, and return their digests, the parent's shape and the hardware.
+def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec, evaluation: EvaluationSpec) -> Inputs:
+    """Open parent, texts and benchmarks, and return their digests, the parent's shape and the hardware.
 
     Raises:
-        PuzzleError: the parent, the texts, the target's device, engine or cost table cannot be used.
+        PuzzleError: the parent, the texts, a benchmark, the target's device, engine or cost table cannot be used.
     """
     parent = context.open_parent()
     tokenizer, train, held_out = parent.tokenizer(), texts.train, texts.held_out
     start = data.document_start(tokenizer, texts.document_start)
     check_rows(tokenizer, parent.shape.vocabulary, start, lambda: [*read_texts(train), *read_texts(held_out)])
+    if evaluation.lm_eval.chat_template and not tokenizer.chat_template:
+        raise SpecError(
+            f"evaluation.lm_eval.chat_template is set, but the tokenizer of {context.parent.path} has no chat "
+            "template: remove the option"
+        )
     check_texts_disjoint(train, held_out, context.scratch)
     inputs = Inputs(
         parent=parent_digest(parent, context.scratch),
@@ -83,6 +96,8 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec) -> Inp
         train_texts=texts_digest(train, context.scratch),
         held_out_texts=texts_digest(held_out, context.scratch),
         hardware="",
+        benchmarks={task.name: digest_items(read_items(Path(task.file), task.limit)) for task in evaluation.tasks},
+        lm_eval_folder=digest_folder(Path(folder)) if (folder := evaluation.lm_eval.task_folder) else None,
         parent_commit=hub_commit(context.parent, parent),
     )
     return for_target(inputs, target)
@@ -303,12 +318,18 @@ def distil_child(work: GkdWork, run: TrackedRun, context: RunContext) -> str:
 
 @stage_task("evaluate", "evaluate {label}")
 @with_gpu
-def evaluate_model(work: EvaluateWork, label: str, context: RunContext) -> str:
-    """Quality of one model on held-out tokens."""
+def evaluate_model(work: EvaluateWork, label: str, context: RunContext, spec: EvaluationSpec = NO_BENCHMARKS) -> str:
+    """Quality of one model on held-out tokens, and on benchmarks, whose files `spec` names."""
     use_threads(context.threads_per_task)
     store, parent = context.store(), context.open_parent()
     child_dir = store.fetch(work.child) if work.child else None
-    return produce(work, context, lambda _: evaluation.evaluate(work, parent, child_dir, store.fetch(work.tokens)))
+    benchmarks = read_named_benchmarks(work, spec)
+    folder = named_task_folder(work, spec)
+    return produce(
+        work,
+        context,
+        lambda _: evaluation.evaluate(work, parent, child_dir, store.fetch(work.tokens), benchmarks, folder),
+    )
 
 
 @stage_task("timing", "timing", tags=["measuring"])

@@ -23,7 +23,7 @@ def describe_targets(spec: RunSpec, directory: Path) -> str:
         PuzzleError: the specification, the parent or the texts are invalid, or there are no target files.
     """
     context = RunContext.of(spec)
-    plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target))
+    plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target, spec.evaluation))
     rows = []
     for search in find_searches(plan, context, directory):
         if search.plan is None:
@@ -56,7 +56,7 @@ def describe_plan(spec: RunSpec) -> str:
     """
     context = RunContext.of(spec)
     check_packages(spec, context)
-    plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target))
+    plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target, spec.evaluation))
     shape, needed, store = plan.inputs.shape, resources(plan), context.store()
     for last in ("gkd", "evaluation"):
         if not store.has(plan.tokens(last).key):

@@ -26,7 +26,7 @@ def check_packages(spec: RunSpec, context: RunContext) -> None:
     Raises:
         PuzzleError: one is not installed.
     """
-    check_lm_eval(spec.evaluation.lm_eval_tasks)
+    check_lm_eval(spec.evaluation)
     if context.runtime.task_runner == "dask":
         try:
             import prefect_dask  # noqa: F401

@@ -125,6 +125,10 @@ def _quality(provenance: Provenance) -> list[str]:
         row("next token right", [e.top1_accuracy for e in both], ".2%"),
         row("same next token as the parent", [child.top1_agreement], ".2%"),
         row("KL to the parent, nats per token", [child.kl_nats_per_token], ".5f"),
+        *(
+            row(f"{tasks[0].name}, accuracy on {tasks[0].items:,} items", [task.accuracy for task in tasks], ".3f")
+            for tasks in zip(*(e.tasks for e in both), strict=False)
+        ),
     ]
 
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from puzzle_core.architecture import ModelShape
 from puzzle_core.errors import ParentError, PuzzleError, reason
 from puzzle_core.families.family import FAMILIES, Family, flag
+from puzzle_core.installed_file import local_path
 from puzzle_core.model.checkpoint import INDEX, SINGLE
 from puzzle_core.model.tokenizer import MORE_TEMPLATES, TOKENIZER_FILES
 from puzzle_core.spec import ParentSpec
@@ -38,8 +39,9 @@ def fetch(spec: ParentSpec) -> Path:
 
     Raises:
         ParentError: the path is a file, or neither a directory nor a hub id, or the download failed.
+        SpecError: the path names a file of a package that is not installed.
     """
-    directory = Path(spec.path)
+    directory = local_path(spec.path)
     if directory.is_dir():
         return directory.resolve()
     if directory.is_file():

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, BlockVariant, Variant
+from puzzle_core.report.accuracies import kept_in_the_mean
 from puzzle_core.report.report_inputs import ModelResult, ReportInputs
 from puzzle_core.search.record_tables import score_table
 from puzzle_core.search.search_record import FoundArchitecture, Prediction
@@ -57,7 +58,8 @@ def hardware(inputs: ReportInputs) -> str:
 
 
 def headline(inputs: ReportInputs) -> dict[str, float]:
-    """The child beside its parent: ratios, and the KL. Speed-ups are missing where nothing was timed."""
+    """The child beside its parent: ratios, and the KL. Speed-ups are missing where nothing was timed, and shares of
+    accuracy on benchmarks where fewer than two were answered."""
     parent, child = inputs.parent, inputs.child
     facts = {
         "parameters_ratio": child.parameters / parent.parameters,
@@ -68,6 +70,8 @@ def headline(inputs: ReportInputs) -> dict[str, float]:
     }
     if parent.evaluation.top1_accuracy:
         facts["top1_kept"] = child.evaluation.top1_accuracy / parent.evaluation.top1_accuracy
+    for metric, share in kept_in_the_mean(inputs, child).items():
+        facts[f"benchmarks_kept_{metric.replace(' ', '_').replace(',', '_')}"] = share
     if parent.timing and child.timing:
         facts["speedup_prefill"] = parent.timing.prefill_ms / child.timing.prefill_ms
         if child.timing.decode_ms:

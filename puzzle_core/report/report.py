@@ -70,7 +70,7 @@ def render_report(inputs: ReportInputs, out_dir: Path) -> ReportRecord:
             pictures=pictures,
             tables={
                 "final": report_tables.final_table(inputs),
-                "tasks": report_tables.lm_eval_table(inputs),
+                "tasks": report_tables.benchmarks_table(inputs),
                 "limits": report_tables.limits_table(inputs),
                 "layers": report_tables.layers_table(inputs),
                 "shortlist": report_tables.shortlist_table(inputs),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.report import derived
+from puzzle_core.report.accuracies import Accuracy, accuracies, kept, kept_in_the_mean, means
 from puzzle_core.report.report_inputs import ModelResult, ReportInputs
 from puzzle_core.report.units import (
     NONE,
@@ -94,21 +95,39 @@ def final_table(inputs: ReportInputs) -> Table:
     )
 
 
-def lm_eval_table(inputs: ReportInputs) -> Table:
-    """Results of lm-evaluation-harness; without rows if the spec names no task."""
-    models = (inputs.parent, *inputs.children)
+def benchmarks_table(inputs: ReportInputs) -> Table:
+    """Accuracies of parent and children, and what is kept of the parent's; without rows if the spec names none."""
+    parent, children = inputs.parent, inputs.children
+    found = {
+        model.name: {(a.benchmark, a.metric): a for a in [*accuracies(model), *means(inputs, model)]}
+        for model in (parent, *children)
+    }
+    shares = {child.name: kept(parent, child) for child in children}
+    for child in children:
+        of_mean = kept_in_the_mean(inputs, child)
+        shares[child.name] |= {(a.benchmark, a.metric): of_mean[a.metric] for a in means(inputs, child)}
     rows = []
-    for task, metrics in sorted(inputs.parent.evaluation.lm_eval.items()):
-        for metric in sorted(metrics):
-            values = [model.evaluation.lm_eval.get(task, {}).get(metric) for model in models]
-            rows.append((task, metric, *(NONE if value is None else number_text(value, 4) for value in values)))
+    for place, accuracy in found[parent.name].items():
+        cells = [*place, NONE if accuracy.items is None else f"{accuracy.items:,}", _accuracy_text(accuracy)]
+        for child in children:
+            share = shares[child.name].get(place)
+            cells += [_accuracy_text(found[child.name].get(place)), NONE if share is None else percent_text(share)]
+        rows.append(tuple(cells))
     return Table(
-        title="Downstream tasks",
-        columns=("task", "metric", *(model.name for model in models)),
+        title="Benchmarks",
+        columns=("benchmark", "metric", "items", parent.name, *(c for child in children for c in (child.name, "kept"))),
         rows=tuple(rows),
         text_columns=2,
-        note="Measured with lm-evaluation-harness.",
+        note="Parent and children answer the same items; the likeliest choice is the answer, by length its likelihood "
+        "per character. ± is the standard error over items. Kept is the child's accuracy over the parent's.",
     )
+
+
+def _accuracy_text(accuracy: Accuracy | None) -> str:
+    if accuracy is None:
+        return NONE
+    error = accuracy.standard_error
+    return number_text(accuracy.value, 4) + ("" if error is None else f" ± {error:.4f}")
 
 
 def baselines_table(inputs: ReportInputs) -> Table:

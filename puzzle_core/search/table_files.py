@@ -49,7 +49,7 @@ def read_scores(
         SpecError, CoverageError, NonFiniteError: the file is not valid; names the row and the column.
     """
     if maximise and distance:
-        raise SpecError("a distance to the parent is better where it is smaller: say --distance or --maximise")
+        raise SpecError("a distance is better where it is smaller: give --distance or --maximise, not both")
     table = _read(path)
     _need(path, table, ("layer", "attention", "ffn"))
     column = _score_column(path, table, column)
@@ -281,7 +281,7 @@ def _number(place: str, row: dict[str, Any], column: str) -> float:
         raise NonFiniteError(f"{place}, column {column} is {value}: fill it in, or leave the row out")
     if value and not LEAST <= abs(value) <= LARGEST:
         raise SpecError(
-            f"{place}, column {column} is {value:g}: numbers lie between {LEAST:g} and {LARGEST:g} or are 0; say it in "
+            f"{place}, column {column} is {value:g}: numbers lie between {LEAST:g} and {LARGEST:g} or are 0; use "
             "another unit"
         )
     return value

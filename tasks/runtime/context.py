@@ -17,6 +17,7 @@ from puzzle_core.device import available_cores, default_device
 from puzzle_core.distill.launch import Launch
 from puzzle_core.distill.loop import Checkpoints
 from puzzle_core.errors import ParentError
+from puzzle_core.installed_file import local_path
 from puzzle_core.model.activations import Activations, ChildActivations
 from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.model.surgery import load_weights
@@ -87,7 +88,7 @@ class RunContext(Record):
     @property
     def readable_parent(self) -> ParentSpec:
         """The parent as another process opens it: the directory that a GGUF file was imported into."""
-        if not Path(self.parent.path).is_file():
+        if not local_path(self.parent.path).is_file():
             return self.parent
         return self.parent.model_copy(update={"path": str(self.open_parent().directory)})
 

@@ -4,12 +4,15 @@ A key holds the digests of the parent, of the tokenizer, of texts and of a cost 
 task opens them again, on another machine perhaps, and hours later.
 """
 
+import hashlib
 from pathlib import Path
 
+from puzzle_core.benchmark_items import Item, digest_items, read_items
 from puzzle_core.errors import DataError, ParentError, SpecError
 from puzzle_core.records import Work, digest_file
 from puzzle_core.search.table_files import read_costs
 from puzzle_core.search.tables import CostTable
+from puzzle_core.spec import EvaluationSpec
 from puzzle_core.text_sources import Document, Texts, digest_documents, read_texts
 from puzzle_core.work import (
     AssembleWork,
@@ -64,6 +67,56 @@ def read_named_documents(digest: str, texts: Texts) -> list[Document]:
             f"started, and is {actual}: they changed since, or are others on this machine; start the run again"
         )
     return documents
+
+
+def read_named_benchmarks(work: EvaluateWork, evaluation: EvaluationSpec) -> dict[str, list[Item]]:
+    """The items of the benchmarks of a work, by name.
+
+    Args:
+        work: names the items by their digests.
+        evaluation: names the files.
+
+    Raises:
+        DataError: as `read_items`, or the digest of items is another one.
+    """
+    files = {task.name: task for task in evaluation.tasks}
+    benchmarks = {}
+    for task in work.tasks:
+        items = read_items(Path(files[task.name].file), files[task.name].limit)
+        if (found := digest_items(items)) != task.items:
+            raise DataError(
+                f"the benchmark file {files[task.name].file} is not that of this run: the digest of its items was "
+                f"{task.items} when it started, and is {found}: start the run again, which reads what is there now"
+            )
+        benchmarks[task.name] = items
+    return benchmarks
+
+
+def named_task_folder(work: EvaluateWork, evaluation: EvaluationSpec) -> Path | None:
+    """The folder with tasks of lm-evaluation-harness.
+
+    Raises:
+        SpecError: its digest is another one than that of the work.
+    """
+    if not evaluation.lm_eval.task_folder:
+        return None
+    folder = Path(evaluation.lm_eval.task_folder)
+    if (found := digest_folder(folder)) != work.lm_eval.task_folder:
+        raise SpecError(
+            f"the folder {folder} of lm-evaluation-harness is not that of this run: its digest was "
+            f"{work.lm_eval.task_folder} when it started, and is {found}: start the run again"
+        )
+    return folder
+
+
+def digest_folder(folder: Path) -> str:
+    """Hex digest of the names and contents of all files in a folder; hidden ones and Python's caches do not count."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        parts = file.relative_to(folder).parts
+        if not any(part.startswith((".", "__pycache__")) for part in parts):
+            digest.update(f"{'/'.join(parts)} {digest_file(file)}\n".encode())
+    return digest.hexdigest()[:40]
 
 
 def read_named_costs(digest: str | None, table: Path) -> CostTable:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from puzzle_core.errors import ParentError
+from puzzle_core.installed_file import local_path
 from puzzle_core.model.parent import Parent, parent_files
 from puzzle_core.model.parent_config import fetch
 from puzzle_core.spec import ParentSpec
@@ -48,11 +49,11 @@ def open_parent(spec: ParentSpec, scratch: Path) -> Parent:
 def hub_commit(spec: ParentSpec, parent: Parent) -> str | None:
     """The commit of the hub that this parent was fetched at; none of a directory."""
     name = parent.directory.name
-    return name if not Path(spec.path).exists() and _COMMIT.fullmatch(name) else None
+    return name if not local_path(spec.path).exists() and _COMMIT.fullmatch(name) else None
 
 
 def _open(spec: ParentSpec, scratch: Path) -> _OpenedEntry:
-    file = Path(spec.path)
+    file = local_path(spec.path)
     directory = _imported(file, scratch) if file.is_file() else fetch(spec)
     before = _signature(directory)
     parent = Parent(spec, directory)
@@ -89,10 +90,11 @@ def _import_directory(file: Path, scratch: Path) -> Path:
 
 def _is_current(held: _OpenedEntry, scratch: Path) -> bool:
     """Whether a new look at the parent's place finds the files that were opened."""
-    if Path(held.spec.path).is_dir():
-        directory = Path(held.spec.path).resolve()
-    elif Path(held.spec.path).is_file():
-        directory = _import_directory(Path(held.spec.path), scratch)
+    path = local_path(held.spec.path)
+    if path.is_dir():
+        directory = path.resolve()
+    elif path.is_file():
+        directory = _import_directory(path, scratch)
     elif _COMMIT.fullmatch(held.spec.revision or ""):
         directory = held.parent.directory
     else:

@@ -116,6 +116,7 @@ def record_child(plan: Plan, context: RunContext, run: TrackedRun, work: ReportW
     quality = inputs.child.evaluation
     run.metrics([("perplexity", quality.perplexity, 0), ("top1_accuracy", quality.top1_accuracy, 0)])
     run.metrics([(name, value, 0) for name, value in numbers.items()])
+    run.metrics([(name, value, 0) for name, value in _benchmarks(inputs).items()])
     keys = _child_keys(plan, work)
     run.reads(_texts(plan, context, "gkd", "evaluation"))
     run.text(artifact_table(context.store(), keys), TABLE)
@@ -174,6 +175,16 @@ def record_export(uri: str, scratch: str, child: str, directory: Path, about: di
         )
 
     return track_use(uri, child, f"export {directory.name}", scratch, export)
+
+
+def _benchmarks(inputs: ReportInputs) -> dict[str, float]:
+    """The child's accuracies and what it keeps of its parent's, by names that MLflow takes."""
+    from puzzle_core.report.accuracies import accuracies, kept
+
+    named = {f"{a.benchmark}/{a.metric}": a.value for a in accuracies(inputs.child)}
+    shares = kept(inputs.parent, inputs.child)
+    named |= {f"{benchmark}/{metric} kept": share for (benchmark, metric), share in shares.items()}
+    return {"/".join(map(allowed_name, name.split("/", 1))): value for name, value in named.items()}
 
 
 def _child_keys(plan: Plan, work: ReportWork) -> tuple[str, ...]:

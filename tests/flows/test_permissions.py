@@ -19,6 +19,7 @@ FOREIGN = {
     "runtime.dask_address": "tcp://elsewhere:8786",
     "runtime.gkd_rendezvous": "elsewhere:29500",
     "parent.allow_remote_code": "tokenization_x.XTokenizer",
+    "evaluation.lm_eval.task_folder": "/home/else/tasks",
 }
 PLACES = {name: RuntimeSpec().model_dump()[name] for name in ("store", "scratch", "mlflow_uri")}
 
@@ -32,10 +33,13 @@ def by_worker(monkeypatch):
 
 def asked(spec_of, key, value):
     """A spec with the places of a form that was left as it is, but for one key."""
-    part, name = key.split(".")
+    part, *between, name = key.split(".")
     runtime = PLACES | ({"task_runner": "dask"} if name == "dask_address" else {})
     changes = {"runtime": runtime}
-    changes.setdefault(part, {})[name] = value
+    place = changes.setdefault(part, {})
+    for between_name in between:
+        place = place.setdefault(between_name, {})
+    place[name] = value
     return spec_of(**changes)
 
 

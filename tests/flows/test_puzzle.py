@@ -1,15 +1,17 @@
 """The whole flow on a pico parent: what it makes, what a second run leaves alone, and what a change sets off."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from flows.build_library import build_library
 from flows.puzzle import puzzle
 from flows.search_architecture import search_architecture
 from flows.train_child import train_child
-from puzzle_core.errors import InfeasibleError
+from puzzle_core.errors import DataError, InfeasibleError
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.report.report_tables import format_final_table
 from puzzle_core.search.search_record import SearchRecord
@@ -104,6 +106,49 @@ def test_a_new_scenario_searches_and_trains_a_new_child_and_leaves_the_library(a
     computed = recorded.computed(at_least=15)
     assert {"search smaller on this-machine", "gkd", "report"} <= set(computed)
     assert not [name for name in computed if name.startswith(("bld ", "score ", "capture ", "tokens ", "importance"))]
+
+
+def write_items(file: Path, right: int) -> dict[str, str | int]:
+    """A benchmark of four items, the last of which has this answer; its entry in a specification, which takes all."""
+    labels = (0, 1, 1, right)
+    lines = [json.dumps({"query": "the width of", "choices": ["a head", "layers"], "label": label}) for label in labels]
+    file.write_text("\n".join([*lines, "no item"]))
+    return {"name": file.stem, "file": str(file), "limit": 4}
+
+
+def test_benchmarks_are_answered_by_all_models_and_belong_to_evaluations_alone(again, tmp_path):
+    tasks = [write_items(tmp_path / "heads.jsonl", 0), write_items(tmp_path / "widths.jsonl", 1)]
+    spec = again(evaluation={"tasks": tasks})
+    before = artifacts(spec.runtime.store)
+    puzzle(spec)
+    made = changed(before, artifacts(spec.runtime.store))
+    assert stages_of(made) == {"evaluation", "report"}
+    assert len(of_stage(made, "evaluation")) == 4
+    (report,) = of_stage(made, "report")
+    inputs = ReportInputs.read(Path(spec.runtime.store) / report / "report.json")
+    assert [[task.items for task in model.evaluation.tasks] for model in inputs.models] == [[4, 4]] * 4
+    assert str(tmp_path) not in inputs.spec.model_dump_json()
+    client = MlflowClient(spec.runtime.mlflow_uri)
+    experiment = client.get_experiment_by_name(spec.runtime.mlflow_experiment)
+    (run,) = client.search_runs([experiment.experiment_id], "metrics.`heads/accuracy` >= 0")
+    assert run.data.metrics["heads/accuracy"] == inputs.child.evaluation.tasks[0].accuracy
+
+
+def test_a_benchmark_is_known_by_its_items_and_not_by_its_place(again, tmp_path):
+    def key(folder: str, right: int) -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        plan, _ = plan_of(again(evaluation={"tasks": [write_items(tmp_path / folder / "heads.jsonl", right)]}))
+        return plan.evaluate(None).key
+
+    assert key("here", 0) == key("there", 0) != key("there", 1)
+
+
+def test_a_benchmark_file_with_a_bad_line_is_refused_before_any_work(spec_of, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    spec = spec_of(evaluation={"tasks": [{"name": "bad", "file": str(tmp_path / "bad.jsonl")}]})
+    with pytest.raises(DataError, match=r"bad.jsonl, line 1 is no item"):
+        puzzle(spec)
+    assert not artifacts(spec.runtime.store)
 
 
 def test_a_new_scenario_with_the_same_answer_trains_nothing(again):

@@ -1,7 +1,5 @@
 """Evaluation: the numbers of plain loops, no difference at all for the parent, and a golden that a guesser fails."""
 
-import sys
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -10,6 +8,7 @@ from puzzle_core import evaluation
 from puzzle_core.errors import NonFiniteError, SpecError
 from puzzle_core.evaluation import check_lm_eval
 from puzzle_core.model.child import load_child
+from puzzle_core.spec import EvaluationSpec, HarnessSpec
 from puzzle_core.work import EvaluateWork
 from tests.conftest import CPU, MIXED
 from tests.pico import SIZES, edit_tensors
@@ -67,14 +66,23 @@ def test_a_child_that_is_not_finite_is_refused(evaluate, assemble):
         evaluate(child_dir)
 
 
-def test_tasks_without_the_harness_are_refused(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(SpecError, match="pip install lm-eval"):
-        evaluation.run_lm_eval(None, None, ("hellaswag",))
-
-
 def test_a_missing_harness_is_named_before_the_run(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    check_lm_eval(())
-    with pytest.raises(SpecError, match="pip install lm-eval"):
-        check_lm_eval(("hellaswag",))
+    check_lm_eval(EvaluationSpec())
+    with pytest.raises(SpecError, match="install 'lm-eval"):
+        check_lm_eval(EvaluationSpec(lm_eval_tasks=("hellaswag",)))
+
+
+def test_options_of_the_harness_without_a_task_are_refused():
+    with pytest.raises(SpecError, match="names no task"):
+        check_lm_eval(EvaluationSpec(lm_eval=HarnessSpec(few_shot=2)))
+
+
+def test_a_task_that_the_harness_does_not_know_is_named_before_the_run(tmp_path):
+    for package in evaluation._HARNESS:
+        pytest.importorskip(package, reason="lm-evaluation-harness is not installed")
+    with pytest.raises(SpecError, match=r"does not know hellaswagg; near it: .*hellaswag"):
+        check_lm_eval(EvaluationSpec(lm_eval_tasks=("hellaswag", "hellaswagg")))
+    options = HarnessSpec(task_folder=str(tmp_path / "missing"))
+    with pytest.raises(SpecError, match="is no directory here"):
+        check_lm_eval(EvaluationSpec(lm_eval_tasks=("hellaswag",), lm_eval=options))

@@ -9,7 +9,7 @@ from gguf import GGUFReader
 
 from flows.cli.main import main
 from puzzle_core.architecture import Architecture
-from puzzle_core.work import AssembleWork, ChildRecord, EvaluateWork, EvaluationRecord
+from puzzle_core.work import AssembleWork, ChildRecord, EvaluateWork, EvaluationRecord, MultipleChoiceResult
 from tasks.store.store import Store
 from tests.conftest import MIXED
 
@@ -28,6 +28,12 @@ def command(capsys, tmp_path, monkeypatch):
     return run
 
 
+def answered(accuracy):
+    """A benchmark's result."""
+    others = {"standard_error": 0.03, "accuracy_by_length": 0.3, "standard_error_by_length": 0.03}
+    return MultipleChoiceResult(name="arc", items=200, accuracy=accuracy, **others)
+
+
 @pytest.fixture
 def stored(assemble, tmp_path):
     """A child's key in a store that knows its and its parent's evaluation."""
@@ -38,7 +44,7 @@ def stored(assemble, tmp_path):
     for child, perplexity in ((work.key, 12.5), (None, 10.25)):
         quality = EvaluationRecord(
             kl_nats_per_token=0.125, lm_loss_nats_per_token=2.5, perplexity=perplexity, top1_accuracy=0.5,
-            top1_agreement=0.75, tokens=4096, lm_eval={},
+            top1_agreement=0.75, tokens=4096, lm_eval={}, tasks=(answered(5 / perplexity),),
         )  # fmt: skip
         empty = tmp_path / f"empty-{perplexity}"
         empty.mkdir()
@@ -70,6 +76,7 @@ def test_a_key_brings_its_provenance(command, stored, tmp_path):
     assert "| perplexity | 12.5000 | 10.2500 |" in card
     assert "| KL to the parent, nats per token | 0.12500 |  |" in card
     assert "On 4,096 held-out tokens" in card
+    assert "| arc, accuracy on 200 items | 0.400 | 0.488 |" in card
 
 
 @pytest.mark.parametrize(("options", "kind"), [((), "f32"), (("--dtype", "q8_0"), "q8_0")])

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from puzzle_core.report import derived, report_tables
 from puzzle_core.report.report_inputs import ModelResult, ReportInputs
-from puzzle_core.work import Timing
+from puzzle_core.work import MultipleChoiceResult, Timing
 
 Make = Callable[..., ReportInputs]
 
@@ -184,11 +184,38 @@ def test_bld_names_the_best_and_the_worst_layer(inputs: ReportInputs) -> None:
     assert rows["attn:kv2"][4].endswith("(layer 0)")
 
 
-def test_downstream_tasks(inputs: ReportInputs) -> None:
-    assert report_tables.lm_eval_table(inputs).rows == ()
-    inputs = changed(inputs, "parent", lm_eval={"arc": {"acc,none": 0.5}})
-    inputs = changed(inputs, "child after GKD", lm_eval={"arc": {"acc,none": 0.4813}})
-    assert report_tables.lm_eval_table(inputs).rows == (("arc", "acc,none", "0.5000", "–", "0.4813"),)
+def result(name: str, accuracy: float, by_length: float) -> MultipleChoiceResult:
+    errors = {"standard_error": 0.03, "standard_error_by_length": 0.04}
+    return MultipleChoiceResult(name=name, items=200, accuracy=accuracy, accuracy_by_length=by_length, **errors)
+
+
+def test_without_benchmarks_there_is_no_table(inputs: ReportInputs) -> None:
+    assert report_tables.benchmarks_table(inputs).rows == ()
+
+
+def test_benchmarks_show_what_is_kept_of_each_and_of_the_mean(inputs: ReportInputs) -> None:
+    inputs = changed(inputs, "parent", tasks=(result("arc", 0.5, 0.4), result("piqa", 0.75, 0.0)))
+    inputs = changed(inputs, "child after GKD", tasks=(result("arc", 0.4, 0.3), result("piqa", 0.6, 0.5)))
+    table = report_tables.benchmarks_table(inputs)
+    rows = {row[:2]: (row[2], row[3], *row[-2:]) for row in table.rows}
+    assert table.columns[:4] == ("benchmark", "metric", "items", "parent")
+    assert rows["arc", "accuracy"] == ("200", "0.5000 ± 0.0300", "0.4000 ± 0.0300", "80.0 %")
+    assert rows["arc", "accuracy by length"] == ("200", "0.4000 ± 0.0400", "0.3000 ± 0.0400", "75.0 %")
+    assert rows["piqa", "accuracy by length"] == ("200", "0 ± 0.0400", "0.5000 ± 0.0400", "–")
+    assert rows["mean of 2", "accuracy"] == ("400", "0.6250 ± 0.0212", "0.5000 ± 0.0212", "80.0 %")
+    assert rows["mean of 2", "accuracy by length"][-1] == "200.0 %"
+    assert [row[4] for row in table.rows if row[0] == "arc"] == ["–", "–"]
+    assert derived.headline(inputs)["benchmarks_kept_accuracy"] == pytest.approx(0.8)
+
+
+def test_tasks_of_the_harness_stand_beside_files_and_perplexity_is_not_kept(inputs: ReportInputs) -> None:
+    parent = {"arc": {"acc,none": 0.5, "acc_stderr,none": 0.02}, "wiki": {"word_perplexity,none": 20.0}}
+    child = {"arc": {"acc,none": 0.4813}, "wiki": {"word_perplexity,none": 30.0}}
+    inputs = changed(changed(inputs, "parent", lm_eval=parent), "child after GKD", lm_eval=child)
+    rows = {row[:2]: row[2:] for row in report_tables.benchmarks_table(inputs).rows}
+    assert rows["arc", "acc,none"] == ("–", "0.5000 ± 0.0200", "–", "–", "0.4813", "96.3 %")
+    assert rows["wiki", "word_perplexity,none"][-2:] == ("30.00", "–")
+    assert not any(name.startswith("mean") for name, _ in rows)
 
 
 def test_inputs_need_a_parent_and_a_child(inputs: ReportInputs) -> None:

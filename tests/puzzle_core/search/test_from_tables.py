@@ -242,7 +242,7 @@ def test_the_parent_of_a_distance_scores_0(tmp_path):
     (tmp_path / "scores.csv").write_text("layer,attention,ffn,kl\n0,kv8,i8,0\n0,kv8,i4,0.2\n1,kv8,i4,0.3\n")
     table = read_scores(tmp_path / "scores.csv", distance=True)
     assert [scores[Option(table.parent)] for scores in table.layers] == [0, 0]
-    with pytest.raises(SpecError, match="say --distance or --maximise"):
+    with pytest.raises(SpecError, match="give --distance or --maximise"):
         read_scores(tmp_path / "scores.csv", distance=True, maximise=True)
 
 

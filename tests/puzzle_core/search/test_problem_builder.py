@@ -440,7 +440,7 @@ def test_layers_that_a_block_spans_count_as_empty() -> None:
     ("limits", "text"),
     [
         ({"attention_layers": "4.5"}, "'4.5' is no whole number"),
-        ({"kv_heads": "80GiB"}, "unit 'GiB'; say one of: no unit, layers, heads, %"),
+        ({"kv_heads": "80GiB"}, "unit 'GiB'; use one of: no unit, layers, heads, %"),
         ({"counts": {"attn:mamba": 3}}, "'attn:mamba' is no variant id"),
         ({"counts": {"attn:kv4": 1}, "columns": {"attn:kv4": "50%"}}, "outside `columns`"),
     ],

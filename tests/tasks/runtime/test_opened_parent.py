@@ -178,3 +178,17 @@ def test_a_gguf_file_is_a_parent_with_the_keys_of_its_import(context_of, checkpo
     assert hub_commit(context.parent, first) is None
     export_gguf(Source(checkpoint_of("llama")), file, "f32")
     assert parent_digest(context.open_parent(), context.scratch) != digests[0][0]
+
+
+def test_a_gguf_file_of_an_installed_package_is_a_parent(context_of, checkpoint_of, tmp_path, monkeypatch):
+    package = tmp_path / "site" / "package_with_a_parent"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    export_gguf(Source(checkpoint_of("tied")), package / "model.gguf", "f32")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    context = context_of("python-package:package_with_a_parent/model.gguf")
+    opened = context.open_parent()
+    assert opened.digest == context_of(package / "model.gguf").open_parent().digest
+    assert context.open_parent().directory == opened.directory
+    assert Parent(context.readable_parent).directory == opened.directory
+    assert hub_commit(context.parent, opened) is None
