@@ -303,7 +303,7 @@ def test_a_file_in_the_place_of_the_answer_is_refused_before_the_search(tmp_path
     scores, costs, scenario = write(tmp_path)
     monkeypatch.setattr("puzzle_core.search.from_tables.find_architecture", lambda builder: pytest.fail("searched"))
     for out in (scores, scores / "below"):
-        with pytest.raises(StorageError, match=f"{out} is or lies below a file"):
+        with pytest.raises(StorageError, match=f"{out} should be a directory, and is or lies below a file"):
             search_tables(scores, costs, read_request([scenario]), out)
 
 
