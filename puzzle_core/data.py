@@ -21,6 +21,8 @@ from puzzle_core.text_sources import Document
 from puzzle_core.work import TokensRecord, TokensWork
 
 DOCUMENTS_AT_A_TIME = 16
+SURELY_ENOUGH = 32
+"""Characters per token that no text has on average."""
 START_OF_PRETRAINING = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>")
 """Tokens that pretraining puts between documents, for tokenizers that add no token at the start of a text."""
 CHAT_MARKERS = frozenset(
@@ -119,16 +121,31 @@ def pack(
             ids = next(remaining, None)
             if ids is None:
                 others = f" after serving {', '.join(packed)}" if packed else ""
+                advice = "tokens or add texts" if cut_documents else "tokens, add texts, or say `cut_documents: true`"
                 raise DataError(
                     f"split {split!r} needs {needed:,} tokens ({windows:,} windows of {sequence_length}), but the "
-                    f"{len(documents):,} documents of the texts gave only {len(stream):,}{others}: ask for fewer "
-                    "tokens, add texts, or let splits share documents (data.cut_documents)"
+                    f"{len(documents):,} documents of the texts gave only {len(stream):,}{others}: ask "
+                    f"for fewer {advice}"
                 )
             stream += ids
         if cut_documents:
             rest = stream[needed:]
         packed[split] = torch.tensor(stream[:needed], dtype=torch.int32).view(windows, sequence_length)
     return packed
+
+
+def check_enough(work: TokensWork, documents: list[Document], tokenizer: Tokenizer) -> None:
+    """Refuse documents that hold fewer tokens than a split and those before it need.
+
+    Documents that may be cut and have many more characters than tokens are asked for are not tokenized.
+
+    Raises:
+        DataError: as `pack`.
+    """
+    tokens = dict(work.earlier_splits) | {work.split: work.tokens}
+    characters = sum(len(document.text) for document in documents)
+    if not work.cut_documents or characters < SURELY_ENOUGH * sum(tokens.values()):
+        pack(documents, tokenizer, work.sequence_length, tokens, work.seed, work.cut_documents, work.document_start)
 
 
 def _token_ids(documents: Iterator[Document], tokenizer: Tokenizer, start: list[int]) -> Iterator[list[int]]:

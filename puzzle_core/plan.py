@@ -6,12 +6,14 @@ Flows submit the work that the store has no artifact for. `puzzle check` prints 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
 from puzzle_core.engines import ENGINES
 from puzzle_core.errors import SpecError
 from puzzle_core.records import Record
 from puzzle_core.spec import ParentSpec, RunSpec, RuntimeSpec, ScenarioSpec, VariantsSpec
+from puzzle_core.text_sources import Texts
 from puzzle_core.work import (
     AssembleWork,
     BldWork,
@@ -109,10 +111,10 @@ class Plan:
             tokenizer=self.inputs.tokenizer,
         )
 
-    def text_sources(self, split: str) -> tuple[str, ...]:
-        """The text sources of a split."""
+    def texts(self, split: str) -> Texts:
+        """The texts of a split."""
         data = self.spec.data
-        return data.held_out_texts if split in HELD_OUT_SPLITS else data.train_texts
+        return data.held_out if split in HELD_OUT_SPLITS else data.train
 
     def importance(self) -> ImportanceWork:
         """Channel contributions of the parent's FFNs."""
@@ -287,7 +289,8 @@ class Plan:
     def spec_of_content(self) -> RunSpec:
         """The spec with digests instead of paths and a default `runtime`. It does not depend on where files are."""
         spec, inputs = self.spec, self.inputs
-        texts = {"train_texts": (inputs.train_texts,), "held_out_texts": (inputs.held_out_texts,)}
+        texts: dict[str, Any] = {"train_texts": (inputs.train_texts,), "held_out_texts": (inputs.held_out_texts,)}
+        texts["held_out_share"] = None  # the digests are those of its two sides
         return spec.model_copy(
             update={
                 "parent": ParentSpec(path=inputs.parent),

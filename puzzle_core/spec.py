@@ -28,6 +28,7 @@ from puzzle_core.records import Record
 from puzzle_core.target import Count, Name, Positive, Share
 from puzzle_core.target import Dtype as Dtype
 from puzzle_core.target import TargetSpec as TargetSpec
+from puzzle_core.text_sources import Texts
 from puzzle_core.variants.kinds import KINDS, Subblock, kinds_of
 from puzzle_core.yaml_file import parse_record
 
@@ -66,7 +67,14 @@ class DataSpec(Record):
     held_out_texts: tuple[str, ...] = Field(
         ("python-stdlib:held-out",), min_length=1, description="Text sources for scoring and evaluation"
     )
-    sequence_length: int = Field(256, ge=8, description="Tokens per window")
+    held_out_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Instead of held_out_texts: share of the documents of train_texts that is held out",
+        exclude_if=lambda share: share is None,
+    )
+    sequence_length: int = Field(256, ge=8, le=10**9, description="Tokens per window")
     seed: int = Field(0, description="Seed for the order of the documents")
     cut_documents: bool = Field(
         True,
@@ -76,6 +84,26 @@ class DataSpec(Record):
         "auto",
         description="Start of every document: auto (that of the tokenizer or its pretraining), none, or a token",
     )
+
+    @model_validator(mode="after")
+    def _held_out_once(self) -> "DataSpec":
+        if self.held_out_share and self.held_out_texts != type(self).model_fields["held_out_texts"].default:
+            raise ValueError(
+                "held_out_share takes held-out documents from train_texts: leave out held_out_share or held_out_texts"
+            )
+        return self
+
+    @property
+    def train(self) -> Texts:
+        """The texts for calibration, BLD and GKD."""
+        return Texts(sources=self.train_texts, held_out_share=self.held_out_share)
+
+    @property
+    def held_out(self) -> Texts:
+        """The texts for scoring and evaluation."""
+        if self.held_out_share:
+            return Texts(sources=self.train_texts, held_out_share=self.held_out_share, held_out=True)
+        return Texts(sources=self.held_out_texts)
 
 
 class VariantRange(Record):

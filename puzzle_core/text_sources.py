@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puzzle_core.errors import DataError
+from puzzle_core.records import Record
 
 log = logging.getLogger(__name__)
 STDLIB = "python-stdlib"
@@ -39,6 +40,45 @@ class Document(NamedTuple):
 
     name: str
     text: str
+
+
+class Texts(Record):
+    """Text sources, whole or one side of a split of their documents.
+
+    Attributes:
+        held_out_share: share of the documents that is held out; None for the whole sources.
+        held_out: whether this is the side that is held out.
+    """
+
+    sources: tuple[str, ...]
+    held_out_share: float | None = None
+    held_out: bool = False
+
+
+def read_texts(texts: Texts) -> list[Document]:
+    """The documents of these texts, in the order of their sources.
+
+    A split is by the digests of the documents: the first `held_out_share` of the different ones is held out, one at
+    least. Documents of equal text are on one side.
+
+    Raises:
+        DataError: as `read_documents`, or there are fewer than two different documents to split.
+    """
+    documents = read_documents(texts.sources)
+    if texts.held_out_share is None:
+        return documents
+    digests = [_digest(document) for document in documents]
+    distinct = sorted(set(digests))
+    if len(distinct) < 2:
+        raise DataError(
+            f"data.held_out_share splits the texts by document, and {', '.join(texts.sources)} hold one document: give "
+            "more documents (JSON Lines, a directory), or other texts as data.held_out_texts"
+        )
+    count = min(max(round(texts.held_out_share * len(distinct)), 1), len(distinct) - 1)
+    held_out = set(distinct[:count])
+    return [
+        document for document, digest in zip(documents, digests, strict=True) if (digest in held_out) == texts.held_out
+    ]
 
 
 def read_documents(sources: Iterable[str]) -> list[Document]:
@@ -83,13 +123,19 @@ def check_disjoint(train: Iterable[Document], held_out: Iterable[Document]) -> N
     Raises:
         DataError: names the first document that is in both.
     """
-    trained = {hashlib.sha256(document.text.strip().encode()).digest(): document.name for document in train}
+    trained = {_digest(document): document.name for document in train}
     for document in held_out:
-        if same := trained.get(hashlib.sha256(document.text.strip().encode()).digest()):
+        if same := trained.get(_digest(document)):
             raise DataError(
                 f"{document.name} of data.held_out_texts is also in data.train_texts ({same}), so scores and "
-                "evaluation would see what was trained on: leave it out of one of the two"
+                "evaluation would see what was trained on: leave it out of one of the two, or give data.held_out_share "
+                "instead of data.held_out_texts, which splits data.train_texts by document"
             )
+
+
+def _digest(document: Document) -> bytes:
+    """Equal for texts that differ in leading and trailing whitespace alone."""
+    return hashlib.sha256(document.text.strip().encode()).digest()
 
 
 def stdlib_documents(held_out: bool, include_tests: bool = False) -> Iterator[Document]:

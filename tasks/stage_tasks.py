@@ -32,7 +32,7 @@ from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.search.table_files import read_costs
 from puzzle_core.search.tables import CostTable
 from puzzle_core.spec import DataSpec, Dtype, TargetSpec
-from puzzle_core.text_sources import read_documents
+from puzzle_core.text_sources import Texts, read_texts
 from puzzle_core.work import (
     AssembleWork,
     BldWork,
@@ -72,16 +72,16 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec) -> Inp
         PuzzleError: the parent, the texts, the target's device, engine or cost table cannot be used.
     """
     parent = context.open_parent()
-    tokenizer, sources = parent.tokenizer(), (*texts.train_texts, *texts.held_out_texts)
+    tokenizer, train, held_out = parent.tokenizer(), texts.train, texts.held_out
     start = data.document_start(tokenizer, texts.document_start)
-    check_rows(tokenizer, parent.shape.vocabulary, start, lambda: read_documents(sources))
-    check_texts_disjoint(texts.train_texts, texts.held_out_texts, context.scratch)
+    check_rows(tokenizer, parent.shape.vocabulary, start, lambda: [*read_texts(train), *read_texts(held_out)])
+    check_texts_disjoint(train, held_out, context.scratch)
     inputs = Inputs(
         parent=parent_digest(parent, context.scratch),
         tokenizer=parent.tokenizer_digest,
         shape=parent.shape,
-        train_texts=texts_digest(texts.train_texts, context.scratch),
-        held_out_texts=texts_digest(texts.held_out_texts, context.scratch),
+        train_texts=texts_digest(train, context.scratch),
+        held_out_texts=texts_digest(held_out, context.scratch),
         hardware="",
         parent_commit=hub_commit(context.parent, parent),
     )
@@ -107,11 +107,11 @@ def for_target(inputs: Inputs, target: TargetSpec) -> Inputs:
 
 
 @stage_task("tokens", "tokens {work.split}")
-def pack_tokens(work: TokensWork, sources: tuple[str, ...], context: RunContext) -> str:
+def pack_tokens(work: TokensWork, texts: Texts, context: RunContext) -> str:
     """Pack one split of the texts."""
     tokenizer = context.open_parent().tokenizer()
     return produce(
-        work, context, lambda out: data.pack_split(work, read_named_documents(work.texts, sources), tokenizer, out)
+        work, context, lambda out: data.pack_split(work, read_named_documents(work.texts, texts), tokenizer, out)
     )
 
 

@@ -12,6 +12,7 @@ from puzzle_core.report.units import NONE, number_text, percent_text
 from puzzle_core.resources import resources
 from puzzle_core.spec import RunSpec
 from tasks.runtime.context import RunContext
+from tasks.runtime.digest_cache import check_texts_enough
 from tasks.stage_tasks import open_inputs
 
 
@@ -57,6 +58,9 @@ def describe_plan(spec: RunSpec) -> str:
     check_packages(spec, context)
     plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target))
     shape, needed, store = plan.inputs.shape, resources(plan), context.store()
+    for last in ("gkd", "evaluation"):
+        if not store.has(plan.tokens(last).key):
+            check_texts_enough(plan.tokens(last), plan.texts(last), context.open_parent(), context.scratch)
     stages: dict[str, Sequence[Work]] = {
         "tokens": [plan.tokens(split) for split in ("calibration", "bld", "gkd", "scoring", "evaluation")],
         "importance": [plan.importance()],

@@ -5,10 +5,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from puzzle_core.data import check_enough
 from puzzle_core.errors import DataError, ParentError, PuzzleError
 from puzzle_core.model.parent import Parent
 from puzzle_core.records import digest_file, write_text_atomic
-from puzzle_core.text_sources import check_disjoint, digest_documents, read_documents, source_files
+from puzzle_core.text_sources import Texts, check_disjoint, digest_documents, read_texts, source_files
+from puzzle_core.work import TokensWork
 
 Signature = tuple[tuple[str, tuple[int, int, int, int] | None], ...]
 """By file: size in bytes, time of modification and of change in ns, and inode; none of a file that is not there."""
@@ -46,17 +48,19 @@ def file_digest(file: Path, scratch: Path) -> str:
     return _cached(scratch / "parents", [file], lambda: digest_file(file), ParentError, "content")
 
 
-def texts_digest(sources: tuple[str, ...], scratch: Path) -> str:
-    """Digest of the texts in these sources, in their order.
+def texts_digest(texts: Texts, scratch: Path) -> str:
+    """Digest of these texts, in their order.
 
     Raises:
-        DataError: as `read_documents`, or a file changes meanwhile.
+        DataError: as `read_texts`, or a file changes meanwhile.
     """
-    files = source_files(sources)
-    return _cached(scratch / "texts", files, lambda: digest_documents(read_documents(sources)), DataError)
+    files = source_files(texts.sources)
+    side = "held-out" if texts.held_out else "trained"
+    purpose = f"digest of the {side} documents of {texts.held_out_share:g}" if texts.held_out_share else "digest"
+    return _cached(scratch / "texts", files, lambda: digest_documents(read_texts(texts)), DataError, purpose)
 
 
-def check_texts_disjoint(train: tuple[str, ...], held_out: tuple[str, ...], scratch: Path) -> None:
+def check_texts_disjoint(train: Texts, held_out: Texts, scratch: Path) -> None:
     """Refuse held-out texts that are among the texts for training.
 
     Raises:
@@ -64,12 +68,28 @@ def check_texts_disjoint(train: tuple[str, ...], held_out: tuple[str, ...], scra
     """
 
     def compute() -> str:
-        check_disjoint(read_documents(train), read_documents(held_out))
+        check_disjoint(read_texts(train), read_texts(held_out))
         return "disjoint"
 
-    train_files, held_out_files = source_files(train), source_files(held_out)
+    if train.held_out_share:
+        return  # a split by document
+    train_files, held_out_files = source_files(train.sources), source_files(held_out.sources)
     purpose = f"the first {len(train_files)} files are for training"
     _cached(scratch / "texts", [*train_files, *held_out_files], compute, DataError, purpose)
+
+
+def check_texts_enough(work: TokensWork, texts: Texts, parent: Parent, scratch: Path) -> None:
+    """Refuse texts that hold fewer tokens than a split and those before it need.
+
+    Raises:
+        DataError: names the first split that gets too few, or a file changes meanwhile.
+    """
+
+    def compute() -> str:
+        check_enough(work, read_texts(texts), parent.tokenizer())
+        return "enough"
+
+    _cached(scratch / "texts", source_files(texts.sources), compute, DataError, f"enough for {work.key}")
 
 
 def _cached(

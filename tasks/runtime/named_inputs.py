@@ -10,7 +10,7 @@ from puzzle_core.errors import DataError, ParentError, SpecError
 from puzzle_core.records import Work, digest_file
 from puzzle_core.search.table_files import read_costs
 from puzzle_core.search.tables import CostTable
-from puzzle_core.text_sources import Document, digest_documents, read_documents
+from puzzle_core.text_sources import Document, Texts, digest_documents, read_texts
 from puzzle_core.work import (
     AssembleWork,
     BldWork,
@@ -50,18 +50,18 @@ def check_parent(work: Work, context: RunContext) -> None:
         )
 
 
-def read_named_documents(digest: str, sources: tuple[str, ...]) -> list[Document]:
-    """The documents of these sources.
+def read_named_documents(digest: str, texts: Texts) -> list[Document]:
+    """The documents of these texts.
 
     Raises:
-        DataError: as `read_documents`, or their digest is another one.
+        DataError: as `read_texts`, or their digest is another one.
     """
-    documents = read_documents(sources)
+    documents = read_texts(texts)
     found = digest_documents(documents)
     if found != digest:
         raise DataError(
-            f"the texts {', '.join(sources)} are not those of this run: their digest was {digest} when it started, and "
-            f"is {found}: they changed since, or are others on this machine; start the run again"
+            f"the texts {', '.join(texts.sources)} are not those of this run: their digest was {digest} when it "
+            f"started, and is {found}: they changed since, or are others on this machine; start the run again"
         )
     return documents
 

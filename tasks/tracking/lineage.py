@@ -213,7 +213,7 @@ def _texts(plan: Plan, context: RunContext, *splits: str) -> list[TextsInput]:
     """The token splits, as inputs of a run."""
     texts = []
     for split in splits:
-        work, sources = plan.tokens(split), plan.text_sources(split)
+        work, sources = plan.tokens(split), plan.texts(split).sources
         record = context.store().record(TokensRecord, work.key)
         texts.append(
             TextsInput(

@@ -172,6 +172,13 @@ def test_check_prints_what_is_to_do_and_does_nothing(content, command, tmp_path)
     assert not (tmp_path / "store").exists()
 
 
+def test_check_refuses_texts_that_give_too_few_tokens(content, command, tmp_path):
+    file = write_spec(placed(content, tmp_path), tmp_path / "spec.yaml")
+    code, _, said = command("check", file, "--set", "evaluation.tokens=10000000")
+    assert code == 1
+    assert in_order(said, "split 'evaluation' needs 10,000,000 tokens", "documents of the texts gave only")
+
+
 def test_check_of_a_finished_run_finds_it_all_and_changes_nothing(finished, command, tmp_path):
     store = finished.content["runtime"]["store"]
     before = artifacts(store)

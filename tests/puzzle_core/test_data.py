@@ -10,9 +10,18 @@ import pytest
 import torch
 
 from puzzle_core import data, text_sources
-from puzzle_core.data import batch_rows, document_start, pack
+from puzzle_core.data import batch_rows, check_enough, document_start, pack
 from puzzle_core.errors import DataError
-from puzzle_core.text_sources import Document, check_disjoint, digest_documents, read_documents, stdlib_documents
+from puzzle_core.spec import DataSpec
+from puzzle_core.text_sources import (
+    Document,
+    Texts,
+    check_disjoint,
+    digest_documents,
+    read_documents,
+    read_texts,
+    stdlib_documents,
+)
 from puzzle_core.work import TokensWork
 
 TEXTS = [f"{number:03d}" for number in range(200)]
@@ -65,21 +74,33 @@ def test_too_few_tokens_say_what_was_asked_and_what_is_there(tokenizer):
         pack(DOCUMENTS, tokenizer, 8, {"bld": 40, "gkd": 800}, seed=0)
 
 
+WORK = TokensWork(
+    split="bld",
+    tokens=120,
+    earlier_splits=(("calibration", 40),),
+    sequence_length=8,
+    seed=0,
+    cut_documents=True,
+    document_start="auto",
+    texts="t",
+    tokenizer="t",
+)
+
+
 def test_stage_writes_one_split_as_if_all_were_packed(tokenizer, tmp_path):
-    work = TokensWork(
-        split="bld",
-        tokens=120,
-        earlier_splits=(("calibration", 40),),
-        sequence_length=8,
-        seed=0,
-        cut_documents=True,
-        document_start="auto",
-        texts="t",
-        tokenizer="t",
-    )
-    record = data.pack_split(work, DOCUMENTS, tokenizer, tmp_path)
+    record = data.pack_split(WORK, DOCUMENTS, tokenizer, tmp_path)
     assert torch.equal(data.read_windows(tmp_path), pack(DOCUMENTS, tokenizer, 8, SPLITS, seed=0)["bld"])
     assert (record.windows, record.tokens, record.bytes_per_token) == (15, 120, 0.75)
+
+
+def test_too_few_tokens_are_found_without_tokenizing_many(tokenizer):
+    check_enough(WORK, DOCUMENTS, tokenizer)
+    with pytest.raises(DataError, match=r"split 'bld' needs 800 tokens .* the 200 documents of the texts gave only"):
+        check_enough(WORK.model_copy(update={"tokens": 800}), DOCUMENTS, tokenizer)
+    book = [Document("book", "0123 " * 2000)]
+    check_enough(WORK, book, lambda *texts, **options: pytest.fail("tokenized"))
+    with pytest.raises(DataError, match=r"the 1 documents of the texts gave only 0 after serving calibration"):
+        check_enough(WORK.model_copy(update={"cut_documents": False}), book, tokenizer)
 
 
 def test_batches_wrap_around_the_windows():
@@ -310,3 +331,30 @@ def test_a_directory_of_a_hub_is_read_without_what_describes_it(tmp_path):
 def test_text_that_begins_like_json_is_text(tmp_path):
     (tmp_path / "code.txt").write_text('{"a": 1}\n{"text": "x"}\n')
     assert [document.text for document in read_documents([str(tmp_path)])] == ['{"a": 1}\n{"text": "x"}\n']
+
+
+def test_one_source_is_split_by_document(tmp_path):
+    lines = [f"text {number % 40}" + " " * (number // 40) for number in range(50)]  # ten are there twice
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    spec = DataSpec(train_texts=(str(tmp_path / "texts.jsonl"),), held_out_share=0.2)
+    train, held_out = read_texts(spec.train), read_texts(spec.held_out)
+    assert sorted(document.text for document in (*train, *held_out)) == sorted(lines)
+    check_disjoint(train, held_out)
+    assert len({document.text.strip() for document in held_out}) == 8
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, reversed(lines))))
+    assert [document.text for document in read_texts(spec.held_out)] == [document.text for document in held_out][::-1]
+
+
+def test_few_documents_leave_some_on_each_side(tmp_path):
+    texts = Texts(sources=(str(tmp_path / "texts.json"),), held_out_share=0.01, held_out=True)
+    (tmp_path / "texts.json").write_text(json.dumps(["one", "two"]))
+    assert len(read_texts(texts)) == 1
+    assert len(read_texts(texts.model_copy(update={"held_out": False, "held_out_share": 0.99}))) == 1
+    (tmp_path / "texts.json").write_text(json.dumps(["one", "one "]))
+    with pytest.raises(DataError, match=r"splits the texts by document, and .*texts\.json hold one document"):
+        read_texts(texts)
+
+
+def test_held_out_texts_and_a_share_are_not_both_given():
+    with pytest.raises(ValueError, match="leave out held_out_share or held_out_texts"):
+        DataSpec(held_out_texts=("a.txt",), held_out_share=0.1)

@@ -14,7 +14,7 @@ import pytest
 from puzzle_core.architecture import Architecture, BlockVariant
 from puzzle_core.model.parent import Parent
 from puzzle_core.plan import Inputs, Plan
-from puzzle_core.spec import ParentSpec
+from puzzle_core.spec import ParentSpec, RunSpec
 from puzzle_core.spec_file import load_spec
 from puzzle_core.work import ReportWork
 
@@ -73,6 +73,8 @@ def test_a_report_has_one_key_however_its_places_are_spelled():
     }
     first, second = (Plan(each, inputs).spec_of_content() for each in (spec, spec.model_copy(update=elsewhere)))
     assert first == second
+    split = spec.model_copy(update={"data": spec.data.model_copy(update={"held_out_share": 0.1})})
+    assert RunSpec.model_validate_json(Plan(split, inputs).spec_of_content().model_dump_json()) == first
     other = inputs.model_copy(update={"train_texts": "others"})
     assert Plan(spec, other).spec_of_content() != first
 

@@ -41,9 +41,7 @@ def pack(spec_of, monkeypatch):
             return run(*arguments)
 
         monkeypatch.setattr(data, "pack_split", fail_first)
-        return task(
-            work=plan.tokens("calibration"), sources=spec.data.train_texts, context=context, return_state=True
-        ), left
+        return task(work=plan.tokens("calibration"), texts=spec.data.train, context=context, return_state=True), left
 
     return packing
 

@@ -12,6 +12,7 @@ import yaml
 
 from puzzle_core.architecture import Architecture, BlockVariant
 from puzzle_core.errors import CoverageError, InfeasibleError, PuzzleError, SpecError, StorageError
+from puzzle_core.report.search_text import answer_text
 from puzzle_core.search.from_tables import read_request, search_tables
 from puzzle_core.search.search_record import SearchRecord
 from puzzle_core.search.table_files import read_costs, read_scores
@@ -348,3 +349,16 @@ def test_json_tables_that_are_none(tmp_path: Path, content: str, message: str) -
     (tmp_path / "costs.json").write_text(content)
     with pytest.raises(SpecError, match=message):
         read_costs(tmp_path / "costs.json")
+
+
+def test_a_share_of_nothing_is_refused(tmp_path: Path) -> None:
+    nothing = COSTS.replace(",100,,", ",0,,").replace(",200,,", ",0,,").replace(",50,,", ",0,,")
+    with pytest.raises(SpecError, match="limit parameters of scenario chat is 60% of the parent's value, which is 0"):
+        search(tmp_path, costs=nothing, limits={"parameters": "60%"})
+
+
+def test_a_rate_of_no_time_has_no_bound(tmp_path: Path) -> None:
+    timeless = "\n".join(line.rsplit(",", 2)[0] + ",0,0" if ",8," in line else line for line in COSTS.splitlines())
+    record = search(tmp_path, costs=timeless, limits={"throughput": "6000 tok/s", "parameters": "550params"})
+    assert {use.name: use.usage for use in record.best.limits} == {"throughput": None, "parameters": 550}
+    assert "no bound" in answer_text(record)

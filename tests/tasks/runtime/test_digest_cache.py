@@ -6,6 +6,7 @@ from puzzle_core import text_sources
 from puzzle_core.errors import DataError, NonFiniteError
 from puzzle_core.model.parent import Parent
 from puzzle_core.spec import ParentSpec
+from puzzle_core.text_sources import Texts
 from tasks.runtime.digest_cache import parent_digest, texts_digest
 from tests.pico import edit_tensors
 
@@ -15,7 +16,7 @@ def digest_of_parent(context):
 
 
 def digest_of_texts(context, source):
-    return texts_digest((str(source),), context.scratch)
+    return texts_digest(Texts(sources=(str(source),)), context.scratch)
 
 
 def test_weights_are_looked_at_once_and_again_when_they_change(context_of, copy_of, monkeypatch):
@@ -33,12 +34,16 @@ def test_weights_are_looked_at_once_and_again_when_they_change(context_of, copy_
 
 
 def test_texts_are_read_once_and_again_when_they_change(context_of, tmp_path, monkeypatch):
-    texts, looks, read = tmp_path / "texts", [], text_sources.read_documents
-    monkeypatch.setattr("tasks.runtime.digest_cache.read_documents", lambda sources: looks.append(1) or read(sources))
+    texts, looks, read = tmp_path / "texts", [], text_sources.read_texts
+    monkeypatch.setattr("tasks.runtime.digest_cache.read_texts", lambda texts: looks.append(1) or read(texts))
     texts.mkdir()
     (texts / "a.txt").write_text("one")
     first = digest_of_texts(context_of(), texts)
-    assert digest_of_texts(context_of(), texts) == first == text_sources.digest_documents(read([str(texts)]))
+    assert (
+        digest_of_texts(context_of(), texts)
+        == first
+        == text_sources.digest_documents(read(Texts(sources=(str(texts),))))
+    )
     assert len(looks) == 1
     (texts / "b.txt").write_text("two")
     second = digest_of_texts(context_of(), texts)

@@ -14,6 +14,7 @@ from puzzle_core.gguf_import.import_gguf import import_gguf
 from puzzle_core.model.checkpoint import SINGLE
 from puzzle_core.model.parent import Parent
 from puzzle_core.spec import ParentSpec
+from puzzle_core.text_sources import Texts
 from puzzle_core.work import ImportanceRecord, ImportanceWork, TokensWork
 from tasks.runtime.digest_cache import parent_digest
 from tasks.runtime.named_inputs import read_named_costs, read_named_documents
@@ -144,7 +145,7 @@ def test_texts_and_tables_that_changed_are_refused(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("one")
     with pytest.raises(DataError, match=r"the texts .*text\.txt are not those of this run: their digest was before"):
-        read_named_documents("before", (str(text),))
+        read_named_documents("before", Texts(sources=(str(text),)))
     table = tmp_path / "table.csv"
     table.write_text("block,memory_bytes,prefill_ms\nattn:kv4,1,1\n")
     with pytest.raises(SpecError, match=r"table\.csv is not that of this run: its digest was before"):
