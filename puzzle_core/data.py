@@ -121,10 +121,11 @@ def pack(
             ids = next(remaining, None)
             if ids is None:
                 others = f" after serving {', '.join(packed)}" if packed else ""
+                advice = "tokens or add texts" if cut_documents else "tokens, add texts, or say `cut_documents: true`"
                 raise DataError(
                     f"split {split!r} needs {needed:,} tokens ({windows:,} windows of {sequence_length}), but the "
-                    f"{len(documents):,} documents of the texts gave only {len(stream):,}{others}: ask for fewer "
-                    "tokens, add texts, or let splits share documents (data.cut_documents)"
+                    f"{len(documents):,} documents of the texts gave only {len(stream):,}{others}: ask "
+                    f"for fewer {advice}"
                 )
             stream += ids
         if cut_documents:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from puzzle_core.data import batch_rows, pack
-from puzzle_core.records import Record, canonical_json, write_text_atomic
+from puzzle_core.records import Record, canonical_json, make_directory, write_text_atomic
 from puzzle_core.text_sources import digest_documents, stdlib_documents
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def pretrain(out_dir: Path, spec: PretrainSpec, processes: int) -> dict[str, Any
     Returns:
         The training record: corpus, wall time in seconds, and quality on held-out modules.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(out_dir)
     _train_tokenizer(out_dir)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from puzzle_core.credentials import refuse_in_schema
-from puzzle_core.errors import ArtifactError
+from puzzle_core.errors import ArtifactError, StorageError
 
 
 class Record(BaseModel):
@@ -76,6 +76,22 @@ def write_text_atomic(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory for what a command will write, before its work.
+
+    Raises:
+        StorageError: it is a file or lies below one, or cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StorageError(f"{path} should be a directory, and is or lies below a file") from error
+    except OSError as error:
+        raise StorageError(f"cannot make the directory {path}: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise StorageError(f"cannot write into the directory {path}: no permission")
 
 
 def digest_file(path: Path) -> str:

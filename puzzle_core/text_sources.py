@@ -30,6 +30,19 @@ _DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.decompress,
 }
 _COMPRESSION = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
+_NOT_TEXT = {
+    b"PAR1": "is a Parquet file: give it the ending .parquet",
+    b"\x1f\x8b": "is compressed by gzip: give it the ending .gz",
+    b"BZh": "is compressed by bzip2: give it the ending .bz2",
+    b"\xfd7zXZ": "is compressed by xz: give it the ending .xz",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstandard, which is not read here: decompress it (`unzstd`)",
+    b"PK\x03\x04": "is a ZIP archive, which is not read here: unpack it",
+    b"ARROW1": "is an Arrow file, which is not read here: write the data set as Parquet or JSON Lines",
+    b"\xff\xff\xff\xff": "is an Arrow stream, which is not read here: write the data set as Parquet or JSON Lines",
+    b"%PDF": "is a PDF document, which is not read here: extract its text",
+}
+"""What a file is that starts with these bytes, and what to do."""
+_HEAD_BYTES = 4096
 _NO_TEXT = re.compile(r"(dataset_infos?|state|dataset_dict)\.json|readme(\.\w+)?|licen[cs]e(\.\w+)?", re.IGNORECASE)
 """Files that describe a data set. They are skipped if the directory also has data files."""
 _LOOK_CHARACTERS = 1 << 20
@@ -240,10 +253,6 @@ def read_text(path: Path) -> str:
 def _plain_bytes(path: Path) -> bytes:
     """The bytes of a file, decompressed if its suffix names a compression."""
     suffix = path.suffix.lower()
-    if suffix in (".zst", ".zstd"):
-        raise DataError(
-            f"{path} is compressed by zstandard, which is not read here: decompress it (`unzstd {path.name}`)"
-        )
     content = path.read_bytes()
     if suffix not in _DECOMPRESS:
         return content
@@ -255,8 +264,14 @@ def _plain_bytes(path: Path) -> bytes:
 
 def _text_of(path: Path, content: bytes) -> str:
     """UTF-8 text without a leading byte order mark."""
-    if content.startswith(b"PAR1"):
-        raise DataError(f"{path} is a Parquet file: give it the ending .parquet")
+    for start, what in _NOT_TEXT.items():
+        if content.startswith(start):
+            raise DataError(f"{path} {what}")
+    if b"\0" in content[:_HEAD_BYTES]:
+        raise DataError(
+            f"{path} has NUL bytes, so it is no UTF-8 text: unpack it if it is an archive, convert it if it is UTF-16 "
+            "(`iconv -f utf-16 -t utf-8`), or leave it out if it holds no text"
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -86,6 +86,8 @@ def _explain(error: dict[str, Any], model: type[BaseModel], what: str) -> str:
     if error["type"] == "extra_forbidden":
         return f"{place}: {_unknown_key(str(error['loc'][-1]), _fields_at(model, error['loc'][:-1]))}"
     message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "string_type" and not isinstance(error["input"], dict | list | None):
+        message += ": put it in quotes"
     if isinstance(error["input"], dict) or error["type"] == "missing":
         return f"{place}: {message}"
     return f"{place}: {message} (found {redacted(repr(error['input']))})"

@@ -26,7 +26,7 @@ from puzzle_core.errors import CoverageError, NonFiniteError, SpecError
 from puzzle_core.formats.block_configs import block_of
 from puzzle_core.formats.foreign_json import Foreign, parse_foreign, read_json
 from puzzle_core.interop.puzzletron_stats import CampaignCosts, read_stats
-from puzzle_core.records import write_text_atomic
+from puzzle_core.records import make_directory, write_text_atomic
 from puzzle_core.search.tables import Option, ScoreTable
 
 LIBRARY = "replacement_library.json"
@@ -95,7 +95,7 @@ def import_puzzle_dir(
     for layer, options in enumerate(scores.layers):
         for option in options:
             costs.check_covers(layer, option.block)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     rows = [_score_row(layer, option, campaign.metric, score) for layer, option, score in _flat(scores)]
     _write_csv(out / "scores.csv", rows)
     _write_csv(out / "costs.csv", list(costs.csv_rows()))

@@ -1,6 +1,5 @@
 """Search from tables alone: no parent, no torch, no server (`puzzle search --scores --costs --scenario`)."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pandas as pd
 
 from puzzle_core.architecture import BlockVariant
 from puzzle_core.errors import SpecError, StorageError
+from puzzle_core.records import make_directory
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.run_search import find_architecture
 from puzzle_core.search.search_record import FoundArchitecture, SearchRecord
@@ -62,7 +62,7 @@ def search_tables(
     """
     table = read_scores(scores, score, maximise, parent, distance)
     builder = ProblemBuilder(request, table, read_costs(costs))
-    _make_directory(out)
+    make_directory(out)
     record = find_architecture(builder, on_answer)
     try:
         record.write(out / "search.json")
@@ -71,22 +71,6 @@ def search_tables(
     except OSError as error:
         raise StorageError(f"cannot write the answer to {out}: {error}") from error
     return record
-
-
-def _make_directory(out: Path) -> None:
-    """Make the directory of the answer.
-
-    Raises:
-        StorageError: it is a file or lies below one, or cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise StorageError(f"the answer goes into a directory, and {out} is or lies below a file") from error
-    except OSError as error:
-        raise StorageError(f"cannot make the directory {out} of the answer: {error}") from error
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise StorageError(f"cannot write into the directory {out} of the answer: no permission")
 
 
 def _read_one(path: Path) -> dict[str, Any]:

@@ -286,6 +286,7 @@ def test_a_misspelt_key_beside_a_scenario_is_refused(tmp_path: Path) -> None:
     [
         ({"search": {"frontier_points": 10**12}}, "search.frontier_points: .*less than or equal to 1000"),
         ({"search": {"solutions": 10**9}}, "search.solutions: .*less than or equal to 1000"),
+        ({"scenario": SCENARIO | {"name": 1024}}, r"scenario.name: .*: put it in quotes \(found 1024\)"),
         ({"search": {"alpha": 1}}, "search.alpha: .*less than 1"),
         ({"scenario": SCENARIO | {"batch_sizes": [*range(1, 1002)]}}, "1,001 combinations.*at most 1,000"),
         ({"scenario": SCENARIO | {"prompt_tokens": 10**400}}, "scenario.prompt_tokens: "),
@@ -303,7 +304,7 @@ def test_a_file_in_the_place_of_the_answer_is_refused_before_the_search(tmp_path
     scores, costs, scenario = write(tmp_path)
     monkeypatch.setattr("puzzle_core.search.from_tables.find_architecture", lambda builder: pytest.fail("searched"))
     for out in (scores, scores / "below"):
-        with pytest.raises(StorageError, match=f"{out} is or lies below a file"):
+        with pytest.raises(StorageError, match=f"{out} should be a directory, and is or lies below a file"):
             search_tables(scores, costs, read_request([scenario]), out)
 
 

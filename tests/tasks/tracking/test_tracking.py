@@ -18,7 +18,7 @@ import yaml
 from mlflow import MlflowClient
 
 from flows.train_child import train_child
-from puzzle_core.spec import RuntimeSpec, parse_spec
+from puzzle_core.spec import RuntimeSpec, ScenarioSpec, parse_spec
 from tasks.runtime.process import this_process
 from tasks.tracking import lineage_tree, outbox
 from tasks.tracking.lineage_steps import TABLE
@@ -343,6 +343,9 @@ def test_curves_are_whole_and_kl_is_by_layer(finished, runs):
     names = [name for name in found["library"].data.metrics if name.startswith("bld/")]
     assert len(names) == TRAINED
     assert [metric.step for metric in client.get_metric_history(library, names[0])] == [1, 2, 3, 4]
+    scenario = finished.content["scenario"]
+    limits = [name for run in found.values() for name in run.data.metrics if name.startswith("limit/")]
+    assert sorted(limits) == sorted(f"limit/{ScenarioSpec().name}/{name}" for name in scenario["limits"])
     by_layer = [name for name in found["library"].data.metrics if name.startswith("kl/")]
     assert sum(len(client.get_metric_history(library, name)) for name in by_layer) == SCORED
 
