@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.report import derived
-from puzzle_core.report.accuracies import Accuracy, accuracies, kept, kept_in_the_mean, means
+from puzzle_core.report.accuracies import Accuracy, accuracies, can_be_kept, kept, kept_in_the_mean, means
 from puzzle_core.report.report_inputs import ModelResult, ReportInputs
 from puzzle_core.report.units import (
     NONE,
@@ -126,8 +126,9 @@ def benchmarks_table(inputs: ReportInputs) -> Table:
 def _accuracy_text(accuracy: Accuracy | None) -> str:
     if accuracy is None:
         return NONE
-    error = accuracy.standard_error
-    return number_text(accuracy.value, 4) + ("" if error is None else f" ± {error:.4f}")
+    value, error = accuracy.value, accuracy.standard_error
+    text = f"{value:.4f}" if can_be_kept(accuracy.metric) else number_text(value, 4)
+    return text if error is None else f"{text} ± {error:.4f}"
 
 
 def baselines_table(inputs: ReportInputs) -> Table:

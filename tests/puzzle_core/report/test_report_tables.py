@@ -201,7 +201,7 @@ def test_benchmarks_show_what_is_kept_of_each_and_of_the_mean(inputs: ReportInpu
     assert table.columns[:4] == ("benchmark", "metric", "items", "parent")
     assert rows["arc", "accuracy"] == ("200", "0.5000 ± 0.0300", "0.4000 ± 0.0300", "80.0 %")
     assert rows["arc", "accuracy by length"] == ("200", "0.4000 ± 0.0400", "0.3000 ± 0.0400", "75.0 %")
-    assert rows["piqa", "accuracy by length"] == ("200", "0 ± 0.0400", "0.5000 ± 0.0400", "–")
+    assert rows["piqa", "accuracy by length"] == ("200", "0.0000 ± 0.0400", "0.5000 ± 0.0400", "–")
     assert rows["mean of 2", "accuracy"] == ("400", "0.6250 ± 0.0212", "0.5000 ± 0.0212", "80.0 %")
     assert rows["mean of 2", "accuracy by length"][-1] == "200.0 %"
     assert [row[4] for row in table.rows if row[0] == "arc"] == ["–", "–"]
