@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from puzzle_core import evaluation, multiple_choice
 from puzzle_core.benchmark_items import Item
 from puzzle_core.errors import DataError, NonFiniteError
+from puzzle_core.model import predictions
 from puzzle_core.model.child import load_child, load_parent
 from puzzle_core.multiple_choice import answer_items, encode_pair
 from puzzle_core.spec import HarnessSpec
@@ -89,7 +90,7 @@ def test_answers_do_not_depend_on_batches(parent, tokenizer, monkeypatch):
     model = load_parent(parent, torch.float32, CPU)
     whole = answer_items(model, tokenizer, "b", ITEMS)
     monkeypatch.setattr(multiple_choice, "BATCH_TOKENS", 1)
-    monkeypatch.setattr(multiple_choice, "HEAD_POSITIONS", 2)
+    monkeypatch.setitem(predictions.CHUNK_BYTES, "cpu", 1)
     seen = []
     assert answer_items(model, tokenizer, "b", ITEMS, lambda done, total: seen.append((done, total))) == whole
     assert len(seen) > len(ITEMS)
