@@ -153,7 +153,7 @@ def _part(place: str, row: dict[str, Any]) -> str:
         if str(subblock) == OUTSIDE:
             return OUTSIDE
         if _absent(row.get("variant")) or str(subblock) not in ("attn", "attention", "ffn"):
-            raise SpecError(f"{place}: give subblock attn or ffn with its variant, or subblock {OUTSIDE}")
+            raise SpecError(f"{place}: say subblock attn or ffn with its variant, or subblock {OUTSIDE}")
         return str(_variant(place, "ffn" if subblock == "ffn" else "attn", row["variant"]))
     if _absent(attention) and _absent(ffn):
         raise SpecError(f"{place} is about nothing: give attention, ffn or both, or subblock and variant")
