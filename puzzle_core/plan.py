@@ -136,6 +136,7 @@ class Plan:
             variant=variant,
             tokens=self.tokens("bld").key,
             contributions=self.importance().key if variant.row.needs_contributions else None,
+            seed=self.spec.data.seed,
             spec=self.spec.bld,
         )
 
@@ -259,6 +260,7 @@ class Plan:
             architecture=architecture,
             tokens=self.tokens("gkd").key,
             dtype=self.spec.target.dtype,
+            seed=self.spec.data.seed,
             spec=self.spec.gkd,
         )
 

@@ -76,7 +76,7 @@ class DataSpec(Record):
         exclude_if=lambda share: share is None,
     )
     sequence_length: int = Field(256, ge=8, le=10**9, description="Tokens per window")
-    seed: int = Field(0, description="Seed for the order of the documents")
+    seed: int = Field(0, description="Seed for the order of the documents, and of the windows in BLD and GKD")
     cut_documents: bool = Field(
         True,
         description="A split starts with the rest of the last document before it; false: splits share no document",

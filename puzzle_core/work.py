@@ -65,16 +65,17 @@ class ImportanceRecord(Record):
 
 
 class BldWork(Work):
-    """The training of one variant of one layer."""
+    """The training of one variant of one layer; `seed` is that of the order of the windows."""
 
     stage: ClassVar[str] = "bld"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     parent: str
     layer: int
     variant: VariantId
     tokens: str
     contributions: str | None
+    seed: int
     spec: BldSpec
 
 
@@ -201,16 +202,17 @@ class ChildRecord(Record):
 
 
 class GkdWork(Work):
-    """The global distillation of one child."""
+    """The global distillation of one child; `seed` is that of the order of the windows."""
 
     stage: ClassVar[str] = "gkd"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     parent: str
     child: str
     architecture: Architecture
     tokens: str
     dtype: Dtype
+    seed: int
     spec: GkdSpec
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from puzzle_core.data import batch_rows
 from puzzle_core.distill.importance import load_contribution
-from puzzle_core.distill.loop import Checkpoints, MicroBatch, Progress, train
+from puzzle_core.distill.loop import Checkpoints, MicroBatch, Progress, micro_batches, train
 from puzzle_core.distill.losses import normalised_mse
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import Activations
@@ -58,20 +58,19 @@ def train_variant(
     batch, training_windows = spec.batch_tokens // length, windows - held_back
     steps = max(1, windows * spec.epochs // batch)
 
-    def loss_of(rows: slice | list[int]) -> torch.Tensor:
+    def loss_of(rows: list[int]) -> torch.Tensor:
         input_BTD, target_BTD = inputs[rows].to(device), targets[rows].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
             output_BTD = frozen.feed(block.attend(input_BTD, **context)) if is_attention else block.feed(input_BTD)
         return normalised_mse(target_BTD, output_BTD)
 
     def losses(step: int) -> dict[str, torch.Tensor]:
-        return {"loss": loss_of(batch_rows(step, batch, training_windows))}
+        return {"loss": loss_of(batch_rows(step, batch, training_windows, work.seed))}
 
     @torch.no_grad()
     def held_back_loss() -> float:
         first = training_windows if held_back else 0
-        batches = [slice(start, min(start + batch, windows)) for start in range(first, windows, batch)]
-        total = sum(float(loss_of(rows)) * (rows.stop - rows.start) for rows in batches)
+        total = sum(float(loss_of(rows)) * len(rows) for rows in micro_batches(range(first, windows), batch))
         return total / (windows - first)
 
     def whole_batch(step: int) -> list[MicroBatch]:

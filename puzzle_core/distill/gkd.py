@@ -77,14 +77,14 @@ def distil(
         micro = min(micro, -(-batch // group.mesh.size()))
     steps = max(1, windows * spec.epochs // batch)
 
-    def micro_batch(rows: slice | list[int], weight: int) -> dict[str, torch.Tensor]:
+    def micro_batch(rows: list[int], weight: int) -> dict[str, torch.Tensor]:
         ids_BT = windows_NT[rows].long().to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
             terms = loss_terms(parent_model, child, ids_BT, spec)
         return {name: term * (weight * len(ids_BT) / batch) for name, term in terms.items()}
 
     def losses(step: int) -> list[MicroBatch]:
-        step_rows = list(micro_batches(batch_rows(step, batch, windows), micro))
+        step_rows = list(micro_batches(batch_rows(step, batch, windows, work.seed), micro))
         own_rows = group.share(step_rows) if group else [(rows, 1) for rows in step_rows]
         return [partial(micro_batch, rows, weight) for rows, weight in own_rows]
 

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -223,9 +223,6 @@ def _resume(
     return curve
 
 
-def micro_batches(rows: slice | list[int], windows: int) -> Iterator[slice | list[int]]:
+def micro_batches(rows: Sequence[int], windows: int) -> Iterator[list[int]]:
     """Split the rows of a batch into micro-batches of at most `windows` windows."""
-    if isinstance(rows, slice):
-        yield from (slice(start, min(start + windows, rows.stop)) for start in range(rows.start, rows.stop, windows))
-    else:
-        yield from (rows[start : start + windows] for start in range(0, len(rows), windows))
+    return (list(rows[start : start + windows]) for start in range(0, len(rows), windows))

@@ -25,10 +25,10 @@ VARIANTS = ["attn:kv1", "attn:linear", "ffn:i12", "ffn:linear"]
 def distil(activations, contributions_of, tmp_path):
     """Train a variant of the plain parent's layer 1; half of the windows in a batch if not said."""
 
-    def run(variant, spec=None, activations=activations, **options):
+    def run(variant, spec=None, activations=activations, seed=0, **options):
         spec = BldSpec(**({"batch_tokens": 48, "epochs": 10} | (spec or {})))
         work = BldWork(
-            parent="p", layer=LAYER, variant=Variant.parse(variant), tokens="t", contributions="c", spec=spec
+            parent="p", layer=LAYER, variant=Variant.parse(variant), tokens="t", contributions="c", seed=seed, spec=spec
         )
         return bld.train_variant(work, activations, contributions_of("llama"), tmp_path, **options)
 
@@ -80,6 +80,13 @@ def test_resumed_is_bitwise_the_uninterrupted(variant, distil, tmp_path):
     assert distil(variant, checkpoints=checkpoints, report=steps.append).curve == curve
     assert steps[0].step == 7
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_weights(tmp_path).items())
+
+
+def test_the_order_of_windows_is_that_of_the_seed(distil):
+    zero, again, one = (distil("ffn:i24", seed=seed) for seed in (0, 0, 1))
+    assert zero.curve == again.curve
+    assert zero.initial_loss == one.initial_loss
+    assert zero.curve[0] != one.curve[0]
 
 
 def test_no_gradient_leaves_the_variant(distil, parent):

@@ -30,6 +30,7 @@ def distil(parent_of, tokens_dir, tmp_path):
             architecture=Architecture.parse(MIXED),
             tokens="t",
             dtype=saved_as,
+            seed=0,
             spec=GkdSpec(**(BATCH | spec)),
         )
         record = gkd.distil(work, parent_of(name), child_dir, tokens_dir, out_dir, checkpoints, report, threads)

@@ -129,11 +129,8 @@ def test_side_by_side_is_bitwise_one_after_the_other():
     assert all(torch.equal(one[name], three[name]) for name in one)
 
 
-@pytest.mark.parametrize("rows", [slice(6, 11), [4, 5, 0, 1, 2]])
-def test_micro_batches_cover_the_rows_once(rows):
-    numbers = list(range(12))
-    first, second, third = (numbers[part] if isinstance(part, slice) else part for part in micro_batches(rows, 2))
-    assert [*first, *second, *third] == (numbers[rows] if isinstance(rows, slice) else rows)
+def test_micro_batches_cover_the_rows_once():
+    assert list(micro_batches([4, 5, 0, 1, 2], 2)) == [[4, 5], [0, 1], [2]]
 
 
 def test_a_loss_that_is_not_finite_names_the_training_and_the_step():

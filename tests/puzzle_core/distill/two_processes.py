@@ -29,6 +29,7 @@ def work_of(spec):
         architecture=Architecture.parse(MIXED),
         tokens="t",
         dtype="float32",
+        seed=0,
         spec=GkdSpec(**({"batch_tokens": 48, "epochs": 3, "optimizer": {"learning_rate": 0.005}} | spec)),
     )
 
