@@ -28,7 +28,7 @@ from benchmarks.rounds import ratio, take_turns
 from puzzle_core.architecture import Variant
 from puzzle_core.data import batch_rows
 from puzzle_core.distill import bld
-from puzzle_core.distill.loop import Checkpoints
+from puzzle_core.distill.training_checkpoint import Checkpoints
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.surgery import load_weights, variant_block
 from puzzle_core.report.report_tables import Table, format_text

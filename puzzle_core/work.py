@@ -216,13 +216,29 @@ class GkdWork(Work):
     spec: GkdSpec
 
 
+class HeldBackKl(Record):
+    """KL to the parent on held-back windows after `step` steps."""
+
+    step: int
+    kl_nats_per_token: float
+
+
 class GkdRecord(Record):
-    """Result of the distillation; `curve` has the loss terms of every step."""
+    """Result of the distillation; `curve` has the loss terms of every step.
+
+    `held_back` has what was measured on held-back windows, at step 0 first; it is empty without checks.
+    """
 
     architecture: Architecture
     curve: tuple[dict[str, float], ...]
+    held_back: tuple[HeldBackKl, ...] = ()
     tokens: int
     seconds: float
+
+    @property
+    def best(self) -> HeldBackKl | None:
+        """The measurement of the weights that the child got."""
+        return min(self.held_back, key=lambda point: point.kl_nats_per_token, default=None)
 
 
 class MultipleChoiceWork(Record):

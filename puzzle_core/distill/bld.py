@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 from puzzle_core.data import batch_rows
 from puzzle_core.distill.importance import load_contribution
-from puzzle_core.distill.loop import Checkpoints, MicroBatch, Progress, micro_batches, train
+from puzzle_core.distill.loop import MicroBatch, Progress, micro_batches, train
 from puzzle_core.distill.losses import normalised_mse
+from puzzle_core.distill.training_checkpoint import Checkpoints
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.surgery import WEIGHTS, variant_block
@@ -79,7 +80,7 @@ def train_variant(
     started, label = time.monotonic(), f"BLD of layer {work.layer} {work.variant}"
     initial = held_back_loss()
     untrained = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
-    terms = train(label, parameters, whole_batch, steps, spec.optimizer, checkpoints, report)
+    past = train(label, parameters, whole_batch, steps, spec.optimizer, checkpoints, report)
     final, rate = held_back_loss(), spec.optimizer.learning_rate
     if final > max(2 * initial, DIVERGED_LOSS):
         raise NonFiniteError(
@@ -95,13 +96,12 @@ def train_variant(
         )
         trained = untrained
     save_file(trained, out_dir / WEIGHTS)
-    curve = [term["loss"] for term in terms]
     return BldRecord(
         layer=work.layer,
         variant=work.variant,
         initial_loss=initial,
         final_loss=min(initial, final),
-        curve=tuple(curve),
+        curve=tuple(terms["loss"] for terms in past.curve),
         tokens=steps * spec.batch_tokens,
         seconds=time.monotonic() - started,
     )

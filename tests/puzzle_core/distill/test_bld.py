@@ -7,7 +7,7 @@ import torch
 
 from puzzle_core.architecture import Variant
 from puzzle_core.distill import bld
-from puzzle_core.distill.loop import Checkpoints
+from puzzle_core.distill.training_checkpoint import Checkpoints
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.families.family import FAMILIES
 from puzzle_core.model.activations import Activations
