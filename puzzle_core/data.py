@@ -1,4 +1,4 @@
-"""Packs texts into token batches: disjoint splits for calibration, BLD, scoring, GKD and evaluation.
+"""Packs texts into token batches: splits for calibration, BLD, GKD, scoring and evaluation.
 
 Documents are shuffled once with a fixed seed, each gets a start token (`document_start`), and all are cut into
 windows of `sequence_length` tokens. Trainings read the windows of a split in a random order that seed and epoch

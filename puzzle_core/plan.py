@@ -96,11 +96,15 @@ class Plan:
         return range(self.inputs.shape.layers)
 
     def tokens(self, split: str) -> TokensWork:
-        """One split of packed windows; no two splits share a token."""
+        """One split of packed windows. No two splits share a token, but calibration reads the first of the texts.
+
+        Calibration trains nothing, and so its number of tokens changes no other split.
+        """
         spec = self.spec
-        train = (("calibration", spec.importance.tokens), ("bld", spec.bld.tokens), ("gkd", spec.gkd.tokens))
+        calibration = (("calibration", spec.importance.tokens),)
+        train = (("bld", spec.bld.tokens), ("gkd", spec.gkd.tokens))
         held_out = (("scoring", spec.scoring.tokens), ("evaluation", spec.evaluation.tokens))
-        order = held_out if split in HELD_OUT_SPLITS else train
+        order = next(order for order in (calibration, train, held_out) if split in dict(order))
         position = [name for name, _ in order].index(split)
         return TokensWork(
             split=split,
@@ -110,7 +114,7 @@ class Plan:
             seed=spec.data.seed,
             cut_documents=spec.data.cut_documents,
             document_start=spec.data.document_start,
-            texts=self.inputs.train_texts if order is train else self.inputs.held_out_texts,
+            texts=self.inputs.held_out_texts if order is held_out else self.inputs.train_texts,
             tokenizer=self.inputs.tokenizer,
         )
 

@@ -215,7 +215,7 @@ def _offered(rules: Mapping[str, Any], subblock: Subblock, shape: ModelShape) ->
 class ImportanceSpec(Record):
     """Channel contributions of the parent's FFNs (METHOD section 2)."""
 
-    tokens: Positive = Field(65_536, description="Calibration tokens")
+    tokens: Positive = Field(65_536, description="Calibration tokens: the first of the training texts, as BLD's")
 
 
 class OptimizerSpec(Record):

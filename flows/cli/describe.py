@@ -58,7 +58,7 @@ def describe_plan(spec: RunSpec) -> str:
     check_packages(spec, context)
     plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target, spec.evaluation))
     shape, needed, store = plan.inputs.shape, resources(plan), context.store()
-    for last in ("gkd", "evaluation"):
+    for last in ("calibration", "gkd", "evaluation"):
         if not store.has(plan.tokens(last).key):
             check_texts_enough(plan.tokens(last), plan.texts(last), context.open_parent(), context.scratch)
     stages: dict[str, Sequence[Work]] = {

@@ -49,6 +49,7 @@ CHANGES = {
     "search": ({"search": {"solutions": 2}}, {"search"}),
     "rounds": ({"target": {"rounds": 9}}, {"costs", "search"}),
     "gkd": ({"gkd": {"kl_weight": 2}}, {"gkd"}),
+    "calibration": ({"importance": {"tokens": 64}}, {"tokens", "importance", "bld", "scores", "search", "gkd"}),
     "evaluation": ({"evaluation": {"tokens": 64}}, {"tokens", "evaluation"}),
     "scoring": ({"scoring": {"dtype": "bfloat16"}}, {"scores", "search"}),
     "bld": ({"bld": {"epochs": 2}}, {"bld", "scores", "search", "gkd"}),
@@ -59,6 +60,14 @@ CHANGES = {
 def test_a_change_reaches_what_depends_on_it_and_nothing_else(plan, parts, stages):
     before, after = keys(plan()), keys(plan(**parts))
     assert {stage for stage in before if before[stage] != after[stage]} == stages
+
+
+def test_the_number_of_calibration_tokens_changes_calibration_and_pruned_ffns_alone(plan):
+    few, many = plan(importance={"tokens": 64}), plan(importance={"tokens": 640})
+    assert few.tokens("calibration") != many.tokens("calibration")
+    assert all(few.tokens(split) == many.tokens(split) for split in ("bld", "gkd", "scoring", "evaluation"))
+    pairs = zip(few.all_bld(), many.all_bld(), strict=True)
+    assert {str(one.variant) for one, other in pairs if one.key != other.key} == {"ffn:i24"}
 
 
 def test_every_trained_half_of_a_score_has_its_training(plan):
