@@ -85,7 +85,7 @@ def resources(
     state, score_state = (part.tokens * shape.hidden * DTYPE_BYTES[part.dtype] for part in (spec.bld, spec.scoring))
     log_probabilities = min(LARGEST_LOG_PROBABILITIES_BYTES, _log_probability_bytes(plan))
     library = sum(DTYPE_BYTES["float32"] * variant_size(shape, work.variant).parameters for work in variants)
-    child_bytes = child_size * DTYPE_BYTES[spec.target.dtype]
+    child_bytes = child_size * DTYPE_BYTES[plan.target.served_dtype]
     return Resources(
         bld_tasks=len(variants),
         score_tasks=len(scores),

@@ -92,6 +92,7 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec, evalua
     inputs = Inputs(
         parent=parent_digest(parent, context.scratch),
         tokenizer=parent.tokenizer_digest,
+        dtype=parent.dtype,
         shape=parent.shape,
         train_texts=texts_digest(train, context.scratch),
         held_out_texts=texts_digest(held_out, context.scratch),

@@ -72,7 +72,8 @@ def describe_plan(spec: RunSpec) -> str:
     lines = [
         f"{spec.name}: {spec.parent.path} ({shape.family}, {shape.layers} layers, hidden {shape.hidden}, "
         f"{shape.heads} heads, {shape.kv_heads} KV heads, FFN {shape.ffn_width}, vocabulary {shape.vocabulary})",
-        f"target {spec.target.name} ({plan.inputs.hardware}), scenario {spec.scenario.name}",
+        f"target {spec.target.name} ({plan.inputs.hardware}), scenario {spec.scenario.name}, "
+        f"child in {plan.target.served_dtype}",
         f"store {spec.runtime.store}",
         "",
         f"{'stage':<12}{'in store':>10}{'to do':>8}",

@@ -123,7 +123,7 @@ def making_table(inputs: ReportInputs) -> report_tables.Table:
         ("parent", f"{inputs.parent_name}, digest {spec.parent.path}" if inputs.parent_name else spec.parent.path),
         ("hardware", derived.hardware(inputs)),
         ("costs", _costs_text(inputs.costs)),
-        ("served in", spec.target.dtype),
+        ("served in", spec.target.served_dtype),
         ("BLD", f"{len(inputs.bld)} variants, {count_text(tokens)} tokens, {duration_text(seconds)} in all"),
         ("scores", f"{len(inputs.scores)} blocks on {count_text(spec.scoring.tokens)} tokens each"),
         (

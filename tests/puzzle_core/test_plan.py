@@ -70,6 +70,24 @@ def test_the_number_of_calibration_tokens_changes_calibration_and_pruned_ffns_al
     assert {str(one.variant) for one, other in pairs if one.key != other.key} == {"ffn:i24"}
 
 
+@pytest.mark.parametrize(
+    ("of_parent", "of_spec", "dtype"),
+    [("bfloat16", {}, "bfloat16"), ("float32", {}, "float32"), ("bfloat16", {"dtype": "float32"}, "float32")],
+)
+def test_a_child_has_its_parents_dtype_if_the_spec_names_none(plan, of_parent, of_spec, dtype):
+    found = plan(target=of_spec)
+    found = Plan(found.spec, found.inputs.model_copy(update={"dtype": of_parent}))
+    architecture = Architecture.parse(MIXED)
+    assert found.assemble(architecture).dtype == found.gkd(architecture).dtype == dtype
+    targets = [work.target for work in found.costs().values()]
+    targets += [found.timing({"child": architecture}, 1).target, found.spec_of_content().target]
+    assert {target.dtype for target in targets} == {dtype}
+    named = plan(target={"dtype": dtype})
+    assert keys(found) == keys(named)
+    assert resources(found) == resources(named)
+    assert found.spec_of_content() == named.spec_of_content()
+
+
 def test_every_trained_half_of_a_score_has_its_training(plan):
     trained = {work.key for work in plan().all_bld()}
     used = {key for work in plan().all_scores() for key in (work.attention, work.ffn) if key}

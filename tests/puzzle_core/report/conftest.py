@@ -42,6 +42,7 @@ class MadeUp:
             "name": "made-up",
             "parent": {"path": "/models/parent"},
             "variants": {"kv_heads": [2, 1], "ffn_ratios": [0.75, 0.5, 0.25]},
+            "target": {"dtype": "float32"},
             "scenario": {
                 "name": "chatbot", "prompt_tokens": 128, "generated_tokens": 64, "batch_sizes": [BATCH],
                 "limits": {"memory": "75%", "throughput": "140%", "time_to_first_token": "900ms"},
