@@ -234,6 +234,12 @@ class BldSpec(Record):
     tokens: Positive = Field(262_144, description="Training tokens per variant")
     epochs: Positive = Field(1, description="Passes over these tokens")
     batch_tokens: Positive = Field(4096, description="Tokens per optimizer step; whole windows")
+    loss: Literal["tensor", "token"] = Field(
+        "tensor",
+        description="Squared error over the square of the parent's output: of the whole batch (tensor), or of every "
+        "token, where a few tokens have huge activations (token)",
+        exclude_if=lambda loss: loss == "tensor",
+    )
     dtype: Dtype = Field("float32", description="Type of activations and matrix products; weights stay float32")
     optimizer: OptimizerSpec = OptimizerSpec()
 

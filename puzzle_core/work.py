@@ -80,7 +80,7 @@ class BldWork(Work):
 
 
 class BldRecord(Record):
-    """Result of a variant's training; losses are normalised MSE, without unit.
+    """Result of a variant's training; losses are normalised MSE by `bld.loss`, without unit.
 
     `initial_loss` and `final_loss` are measured on the same held-back windows. If training does not lower the loss,
     the initial weights are kept and both are equal. `curve` has the training loss of every step.

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from puzzle_core.data import batch_rows
 from puzzle_core.distill.importance import load_contribution
 from puzzle_core.distill.loop import MicroBatch, Progress, micro_batches, train
-from puzzle_core.distill.losses import normalised_mse
+from puzzle_core.distill.losses import normalised_mse, token_normalised_mse
 from puzzle_core.distill.training_checkpoint import Checkpoints
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import Activations
@@ -29,6 +29,8 @@ from puzzle_core.state_dict import State
 from puzzle_core.work import BldRecord, BldWork
 
 log = logging.getLogger("puzzle")
+LOSSES = {"tensor": normalised_mse, "token": token_normalised_mse}
+"""By the name of `bld.loss`."""
 DIVERGED_LOSS = 0.05
 """A final loss below this is no divergence, whatever the initial loss was; an output of zeros has loss 1."""
 
@@ -63,7 +65,7 @@ def train_variant(
         input_BTD, target_BTD = inputs[rows].to(device), targets[rows].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
             output_BTD = frozen.feed(block.attend(input_BTD, **context)) if is_attention else block.feed(input_BTD)
-        return normalised_mse(target_BTD, output_BTD)
+        return LOSSES[spec.loss](target_BTD, output_BTD)
 
     def losses(step: int) -> dict[str, torch.Tensor]:
         return {"loss": loss_of(batch_rows(step, batch, training_windows, work.seed))}

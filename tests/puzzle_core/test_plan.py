@@ -52,6 +52,8 @@ CHANGES = {
     "calibration": ({"importance": {"tokens": 64}}, {"tokens", "importance", "bld", "scores", "search", "gkd"}),
     "evaluation": ({"evaluation": {"tokens": 64}}, {"tokens", "evaluation"}),
     "scoring": ({"scoring": {"dtype": "bfloat16"}}, {"scores", "search"}),
+    "loss that is the default": ({"bld": {"loss": "tensor"}}, set()),
+    "loss": ({"bld": {"loss": "token"}}, {"bld", "scores", "search", "gkd"}),
     "bld": ({"bld": {"epochs": 2}}, {"bld", "scores", "search", "gkd"}),
 }
 

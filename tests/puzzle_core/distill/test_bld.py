@@ -66,6 +66,23 @@ def test_the_initial_loss_is_that_of_the_initial_weights_on_the_held_back_window
     assert distil(variant, {"batch_tokens": 96}).initial_loss == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_the_loss_is_that_of_the_specification(distil, activations, initial_state):
+    swapped = bld.variant_block(
+        activations.parent,
+        LAYER,
+        Variant.parse("ffn:i12"),
+        initial_state("llama", LAYER, "ffn:i12"),
+        torch.float32,
+        CPU,
+    )
+    entered, left = activations.post_attention(LAYER)[-1:], activations.layer_input(LAYER + 1)[-1:]
+    by_token = (swapped.feed(entered) - left).square().sum(-1) / left.square().sum(-1)
+    record = distil("ffn:i12", {"loss": "token", "optimizer": {"learning_rate": 0.01}})
+    assert record.initial_loss == pytest.approx(by_token.mean().item(), rel=1e-5)
+    assert record.initial_loss != pytest.approx(distil("ffn:i12").initial_loss, rel=1e-3)
+    assert 0 < record.curve[-1] < 0.8 * record.curve[0]
+
+
 @pytest.mark.parametrize("variant", ["attn:kv2", "ffn:i24"])
 def test_resumed_is_bitwise_the_uninterrupted(variant, distil, tmp_path):
     def stop(progress):
