@@ -13,6 +13,7 @@ from puzzle_core.engines import ENGINES
 from puzzle_core.errors import SpecError
 from puzzle_core.records import Record
 from puzzle_core.spec import HarnessSpec, ParentSpec, RunSpec, RuntimeSpec, ScenarioSpec, VariantsSpec
+from puzzle_core.target import Dtype, TargetSpec
 from puzzle_core.text_sources import Texts
 from puzzle_core.work import (
     AssembleWork,
@@ -37,10 +38,12 @@ class Inputs(Record):
     """External inputs of a plan: the parent, texts, benchmarks, the machine, and an imported cost table.
 
     The parent, the texts, the table, the benchmarks (by name) and the folder of lm-evaluation-harness are digests.
-    `parent_commit` is the hub commit of the parent and is part of no key.
+    `parent_commit` is the hub commit of the parent and is part of no key. `dtype` is the type of a child if the spec
+    names none.
     """
 
     parent: str
+    dtype: Dtype = "float32"
     tokenizer: str
     shape: ModelShape
     train_texts: str
@@ -90,17 +93,26 @@ class Plan:
         """The part of the search space that the engines of the spec can run."""
         return self.spec.served_variants(self.inputs.shape)
 
+    @cached_property
+    def target(self) -> TargetSpec:
+        """The target, with a dtype: that of the spec, or the parent's."""
+        return self.spec.target.for_parent(self.inputs.dtype)
+
     @property
     def layers(self) -> range:
         """The parent's layers."""
         return range(self.inputs.shape.layers)
 
     def tokens(self, split: str) -> TokensWork:
-        """One split of packed windows; no two splits share a token."""
+        """One split of packed windows. No two splits share a token, but calibration reads the first of the texts.
+
+        Calibration trains nothing, and so its number of tokens changes no other split.
+        """
         spec = self.spec
-        train = (("calibration", spec.importance.tokens), ("bld", spec.bld.tokens), ("gkd", spec.gkd.tokens))
+        calibration = (("calibration", spec.importance.tokens),)
+        train = (("bld", spec.bld.tokens), ("gkd", spec.gkd.tokens))
         held_out = (("scoring", spec.scoring.tokens), ("evaluation", spec.evaluation.tokens))
-        order = held_out if split in HELD_OUT_SPLITS else train
+        order = next(order for order in (calibration, train, held_out) if split in dict(order))
         position = [name for name, _ in order].index(split)
         return TokensWork(
             split=split,
@@ -110,7 +122,7 @@ class Plan:
             seed=spec.data.seed,
             cut_documents=spec.data.cut_documents,
             document_start=spec.data.document_start,
-            texts=self.inputs.train_texts if order is train else self.inputs.held_out_texts,
+            texts=self.inputs.held_out_texts if order is held_out else self.inputs.train_texts,
             tokenizer=self.inputs.tokenizer,
         )
 
@@ -136,6 +148,7 @@ class Plan:
             variant=variant,
             tokens=self.tokens("bld").key,
             contributions=self.importance().key if variant.row.needs_contributions else None,
+            seed=self.spec.data.seed,
             spec=self.spec.bld,
         )
 
@@ -207,7 +220,7 @@ class Plan:
                 shape=self.inputs.shape.digest(),
                 variants=tuple(sorted(distinct)),
                 traffic=_traffic(scenario, batch_size),
-                target=self.spec.target,
+                target=self.target,
                 hardware=self.inputs.hardware,
             )
             for scenario in self.spec.scenarios
@@ -248,7 +261,7 @@ class Plan:
             parent=self.inputs.parent,
             architecture=architecture,
             library=tuple(library),
-            dtype=self.spec.target.dtype,
+            dtype=self.target.served_dtype,
         )
 
     def gkd(self, architecture: Architecture) -> GkdWork:
@@ -258,7 +271,8 @@ class Plan:
             child=self.assemble(architecture).key,
             architecture=architecture,
             tokens=self.tokens("gkd").key,
-            dtype=self.spec.target.dtype,
+            dtype=self.target.served_dtype,
+            seed=self.spec.data.seed,
             spec=self.spec.gkd,
         )
 
@@ -295,7 +309,7 @@ class Plan:
             shape=self.inputs.shape.digest(),
             architectures=tuple(architectures.items()),
             traffic=_traffic(self.spec.scenario, batch_size),
-            target=self.spec.target.model_copy(update={"rounds": self.spec.evaluation.timing_rounds}),
+            target=self.target.model_copy(update={"rounds": self.spec.evaluation.timing_rounds}),
             hardware=self.inputs.hardware,
         )
 
@@ -311,7 +325,7 @@ class Plan:
             update={
                 "parent": ParentSpec(path=inputs.parent),
                 "data": spec.data.model_copy(update=texts),
-                "target": spec.target.model_copy(update={"table": inputs.cost_table}),
+                "target": self.target.model_copy(update={"table": inputs.cost_table}),
                 "evaluation": spec.evaluation.model_copy(update={"tasks": benchmarks, "lm_eval": self._harness}),
                 "runtime": RuntimeSpec(),
             }

@@ -15,6 +15,7 @@ from puzzle_core.sizes import (
     architecture_parameters,
     held_back_windows,
     variant_size,
+    watched_windows,
 )
 from puzzle_core.work import BldWork, ScoreWork
 
@@ -24,8 +25,8 @@ FORWARD, FORWARD_BACKWARD, ATTENTION_FORWARD_BACKWARD = 1, 3, 3.5
 """Cost relative to a forward pass. Attention kernels compute half of their forward pass again in the backward pass."""
 TRAINING_BYTES = 16
 """Bytes per trained parameter: weight, gradient and two moments, in float32."""
-CHECKPOINT_BYTES = 12
-"""Bytes per trained parameter in a checkpoint: weight and two moments, in float32."""
+CHECKPOINT_BYTES, BEST_WEIGHT_BYTES = 12, 4
+"""Bytes per trained parameter in a checkpoint (weight and two moments), and in the best weights beside it; float32."""
 
 
 class Resources(NamedTuple):
@@ -84,7 +85,7 @@ def resources(
     state, score_state = (part.tokens * shape.hidden * DTYPE_BYTES[part.dtype] for part in (spec.bld, spec.scoring))
     log_probabilities = min(LARGEST_LOG_PROBABILITIES_BYTES, _log_probability_bytes(plan))
     library = sum(DTYPE_BYTES["float32"] * variant_size(shape, work.variant).parameters for work in variants)
-    child_bytes = child_size * DTYPE_BYTES[spec.target.dtype]
+    child_bytes = child_size * DTYPE_BYTES[plan.target.served_dtype]
     return Resources(
         bld_tasks=len(variants),
         score_tasks=len(scores),
@@ -98,7 +99,7 @@ def resources(
         child_bytes=child_bytes,
         store_bytes=library + (2 + len(spec.search.baselines)) * child_bytes,
         gkd_device_bytes=(child_size * TRAINING_BYTES + parent_size * DTYPE_BYTES[spec.gkd.dtype]) // gkd_processes,
-        gkd_checkpoint_bytes=child_size * CHECKPOINT_BYTES,
+        gkd_checkpoint_bytes=child_size * (CHECKPOINT_BYTES + (BEST_WEIGHT_BYTES if spec.gkd.held_back_checks else 0)),
         bld_flops=bld_tokens * sum(bld_flops(plan, work) for work in variants),
         score_flops=spec.scoring.tokens * sum(score_flops(plan, work) for work in scores),
         gkd_flops=gkd_tokens * gkd_flops(plan, child, recompute=gkd_processes > 1),
@@ -135,16 +136,22 @@ def score_flops(plan: Plan, work: ScoreWork) -> float:
 
 
 def gkd_flops(plan: Plan, child: Architecture, recompute: bool) -> float:
-    """Operations per token of GKD. With `recompute`, the backward pass computes every block of the child again."""
-    shape, length = plan.inputs.shape, plan.spec.data.sequence_length
-    total = shape.layers * _block_forward(shape, shape.parent_block, length)
-    total += _head(shape) * (FORWARD + FORWARD_BACKWARD)
+    """Operations per token of GKD, its passes over the held-back windows included.
+
+    With `recompute`, the backward pass computes every block of the child again.
+    """
+    shape, length, spec = plan.inputs.shape, plan.spec.data.sequence_length, plan.spec.gkd
+    parent = shape.layers * _block_forward(shape, shape.parent_block, length) + _head(shape)
+    training, forward = float(FORWARD_BACKWARD * _head(shape)), float(FORWARD * _head(shape))
     for block in child.layers:
         for variant in block.subblocks:
             weights, products = _forward(shape, variant, length)
-            total += FORWARD_BACKWARD * weights + ATTENTION_FORWARD_BACKWARD * products
-            total += recompute * (weights + products)
-    return total
+            training += FORWARD_BACKWARD * weights + ATTENTION_FORWARD_BACKWARD * products
+            training += recompute * (weights + products)
+            forward += weights + products
+    windows = -(-spec.tokens // length)
+    held_back_passes = (1 + spec.held_back_checks) * watched_windows(windows, spec.held_back_checks)
+    return parent + training + held_back_passes / (windows * spec.epochs) * (parent + forward)
 
 
 def _log_probability_bytes(plan: Plan) -> int:

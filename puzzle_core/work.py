@@ -65,7 +65,7 @@ class ImportanceRecord(Record):
 
 
 class BldWork(Work):
-    """The training of one variant of one layer."""
+    """The training of one variant of one layer; `seed` is that of the order of the windows."""
 
     stage: ClassVar[str] = "bld"
     version: ClassVar[int] = 3
@@ -75,11 +75,12 @@ class BldWork(Work):
     variant: VariantId
     tokens: str
     contributions: str | None
+    seed: int
     spec: BldSpec
 
 
 class BldRecord(Record):
-    """Result of a variant's training; losses are normalised MSE, without unit.
+    """Result of a variant's training; losses are normalised MSE by `bld.loss`, without unit.
 
     `initial_loss` and `final_loss` are measured on the same held-back windows. If training does not lower the loss,
     the initial weights are kept and both are equal. `curve` has the training loss of every step.
@@ -201,26 +202,43 @@ class ChildRecord(Record):
 
 
 class GkdWork(Work):
-    """The global distillation of one child."""
+    """The global distillation of one child; `seed` is that of the order of the windows."""
 
     stage: ClassVar[str] = "gkd"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     parent: str
     child: str
     architecture: Architecture
     tokens: str
     dtype: Dtype
+    seed: int
     spec: GkdSpec
 
 
+class HeldBackKl(Record):
+    """KL to the parent on held-back windows after `step` steps."""
+
+    step: int
+    kl_nats_per_token: float
+
+
 class GkdRecord(Record):
-    """Result of the distillation; `curve` has the loss terms of every step."""
+    """Result of the distillation; `curve` has the loss terms of every step.
+
+    `held_back` has what was measured on held-back windows, at step 0 first; it is empty without checks.
+    """
 
     architecture: Architecture
     curve: tuple[dict[str, float], ...]
+    held_back: tuple[HeldBackKl, ...] = ()
     tokens: int
     seconds: float
+
+    @property
+    def best(self) -> HeldBackKl | None:
+        """The measurement of the weights that the child got."""
+        return min(self.held_back, key=lambda point: point.kl_nats_per_token, default=None)
 
 
 class MultipleChoiceWork(Record):

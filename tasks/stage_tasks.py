@@ -64,7 +64,7 @@ from tasks.runtime.named_inputs import (
 from tasks.runtime.opened_parent import hub_commit
 from tasks.runtime.produce import produce
 from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs
-from tasks.tracking.live_curve import LiveCurve
+from tasks.tracking.live_curve import HELD_BACK_KL, LiveCurve
 from tasks.tracking.tracked_run import TrackedRun
 from tasks.ui_artifacts import ProgressArtifact
 
@@ -92,6 +92,7 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec, evalua
     inputs = Inputs(
         parent=parent_digest(parent, context.scratch),
         tokenizer=parent.tokenizer_digest,
+        dtype=parent.dtype,
         shape=parent.shape,
         train_texts=texts_digest(train, context.scratch),
         held_out_texts=texts_digest(held_out, context.scratch),
@@ -291,6 +292,9 @@ def distil_child(work: GkdWork, run: TrackedRun, context: RunContext) -> str:
     def report_progress(progress: Progress) -> None:
         bar.show(progress.step, progress.steps)
         terms = progress.terms if len(progress.terms) > 1 else {}
+        if progress.held_back is not None:
+            terms = terms | {HELD_BACK_KL: progress.held_back}
+            log.info("GKD: KL on held-back windows %.4f after step %d", progress.held_back, progress.step)
         curve.add(progress.step, {"loss": progress.loss} | terms, last=progress.step == progress.steps)
         if progress.step % max(1, progress.steps // 20) == 0:
             log.info("GKD: step %d of %d, loss %.4f", progress.step, progress.steps, progress.loss)

@@ -66,7 +66,7 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]], parent
 
 def _memory_bytes(work: ReportWork, architecture: Architecture, batch_size: int, costs: CostRecord | None) -> float:
     """Parameters plus the KV cache of the main scenario at its full context, in the precision that costs hold for."""
-    stored = DTYPE_BYTES[work.spec.target.dtype]
+    stored = DTYPE_BYTES[work.spec.target.served_dtype]
     weight_bytes, kv_bytes = (costs.weight_bytes, costs.kv_bytes) if costs else (stored, stored)
     scenario, shape = work.spec.scenario, work.shape
     tokens = batch_size * (scenario.prompt_tokens + scenario.generated_tokens)

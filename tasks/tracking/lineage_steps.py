@@ -18,6 +18,7 @@ from puzzle_core.sizes import architecture_parameters
 from puzzle_core.work import BldRecord, GkdRecord
 from tasks.runtime.context import RunContext
 from tasks.store.store import Store
+from tasks.tracking.live_curve import HELD_BACK_KL
 from tasks.tracking.tracked_models import TrackedModel, Values, allowed_name
 
 TABLE = "artifacts.csv"
@@ -169,9 +170,10 @@ def bld_curve(trained: BldRecord) -> Values:
 
 
 def gkd_curve(distilled: GkdRecord) -> Values:
-    """GKD loss and its terms by step."""
+    """GKD loss and its terms by step, and KL on held-back windows."""
     curve = enumerate(distilled.curve, start=1)
-    return [(f"gkd/{name}", value, step) for step, terms in curve for name, value in terms.items()]
+    values = [(f"gkd/{name}", value, step) for step, terms in curve for name, value in terms.items()]
+    return values + [(f"gkd/{HELD_BACK_KL}", point.kl_nats_per_token, point.step) for point in distilled.held_back]
 
 
 def _digest(keys: list[str]) -> str:

@@ -61,7 +61,12 @@ def _numbers_of(stage: str, work: dict[str, Any], record: dict[str, Any], sizes:
             values = [record["kl_nats_per_token"], record["lm_loss_increase_nats_per_token"], record["top1_agreement"]]
             return {f"{work['layer']} {block['attention']}+{block['ffn']}": values}
         case "gkd":
-            return {"losses": [list(step.values()) for step in record["curve"]], "weights": sizes}
+            held_back = [point["kl_nats_per_token"] for point in record["held_back"]]
+            return {
+                "losses": [list(step.values()) for step in record["curve"]],
+                "held back": held_back,
+                "weights": sizes,
+            }
         case "evaluation":
             names = ("kl_nats_per_token", "lm_loss_nats_per_token", "top1_accuracy", "top1_agreement")
             return {str(work["child"]): [record[name] for name in names]}

@@ -49,8 +49,11 @@ CHANGES = {
     "search": ({"search": {"solutions": 2}}, {"search"}),
     "rounds": ({"target": {"rounds": 9}}, {"costs", "search"}),
     "gkd": ({"gkd": {"kl_weight": 2}}, {"gkd"}),
+    "calibration": ({"importance": {"tokens": 64}}, {"tokens", "importance", "bld", "scores", "search", "gkd"}),
     "evaluation": ({"evaluation": {"tokens": 64}}, {"tokens", "evaluation"}),
     "scoring": ({"scoring": {"dtype": "bfloat16"}}, {"scores", "search"}),
+    "loss that is the default": ({"bld": {"loss": "tensor"}}, set()),
+    "loss": ({"bld": {"loss": "token"}}, {"bld", "scores", "search", "gkd"}),
     "bld": ({"bld": {"epochs": 2}}, {"bld", "scores", "search", "gkd"}),
 }
 
@@ -59,6 +62,32 @@ CHANGES = {
 def test_a_change_reaches_what_depends_on_it_and_nothing_else(plan, parts, stages):
     before, after = keys(plan()), keys(plan(**parts))
     assert {stage for stage in before if before[stage] != after[stage]} == stages
+
+
+def test_the_number_of_calibration_tokens_changes_calibration_and_pruned_ffns_alone(plan):
+    few, many = plan(importance={"tokens": 64}), plan(importance={"tokens": 640})
+    assert few.tokens("calibration") != many.tokens("calibration")
+    assert all(few.tokens(split) == many.tokens(split) for split in ("bld", "gkd", "scoring", "evaluation"))
+    pairs = zip(few.all_bld(), many.all_bld(), strict=True)
+    assert {str(one.variant) for one, other in pairs if one.key != other.key} == {"ffn:i24"}
+
+
+@pytest.mark.parametrize(
+    ("of_parent", "of_spec", "dtype"),
+    [("bfloat16", {}, "bfloat16"), ("float32", {}, "float32"), ("bfloat16", {"dtype": "float32"}, "float32")],
+)
+def test_a_child_has_its_parents_dtype_if_the_spec_names_none(plan, of_parent, of_spec, dtype):
+    found = plan(target=of_spec)
+    found = Plan(found.spec, found.inputs.model_copy(update={"dtype": of_parent}))
+    architecture = Architecture.parse(MIXED)
+    assert found.assemble(architecture).dtype == found.gkd(architecture).dtype == dtype
+    targets = [work.target for work in found.costs().values()]
+    targets += [found.timing({"child": architecture}, 1).target, found.spec_of_content().target]
+    assert {target.dtype for target in targets} == {dtype}
+    named = plan(target={"dtype": dtype})
+    assert keys(found) == keys(named)
+    assert resources(found) == resources(named)
+    assert found.spec_of_content() == named.spec_of_content()
 
 
 def test_every_trained_half_of_a_score_has_its_training(plan):

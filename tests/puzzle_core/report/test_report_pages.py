@@ -39,6 +39,7 @@ def test_both_pages_hold_the_numbers(written: tuple[ReportRecord, Path], inputs:
             assert text in page
         assert "child/v1/0123abcd" in page
         assert "time_to_first_token: 900ms" in page
+        assert "KL on held-back windows 0.300 to 0.0829, least after step 128 of 128" in page
         assert "Look at this first" not in page
 
 
