@@ -17,6 +17,7 @@ from tasks.stage_tasks import (
     capture_layer,
     capture_log_probabilities,
     drop_activations,
+    measure_gradients,
     measure_importance,
     score_block,
     train_variant,
@@ -129,7 +130,8 @@ def train_variants(plan: Plan, context: RunContext) -> None:
 def score_variants(plan: Plan, context: RunContext, child: Architecture | None = None) -> None:
     """Replace-1-block scores that the store lacks, in the parent or in a child.
 
-    The states of the parent, and then of the child, are captured once, through the last layer.
+    The states of the parent, and then of the child, are captured once, through the last layer. Where scores are
+    estimates, one task measures the gradients that all of them are made from.
     """
     works, stored_keys = plan.all_scores(child), context.store().keys(ScoreWork.stage)
     base = plan.assemble(child) if child else None
@@ -143,7 +145,11 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
     first = min(work.layer for work in missing)
     for layer in plan.layers:
         capture_layer(plan.inputs.parent, tokens, dtype, layer, layer >= first and base is None, context)
-    capture_log_probabilities(plan.inputs.parent, tokens, dtype, context)
+    gradients = None if base else plan.gradients()
+    if gradients:
+        ensure(measure_gradients, gradients, context)
+    else:
+        capture_log_probabilities(plan.inputs.parent, tokens, dtype, context)
     for layer in plan.layers if base else ():
         capture_layer(plan.inputs.parent, tokens, dtype, layer, layer >= first, context, base)
     futures = [submit(score_block, work, context) for work in missing]

@@ -238,6 +238,9 @@ class BldSpec(Record):
     optimizer: OptimizerSpec = OptimizerSpec()
 
 
+ScoringMethod = Literal["exact", "fisher"]
+
+
 class ScoringSpec(Record):
     """Replace-1-block scores (METHOD section 4)."""
 
@@ -246,6 +249,16 @@ class ScoringSpec(Record):
         "pairs", description="Score every block variant (pairs), or single subblocks and add their scores (subblocks)"
     )
     dtype: Dtype = Field("float32", description="Type of activations and matrix products")
+    method: ScoringMethod = Field(
+        "exact",
+        description="Run the layers after the block (exact), or estimate the KL from gradients of the parent (fisher)",
+        exclude_if=lambda method: method == "exact",
+    )
+    label_samples: Positive = Field(
+        8,
+        description="Backward passes of an estimate, each on labels drawn from the parent's predictions",
+        exclude_if=lambda samples: samples == 8,
+    )
 
 
 class LimitsSpec(Record):
@@ -660,6 +673,15 @@ class RunSpec(Record):
         for key, text in _texts(self.model_dump(mode="json")):
             if has_credentials(text):
                 raise ValueError(f"{key} is an address with credentials: a specification is recorded and shown")
+        return self
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> "RunSpec":
+        if self.scoring.method == "fisher" and self.search.objective != "kl":
+            raise ValueError(
+                f"search.objective is {self.search.objective}, and scoring.method: fisher estimates the KL alone: set "
+                "search.objective to kl, or scoring.method to exact"
+            )
         return self
 
     @model_validator(mode="after")

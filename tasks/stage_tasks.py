@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from puzzle_core import data, evaluation, scoring
+from puzzle_core import data, evaluation, fisher, scoring
 from puzzle_core.benchmark_items import digest_items, read_items
 from puzzle_core.cost import roofline
 from puzzle_core.cost.engine_module import cost_module
@@ -42,6 +42,7 @@ from puzzle_core.work import (
     EvaluateWork,
     GkdRecord,
     GkdWork,
+    GradientsWork,
     ImportanceWork,
     RefineWork,
     ReportWork,
@@ -202,14 +203,26 @@ def train_variant(work: BldWork, context: RunContext) -> str:
     return produce(work, context, lambda out: bld.train_variant(work, activations, contributions, out, checkpoints))
 
 
+@stage_task("gradients", "gradients")
+@with_gpu
+def measure_gradients(work: GradientsWork, context: RunContext) -> str:
+    """Gradients of the parent, which scores are estimated from."""
+    use_threads(context.threads_per_task)
+    activations = context.activations(work.parent, work.tokens, work.dtype)
+    return produce(work, context, lambda out: fisher.measure_gradients(work, activations, out))
+
+
 @stage_task("score", "score layer {work.layer} {work.block}")
 @with_gpu
 def score_block(work: ScoreWork, context: RunContext) -> str:
-    """Replace-1-block score of one block variant in one layer."""
+    """Replace-1-block score of one block variant in one layer: exact, or estimated where it names gradients."""
     use_threads(context.threads_per_task)
     subblocks = ((str(work.block.attention), work.attention), (str(work.block.ffn), work.ffn))
     weights = {variant: load_weights(context.store().fetch(key)) for variant, key in subblocks if key}
     activations = context.activations(work.parent, work.tokens, work.dtype, work.base)
+    if work.gradients:
+        gradients = context.store().fetch(work.gradients)
+        return produce(work, context, lambda _: fisher.estimate_score(work, activations, weights, gradients))
     return produce(work, context, lambda _: scoring.score_block(work, activations, weights))
 
 
