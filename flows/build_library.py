@@ -156,3 +156,26 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
     wait_all("scores", futures, done, len(works), ProgressArtifact("scores", plan.spec.name))
     for captured in (None, base) if base else (None,):
         drop_activations(context.activations_directory(plan.inputs.parent, tokens, dtype, captured))
+
+
+@flow(
+    name="score-exactly",
+    flow_run_name="exact scores of {plan.spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    validate_parameters=False,
+)
+def score_exactly(plan: Plan, context: RunContext, works: list[ScoreWork]) -> None:
+    """Exact scores in the parent that a search over estimates asks for, as far as the store lacks them.
+
+    The states of all layers are captured and stay, since the search may ask again for scores in any layer.
+    """
+    stored_keys = context.store().keys(ScoreWork.stage)
+    missing = [work for work in works if work.key not in stored_keys]
+    if not missing:
+        return
+    tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
+    for layer in plan.layers:
+        capture_layer(plan.inputs.parent, tokens, dtype, layer, True, context)
+    capture_log_probabilities(plan.inputs.parent, tokens, dtype, context)
+    wait_all("exact scores", [submit(score_block, work, context) for work in missing])

@@ -159,7 +159,7 @@ class Plan:
         return [block for block in blocks if block != base_block or (base and layer == 0)]
 
     def gradients(self) -> GradientsWork | None:
-        """The gradients that scores are estimated from; None if scores are exact."""
+        """The gradients that scores are estimated from; None if all scores are exact."""
         if self.spec.scoring.method == "exact":
             return None
         return GradientsWork(
@@ -191,6 +191,10 @@ class Plan:
     def _gradients_key(self) -> str | None:
         work = self.gradients()
         return work.key if work else None
+
+    def exact_score(self, layer: int, block: BlockVariant) -> ScoreWork:
+        """The exact score of one block variant in the parent, where others are estimates."""
+        return self.score(layer, block).model_copy(update={"gradients": None})
 
     def all_bld(self) -> list[BldWork]:
         """Every variant training."""
@@ -252,7 +256,14 @@ class Plan:
             target=self.spec.target.name,
             request=request,
             base=self.assemble(base) if base else None,
+            exact=() if base else self._exact_keys,
         )
+
+    @cached_property
+    def _exact_keys(self) -> tuple[str, ...]:
+        if self.spec.scoring.method != "lazy":
+            return ()
+        return tuple(self.exact_score(work.layer, work.block).key for work in self._scores)
 
     def refine(self) -> RefineWork | None:
         """The measurement of the search's candidates; None if the spec does not request it."""

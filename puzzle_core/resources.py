@@ -31,7 +31,8 @@ CHECKPOINT_BYTES = 12
 class Resources(NamedTuple):
     """Resources of one run: its library, its scores, and one child.
 
-    Scratch bytes are peak values. `state_bytes` is the size of one file of hidden states in BLD.
+    Exact scores that searches over estimates ask for are not counted: their number is not known before. Scratch bytes
+    are peak values. `state_bytes` is the size of one file of hidden states in BLD.
     `gkd_device_bytes` are the weights and states that each process of GKD holds.
     """
 
@@ -86,8 +87,8 @@ def resources(
     bld_tokens = spec.bld.tokens * spec.bld.epochs
     gkd_tokens = spec.gkd.tokens * spec.gkd.epochs
     state, score_state = (part.tokens * shape.hidden * DTYPE_BYTES[part.dtype] for part in (spec.bld, spec.scoring))
-    exact = spec.scoring.method == "exact"
-    log_probabilities = min(LARGEST_LOG_PROBABILITIES_BYTES, _log_probability_bytes(plan)) if exact else 0
+    some_exact = spec.scoring.method != "fisher"
+    log_probabilities = min(LARGEST_LOG_PROBABILITIES_BYTES, _log_probability_bytes(plan)) if some_exact else 0
     gradient_bytes = gradients.samples * shape.layers * score_state if gradients else 0
     score_flops_per_token = sum(score_flops(plan, work) for work in scores)
     if gradients:

@@ -239,6 +239,7 @@ class BldSpec(Record):
 
 
 ScoringMethod = Literal["exact", "fisher"]
+"""How one score is made: by the layers after the block, or from gradients of the parent."""
 
 
 class ScoringSpec(Record):
@@ -249,9 +250,10 @@ class ScoringSpec(Record):
         "pairs", description="Score every block variant (pairs), or single subblocks and add their scores (subblocks)"
     )
     dtype: Dtype = Field("float32", description="Type of activations and matrix products")
-    method: ScoringMethod = Field(
+    method: Literal["exact", "fisher", "lazy"] = Field(
         "exact",
-        description="Run the layers after the block (exact), or estimate the KL from gradients of the parent (fisher)",
+        description="Run the layers after the block (exact), estimate the KL from gradients of the parent (fisher), or "
+        "estimate all and have each search score exactly what its answer uses (lazy)",
         exclude_if=lambda method: method == "exact",
     )
     label_samples: Positive = Field(
@@ -677,10 +679,10 @@ class RunSpec(Record):
 
     @model_validator(mode="after")
     def _check_objective(self) -> "RunSpec":
-        if self.scoring.method == "fisher" and self.search.objective != "kl":
+        if self.scoring.method != "exact" and self.search.objective != "kl":
             raise ValueError(
-                f"search.objective is {self.search.objective}, and scoring.method: fisher estimates the KL alone: set "
-                "search.objective to kl, or scoring.method to exact"
+                f"search.objective is {self.search.objective}, and scoring.method: {self.scoring.method} estimates the "
+                "KL alone: set search.objective to kl, or scoring.method to exact"
             )
         return self
 

@@ -305,7 +305,8 @@ class SearchWork(Work):
     """One search: the space, the keys of scores and costs, and the request.
 
     `costs` are (scenario, batch size, key) of cost records; an imported cost table has the digest of its file instead.
-    With a `base`, the scores hold for blocks in that child.
+    With a `base`, the scores hold for blocks in that child. `exact` are the exact scores that a search over estimates
+    may use: the estimates alone decide which of them it uses, and in which order it asks for them.
     """
 
     stage: ClassVar[str] = "search"
@@ -321,6 +322,7 @@ class SearchWork(Work):
     target: str
     request: SearchRequest
     base: AssembleWork | None = None
+    exact: tuple[str, ...] = Field((), exclude_if=lambda keys: not keys)
 
 
 class RefineWork(Work):
