@@ -5,7 +5,8 @@
 Every block of the search space is scored by both ways in one process and one thread, from the same stored states, with
 the weights of the library. Compute is CPU time of the process; the capture of the states is common to both and not
 counted. An architecture that is found with estimates is judged by its exact scores, beside the optimum of these;
-costs are those of a data sheet (`--target`), since times do not matter here.
+costs are those of a data sheet (`--target`), since times do not matter here. The compute of lazy scores is that of the
+estimates, the searches and the exact scores that they ask for; its range is over the limits.
 """
 
 import argparse
@@ -31,9 +32,10 @@ from puzzle_core.model.parent import torch_dtype
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.plan import Plan
 from puzzle_core.report.report_tables import Table, format_text
+from puzzle_core.search.lazy import Place, lazy_scores, next_to_score, not_exact
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table, score_table
-from puzzle_core.search.run_search import find_architecture
+from puzzle_core.search.run_search import find_solutions
 from puzzle_core.search.tables import Option
 from puzzle_core.spec import LimitsSpec, RunSpec
 from puzzle_core.spec_file import load_spec
@@ -77,16 +79,36 @@ def weights_of(work: ScoreWork, context: RunContext) -> dict[str, State]:
     return {variant: load_weights(context.store().fetch(key)) for variant, key in subblocks if key}
 
 
-def best_architecture(plan: Plan, scores: Sequence[ScoreRecord], share: str) -> Architecture:
-    """The answer of the search with these scores, at this share of the parent's time in blocks."""
+def builder_of(plan: Plan, scores: Sequence[ScoreRecord], share: str) -> ProblemBuilder:
+    """The search with these scores, at this share of the parent's time in blocks."""
     spec = plan.spec
     costs = {at: roofline(plan.inputs.shape, w.variants, w.traffic, w.target) for at, w in plan.costs().items()}
-    search = spec.search.model_copy(update={"baselines": (), "frontier_points": 2, "solutions": 1, "shortlist": 1})
+    search = spec.search.model_copy(update={"baselines": (), "explain": False, "solutions": 1, "shortlist": 1})
     scenario = spec.scenario.model_copy(update={"limits": LimitsSpec(block_time=share)})
     request = spec.request.model_copy(update={"search": search, "scenario": scenario})
     table = score_table(scores, spec.scoring.composition, "kl", plan.variants, plan.inputs.shape)
-    builder = ProblemBuilder(request, table, cost_table(plan.variants, plan.inputs.shape, costs))
-    return find_architecture(builder).best.architecture
+    return ProblemBuilder(request, table, cost_table(plan.variants, plan.inputs.shape, costs))
+
+
+def best_architecture(plan: Plan, scores: Sequence[ScoreRecord], share: str) -> Architecture:
+    """The answer of the search."""
+    return find_solutions(builder_of(plan, scores, share)).best.architecture
+
+
+def lazily(
+    plan: Plan, estimates: Sequence[ScoreRecord], exact: dict[Place, ScoreRecord], share: str, with_frontier: bool
+) -> tuple[Architecture, set[Place]]:
+    """The answer of a lazy search, and the blocks that it scored exactly, for the answer or for the frontier too."""
+    known: dict[Place, ScoreRecord] = {}
+    composition, own = plan.spec.scoring.composition, plan.inputs.shape.parent_block
+    while True:
+        builder = builder_of(plan, lazy_scores(estimates, list(known.values())), share)
+        asked = not_exact(find_solutions(builder).solutions, composition, own, known)
+        if not asked and with_frontier:
+            asked = next_to_score(builder.request, builder.scores, builder.costs, composition, known)
+        if not asked:
+            return find_solutions(builder).best.architecture, set(known)
+        known |= {place: exact[place] for place in asked}
 
 
 def total(plan: Plan, scores: Sequence[ScoreRecord], architecture: Architecture) -> float:
@@ -99,9 +121,13 @@ def methods_table(plan: Plan, context: RunContext, samples: Sequence[int], share
     """One row per way to score."""
     activations, works = captured(plan, context, place), plan.all_scores()
     weights = [weights_of(work, context) for work in works]
-    exact, exact_s = timed(
-        lambda: [scoring.score_block(work, activations, w) for work, w in zip(works, weights, strict=True)]
-    )
+    timed_scores = [
+        timed(lambda work=work, w=w: scoring.score_block(work, activations, w))
+        for work, w in zip(works, weights, strict=True)
+    ]
+    exact, exact_s = [score for score, _ in timed_scores], sum(seconds for _, seconds in timed_scores)
+    seconds_of = {(score.layer, score.block): seconds for score, seconds in timed_scores}
+    exact_of = {(score.layer, score.block): score for score in exact}
     kl = [score.kl_nats_per_token for score in exact]
     optimum = {share: best_architecture(plan, exact, share) for share in shares}
     rows = [("exact", "", f"{exact_s:.1f}", "1.0", "1.0000", *["1.00"] * (len(BANDS) - 1), *["0.0 %"] * len(shares))]
@@ -138,11 +164,26 @@ def methods_table(plan: Plan, context: RunContext, samples: Sequence[int], share
                 *above,
             )
         )
+        for with_frontier in (False, True):
+            columns, faster = [], []
+            for share in shares:
+                (architecture, asked), search_s = timed(
+                    lambda share=share, found=found, with_frontier=with_frontier: lazily(
+                        plan, found, exact_of, share, with_frontier
+                    )
+                )
+                above_best = total(plan, exact, architecture) / total(plan, exact, optimum[share]) - 1
+                columns.append(f"{above_best:.1%} ({len(asked)})".replace("%", " %"))
+                in_all = gradients_s + found_s + search_s + sum(seconds_of[place] for place in asked)
+                faster.append(exact_s / in_all)
+            name = f"lazy, {number} samples" + (f", frontier of {plan.spec.search.frontier_points}" * with_frontier)
+            least, most = f"{min(faster):.1f}", f"{max(faster):.1f}"
+            rows.append((name, "", "", f"{least} to {most}", "", *[""] * (len(BANDS) - 1), *columns))
     bands = [f"to {high:g}" if high < BANDS[-1] else "above" for high in BANDS[1:]]
     return Table(
         title=f"{len(works)} blocks of {len(plan.layers)} layers, {activations.ids_NT.numel():,} tokens: CPU seconds, "
         "Spearman, median ratio of estimate to KL by size of KL, and by limit on the time in blocks how far the answer "
-        "is above the optimum in exact scores",
+        "is above the optimum in exact scores (of as many blocks)",
         columns=("", "gradients, s", "scores, s", "faster", "Spearman", *bands, *shares),
         rows=tuple(rows),
     )

@@ -119,6 +119,8 @@ def making_table(inputs: ReportInputs) -> report_tables.Table:
     spec, chosen = inputs.spec, inputs.search.best
     tokens, seconds = sum(r.tokens for r in inputs.bld), sum(r.seconds for r in inputs.bld)
     estimated = "" if spec.scoring.method == "exact" else ", estimated from gradients of the parent"
+    if inputs.search.exact_scores:
+        estimated += f"; {len(inputs.search.exact_scores)} exactly, as the search asked for them"
     ended = "proved best" if chosen.optimal else f"gap {percent_text(chosen.gap)}"
     rows = [
         ("parent", f"{inputs.parent_name}, digest {spec.parent.path}" if inputs.parent_name else spec.parent.path),

@@ -172,7 +172,7 @@ def _bld_learnt_nothing(inputs: ReportInputs) -> list[str]:
 
 
 def _estimated_scores(inputs: ReportInputs) -> list[str]:
-    if inputs.spec.scoring.method == "exact":
+    if inputs.spec.scoring.method != "fisher":
         return []
     return [
         "Scores are estimates from gradients of the parent (scoring.method: fisher), and large ones are too low: use "
