@@ -1,11 +1,13 @@
 """Items of multiple-choice benchmarks from files of JSON Lines (docs/formats.md). No torch."""
 
+import contextlib
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from puzzle_core.errors import DataError
 from puzzle_core.records import Record, canonical_json
@@ -17,8 +19,6 @@ class Item(Record):
 
     `label` is the number of the right choice or context, counted from 0. Other keys of a line are ignored.
     """
-
-    model_config = ConfigDict(extra="ignore")
 
     query: str | None = None
     choices: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ def read_items(file: Path, limit: int | None = None) -> list[Item]:
         if limit is not None and len(items) == limit:
             break
         try:
-            items.append(Item.model_validate_json(line))
+            items.append(_item(line))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"]))
@@ -69,6 +69,19 @@ def read_items(file: Path, limit: int | None = None) -> list[Item]:
     if not items:
         raise DataError(f"benchmark file {file} has no items: give a file of JSON Lines (docs/formats.md)")
     return items
+
+
+def _item(line: str) -> Item:
+    """The item of a line.
+
+    Raises:
+        ValidationError: it is no item.
+    """
+    with contextlib.suppress(json.JSONDecodeError):
+        content = json.loads(line)
+        if isinstance(content, dict):
+            line = json.dumps({name: value for name, value in content.items() if name in Item.model_fields})
+    return Item.model_validate_json(line)
 
 
 def digest_items(items: Sequence[Item]) -> str:

@@ -69,7 +69,7 @@ class BldWork(Work):
     """The training of one variant of one layer."""
 
     stage: ClassVar[str] = "bld"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     parent: str
     layer: int

@@ -40,7 +40,7 @@ def read_keys(path: Path, what: str, hint: str) -> dict[str, Any]:
         SpecError: the file is missing, not YAML, or holds no keys.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), _OnceLoader)
+        content = _OnceLoader(path.read_text(encoding="utf-8-sig")).get_single_data()
     except OSError as error:
         raise SpecError(f"cannot read the {what} {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, bytes of no text

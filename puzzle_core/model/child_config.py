@@ -21,8 +21,7 @@ def child_config(parent_config: PreTrainedConfig, block_configs: list[dict[str, 
 def read_child_config(directory: Path) -> PuzzleConfig:
     """The configuration in a child's directory.
 
-    A child that was assembled before configurations described their family gets the description of its parent's, and
-    a description from before names of modules were in it gets Llama's.
+    A child that was assembled before configurations described their family gets the description of its parent's.
 
     Raises:
         ArtifactError: the family is described wrongly, or not at all and not supported.
@@ -34,7 +33,7 @@ def read_child_config(directory: Path) -> PuzzleConfig:
     if config.family is None:
         config.family = FAMILIES[model_type].description()
     try:
-        config.family = Family.model_validate(config.family | {"config_keys": ()}).description()
+        Family.model_validate(config.family | {"config_keys": ()})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))

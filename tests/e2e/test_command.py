@@ -322,7 +322,7 @@ def test_fewer_tokens_than_asked_are_refused_before_any_training(content, prefec
     changes = {"bld": {"tokens": 10_000_000}}
     file = write_spec(merged(placed(content, tmp_path), changes), tmp_path / "spec.yaml")
     ended = command("build-library", file)
-    assert refused(ended, ["'bld'", "10,000,000 tokens", "fewer tokens, add texts"], tmp_path / "store")
+    assert refused(ended, ["'bld'", "10,000,000 tokens", "fewer tokens or add texts"], tmp_path / "store")
 
 
 def test_a_run_with_a_limit_that_nothing_can_meet_is_refused_with_one_message(spec_of, shell, tmp_path):

@@ -79,6 +79,7 @@ def test_killed_during_scoring(named, prefect_server, tmp_path, next_command, ou
     )
 
 
+@pytest.mark.long
 @pytest.mark.fault("kill -9 during an upload to S3", "SIGKILL to `puzzle build-library` while a PUT of a block hangs")
 def test_killed_during_an_upload(named, bucket, proxy, prefect_server, tmp_path, next_command, outcome):
     spec = named(runtime={"store": bucket})

@@ -104,6 +104,7 @@ def test_after_a_kill_during_bld_the_next_run_goes_on_bitwise_and_no_server_is_l
     )
 
 
+@pytest.mark.long
 @pytest.mark.fault("kill -9 during GKD", "SIGKILL to `puzzle train-child` once a checkpoint is there")
 def test_after_a_kill_during_gkd_the_next_run_gives_the_uninterrupted_child_bitwise(
     again, prefect_server, tmp_path, caplog, outcome, next_command

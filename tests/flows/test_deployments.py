@@ -91,7 +91,7 @@ def test_the_form_has_choices_ranges_and_defaults():
     assert fields["ScoringSpec.composition"]["enum"] == ["pairs", "subblocks"]
     assert fields["DataSpec.sequence_length"]["minimum"] == 8
     assert fields["DataSpec.sequence_length"]["default"] == 256
-    assert fields["SearchSpec.alpha"]["maximum"] == 1
+    assert fields["SearchSpec.alpha"]["exclusiveMaximum"] == 1
     assert fields["LimitsSpec.memory"]["anyOf"][0]["examples"] == ["80GiB", "60%"]
 
 

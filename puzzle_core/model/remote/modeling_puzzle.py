@@ -43,6 +43,11 @@ def scalar(family: dict, name: str, parent) -> float | None:
     return getattr(parent, key) if key else None
 
 
+def module_name(family: dict, subblock: str) -> str:
+    """The name within a layer of the `attention` or the `ffn`: Llama's in a description from before it had names."""
+    return family.get(f"{subblock}_names", {"module": {"attention": "self_attn", "ffn": "mlp"}[subblock]})["module"]
+
+
 class LinearAttention(nn.Module):
     """One linear layer in the place of an attention: every token attends to itself alone."""
 
@@ -73,7 +78,7 @@ class PuzzleBlock(nn.Module):
         block, family = config.block_configs[layer], config.family
         sizes, width = config.of_layer(parent, layer), parent.hidden_size
         self.attention_norms, self.ffn_norms = family["attention_norms"], family["ffn_norms"]
-        self.attention_name, self.ffn_name = family["attention_names"]["module"], family["ffn_names"]["module"]
+        self.attention_name, self.ffn_name = module_name(family, "attention"), module_name(family, "ffn")
         self.residual_scale = scalar(family, "residual_scale", parent)
         attention = ffn = None
 
@@ -165,7 +170,8 @@ class PuzzleModel(PuzzlePreTrainedModel):
             self.layers.append(PuzzleBlock(config, parent, layer, cache_index=attentions))
             attentions += block["attention"]["num_key_value_heads"] is not None
         norm = family_class(family, "RMSNorm")(config.hidden_size, eps=parent.rms_norm_eps)
-        setattr(self, family["final_norm"], norm)
+        self.final_norm_name = family.get("final_norm", "norm")
+        setattr(self, self.final_norm_name, norm)
         self.rotary_emb = family_class(family, "RotaryEmbedding")(config=parent)
         self.post_init()
 
@@ -178,7 +184,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
 
     def normalise(self, final_BTD: torch.Tensor) -> torch.Tensor:
         """What the head sees of what leaves the last layer."""
-        return getattr(self, self.config.family["final_norm"])(final_BTD)
+        return getattr(self, self.final_norm_name)(final_BTD)
 
     def forward(
         self,

@@ -376,6 +376,21 @@ def drop_family(directory: Path) -> None:
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "family"}))
 
 
+def drop_names(directory: Path) -> None:
+    family = json.loads((directory / "config.json").read_text())["family"]
+    new = ("attention_names", "ffn_names", "final_norm")
+    edit_config(directory, family={name: value for name, value in family.items() if name not in new})
+
+
+def test_a_child_from_before_descriptions_had_names_is_the_same_child(assemble, ids_NT):
+    directory = assemble("llama", MIXED)
+    expected = load_child(directory, torch.float32, CPU)(input_ids=ids_NT.long()).logits
+    drop_names(directory)
+    assert torch.equal(load_child(directory, torch.float32, CPU)(input_ids=ids_NT.long()).logits, expected)
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
+    assert torch.equal(model(input_ids=ids_NT.long()).logits, expected)
+
+
 def test_a_child_from_before_families_were_described_is_the_same_child(assemble, ids_NT):
     directory = assemble("smollm3", MIXED)
     expected = load_child(directory, torch.float32, CPU)(input_ids=ids_NT.long()).logits

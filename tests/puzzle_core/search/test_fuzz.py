@@ -88,7 +88,6 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
         "frontier_limit": draw(st.sampled_from([None, None, next(iter(scenarios[0]["limits"]))])),
         "solutions": draw(st.sampled_from([1, 1, 2])),
         "explain": draw(st.booleans()),
-        "time_limit_s": 5,
         "baselines": draw(st.sampled_from([[], ["greedy", "uniform", "random", "maximise_parameters", "mip_lm_loss"]])),
     }
     mix = draw(st.sampled_from([None, None, {"latency": "90%"}, {"throughput": "110%"}]))
