@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.predictions import chunks, log_probabilities
 from puzzle_core.model.surgery import load_subblocks
+from puzzle_core.model.tensor_stream import map_new_tensor
 from puzzle_core.scoring import block_output
 from puzzle_core.state_dict import State
 from puzzle_core.work import GradientsRecord, GradientsWork, ScoreRecord, ScoreWork
@@ -31,24 +31,28 @@ GRADIENTS = "gradients"
 def measure_gradients(work: GradientsWork, activations: Activations, out_dir: Path) -> GradientsRecord:
     """Write the gradients at the output of every layer, one file (N, S, T, D) per layer in the type of the activations.
 
-    The parent runs layer by layer, from the last one to the second, so the gradients of two layers are in memory.
+    The parent runs layer by layer, from the last one to the second. Files are mapped, so memory holds a few windows.
 
     Args:
         activations: the parent's, captured through the last layer.
 
     Raises:
         NonFiniteError: a gradient is NaN or infinite; the message names the layer.
+        StorageError: the disk has no room for the gradients.
     """
-    gradient_NSTD = _at_last_output(work, activations)
-    for layer in reversed(range(activations.parent.shape.layers)):
-        if not torch.isfinite(gradient_NSTD).all():
+    shape, (windows, tokens) = activations.parent.shape, activations.ids_NT.shape
+    size = (windows, work.samples, tokens, shape.hidden)
+    leaving_NSTD: torch.Tensor | None = None
+    for layer in reversed(range(shape.layers)):
+        gradient_NSTD = map_new_tensor(_file(out_dir, layer), GRADIENTS, size, activations.dtype)
+        if leaving_NSTD is None:
+            _fill_at_last_output(gradient_NSTD, work, activations)
+        else:
+            _fill_through(layer + 1, gradient_NSTD, leaving_NSTD, activations)
+        if not all(torch.isfinite(gradient_STD).all() for gradient_STD in gradient_NSTD):
             raise NonFiniteError(f"gradients at the output of layer {layer} are not finite: is the parent damaged?")
-        save_file({GRADIENTS: gradient_NSTD}, _file(out_dir, layer))
-        if layer:
-            gradient_NSTD = _through(layer, gradient_NSTD, activations)
-    return GradientsRecord(
-        layers=activations.parent.shape.layers, samples=work.samples, tokens=activations.ids_NT.numel()
-    )
+        leaving_NSTD = gradient_NSTD
+    return GradientsRecord(layers=shape.layers, samples=work.samples, tokens=windows * tokens)
 
 
 def uniform_draws(work: GradientsWork, windows: int, tokens: int) -> torch.Tensor:
@@ -57,12 +61,11 @@ def uniform_draws(work: GradientsWork, windows: int, tokens: int) -> torch.Tenso
     return torch.rand(windows, work.samples, tokens, generator=generator)
 
 
-def _at_last_output(work: GradientsWork, activations: Activations) -> torch.Tensor:
-    """The gradients at the output of the last layer, (N, S, T, D), through norm and head."""
+def _fill_at_last_output(gradient_NSTD: torch.Tensor, work: GradientsWork, activations: Activations) -> None:
+    """Write the gradients at the output of the last layer, through norm and head."""
     outside, shape = activations.outside(), activations.parent.shape
     windows, tokens = activations.ids_NT.shape
     draws_NST = uniform_draws(work, windows, tokens)
-    gradient_NSTD = torch.empty(windows, work.samples, tokens, shape.hidden, dtype=activations.dtype)
     for window in range(windows):
         final_TD = activations.layer_input(shape.layers)[window].to(activations.device)
         for part in chunks(tokens, shape.vocabulary, activations.device):
@@ -76,7 +79,6 @@ def _at_last_output(work: GradientsWork, activations: Activations) -> torch.Tens
                     log_p_CV, final_CD, _one_hot(log_p_CV, label_C1), retain_graph=sample + 1 < work.samples
                 )
                 gradient_NSTD[window, sample, part] = gradient_CD.cpu()
-    return gradient_NSTD
 
 
 def _draw(log_p_CV: torch.Tensor, draws_CS: torch.Tensor) -> torch.Tensor:
@@ -90,22 +92,20 @@ def _one_hot(like_CV: torch.Tensor, label_C1: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(like_CV).scatter_(-1, label_C1, 1.0)
 
 
-def _through(layer: int, gradient_NSTD: torch.Tensor, activations: Activations) -> torch.Tensor:
-    """The gradients at a layer's input from those at its output."""
-    block, context = activations.block(layer), activations.context()
-    layer_input, entering_NSTD = activations.layer_input(layer), torch.empty_like(gradient_NSTD)
+def _fill_through(
+    layer: int, entering_NSTD: torch.Tensor, leaving_NSTD: torch.Tensor, activations: Activations
+) -> None:
+    """Write the gradients at a layer's input, from those at its output."""
+    block, context, layer_input = activations.block(layer), activations.context(), activations.layer_input(layer)
+    samples = leaving_NSTD.shape[1]
     for rows in activations.batches():
         input_BTD = layer_input[rows].to(activations.device).detach().requires_grad_()
         with torch.enable_grad():
             output_BTD = block(input_BTD, **context)
-        samples = gradient_NSTD.shape[1]
         for sample in range(samples):
-            gradient_BTD = gradient_NSTD[rows, sample].to(activations.device)
-            (entering_BTD,) = torch.autograd.grad(
-                output_BTD, input_BTD, gradient_BTD, retain_graph=sample + 1 < samples
-            )
+            leaving_BTD = leaving_NSTD[rows, sample].to(activations.device)
+            (entering_BTD,) = torch.autograd.grad(output_BTD, input_BTD, leaving_BTD, retain_graph=sample + 1 < samples)
             entering_NSTD[rows, sample] = entering_BTD.cpu()
-    return entering_NSTD
 
 
 @torch.no_grad()

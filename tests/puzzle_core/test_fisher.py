@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from puzzle_core import fisher, scoring
 from puzzle_core.architecture import BlockVariant
-from puzzle_core.errors import NonFiniteError
+from puzzle_core.errors import NonFiniteError, StorageError
 from puzzle_core.model import predictions
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.parent import Parent
@@ -124,6 +124,11 @@ def test_gradients_that_are_not_finite_name_their_layer(measured, copy_of, ids_N
         damaged.capture_layer(layer)
     with pytest.raises(NonFiniteError, match="output of layer 4 are not finite"):
         measured(activations=damaged)
+
+
+def test_a_disk_without_room_is_an_error_that_says_how_much_is_needed(activations, small_disk):
+    with pytest.raises(StorageError, match=r"cannot reserve 614,400 bytes for .*layer-004"):
+        fisher.measure_gradients(gradients_work(50), activations, small_disk)
 
 
 def test_estimates_rank_blocks_as_exact_scores_do(measured, activations, initial_state, parent):
