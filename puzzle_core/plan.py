@@ -21,6 +21,7 @@ from puzzle_core.work import (
     CostWork,
     EvaluateWork,
     GkdWork,
+    GradientsWork,
     ImportanceWork,
     MultipleChoiceWork,
     RefineWork,
@@ -170,8 +171,23 @@ class Plan:
             ]
         return [block for block in blocks if block != base_block or (base and layer == 0)]
 
+    def gradients(self) -> GradientsWork | None:
+        """The gradients that scores are estimated from; None if all scores are exact."""
+        if self.spec.scoring.method == "exact":
+            return None
+        return GradientsWork(
+            parent=self.inputs.parent,
+            tokens=self.tokens("scoring").key,
+            dtype=self.spec.scoring.dtype,
+            samples=self.spec.scoring.label_samples,
+            seed=self.spec.data.seed,
+        )
+
     def score(self, layer: int, block: BlockVariant, base: Architecture | None = None) -> ScoreWork:
-        """The score of one block variant in the parent, or in a child."""
+        """The score of one block variant in the parent, or in a child, where it is always exact.
+
+        A child differs from the parent before the block is replaced, so an expansion at the parent does not hold there.
+        """
         return ScoreWork(
             parent=self.inputs.parent,
             layer=layer,
@@ -181,7 +197,17 @@ class Plan:
             tokens=self.tokens("scoring").key,
             dtype=self.spec.scoring.dtype,
             base=self.assemble(base) if base else None,
+            gradients=None if base else self._gradients_key,
         )
+
+    @cached_property
+    def _gradients_key(self) -> str | None:
+        work = self.gradients()
+        return work.key if work else None
+
+    def exact_score(self, layer: int, block: BlockVariant) -> ScoreWork:
+        """The exact score of one block variant in the parent, where others are estimates."""
+        return self.score(layer, block).model_copy(update={"gradients": None})
 
     def all_bld(self) -> list[BldWork]:
         """Every variant training."""
@@ -243,7 +269,14 @@ class Plan:
             target=self.spec.target.name,
             request=request,
             base=self.assemble(base) if base else None,
+            exact=() if base else self._exact_keys,
         )
+
+    @cached_property
+    def _exact_keys(self) -> tuple[str, ...]:
+        if self.spec.scoring.method != "lazy":
+            return ()
+        return tuple(self.exact_score(work.layer, work.block).key for work in self._scores)
 
     def refine(self) -> RefineWork | None:
         """The measurement of the search's candidates; None if the spec does not request it."""

@@ -244,6 +244,10 @@ class BldSpec(Record):
     optimizer: OptimizerSpec = OptimizerSpec()
 
 
+ScoringMethod = Literal["exact", "fisher"]
+"""How one score is made: by the layers after the block, or from gradients of the parent."""
+
+
 class ScoringSpec(Record):
     """Replace-1-block scores (METHOD section 4)."""
 
@@ -252,6 +256,17 @@ class ScoringSpec(Record):
         "pairs", description="Score every block variant (pairs), or single subblocks and add their scores (subblocks)"
     )
     dtype: Dtype = Field("float32", description="Type of activations and matrix products")
+    method: Literal["exact", "fisher", "lazy"] = Field(
+        "exact",
+        description="Run the layers after the block (exact), estimate the KL from gradients of the parent (fisher), or "
+        "estimate all and have each search score exactly what its answer uses (lazy)",
+        exclude_if=lambda method: method == "exact",
+    )
+    label_samples: Positive = Field(
+        8,
+        description="Backward passes of an estimate, each on labels drawn from the parent's predictions",
+        exclude_if=lambda samples: samples == 8,
+    )
 
 
 class LimitsSpec(Record):
@@ -685,6 +700,15 @@ class RunSpec(Record):
         for key, text in _texts(self.model_dump(mode="json")):
             if has_credentials(text):
                 raise ValueError(f"{key} is an address with credentials: a specification is recorded and shown")
+        return self
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> "RunSpec":
+        if self.scoring.method != "exact" and self.search.objective != "kl":
+            raise ValueError(
+                f"search.objective is {self.search.objective}, and scoring.method: {self.scoring.method} estimates the "
+                "KL alone: set search.objective to kl, or scoring.method to exact"
+            )
         return self
 
     @model_validator(mode="after")

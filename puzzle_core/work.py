@@ -16,6 +16,7 @@ from puzzle_core.spec import (
     GkdSpec,
     HarnessSpec,
     RunSpec,
+    ScoringMethod,
     SearchRequest,
     TargetSpec,
     VariantsSpec,
@@ -107,11 +108,32 @@ class AssembleWork(Work):
     dtype: Dtype
 
 
+class GradientsWork(Work):
+    """Gradients of one parent at the outputs of its layers, for `samples` draws of labels from its own predictions."""
+
+    stage: ClassVar[str] = "gradients"
+    version: ClassVar[int] = 1
+
+    parent: str
+    tokens: str
+    dtype: Dtype
+    samples: int
+    seed: int
+
+
+class GradientsRecord(Record):
+    """Layers, label samples and tokens of the gradients."""
+
+    layers: int
+    samples: int
+    tokens: int
+
+
 class ScoreWork(Work):
     """The score of one block variant in one layer.
 
     `attention` and `ffn` are library keys of trained variants, None for the parent's own variant and for no-ops. The
-    block replaces a block of the parent, or of the child `base`.
+    block replaces a block of the parent, or of the child `base`. A score that is estimated names its `gradients`.
     """
 
     stage: ClassVar[str] = "score"
@@ -125,17 +147,19 @@ class ScoreWork(Work):
     tokens: str
     dtype: Dtype
     base: AssembleWork | None = None
+    gradients: str | None = Field(None, exclude_if=lambda key: key is None)
 
 
 class ScoreRecord(Record):
-    """Loss of quality from the replacement of one block."""
+    """Loss of quality from the replacement of one block. `fisher` estimates the KL alone."""
 
     layer: int
     block: BlockVariant
     kl_nats_per_token: float
-    lm_loss_increase_nats_per_token: float
-    top1_agreement: float
+    lm_loss_increase_nats_per_token: float | None = None
+    top1_agreement: float | None = None
     tokens: int
+    method: ScoringMethod = "exact"
 
 
 class Traffic(Record):
@@ -299,7 +323,8 @@ class SearchWork(Work):
     """One search: the space, the keys of scores and costs, and the request.
 
     `costs` are (scenario, batch size, key) of cost records; an imported cost table has the digest of its file instead.
-    With a `base`, the scores hold for blocks in that child.
+    With a `base`, the scores hold for blocks in that child. `exact` are the exact scores that a search over estimates
+    may use: the estimates alone decide which of them it uses, and in which order it asks for them.
     """
 
     stage: ClassVar[str] = "search"
@@ -315,6 +340,7 @@ class SearchWork(Work):
     target: str
     request: SearchRequest
     base: AssembleWork | None = None
+    exact: tuple[str, ...] = Field((), exclude_if=lambda keys: not keys)
 
 
 class RefineWork(Work):

@@ -61,11 +61,13 @@ def describe_plan(spec: RunSpec) -> str:
     for last in ("calibration", "gkd", "evaluation"):
         if not store.has(plan.tokens(last).key):
             check_texts_enough(plan.tokens(last), plan.texts(last), context.open_parent(), context.scratch)
+    gradients = plan.gradients()
     stages: dict[str, Sequence[Work]] = {
         "tokens": [plan.tokens(split) for split in ("calibration", "bld", "gkd", "scoring", "evaluation")],
         "importance": [plan.importance()],
         "costs": list(plan.costs().values()),
         "BLD": plan.all_bld(),
+        **({"gradients": [gradients]} if gradients else {}),
         "scores": plan.all_scores(),
         "search": [plan.search()],
     }

@@ -118,6 +118,9 @@ def making_table(inputs: ReportInputs) -> report_tables.Table:
     """How the child came to be: parent, hardware, tokens, hours, and how the search ended."""
     spec, chosen = inputs.spec, inputs.search.best
     tokens, seconds = sum(r.tokens for r in inputs.bld), sum(r.seconds for r in inputs.bld)
+    estimated = "" if spec.scoring.method == "exact" else ", estimated from gradients of the parent"
+    if inputs.search.exact_scores:
+        estimated += f"; {len(inputs.search.exact_scores)} exactly, as the search asked for them"
     ended = "proved best" if chosen.optimal else f"gap {percent_text(chosen.gap)}"
     rows = [
         ("parent", f"{inputs.parent_name}, digest {spec.parent.path}" if inputs.parent_name else spec.parent.path),
@@ -125,7 +128,7 @@ def making_table(inputs: ReportInputs) -> report_tables.Table:
         ("costs", _costs_text(inputs.costs)),
         ("served in", spec.target.served_dtype),
         ("BLD", f"{len(inputs.bld)} variants, {count_text(tokens)} tokens, {duration_text(seconds)} in all"),
-        ("scores", f"{len(inputs.scores)} blocks on {count_text(spec.scoring.tokens)} tokens each"),
+        ("scores", f"{len(inputs.scores)} blocks on {count_text(spec.scoring.tokens)} tokens each{estimated}"),
         (
             "search",
             f"{inputs.search.objective}, {ended}, {duration_text(chosen.seconds)}, {derived.method_name(chosen)}",

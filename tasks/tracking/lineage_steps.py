@@ -35,7 +35,8 @@ class Steps:
         self.scored = [work.key for work in plan.all_scores()]
         tokens = [plan.tokens(split).key for split in ("calibration", "bld")]
         self.library_keys = (*tokens, plan.importance().key, *self.bld)
-        self.score_keys = (plan.tokens("scoring").key, *self.scored)
+        gradients = plan.gradients()
+        self.score_keys = (plan.tokens("scoring").key, *([gradients.key] if gradients else []), *self.scored)
         self.cost_keys = tuple(work.key for work in plan.costs().values())
 
     def all(self) -> list[TrackedModel]:
@@ -85,7 +86,8 @@ class Steps:
             name="scores",
             key=f"scores/{_digest(self.scored)}",
             sources=(self.library.key, self.parent.key),
-            headline=f"{len(self.scored)} block variants, each on {count_text(spec.tokens)} held-out tokens",
+            headline=f"{len(self.scored)} block variants, each on {count_text(spec.tokens)} held-out tokens"
+            + ("" if spec.method == "exact" else ", estimated from gradients"),
             about={"library": self.library.key, "blocks": len(self.scored)} | spec.model_dump(),
             files=partial(self._table, self.score_keys),
         )

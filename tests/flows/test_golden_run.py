@@ -18,6 +18,7 @@ GOLDEN = Path(__file__).parents[1] / "goldens" / "pico_run.json"
 TOLERANCE = 2e-3
 WITHOUT_NUMBERS = {
     "cost": "measured on this machine; what a formula gives is held in tests/puzzle_core/cost",
+    "gradients": "not in this run; tests/puzzle_core/test_fisher.py compares them with autograd",
     "timing": "measured on this machine",
     "refine": "not in this run; it holds numbers of evaluations and searches",
     "report": "pages of what the other stages hold",

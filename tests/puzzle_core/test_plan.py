@@ -54,6 +54,8 @@ CHANGES = {
     "scoring": ({"scoring": {"dtype": "bfloat16"}}, {"scores", "search"}),
     "loss that is the default": ({"bld": {"loss": "tensor"}}, set()),
     "loss": ({"bld": {"loss": "token"}}, {"bld", "scores", "search", "gkd"}),
+    "estimates": ({"scoring": {"method": "fisher"}}, {"scores", "search"}),
+    "labels without estimates": ({"scoring": {"label_samples": 4}}, set()),
     "bld": ({"bld": {"epochs": 2}}, {"bld", "scores", "search", "gkd"}),
 }
 
@@ -118,6 +120,22 @@ def test_every_variant_is_measured_once_for_every_batch_size(plan):
 def test_a_child_names_the_library_of_its_trained_halves(plan):
     library = plan().assemble(Architecture.parse(["attn:kv1+ffn:no_op", *["attn:kv4+ffn:i48"] * 4])).library
     assert library == ((("attn:kv1", plan().bld(0, Variant.parse("attn:kv1")).key),), (), (), (), ())
+
+
+def test_estimates_are_of_the_parent_alone_and_hang_on_its_gradients(plan):
+    estimated = plan(scoring={"method": "fisher"})
+    key = estimated.gradients().key
+    assert {work.gradients for work in estimated.all_scores()} == {key}
+    assert plan(scoring={"method": "fisher", "label_samples": 4}).gradients().key != key
+    assert plan().gradients() is None
+    child = Architecture.parse(MIXED)
+    assert [w.key for w in estimated.all_scores(child)] == [w.key for w in plan().all_scores(child)]
+
+
+def test_gradients_that_are_there_take_no_room(plan):
+    estimated = plan(scoring={"method": "fisher"})
+    fresh, rest = resources(estimated), resources(estimated, done={estimated.gradients().key})
+    assert fresh.store_bytes - rest.store_bytes == 8 * 5 * 16_384 * 32 * 4
 
 
 def test_what_is_done_takes_nothing_more(plan):

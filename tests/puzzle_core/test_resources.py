@@ -1,10 +1,12 @@
 """Operations by formula against those that torch counts while the real thing runs."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from puzzle_core import resources, scoring
+from puzzle_core import fisher, resources, scoring
 from puzzle_core.architecture import Architecture, BlockVariant, Variant
 from puzzle_core.distill import bld, gkd
 from puzzle_core.plan import Inputs, Plan
@@ -12,6 +14,12 @@ from puzzle_core.spec import parse_spec
 from tests.conftest import MIXED
 
 CLOSE = 0.03  # torch's reference attention computes nothing again: going both ways is 3 times its forward, and not 3.5
+
+
+class Untracked(contextlib.nullcontext):
+    """Operations by module are not asked for, and torch cannot tell them where autograd.grad ends at a leaf."""
+
+    parents = frozenset({"Global"})
 
 
 @pytest.fixture
@@ -34,8 +42,10 @@ def counted():
     """Count the operations of an act."""
 
     def count(act):
+        counter = FlopCounterMode(display=False)
+        counter.mod_tracker = Untracked()
         with (
-            FlopCounterMode(display=False) as counter,
+            counter,
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         ):
             act()
@@ -58,6 +68,16 @@ def test_scores(block, layer, plan, counted, activations):
     activations.capture_log_probabilities()
     work = plan.score(layer, BlockVariant.parse(block))
     counts = counted(lambda: scoring.score_block(work, activations, {}))
+    assert 96 * resources.score_flops(plan, work) == pytest.approx(counts, rel=CLOSE)
+
+
+def test_estimates(plan, counted, activations, tmp_path):
+    scoring_spec = plan.spec.scoring.model_copy(update={"method": "fisher", "label_samples": 3})
+    plan = Plan(plan.spec.model_copy(update={"scoring": scoring_spec}), plan.inputs)
+    counts = counted(lambda: fisher.measure_gradients(plan.gradients(), activations, tmp_path))
+    assert 96 * resources.gradient_flops(plan, 3) == pytest.approx(counts, rel=0.05)  # less here, for CLOSE's reason
+    work = plan.score(3, BlockVariant.parse("attn:no_op+ffn:i48"))
+    counts = counted(lambda: fisher.estimate_score(work, activations, {}, tmp_path))
     assert 96 * resources.score_flops(plan, work) == pytest.approx(counts, rel=CLOSE)
 
 

@@ -93,6 +93,10 @@ def test_a_share_of_block_time_has_no_absolute_value():
         ),
         ({"data": {"train_texts": []}}, "data.train_texts: "),
         ({"evaluation": {"lm_eval_tasks": ["../task.yaml"]}}, "evaluation.lm_eval_tasks.0: "),
+        (
+            {"scoring": {"method": "fisher"}, "search": {"objective": "lm_loss"}},
+            "search.objective is lm_loss, and scoring.method: fisher estimates the KL alone",
+        ),
         ({"target": {"dtype": "float16"}}, "target.dtype: "),
         ({"runtime": {"dask_address": "tcp://10.0.0.5:8786"}}, "set task_runner to 'dask'"),
         ({"runtime": {"task_runner": "dask", "dask_address": "10.0.0.5"}}, "runtime.dask_address: "),
