@@ -26,16 +26,20 @@ from torch.nn import functional as F
 from benchmarks.parents import EXAMPLE, capture, open_parent
 from benchmarks.rounds import ratio, take_turns
 from puzzle_core.architecture import Variant
+from puzzle_core.data import batch_rows
 from puzzle_core.distill import bld
-from puzzle_core.distill.loop import Checkpoints
+from puzzle_core.distill.training_checkpoint import Checkpoints
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.surgery import load_weights, variant_block
 from puzzle_core.report.report_tables import Table, format_text
+from puzzle_core.sizes import held_back_windows
 from puzzle_core.spec import BldSpec, OptimizerSpec, RuntimeSpec
 from puzzle_core.spec_file import load_spec
 from puzzle_core.work import BldWork
 
 QUICKSTART = EXAMPLE.parents[1] / "specs/quickstart.yaml"
+SEED = 0
+"""Of the order of the windows."""
 Parameters = dict[str, torch.nn.Parameter]
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -49,7 +53,8 @@ def plain_loop(
     groups = [{"params": matrices, "weight_decay": adam.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=adam.betas, fused=True)
     batch = spec.batch_tokens // inputs_NTD.shape[1]
-    steps, losses = len(inputs_NTD) // batch, []
+    windows = len(inputs_NTD)
+    training_windows, steps, losses = windows - held_back_windows(windows), windows // batch, []
     warmup = max(1, round(adam.warmup_share * steps))
     for step in range(steps):
         rate = adam.learning_rate * (step + 1) / warmup
@@ -57,7 +62,7 @@ def plain_loop(
             rate = adam.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        rows = slice(step * batch, (step + 1) * batch)
+        rows = batch_rows(step, batch, training_windows, SEED)
         target_BTD = targets_NTD[rows]
         loss = F.mse_loss(forward(inputs_NTD[rows]), target_BTD) / target_BTD.square().mean()
         loss.backward()
@@ -106,7 +111,7 @@ def compare(activations: Activations, layer: int, variant: Variant, spec: BldSpe
     contributions = place / "contributions"
     contributions.mkdir(exist_ok=True)
     save_file({f"layer.{layer}": torch.rand(parent.shape.ffn_width)}, contributions / "contributions.safetensors")
-    work = BldWork(parent="", layer=layer, variant=variant, tokens="", contributions="", spec=spec)
+    work = BldWork(parent="", layer=layer, variant=variant, tokens="", contributions="", seed=SEED, spec=spec)
     inputs = activations.layer_input(layer) if attends else activations.post_attention(layer)
     inputs_NTD, targets_NTD = (states.clone().to(device) for states in (inputs, activations.layer_input(layer + 1)))
     frozen, context = parent.block(layer, torch.float32, device), activations.context()

@@ -65,16 +65,17 @@ def measure(
     """The cost table as a run measures it, and whole models; in turns, so that a drift of the machine meets both."""
     spaces = [spec.variants.of_layer(layer, parent.shape) for layer in range(parent.shape.layers)]
     variants = {v for space in spaces for found in space for v in found if not v.is_empty}
+    target = spec.target.for_parent(parent.dtype)
     work = CostWork(
         shape=parent.shape.digest(),
         variants=tuple(sorted(variants)),
         traffic=traffic,
-        target=spec.target,
-        hardware=hardware_name(spec.target),
+        target=target,
+        hardware=hardware_name(target),
     )
-    device, dtype = target_device(spec.target), torch_dtype(spec.target.dtype)
+    device, dtype = target_device(target), torch_dtype(target.served_dtype)
     whole = {name: random_child(parent, child, dtype, device) for name, child in architectures.items()}
-    times = latency.time_models(latency.cost_models(work, parent) | whole, traffic, spec.target)
+    times = latency.time_models(latency.cost_models(work, parent) | whole, traffic, target)
     return latency.cost_record(work, parent, times), {name: timing_of(times[name]) for name in architectures}
 
 

@@ -17,6 +17,7 @@ from tasks.stage_tasks import (
     capture_layer,
     capture_log_probabilities,
     drop_activations,
+    measure_gradients,
     measure_importance,
     score_block,
     train_variant,
@@ -129,7 +130,8 @@ def train_variants(plan: Plan, context: RunContext) -> None:
 def score_variants(plan: Plan, context: RunContext, child: Architecture | None = None) -> None:
     """Replace-1-block scores that the store lacks, in the parent or in a child.
 
-    The states of the parent, and then of the child, are captured once, through the last layer.
+    The states of the parent, and then of the child, are captured once, through the last layer. Where scores are
+    estimates, one task measures the gradients that all of them are made from.
     """
     works, stored_keys = plan.all_scores(child), context.store().keys(ScoreWork.stage)
     base = plan.assemble(child) if child else None
@@ -143,10 +145,37 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
     first = min(work.layer for work in missing)
     for layer in plan.layers:
         capture_layer(plan.inputs.parent, tokens, dtype, layer, layer >= first and base is None, context)
-    capture_log_probabilities(plan.inputs.parent, tokens, dtype, context)
+    gradients = None if base else plan.gradients()
+    if gradients:
+        ensure(measure_gradients, gradients, context)
+    else:
+        capture_log_probabilities(plan.inputs.parent, tokens, dtype, context)
     for layer in plan.layers if base else ():
         capture_layer(plan.inputs.parent, tokens, dtype, layer, layer >= first, context, base)
     futures = [submit(score_block, work, context) for work in missing]
     wait_all("scores", futures, done, len(works), ProgressArtifact("scores", plan.spec.name))
     for captured in (None, base) if base else (None,):
         drop_activations(context.activations_directory(plan.inputs.parent, tokens, dtype, captured))
+
+
+@flow(
+    name="score-exactly",
+    flow_run_name="exact scores of {plan.spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    validate_parameters=False,
+)
+def score_exactly(plan: Plan, context: RunContext, works: list[ScoreWork]) -> None:
+    """Exact scores in the parent that a search over estimates asks for, as far as the store lacks them.
+
+    The states of all layers are captured and stay, since the search may ask again for scores in any layer.
+    """
+    stored_keys = context.store().keys(ScoreWork.stage)
+    missing = [work for work in works if work.key not in stored_keys]
+    if not missing:
+        return
+    tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
+    for layer in plan.layers:
+        capture_layer(plan.inputs.parent, tokens, dtype, layer, True, context)
+    capture_log_probabilities(plan.inputs.parent, tokens, dtype, context)
+    wait_all("exact scores", [submit(score_block, work, context) for work in missing])

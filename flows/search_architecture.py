@@ -4,9 +4,10 @@ import logging
 
 from prefect import flow
 
+from flows.build_library import score_exactly
 from flows.permissions import permitted
 from flows.services.orphaned_runs import label_process
-from flows.submit import ensure, plan_run
+from flows.submit import ensure, ensure_tokens, plan_run, side_by_side
 from puzzle_core.errors import CoverageError
 from puzzle_core.plan import Plan
 from puzzle_core.spec import RunSpec
@@ -61,9 +62,39 @@ def search_planned_architecture(plan: Plan, context: RunContext) -> None:
                 f"{len(missing)} scores are not in the store {spec.runtime.store}, the first being layer "
                 f"{missing[0].layer} {missing[0].block}: run `puzzle build-library` with this spec first"
             )
-        key = ensure(stage_tasks.search_architecture, plan.search(), context, target=spec.target)
+        key = ensure(
+            stage_tasks.search_architecture,
+            plan.search(),
+            context,
+            target=spec.target,
+            exact=_score_for_answer(plan, context),
+        )
         record_architecture(plan, context, run, key)
         show_architecture(plan, context, key)
+
+
+def _score_for_answer(plan: Plan, context: RunContext) -> tuple[str, ...]:
+    """Score exactly what the answer of a search over estimates uses, round by round (METHOD section 4).
+
+    Which blocks are asked for follows from the estimates, not from what the store has: a score that another search has
+    asked for is only found there.
+
+    Returns:
+        The keys of the exact scores; none if the spec's scores are not lazy, or the store has the search.
+    """
+    search, keys = plan.search(), tuple[str, ...]()
+    if not search.exact or context.store().has(search.key):
+        return keys
+    ensure_tokens(plan, context, "scoring")
+    tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
+    with context.lock_activations(tokens, dtype):
+        while asked := stage_tasks.ask_for_scores(search, plan.spec.target, context, keys):
+            works = [plan.exact_score(layer, block) for layer, block in asked]
+            side_by_side(score_exactly, context)(plan, context, works)
+            keys += tuple(work.key for work in works)
+        stage_tasks.drop_activations(context.activations_directory(plan.inputs.parent, tokens, dtype))
+    log.info("search: exact scores of %d of %d block variants", len(keys), len(search.exact))
+    return keys
 
 
 def measure_target(plan: Plan, context: RunContext) -> None:

@@ -17,7 +17,7 @@ from puzzle_core.plan import Plan
 from puzzle_core.records import Work
 from puzzle_core.resources import resources
 from puzzle_core.spec import RunSpec
-from puzzle_core.work import BldWork, ScoreWork
+from puzzle_core.work import BldWork, GradientsWork, ScoreWork
 from tasks.runtime.context import RunContext
 from tasks.runtime.disk_space import check_disk_space
 from tasks.stage_tasks import open_inputs, pack_tokens
@@ -49,7 +49,8 @@ def plan_run(spec: RunSpec) -> tuple[Plan, RunContext]:
     context = context.at_commit(plan.inputs.parent_commit)
     context.drop_finished_checkpoints()
     store = context.store()
-    needed = resources(plan, done=store.keys(BldWork.stage) | store.keys(ScoreWork.stage))
+    done = [store.keys(work.stage) for work in (BldWork, GradientsWork, ScoreWork)]
+    needed = resources(plan, done=set().union(*done))
     check_disk_space(context, needed.scratch_bytes, needed.store_bytes)
     if needed.scratch_bytes:
         check_cluster(context, plan.inputs.parent)

@@ -1,12 +1,13 @@
-"""Packs texts into token batches: disjoint splits for calibration, BLD, scoring, GKD and evaluation.
+"""Packs texts into token batches: splits for calibration, BLD, GKD, scoring and evaluation.
 
 Documents are shuffled once with a fixed seed, each gets a start token (`document_start`), and all are cut into
-windows of `sequence_length` tokens. Batches are consecutive windows, so the step number determines the tokens of a
-step: data order is deterministic, and training can resume at any step.
+windows of `sequence_length` tokens. Trainings read the windows of a split in a random order that seed and epoch
+determine. The step number therefore determines the tokens of a step: training can resume at any step.
 
 Legend: N windows, T tokens per window.
 """
 
+import functools
 import itertools
 import random
 from collections.abc import Iterator
@@ -155,12 +156,19 @@ def _token_ids(documents: Iterator[Document], tokenizer: Tokenizer, start: list[
             yield start + ids
 
 
-def batch_rows(step: int, batch_windows: int, windows: int) -> slice | list[int]:
-    """The windows of step `step`: consecutive, and from the first window again after the last."""
-    start = step * batch_windows % windows
-    if start + batch_windows <= windows:
-        return slice(start, start + batch_windows)
-    return [(start + i) % windows for i in range(batch_windows)]
+def batch_rows(step: int, batch_windows: int, windows: int, seed: int) -> list[int]:
+    """The windows of step `step`. Every epoch has all `windows` once, in an order of its own; a batch may span two."""
+    first = step * batch_windows
+    places = (divmod(place, windows) for place in range(first, first + batch_windows))
+    return [_order(windows, seed, epoch)[place] for epoch, place in places]
+
+
+@functools.lru_cache(maxsize=8)
+def _order(windows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The order of the windows in one epoch: a permutation that Python keeps the same in all its versions."""
+    order = list(range(windows))
+    random.Random(f"order of windows, seed {seed}, epoch {epoch}").shuffle(order)
+    return tuple(order)
 
 
 def pack_split(work: TokensWork, documents: list[Document], tokenizer: Tokenizer, out_dir: Path) -> TokensRecord:

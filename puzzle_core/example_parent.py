@@ -111,7 +111,6 @@ def _train_process(rank: int, processes: int, port: int, out_dir: Path, spec: Pr
         for ids in tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
     )
     windows = pack(documents, tokenizer, CONTEXT_TOKENS, {"train": all_tokens - CONTEXT_TOKENS}, spec.seed)["train"]
-    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(spec.seed))]
 
     torch.manual_seed(spec.seed)
     model = _new_model()
@@ -130,7 +129,7 @@ def _train_process(rank: int, processes: int, port: int, out_dir: Path, spec: Pr
         rate = spec.learning_rate * share * 0.5 * (1 + math.cos(math.pi * step / spec.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        rows = batch_rows(step * processes + rank, local_windows, len(windows))
+        rows = batch_rows(step * processes + rank, local_windows, len(windows), spec.seed)
         loss = _next_token_loss(model, windows[rows].long())
         loss.backward()  # type: ignore[no-untyped-call]
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

@@ -13,6 +13,7 @@ from puzzle_core.engines import ENGINES
 from puzzle_core.errors import SpecError
 from puzzle_core.records import Record
 from puzzle_core.spec import HarnessSpec, ParentSpec, RunSpec, RuntimeSpec, ScenarioSpec, VariantsSpec
+from puzzle_core.target import Dtype, TargetSpec
 from puzzle_core.text_sources import Texts
 from puzzle_core.work import (
     AssembleWork,
@@ -20,6 +21,7 @@ from puzzle_core.work import (
     CostWork,
     EvaluateWork,
     GkdWork,
+    GradientsWork,
     ImportanceWork,
     MultipleChoiceWork,
     RefineWork,
@@ -37,10 +39,12 @@ class Inputs(Record):
     """External inputs of a plan: the parent, texts, benchmarks, the machine, and an imported cost table.
 
     The parent, the texts, the table, the benchmarks (by name) and the folder of lm-evaluation-harness are digests.
-    `parent_commit` is the hub commit of the parent and is part of no key.
+    `parent_commit` is the hub commit of the parent and is part of no key. `dtype` is the type of a child if the spec
+    names none.
     """
 
     parent: str
+    dtype: Dtype = "float32"
     tokenizer: str
     shape: ModelShape
     train_texts: str
@@ -90,17 +94,26 @@ class Plan:
         """The part of the search space that the engines of the spec can run."""
         return self.spec.served_variants(self.inputs.shape)
 
+    @cached_property
+    def target(self) -> TargetSpec:
+        """The target, with a dtype: that of the spec, or the parent's."""
+        return self.spec.target.for_parent(self.inputs.dtype)
+
     @property
     def layers(self) -> range:
         """The parent's layers."""
         return range(self.inputs.shape.layers)
 
     def tokens(self, split: str) -> TokensWork:
-        """One split of packed windows; no two splits share a token."""
+        """One split of packed windows. No two splits share a token, but calibration reads the first of the texts.
+
+        Calibration trains nothing, and so its number of tokens changes no other split.
+        """
         spec = self.spec
-        train = (("calibration", spec.importance.tokens), ("bld", spec.bld.tokens), ("gkd", spec.gkd.tokens))
+        calibration = (("calibration", spec.importance.tokens),)
+        train = (("bld", spec.bld.tokens), ("gkd", spec.gkd.tokens))
         held_out = (("scoring", spec.scoring.tokens), ("evaluation", spec.evaluation.tokens))
-        order = held_out if split in HELD_OUT_SPLITS else train
+        order = next(order for order in (calibration, train, held_out) if split in dict(order))
         position = [name for name, _ in order].index(split)
         return TokensWork(
             split=split,
@@ -110,7 +123,7 @@ class Plan:
             seed=spec.data.seed,
             cut_documents=spec.data.cut_documents,
             document_start=spec.data.document_start,
-            texts=self.inputs.train_texts if order is train else self.inputs.held_out_texts,
+            texts=self.inputs.held_out_texts if order is held_out else self.inputs.train_texts,
             tokenizer=self.inputs.tokenizer,
         )
 
@@ -136,6 +149,7 @@ class Plan:
             variant=variant,
             tokens=self.tokens("bld").key,
             contributions=self.importance().key if variant.row.needs_contributions else None,
+            seed=self.spec.data.seed,
             spec=self.spec.bld,
         )
 
@@ -157,8 +171,23 @@ class Plan:
             ]
         return [block for block in blocks if block != base_block or (base and layer == 0)]
 
+    def gradients(self) -> GradientsWork | None:
+        """The gradients that scores are estimated from; None if all scores are exact."""
+        if self.spec.scoring.method == "exact":
+            return None
+        return GradientsWork(
+            parent=self.inputs.parent,
+            tokens=self.tokens("scoring").key,
+            dtype=self.spec.scoring.dtype,
+            samples=self.spec.scoring.label_samples,
+            seed=self.spec.data.seed,
+        )
+
     def score(self, layer: int, block: BlockVariant, base: Architecture | None = None) -> ScoreWork:
-        """The score of one block variant in the parent, or in a child."""
+        """The score of one block variant in the parent, or in a child, where it is always exact.
+
+        A child differs from the parent before the block is replaced, so an expansion at the parent does not hold there.
+        """
         return ScoreWork(
             parent=self.inputs.parent,
             layer=layer,
@@ -168,7 +197,17 @@ class Plan:
             tokens=self.tokens("scoring").key,
             dtype=self.spec.scoring.dtype,
             base=self.assemble(base) if base else None,
+            gradients=None if base else self._gradients_key,
         )
+
+    @cached_property
+    def _gradients_key(self) -> str | None:
+        work = self.gradients()
+        return work.key if work else None
+
+    def exact_score(self, layer: int, block: BlockVariant) -> ScoreWork:
+        """The exact score of one block variant in the parent, where others are estimates."""
+        return self.score(layer, block).model_copy(update={"gradients": None})
 
     def all_bld(self) -> list[BldWork]:
         """Every variant training."""
@@ -207,7 +246,7 @@ class Plan:
                 shape=self.inputs.shape.digest(),
                 variants=tuple(sorted(distinct)),
                 traffic=_traffic(scenario, batch_size),
-                target=self.spec.target,
+                target=self.target,
                 hardware=self.inputs.hardware,
             )
             for scenario in self.spec.scenarios
@@ -230,7 +269,14 @@ class Plan:
             target=self.spec.target.name,
             request=request,
             base=self.assemble(base) if base else None,
+            exact=() if base else self._exact_keys,
         )
+
+    @cached_property
+    def _exact_keys(self) -> tuple[str, ...]:
+        if self.spec.scoring.method != "lazy":
+            return ()
+        return tuple(self.exact_score(work.layer, work.block).key for work in self._scores)
 
     def refine(self) -> RefineWork | None:
         """The measurement of the search's candidates; None if the spec does not request it."""
@@ -248,7 +294,7 @@ class Plan:
             parent=self.inputs.parent,
             architecture=architecture,
             library=tuple(library),
-            dtype=self.spec.target.dtype,
+            dtype=self.target.served_dtype,
         )
 
     def gkd(self, architecture: Architecture) -> GkdWork:
@@ -258,7 +304,8 @@ class Plan:
             child=self.assemble(architecture).key,
             architecture=architecture,
             tokens=self.tokens("gkd").key,
-            dtype=self.spec.target.dtype,
+            dtype=self.target.served_dtype,
+            seed=self.spec.data.seed,
             spec=self.spec.gkd,
         )
 
@@ -295,7 +342,7 @@ class Plan:
             shape=self.inputs.shape.digest(),
             architectures=tuple(architectures.items()),
             traffic=_traffic(self.spec.scenario, batch_size),
-            target=self.spec.target.model_copy(update={"rounds": self.spec.evaluation.timing_rounds}),
+            target=self.target.model_copy(update={"rounds": self.spec.evaluation.timing_rounds}),
             hardware=self.inputs.hardware,
         )
 
@@ -311,7 +358,7 @@ class Plan:
             update={
                 "parent": ParentSpec(path=inputs.parent),
                 "data": spec.data.model_copy(update=texts),
-                "target": spec.target.model_copy(update={"table": inputs.cost_table}),
+                "target": self.target.model_copy(update={"table": inputs.cost_table}),
                 "evaluation": spec.evaluation.model_copy(update={"tasks": benchmarks, "lm_eval": self._harness}),
                 "runtime": RuntimeSpec(),
             }

@@ -15,6 +15,7 @@ from puzzle_core.sizes import (
     architecture_parameters,
     held_back_windows,
     variant_size,
+    watched_windows,
 )
 from puzzle_core.work import BldWork, ScoreWork
 
@@ -24,14 +25,15 @@ FORWARD, FORWARD_BACKWARD, ATTENTION_FORWARD_BACKWARD = 1, 3, 3.5
 """Cost relative to a forward pass. Attention kernels compute half of their forward pass again in the backward pass."""
 TRAINING_BYTES = 16
 """Bytes per trained parameter: weight, gradient and two moments, in float32."""
-CHECKPOINT_BYTES = 12
-"""Bytes per trained parameter in a checkpoint: weight and two moments, in float32."""
+CHECKPOINT_BYTES, BEST_WEIGHT_BYTES = 12, 4
+"""Bytes per trained parameter in a checkpoint (weight and two moments), and in the best weights beside it; float32."""
 
 
 class Resources(NamedTuple):
     """Resources of one run: its library, its scores, and one child.
 
-    Scratch bytes are peak values. `state_bytes` is the size of one file of hidden states in BLD.
+    Exact scores that searches over estimates ask for are not counted: their number is not known before. Scratch bytes
+    are peak values. `state_bytes` is the size of one file of hidden states in BLD.
     `gkd_device_bytes` are the weights and states that each process of GKD holds.
     """
 
@@ -45,6 +47,7 @@ class Resources(NamedTuple):
     score_scratch_bytes: int
     library_bytes: int
     child_bytes: int
+    gradient_bytes: int
     store_bytes: int
     gkd_device_bytes: int
     gkd_checkpoint_bytes: int
@@ -76,15 +79,23 @@ def resources(
     spec, shape = plan.spec, plan.inputs.shape
     variants = [work for work in plan.all_bld() if work.key not in done]
     scores = [work for work in plan.all_scores() if work.key not in done]
+    gradients = plan.gradients() if scores else None
+    if gradients and gradients.key in done:
+        gradients = None
     parent = Architecture.of_parent(shape)
     child = child or parent
     parent_size, child_size = (architecture_parameters(shape, architecture) for architecture in (parent, child))
     bld_tokens = spec.bld.tokens * spec.bld.epochs
     gkd_tokens = spec.gkd.tokens * spec.gkd.epochs
     state, score_state = (part.tokens * shape.hidden * DTYPE_BYTES[part.dtype] for part in (spec.bld, spec.scoring))
-    log_probabilities = min(LARGEST_LOG_PROBABILITIES_BYTES, _log_probability_bytes(plan))
+    some_exact = spec.scoring.method != "fisher"
+    log_probabilities = min(LARGEST_LOG_PROBABILITIES_BYTES, _log_probability_bytes(plan)) if some_exact else 0
+    gradient_bytes = gradients.samples * shape.layers * score_state if gradients else 0
+    score_flops_per_token = sum(score_flops(plan, work) for work in scores)
+    if gradients:
+        score_flops_per_token += gradient_flops(plan, gradients.samples)
     library = sum(DTYPE_BYTES["float32"] * variant_size(shape, work.variant).parameters for work in variants)
-    child_bytes = child_size * DTYPE_BYTES[spec.target.dtype]
+    child_bytes = child_size * DTYPE_BYTES[plan.target.served_dtype]
     return Resources(
         bld_tasks=len(variants),
         score_tasks=len(scores),
@@ -96,11 +107,12 @@ def resources(
         score_scratch_bytes=(2 * shape.layers + 1) * score_state + log_probabilities if scores else 0,
         library_bytes=library,
         child_bytes=child_bytes,
-        store_bytes=library + (2 + len(spec.search.baselines)) * child_bytes,
+        gradient_bytes=gradient_bytes,
+        store_bytes=library + gradient_bytes + (2 + len(spec.search.baselines)) * child_bytes,
         gkd_device_bytes=(child_size * TRAINING_BYTES + parent_size * DTYPE_BYTES[spec.gkd.dtype]) // gkd_processes,
-        gkd_checkpoint_bytes=child_size * CHECKPOINT_BYTES,
+        gkd_checkpoint_bytes=child_size * (CHECKPOINT_BYTES + (BEST_WEIGHT_BYTES if spec.gkd.held_back_checks else 0)),
         bld_flops=bld_tokens * sum(bld_flops(plan, work) for work in variants),
-        score_flops=spec.scoring.tokens * sum(score_flops(plan, work) for work in scores),
+        score_flops=spec.scoring.tokens * score_flops_per_token,
         gkd_flops=gkd_tokens * gkd_flops(plan, child, recompute=gkd_processes > 1),
     )
 
@@ -123,28 +135,50 @@ def score_flops(plan: Plan, work: ScoreWork) -> float:
     """Operations per token of one score: the block, the layers after it, and the head.
 
     A block with the parent's attention starts at its FFN. The parent's head runs again if its log-probabilities are
-    too large for the scratch disk.
+    too large for the scratch disk. An estimate needs the block and the gradients.
     """
     shape, length = plan.inputs.shape, plan.spec.data.sequence_length
     parent = shape.parent_block
     block = _block_forward(shape, work.block, length)
     if work.block.attention == parent.attention:
         block = sum(_forward(shape, work.block.ffn, length))
+    if work.gradients:
+        return block + 2 * plan.spec.scoring.label_samples * shape.hidden
     heads = 1 if _log_probability_bytes(plan) <= LARGEST_LOG_PROBABILITIES_BYTES else 2
     return block + (shape.layers - 1 - work.layer) * _block_forward(shape, parent, length) + heads * _head(shape)
 
 
-def gkd_flops(plan: Plan, child: Architecture, recompute: bool) -> float:
-    """Operations per token of GKD. With `recompute`, the backward pass computes every block of the child again."""
+def gradient_flops(plan: Plan, samples: int) -> float:
+    """Operations per token of the gradients: each layer but the first and the head run once, and back once per sample.
+
+    Weights get no gradients.
+    """
     shape, length = plan.inputs.shape, plan.spec.data.sequence_length
-    total = shape.layers * _block_forward(shape, shape.parent_block, length)
-    total += _head(shape) * (FORWARD + FORWARD_BACKWARD)
+    forward_backward: float = _head(shape) * (FORWARD + samples)
+    for variant in shape.parent_block.subblocks:
+        weights, products = _forward(shape, variant, length)
+        back = weights + (ATTENTION_FORWARD_BACKWARD - FORWARD) * products
+        forward_backward += (shape.layers - 1) * (weights + products + samples * back)
+    return forward_backward
+
+
+def gkd_flops(plan: Plan, child: Architecture, recompute: bool) -> float:
+    """Operations per token of GKD, its passes over the held-back windows included.
+
+    With `recompute`, the backward pass computes every block of the child again.
+    """
+    shape, length, spec = plan.inputs.shape, plan.spec.data.sequence_length, plan.spec.gkd
+    parent = shape.layers * _block_forward(shape, shape.parent_block, length) + _head(shape)
+    training, forward = float(FORWARD_BACKWARD * _head(shape)), float(FORWARD * _head(shape))
     for block in child.layers:
         for variant in block.subblocks:
             weights, products = _forward(shape, variant, length)
-            total += FORWARD_BACKWARD * weights + ATTENTION_FORWARD_BACKWARD * products
-            total += recompute * (weights + products)
-    return total
+            training += FORWARD_BACKWARD * weights + ATTENTION_FORWARD_BACKWARD * products
+            training += recompute * (weights + products)
+            forward += weights + products
+    windows = -(-spec.tokens // length)
+    held_back_passes = (1 + spec.held_back_checks) * watched_windows(windows, spec.held_back_checks)
+    return parent + training + held_back_passes / (windows * spec.epochs) * (parent + forward)
 
 
 def _log_probability_bytes(plan: Plan) -> int:

@@ -46,7 +46,7 @@ def score_block(work: ScoreWork, activations: Activations, weights: dict[str, St
     suffix = [activations.block(layer) for layer in range(work.layer + 1, parent.shape.layers)]
     context, comparison = activations.context(), _TokenComparison()
     for rows in _window_batches(activations):
-        hidden = _block_output(work, activations, block, rows, context)
+        hidden = block_output(work, activations, block, rows, context)
         for following_block in suffix:
             hidden = following_block(hidden, **context)
         comparison.add(activations, rows, hidden)
@@ -59,9 +59,10 @@ def _window_batches(activations: Activations) -> Iterator[slice]:
     return (slice(first, first + windows) for first in range(0, len(activations.ids_NT), windows))
 
 
-def _block_output(
+def block_output(
     work: ScoreWork, activations: Activations, block: Subblocks, rows: slice, context: dict[str, Any]
 ) -> torch.Tensor:
+    """What leaves the replaced block, (B, T, D), for some windows of the stored states."""
     if work.block.attention == activations.attention(work.layer):
         return block.feed(activations.post_attention(work.layer)[rows].to(activations.device))
     return block(activations.layer_input(work.layer)[rows].to(activations.device), **context)

@@ -9,6 +9,8 @@ LARGEST_LOG_PROBABILITIES_BYTES = 2**30
 """The scratch disk keeps the parent's log-probabilities up to this size; larger ones are computed again."""
 HELD_BACK_PART = 32
 """BLD holds back one window in this many."""
+WATCHED_PART, MOST_WATCHED = 64, 32
+"""GKD holds back one window in this many, and at most this many: its watching stays cheap."""
 
 
 class VariantSize(NamedTuple):
@@ -40,6 +42,11 @@ def architecture_parameters(shape: ModelShape, architecture: Architecture) -> in
 def kv_entries_per_token(shape: ModelShape, architecture: Architecture) -> int:
     """KV-cache entries per token of a whole child."""
     return sum(variant_size(shape, block.attention).kv_entries_per_token for block in architecture.layers)
+
+
+def watched_windows(windows: int, checks: int) -> int:
+    """Number of windows that GKD does not train on, and measures its KL on; none without checks."""
+    return min(MOST_WATCHED, max(1, windows // WATCHED_PART)) if windows > 1 and checks else 0
 
 
 def held_back_windows(windows: int) -> int:

@@ -76,7 +76,7 @@ class DataSpec(Record):
         exclude_if=lambda share: share is None,
     )
     sequence_length: int = Field(256, ge=8, le=10**9, description="Tokens per window")
-    seed: int = Field(0, description="Seed for the order of the documents")
+    seed: int = Field(0, description="Seed for the order of the documents, and of the windows in BLD and GKD")
     cut_documents: bool = Field(
         True,
         description="A split starts with the rest of the last document before it; false: splits share no document",
@@ -215,7 +215,7 @@ def _offered(rules: Mapping[str, Any], subblock: Subblock, shape: ModelShape) ->
 class ImportanceSpec(Record):
     """Channel contributions of the parent's FFNs (METHOD section 2)."""
 
-    tokens: Positive = Field(65_536, description="Calibration tokens")
+    tokens: Positive = Field(65_536, description="Calibration tokens: the first of the training texts, as BLD's")
 
 
 class OptimizerSpec(Record):
@@ -234,8 +234,18 @@ class BldSpec(Record):
     tokens: Positive = Field(262_144, description="Training tokens per variant")
     epochs: Positive = Field(1, description="Passes over these tokens")
     batch_tokens: Positive = Field(4096, description="Tokens per optimizer step; whole windows")
+    loss: Literal["tensor", "token"] = Field(
+        "tensor",
+        description="Squared error over the square of the parent's output: of the whole batch (tensor), or of every "
+        "token, where a few tokens have huge activations (token)",
+        exclude_if=lambda loss: loss == "tensor",
+    )
     dtype: Dtype = Field("float32", description="Type of activations and matrix products; weights stay float32")
     optimizer: OptimizerSpec = OptimizerSpec()
+
+
+ScoringMethod = Literal["exact", "fisher"]
+"""How one score is made: by the layers after the block, or from gradients of the parent."""
 
 
 class ScoringSpec(Record):
@@ -246,6 +256,17 @@ class ScoringSpec(Record):
         "pairs", description="Score every block variant (pairs), or single subblocks and add their scores (subblocks)"
     )
     dtype: Dtype = Field("float32", description="Type of activations and matrix products")
+    method: Literal["exact", "fisher", "lazy"] = Field(
+        "exact",
+        description="Run the layers after the block (exact), estimate the KL from gradients of the parent (fisher), or "
+        "estimate all and have each search score exactly what its answer uses (lazy)",
+        exclude_if=lambda method: method == "exact",
+    )
+    label_samples: Positive = Field(
+        8,
+        description="Backward passes of an estimate, each on labels drawn from the parent's predictions",
+        exclude_if=lambda samples: samples == 8,
+    )
 
 
 class LimitsSpec(Record):
@@ -486,6 +507,16 @@ class GkdSpec(Record):
     cosine_weight: float = Field(1.0, ge=0, description="Weight of the sum over layers of 1 - cos(h_child, h_parent)")
     kl_weight: float = Field(1.0, ge=0, description="Weight of KL(parent || child) on logits")
     lm_weight: float = Field(0.0, ge=0, description="Weight of the next-token loss on the texts")
+    held_back_checks: int = Field(
+        8,
+        ge=0,
+        le=MOST,
+        description="Times that KL is measured on held-back windows during the training; the weights with the least KL "
+        "are kept. 0: no window is held back, and the last weights are kept",
+    )
+    patience: Positive | None = Field(
+        None, description="Checks in a row without a lower KL after which the training stops early; unset: never"
+    )
     dtype: Dtype = Field("float32", description="Type of activations and matrix products; weights stay float32")
     optimizer: OptimizerSpec = OptimizerSpec(learning_rate=5e-4)
 
@@ -493,6 +524,15 @@ class GkdSpec(Record):
     def _check_weights(self) -> "GkdSpec":
         if not self.cosine_weight + self.kl_weight + self.lm_weight:
             raise ValueError("all weights are 0, so there is no loss: set cosine_weight or kl_weight above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _check_patience(self) -> "GkdSpec":
+        if self.patience and not self.held_back_checks:
+            raise ValueError(
+                f"patience is {self.patience} and held_back_checks is 0, so nothing is measured that could stop the "
+                "training: set held_back_checks above 0, or leave out patience"
+            )
         return self
 
 
@@ -660,6 +700,15 @@ class RunSpec(Record):
         for key, text in _texts(self.model_dump(mode="json")):
             if has_credentials(text):
                 raise ValueError(f"{key} is an address with credentials: a specification is recorded and shown")
+        return self
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> "RunSpec":
+        if self.scoring.method != "exact" and self.search.objective != "kl":
+            raise ValueError(
+                f"search.objective is {self.search.objective}, and scoring.method: {self.scoring.method} estimates the "
+                "KL alone: set search.objective to kl, or scoring.method to exact"
+            )
         return self
 
     @model_validator(mode="after")

@@ -125,8 +125,10 @@ class TargetSpec(Record):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="What to measure on; auto takes a GPU that is here"
     )
-    dtype: Dtype = Field(
-        "float32", description="Type of the child's checkpoint; of weights, activations and KV cache while measuring"
+    dtype: Dtype | None = Field(
+        None,
+        description="Type of the child's checkpoint; of weights, activations and KV cache while measuring. Unset: "
+        "bfloat16 for a parent in bfloat16, float32 for any other",
     )
     threads: Positive = Field(1, description="CPU threads while measuring")
     rounds: int = Field(7, ge=3, description="Interleaved rounds of a measurement; medians are kept")
@@ -137,6 +139,16 @@ class TargetSpec(Record):
     )
     hardware: HardwareSpec | None = Field(None, description="For roofline costs: the device's figures")
     table: str | None = Field(None, description="For imported costs: path of the cost table")
+
+    def for_parent(self, dtype: Dtype) -> Self:
+        """The same target with the parent's `dtype`, if it has none of its own."""
+        return self if self.dtype else self.model_copy(update={"dtype": dtype})
+
+    @property
+    def served_dtype(self) -> Dtype:
+        """`dtype`, which targets have in all works of a plan (`Plan.target`)."""
+        assert self.dtype, "the target has no dtype: `for_parent` was not called"
+        return self.dtype
 
     @model_validator(mode="after")
     def _costs_have_their_source(self) -> Self:

@@ -16,6 +16,7 @@ from puzzle_core.spec import (
     GkdSpec,
     HarnessSpec,
     RunSpec,
+    ScoringMethod,
     SearchRequest,
     TargetSpec,
     VariantsSpec,
@@ -65,7 +66,7 @@ class ImportanceRecord(Record):
 
 
 class BldWork(Work):
-    """The training of one variant of one layer."""
+    """The training of one variant of one layer; `seed` is that of the order of the windows."""
 
     stage: ClassVar[str] = "bld"
     version: ClassVar[int] = 3
@@ -75,11 +76,12 @@ class BldWork(Work):
     variant: VariantId
     tokens: str
     contributions: str | None
+    seed: int
     spec: BldSpec
 
 
 class BldRecord(Record):
-    """Result of a variant's training; losses are normalised MSE, without unit.
+    """Result of a variant's training; losses are normalised MSE by `bld.loss`, without unit.
 
     `initial_loss` and `final_loss` are measured on the same held-back windows. If training does not lower the loss,
     the initial weights are kept and both are equal. `curve` has the training loss of every step.
@@ -106,11 +108,32 @@ class AssembleWork(Work):
     dtype: Dtype
 
 
+class GradientsWork(Work):
+    """Gradients of one parent at the outputs of its layers, for `samples` draws of labels from its own predictions."""
+
+    stage: ClassVar[str] = "gradients"
+    version: ClassVar[int] = 1
+
+    parent: str
+    tokens: str
+    dtype: Dtype
+    samples: int
+    seed: int
+
+
+class GradientsRecord(Record):
+    """Layers, label samples and tokens of the gradients."""
+
+    layers: int
+    samples: int
+    tokens: int
+
+
 class ScoreWork(Work):
     """The score of one block variant in one layer.
 
     `attention` and `ffn` are library keys of trained variants, None for the parent's own variant and for no-ops. The
-    block replaces a block of the parent, or of the child `base`.
+    block replaces a block of the parent, or of the child `base`. A score that is estimated names its `gradients`.
     """
 
     stage: ClassVar[str] = "score"
@@ -124,17 +147,19 @@ class ScoreWork(Work):
     tokens: str
     dtype: Dtype
     base: AssembleWork | None = None
+    gradients: str | None = Field(None, exclude_if=lambda key: key is None)
 
 
 class ScoreRecord(Record):
-    """Loss of quality from the replacement of one block."""
+    """Loss of quality from the replacement of one block. `fisher` estimates the KL alone."""
 
     layer: int
     block: BlockVariant
     kl_nats_per_token: float
-    lm_loss_increase_nats_per_token: float
-    top1_agreement: float
+    lm_loss_increase_nats_per_token: float | None = None
+    top1_agreement: float | None = None
     tokens: int
+    method: ScoringMethod = "exact"
 
 
 class Traffic(Record):
@@ -201,26 +226,43 @@ class ChildRecord(Record):
 
 
 class GkdWork(Work):
-    """The global distillation of one child."""
+    """The global distillation of one child; `seed` is that of the order of the windows."""
 
     stage: ClassVar[str] = "gkd"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     parent: str
     child: str
     architecture: Architecture
     tokens: str
     dtype: Dtype
+    seed: int
     spec: GkdSpec
 
 
+class HeldBackKl(Record):
+    """KL to the parent on held-back windows after `step` steps."""
+
+    step: int
+    kl_nats_per_token: float
+
+
 class GkdRecord(Record):
-    """Result of the distillation; `curve` has the loss terms of every step."""
+    """Result of the distillation; `curve` has the loss terms of every step.
+
+    `held_back` has what was measured on held-back windows, at step 0 first; it is empty without checks.
+    """
 
     architecture: Architecture
     curve: tuple[dict[str, float], ...]
+    held_back: tuple[HeldBackKl, ...] = ()
     tokens: int
     seconds: float
+
+    @property
+    def best(self) -> HeldBackKl | None:
+        """The measurement of the weights that the child got."""
+        return min(self.held_back, key=lambda point: point.kl_nats_per_token, default=None)
 
 
 class MultipleChoiceWork(Record):
@@ -281,7 +323,8 @@ class SearchWork(Work):
     """One search: the space, the keys of scores and costs, and the request.
 
     `costs` are (scenario, batch size, key) of cost records; an imported cost table has the digest of its file instead.
-    With a `base`, the scores hold for blocks in that child.
+    With a `base`, the scores hold for blocks in that child. `exact` are the exact scores that a search over estimates
+    may use: the estimates alone decide which of them it uses, and in which order it asks for them.
     """
 
     stage: ClassVar[str] = "search"
@@ -297,6 +340,7 @@ class SearchWork(Work):
     target: str
     request: SearchRequest
     base: AssembleWork | None = None
+    exact: tuple[str, ...] = Field((), exclude_if=lambda keys: not keys)
 
 
 class RefineWork(Work):

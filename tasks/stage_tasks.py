@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from puzzle_core import data, evaluation, scoring
+from puzzle_core import data, evaluation, fisher, scoring
 from puzzle_core.benchmark_items import digest_items, read_items
 from puzzle_core.cost import roofline
 from puzzle_core.cost.engine_module import cost_module
@@ -26,12 +26,13 @@ from puzzle_core.model.surgery import load_weights
 from puzzle_core.model.tokenizer import check_rows
 from puzzle_core.plan import Inputs
 from puzzle_core.records import digest_file
+from puzzle_core.search.lazy import Place, lazy_scores, next_to_score
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table, score_table, unscored_table
 from puzzle_core.search.run_search import check_feasible, find_architecture
 from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.search.table_files import read_costs
-from puzzle_core.search.tables import CostTable
+from puzzle_core.search.tables import CostTable, ScoreTable
 from puzzle_core.spec import DataSpec, Dtype, EvaluationSpec, TargetSpec
 from puzzle_core.text_sources import Texts, read_texts
 from puzzle_core.work import (
@@ -42,6 +43,7 @@ from puzzle_core.work import (
     EvaluateWork,
     GkdRecord,
     GkdWork,
+    GradientsWork,
     ImportanceWork,
     RefineWork,
     ReportWork,
@@ -64,7 +66,7 @@ from tasks.runtime.named_inputs import (
 from tasks.runtime.opened_parent import hub_commit
 from tasks.runtime.produce import produce
 from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs
-from tasks.tracking.live_curve import LiveCurve
+from tasks.tracking.live_curve import HELD_BACK_KL, LiveCurve
 from tasks.tracking.tracked_run import TrackedRun
 from tasks.ui_artifacts import ProgressArtifact
 
@@ -92,6 +94,7 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec, evalua
     inputs = Inputs(
         parent=parent_digest(parent, context.scratch),
         tokenizer=parent.tokenizer_digest,
+        dtype=parent.dtype,
         shape=parent.shape,
         train_texts=texts_digest(train, context.scratch),
         held_out_texts=texts_digest(held_out, context.scratch),
@@ -202,14 +205,26 @@ def train_variant(work: BldWork, context: RunContext) -> str:
     return produce(work, context, lambda out: bld.train_variant(work, activations, contributions, out, checkpoints))
 
 
+@stage_task("gradients", "gradients")
+@with_gpu
+def measure_gradients(work: GradientsWork, context: RunContext) -> str:
+    """Gradients of the parent, which scores are estimated from."""
+    use_threads(context.threads_per_task)
+    activations = context.activations(work.parent, work.tokens, work.dtype)
+    return produce(work, context, lambda out: fisher.measure_gradients(work, activations, out))
+
+
 @stage_task("score", "score layer {work.layer} {work.block}")
 @with_gpu
 def score_block(work: ScoreWork, context: RunContext) -> str:
-    """Replace-1-block score of one block variant in one layer."""
+    """Replace-1-block score of one block variant in one layer: exact, or estimated where it names gradients."""
     use_threads(context.threads_per_task)
     subblocks = ((str(work.block.attention), work.attention), (str(work.block.ffn), work.ffn))
     weights = {variant: load_weights(context.store().fetch(key)) for variant, key in subblocks if key}
     activations = context.activations(work.parent, work.tokens, work.dtype, work.base)
+    if work.gradients:
+        gradients = context.store().fetch(work.gradients)
+        return produce(work, context, lambda _: fisher.estimate_score(work, activations, weights, gradients))
     return produce(work, context, lambda _: scoring.score_block(work, activations, weights))
 
 
@@ -239,20 +254,33 @@ def check_limits(work: SearchWork, target: TargetSpec, context: RunContext) -> N
     )
 
 
+@stage_task("ask for scores", "ask for exact scores", cached=False)
+def ask_for_scores(work: SearchWork, target: TargetSpec, context: RunContext, exact: tuple[str, ...]) -> list[Place]:
+    """The blocks that a search over estimates should score exactly next, with these exact scores so far."""
+    known = context.store().records(ScoreRecord, exact).values()
+    places = {(score.layer, score.block) for score in known}
+    scores, costs = _scores(work, context, exact), _costs(work, target, context)
+    return next_to_score(work.request, scores, costs, work.composition, places)
+
+
 @stage_task("search", "search {work.request.scenario.name} on {work.target}")
-def search_architecture(work: SearchWork, target: TargetSpec, context: RunContext) -> str:
+def search_architecture(work: SearchWork, target: TargetSpec, context: RunContext, exact: tuple[str, ...] = ()) -> str:
     """Solve the mixed-integer program, and compute the baselines that its solution is compared with.
+
+    Args:
+        work: what is searched.
+        target: the hardware target.
+        context: the run's places.
+        exact: the keys of those scores that are exact, where the work's scores are estimates.
 
     Raises:
         SolveLimitError: the clock cut a solve at `search.time_limit_s`; such an answer is not stored.
     """
-    store = context.store()
-    records = list(store.records(ScoreRecord, work.scores).values())
-    base, objective = work.base.architecture if work.base else None, work.request.search.objective
-    scores = score_table(records, work.composition, objective, work.variants, work.shape, base)
+    scores = _scores(work, context, exact)
 
     def find(_: Path) -> SearchRecord:
         record = find_architecture(ProblemBuilder(work.request, scores, _costs(work, target, context)))
+        record = record.model_copy(update={"exact_scores": exact})
         if record.met_time_limit:
             best = record.best
             raise SolveLimitError(
@@ -291,6 +319,9 @@ def distil_child(work: GkdWork, run: TrackedRun, context: RunContext) -> str:
     def report_progress(progress: Progress) -> None:
         bar.show(progress.step, progress.steps)
         terms = progress.terms if len(progress.terms) > 1 else {}
+        if progress.held_back is not None:
+            terms = terms | {HELD_BACK_KL: progress.held_back}
+            log.info("GKD: KL on held-back windows %.4f after step %d", progress.held_back, progress.step)
         curve.add(progress.step, {"loss": progress.loss} | terms, last=progress.step == progress.steps)
         if progress.step % max(1, progress.steps // 20) == 0:
             log.info("GKD: step %d of %d, loss %.4f", progress.step, progress.steps, progress.loss)
@@ -371,6 +402,16 @@ def _hardware(target: TargetSpec) -> str:
     if target.costs == "measured":
         return hardware_name(target)
     return target.hardware.device if target.hardware else target.name
+
+
+def _scores(work: SearchWork, context: RunContext, exact: tuple[str, ...]) -> ScoreTable:
+    """The scores that a search uses; with `exact` keys, the others are estimates, calibrated by these."""
+    store = context.store()
+    records = list(store.records(ScoreRecord, work.scores).values())
+    if work.exact:
+        records = lazy_scores(records, list(store.records(ScoreRecord, exact).values()))
+    base, objective = work.base.architecture if work.base else None, work.request.search.objective
+    return score_table(records, work.composition, objective, work.variants, work.shape, base)
 
 
 def _costs(work: SearchWork, target: TargetSpec, context: RunContext) -> CostTable:

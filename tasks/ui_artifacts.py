@@ -77,8 +77,10 @@ def show_library(plan: Plan, context: RunContext) -> None:
     rows = []
     for score in scored:
         kl, agreement = score.kl_nats_per_token, score.top1_agreement
-        rows.append({"layer": score.layer, "block": str(score.block), "KL, nats per token": kl, "agreement": agreement})
-    _table(f"scores-{plan.spec.name}", rows, f"{about}: what each block costs, alone in the parent")
+        row = {"layer": score.layer, "block": str(score.block), "KL, nats per token": kl}
+        rows.append(row if agreement is None else row | {"agreement": agreement})
+    made = "" if plan.spec.scoring.method == "exact" else ", estimated from gradients"
+    _table(f"scores-{plan.spec.name}", rows, f"{about}: what each block costs, alone in the parent{made}")
 
 
 @_log_errors

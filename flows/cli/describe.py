@@ -58,21 +58,24 @@ def describe_plan(spec: RunSpec) -> str:
     check_packages(spec, context)
     plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target, spec.evaluation))
     shape, needed, store = plan.inputs.shape, resources(plan), context.store()
-    for last in ("gkd", "evaluation"):
+    for last in ("calibration", "gkd", "evaluation"):
         if not store.has(plan.tokens(last).key):
             check_texts_enough(plan.tokens(last), plan.texts(last), context.open_parent(), context.scratch)
+    gradients = plan.gradients()
     stages: dict[str, Sequence[Work]] = {
         "tokens": [plan.tokens(split) for split in ("calibration", "bld", "gkd", "scoring", "evaluation")],
         "importance": [plan.importance()],
         "costs": list(plan.costs().values()),
         "BLD": plan.all_bld(),
+        **({"gradients": [gradients]} if gradients else {}),
         "scores": plan.all_scores(),
         "search": [plan.search()],
     }
     lines = [
         f"{spec.name}: {spec.parent.path} ({shape.family}, {shape.layers} layers, hidden {shape.hidden}, "
         f"{shape.heads} heads, {shape.kv_heads} KV heads, FFN {shape.ffn_width}, vocabulary {shape.vocabulary})",
-        f"target {spec.target.name} ({plan.inputs.hardware}), scenario {spec.scenario.name}",
+        f"target {spec.target.name} ({plan.inputs.hardware}), scenario {spec.scenario.name}, "
+        f"child in {plan.target.served_dtype}",
         f"store {spec.runtime.store}",
         "",
         f"{'stage':<12}{'in store':>10}{'to do':>8}",

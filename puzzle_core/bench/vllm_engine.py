@@ -30,12 +30,12 @@ def bench_models(request: BenchRequest, report: Callable[[str], None]) -> BenchT
         for name, source in request.sources.items():
             directories[name] = Path(place) / name
             directories[name].mkdir()
-            exported = export_hf(source, directories[name], widths="any", dtype=request.target.dtype)
+            exported = export_hf(source, directories[name], widths="any", dtype=request.target.served_dtype)
             weight_bytes[name] = float(exported.bytes)
         report(f"vLLM measures {len(request.traffics)} batch sizes and contexts in one process")
         answer = _run_script(request.python, request, directories, Path(place) / "answer.json")
     return BenchTimes(
-        f"vLLM {answer['version']}", weight_bytes, DTYPE_BYTES[request.target.dtype], list(answer["times"])
+        f"vLLM {answer['version']}", weight_bytes, DTYPE_BYTES[request.target.served_dtype], list(answer["times"])
     )
 
 
@@ -45,7 +45,7 @@ def _run_script(python: Path, request: BenchRequest, directories: Mapping[str, P
     content = {
         "directories": {name: str(directory) for name, directory in directories.items()},
         "traffics": [traffic.model_dump() for traffic in request.traffics],
-        "dtype": target.dtype,
+        "dtype": target.served_dtype,
         "threads": target.threads,
         "rounds": target.rounds,
     }

@@ -55,7 +55,7 @@ def measure_costs(work: CostWork, parent: Parent, report: ReportRound | None = N
 
 def cost_models(work: CostWork, parent: Parent) -> dict[str, PuzzleForCausalLM]:
     """The models that a cost record is made from: a stack per variant, one with no blocks, and the parent."""
-    device, dtype = target_device(work.target), torch_dtype(work.target.dtype)
+    device, dtype = target_device(work.target), torch_dtype(work.target.served_dtype)
     layers = {OUTSIDE: (EMPTY_BLOCK,) * parent.shape.layers, PARENT: Architecture.of_parent(parent.shape).layers}
     for variant in work.variants:
         copies = _copies(work, parent.shape, variant)
@@ -77,8 +77,8 @@ def cost_record(work: CostWork, parent: Parent, times: Mapping[str, Rounds]) -> 
         outside=timing_of(times[OUTSIDE]),
         parent=timing_of(times[PARENT]),
         hardware=work.hardware,
-        weight_bytes=DTYPE_BYTES[work.target.dtype],
-        kv_bytes=DTYPE_BYTES[work.target.dtype],
+        weight_bytes=DTYPE_BYTES[work.target.served_dtype],
+        kv_bytes=DTYPE_BYTES[work.target.served_dtype],
         torch_version=torch.__version__,
         threads=work.target.threads,
         rounds=work.target.rounds,
@@ -87,7 +87,7 @@ def cost_record(work: CostWork, parent: Parent, times: Mapping[str, Rounds]) -> 
 
 def _copies(work: CostWork, shape: ModelShape, variant: Variant) -> int:
     """The number of layers of a variant's stack that have it: all, unless these are too large."""
-    size = variant_size(shape, variant).parameters * DTYPE_BYTES[work.target.dtype]
+    size = variant_size(shape, variant).parameters * DTYPE_BYTES[work.target.served_dtype]
     return max(1, min(shape.layers, STACK_BYTES // size))
 
 
@@ -99,7 +99,7 @@ def _difference(name: str, stack: Rounds, outside: Rounds, copies: int) -> Timin
 
 def time_architectures(work: TimingWork, parent: Parent, report: ReportRound | None = None) -> TimingRecord:
     """Time whole models with random weights end to end, in turns."""
-    device, dtype = target_device(work.target), torch_dtype(work.target.dtype)
+    device, dtype = target_device(work.target), torch_dtype(work.target.served_dtype)
     models = {name: random_child(parent, architecture, dtype, device) for name, architecture in work.architectures}
     times = time_models(models, work.traffic, work.target, report)
     return TimingRecord(models={name: timing_of(rounds) for name, rounds in times.items()}, hardware=work.hardware)
@@ -107,7 +107,7 @@ def time_architectures(work: TimingWork, parent: Parent, report: ReportRound | N
 
 def bench_models(request: BenchRequest, report: Callable[[str], None]) -> BenchTimes:
     """Time the models of a bench in torch."""
-    device, dtype, models = target_device(request.target), torch_dtype(request.target.dtype), {}
+    device, dtype, models = target_device(request.target), torch_dtype(request.target.served_dtype), {}
     for name, source in request.sources.items():
         blocks = [block_config(block) for block in source.architecture.layers]
         model = random_model(child_config(source.config, blocks))
@@ -119,7 +119,7 @@ def bench_models(request: BenchRequest, report: Callable[[str], None]) -> BenchT
     weight_bytes = {
         name: float(sum(p.numel() * p.element_size() for p in model.parameters())) for name, model in models.items()
     }
-    return BenchTimes(engine_version(), weight_bytes, DTYPE_BYTES[request.target.dtype], rounds)
+    return BenchTimes(engine_version(), weight_bytes, DTYPE_BYTES[request.target.served_dtype], rounds)
 
 
 @torch.no_grad()

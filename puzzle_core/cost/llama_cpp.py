@@ -54,7 +54,7 @@ CACHE_BYTES = 2.0
 
 def gguf_type(target: TargetSpec) -> GgufType:
     """The type of the weights in measured files."""
-    return target.gguf_type or ("f32" if target.dtype == "float32" else "bf16")
+    return target.gguf_type or ("f32" if target.served_dtype == "float32" else "bf16")
 
 
 def measure_costs(work: CostWork, parent: Parent, report: ReportRound | None = None) -> CostRecord:

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 from puzzle_core.data import batch_rows
 from puzzle_core.distill.importance import load_contribution
-from puzzle_core.distill.loop import Checkpoints, MicroBatch, Progress, train
-from puzzle_core.distill.losses import normalised_mse
+from puzzle_core.distill.loop import MicroBatch, Progress, micro_batches, train
+from puzzle_core.distill.losses import normalised_mse, token_normalised_mse
+from puzzle_core.distill.training_checkpoint import Checkpoints
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.surgery import WEIGHTS, variant_block
@@ -28,6 +29,8 @@ from puzzle_core.state_dict import State
 from puzzle_core.work import BldRecord, BldWork
 
 log = logging.getLogger("puzzle")
+LOSSES = {"tensor": normalised_mse, "token": token_normalised_mse}
+"""By the name of `bld.loss`."""
 DIVERGED_LOSS = 0.05
 """A final loss below this is no divergence, whatever the initial loss was; an output of zeros has loss 1."""
 
@@ -58,20 +61,19 @@ def train_variant(
     batch, training_windows = spec.batch_tokens // length, windows - held_back
     steps = max(1, windows * spec.epochs // batch)
 
-    def loss_of(rows: slice | list[int]) -> torch.Tensor:
+    def loss_of(rows: list[int]) -> torch.Tensor:
         input_BTD, target_BTD = inputs[rows].to(device), targets[rows].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
             output_BTD = frozen.feed(block.attend(input_BTD, **context)) if is_attention else block.feed(input_BTD)
-        return normalised_mse(target_BTD, output_BTD)
+        return LOSSES[spec.loss](target_BTD, output_BTD)
 
     def losses(step: int) -> dict[str, torch.Tensor]:
-        return {"loss": loss_of(batch_rows(step, batch, training_windows))}
+        return {"loss": loss_of(batch_rows(step, batch, training_windows, work.seed))}
 
     @torch.no_grad()
     def held_back_loss() -> float:
         first = training_windows if held_back else 0
-        batches = [slice(start, min(start + batch, windows)) for start in range(first, windows, batch)]
-        total = sum(float(loss_of(rows)) * (rows.stop - rows.start) for rows in batches)
+        total = sum(float(loss_of(rows)) * len(rows) for rows in micro_batches(range(first, windows), batch))
         return total / (windows - first)
 
     def whole_batch(step: int) -> list[MicroBatch]:
@@ -80,7 +82,7 @@ def train_variant(
     started, label = time.monotonic(), f"BLD of layer {work.layer} {work.variant}"
     initial = held_back_loss()
     untrained = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
-    terms = train(label, parameters, whole_batch, steps, spec.optimizer, checkpoints, report)
+    past = train(label, parameters, whole_batch, steps, spec.optimizer, checkpoints, report)
     final, rate = held_back_loss(), spec.optimizer.learning_rate
     if final > max(2 * initial, DIVERGED_LOSS):
         raise NonFiniteError(
@@ -96,13 +98,12 @@ def train_variant(
         )
         trained = untrained
     save_file(trained, out_dir / WEIGHTS)
-    curve = [term["loss"] for term in terms]
     return BldRecord(
         layer=work.layer,
         variant=work.variant,
         initial_loss=initial,
         final_loss=min(initial, final),
-        curve=tuple(curve),
+        curve=tuple(terms["loss"] for terms in past.curve),
         tokens=steps * spec.batch_tokens,
         seconds=time.monotonic() - started,
     )

@@ -26,8 +26,6 @@ from puzzle_core.model.parent import empty_model, fill, tensor_shapes
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 
-Rows = slice | list[int]
-
 
 class ShardedGroup(NamedTuple):
     """The processes that train one model together, seen from one of them."""
@@ -39,7 +37,7 @@ class ShardedGroup(NamedTuple):
         """Whether this process is rank 0, which writes files and reports progress."""
         return self.mesh.get_rank() == 0
 
-    def share(self, parts: Sequence[Rows]) -> list[tuple[Rows, int]]:
+    def share(self, parts: Sequence[list[int]]) -> list[tuple[list[int], int]]:
         """Select this process's micro-batches of a step, each with its weight, 1 or 0.
 
         All processes get the same number of micro-batches, because each forward and backward pass is collective. A

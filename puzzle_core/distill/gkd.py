@@ -4,13 +4,14 @@
          + kl_weight * KL(parent || child) + lm_weight * LM
 
 Hidden states h are the outputs of the layers. Child weights are float32 during training, whatever their saved type.
+KL on held-back windows is measured a few times, and the child gets the weights where it was lowest.
 
 Legend: N windows, B batch, T tokens.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +20,10 @@ import torch
 
 from puzzle_core.data import batch_rows, read_windows
 from puzzle_core.device import default_device
-from puzzle_core.distill.loop import Checkpoints, MicroBatch, Progress, micro_batches, train
+from puzzle_core.distill.held_back import Watch
+from puzzle_core.distill.loop import MicroBatch, Progress, micro_batches, train
 from puzzle_core.distill.losses import cosine_distance, kl_divergence, next_token_loss
+from puzzle_core.distill.training_checkpoint import Checkpoints
 from puzzle_core.errors import ArtifactError
 from puzzle_core.model.checkpoint import Checkpoint, write_checkpoint
 from puzzle_core.model.child import load_child, load_parent, write_description
@@ -28,8 +31,11 @@ from puzzle_core.model.child_config import read_child_config
 from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.model.predictions import Chunk, from_states, per_token
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
+from puzzle_core.sizes import watched_windows
 from puzzle_core.spec import GkdSpec
-from puzzle_core.work import GkdRecord, GkdWork
+from puzzle_core.work import GkdRecord, GkdWork, HeldBackKl
+
+KL_ALONE = GkdSpec(cosine_weight=0, kl_weight=1, lm_weight=0)
 
 if TYPE_CHECKING:
     from puzzle_core.distill.distributed import ShardedGroup
@@ -49,7 +55,8 @@ def distil(
     """Distil the child in `child_dir` and write the result as a checkpoint to `out_dir`.
 
     Args:
-        checkpoints: where training state is saved to resume from; None saves none.
+        checkpoints: where training state is saved to resume from, and the best weights; None saves no state, and the
+            best weights lie in `out_dir` meanwhile.
         report: called after every step.
         threads: micro-batches that run at the same time on a CPU, one thread each. Small models gain more from this
             than from threads inside their operations.
@@ -76,20 +83,29 @@ def distil(
     if group:
         micro = min(micro, -(-batch // group.mesh.size()))
     steps = max(1, windows * spec.epochs // batch)
+    held_back = watched_windows(windows, spec.held_back_checks)
 
-    def micro_batch(rows: slice | list[int], weight: int) -> dict[str, torch.Tensor]:
+    def micro_batch(terms: GkdSpec, rows: list[int], weight: float) -> dict[str, torch.Tensor]:
         ids_BT = windows_NT[rows].long().to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
-            terms = loss_terms(parent_model, child, ids_BT, spec)
-        return {name: term * (weight * len(ids_BT) / batch) for name, term in terms.items()}
+            losses = loss_terms(parent_model, child, ids_BT, terms)
+        return {name: loss * (weight * len(ids_BT)) for name, loss in losses.items()}
+
+    def mean_over(rows: Sequence[int], terms: GkdSpec) -> list[MicroBatch]:
+        parts = list(micro_batches(rows, micro))
+        own = group.share(parts) if group else [(part, 1) for part in parts]
+        return [partial(micro_batch, terms, part, weight / len(rows)) for part, weight in own]
 
     def losses(step: int) -> list[MicroBatch]:
-        step_rows = list(micro_batches(batch_rows(step, batch, windows), micro))
-        own_rows = group.share(step_rows) if group else [(rows, 1) for rows in step_rows]
-        return [partial(micro_batch, rows, weight) for rows, weight in own_rows]
+        return mean_over(batch_rows(step, batch, windows - held_back, work.seed), spec)
 
+    watch = None
+    if held_back:
+        file = (checkpoints.file if checkpoints else out_dir / "training").with_name("best.safetensors")
+        watched = mean_over(range(windows - held_back, windows), KL_ALONE)
+        watch = Watch(watched, spec.held_back_checks, spec.patience, file)
     started = time.monotonic()
-    curve = train("GKD", parameters, losses, steps, spec.optimizer, checkpoints, report, threads, group)
+    past = train("GKD", parameters, losses, steps, spec.optimizer, checkpoints, report, threads, group, watch)
     state = child.state_dict()
     if parent.shape.tied_embeddings:
         state.pop("lm_head.weight")
@@ -100,10 +116,13 @@ def distil(
     else:
         write_checkpoint(out_dir, tensors)
         write_description(parent, work.architecture, work.dtype, out_dir)
+        if watch and not checkpoints:
+            watch.file.unlink()
     return GkdRecord(
         architecture=work.architecture,
-        curve=tuple(curve),
-        tokens=steps * spec.batch_tokens,
+        curve=tuple(past.curve),
+        held_back=tuple(HeldBackKl(step=step, kl_nats_per_token=kl) for step, kl in past.held_back),
+        tokens=len(past.curve) * spec.batch_tokens,
         seconds=time.monotonic() - started,
     )
 

@@ -20,7 +20,8 @@ from puzzle_core.device import available_cores, use_threads
 from puzzle_core.distill import gkd
 from puzzle_core.distill.distributed import sharded_group
 from puzzle_core.distill.launch import MESSAGE_PREFIX, GkdRequest, record_path, store_path
-from puzzle_core.distill.loop import Checkpoints, Progress
+from puzzle_core.distill.loop import Progress
+from puzzle_core.distill.training_checkpoint import Checkpoints
 from puzzle_core.errors import ParentError, PuzzleError
 from puzzle_core.model.parent import Parent
 from puzzle_core.parent_death import end_with_parent

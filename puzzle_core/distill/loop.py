@@ -1,49 +1,46 @@
 """The training loop that BLD and GKD share: AdamW, warm-up and cosine, clipping, checkpoints, exact resume.
 
-The number of a step determines its data, and a checkpoint holds the weights, both moments and the loss curve. A resumed
-training therefore gives bitwise the result of an uninterrupted one.
+The number of a step determines its data, so a training resumes exactly from its checkpoint (training_checkpoint.py).
 """
 
-import json
-import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from puzzle_core.errors import NonFiniteError, StorageError
+from puzzle_core.distill.held_back import Watch, add, best
+from puzzle_core.distill.training_checkpoint import (
+    Checkpoints,
+    Parameters,
+    Past,
+    read_weights,
+    resume,
+    save,
+    write_weights,
+)
+from puzzle_core.errors import NonFiniteError
 from puzzle_core.spec import OptimizerSpec
 
 if TYPE_CHECKING:  # the import of FSDP2 takes a second; only its users pay for it
     from puzzle_core.distill.distributed import ShardedGroup
 
-log = logging.getLogger(__name__)
-
-Parameters = dict[str, torch.nn.Parameter]
 MicroBatch = Callable[[], dict[str, torch.Tensor]]
 
 
-class Checkpoints(NamedTuple):
-    """File of a training's checkpoint, and the least time in seconds between two writes."""
-
-    file: Path
-    least_seconds: float
-
-
 class Progress(NamedTuple):
-    """State of a training after a step."""
+    """State of a training after a step; `steps` is `step` where it stops early.
+
+    `held_back` is the loss on held-back windows where it was measured.
+    """
 
     step: int
     steps: int
     loss: float
     terms: dict[str, float]
+    held_back: float | None = None
 
 
 def learning_rate(step: int, steps: int, spec: OptimizerSpec) -> float:
@@ -64,7 +61,8 @@ def train(
     report: Callable[[Progress], None] | None = None,
     threads: int = 1,
     group: "ShardedGroup | None" = None,
-) -> list[dict[str, float]]:
+    watch: Watch | None = None,
+) -> Past:
     """Train `parameters` in place.
 
     Args:
@@ -77,21 +75,31 @@ def train(
             micro-batches, so the result is bitwise the same for any number of threads.
         group: the processes that share this training, if any. All of them call this function, each with its own
             micro-batches.
+        watch: what is measured on held-back windows, and when. At the end, `parameters` are the best of those that
+            were measured.
 
     Returns:
-        The loss terms of every step; `loss` is their sum.
+        The loss terms of every step (`loss` is their sum), and the losses on held-back windows.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite; the message names `label` and the step.
         StorageError: the checkpoint to resume from cannot be read, or a new one cannot be written.
     """
     optimizer = _adamw(parameters, spec)
-    curve = _resume(checkpoints, parameters, optimizer, group)
+    past = resume(checkpoints, parameters, optimizer, group)
     saved = time.monotonic()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for step in range(len(curve), steps):
-            for parameter_group in optimizer.param_groups:
-                parameter_group["lr"] = learning_rate(step, steps, spec)
+
+        def check(watch: Watch, done: int) -> float:
+            loss = _measure(watch.micro_batches, threads, pool, group)
+            if add(past.held_back, label, done, loss) and done < steps:
+                write_weights(watch.file, parameters, group)
+            return loss
+
+        if watch:
+            watch.check_file(past.held_back)
+            _ = past.held_back or check(watch, done=0)
+        for step in range(len(past.curve), steps):
             if group:
                 terms = _accumulate_sharded(losses_of_step(step), group)
             else:
@@ -102,18 +110,45 @@ def train(
                     f"{label} diverged: its loss is {total} at step {step + 1} of {steps}; lower the learning rate "
                     f"(now {spec.learning_rate}) or the gradient clip (now {spec.gradient_clip})"
                 )
-            torch.nn.utils.clip_grad_norm_(parameters.values(), spec.gradient_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            curve.append({"loss": total, **terms} if len(terms) > 1 else {"loss": total})
+            _update(parameters, optimizer, spec, learning_rate(step, steps, spec))
+            past.curve.append({"loss": total, **terms} if len(terms) > 1 else {"loss": total})
+            measured = check(watch, step + 1) if watch and watch.due(step + 1, steps) else None
+            stops = watch is not None and watch.stops(past.held_back)
             if report:
-                report(Progress(step + 1, steps, total, terms))
+                report(Progress(step + 1, step + 1 if stops else steps, total, terms, measured))
+            if stops:
+                break
             if checkpoints and step + 1 < steps:
                 due = time.monotonic() - saved >= checkpoints.least_seconds
                 if group.leader_value(due) if group else due:
-                    _save(checkpoints.file, parameters, optimizer, curve, group)
+                    save(checkpoints.file, parameters, optimizer, past, group)
                     saved = time.monotonic()
-    return curve
+    if watch and best(past.held_back)[0] < len(past.curve):
+        read_weights(watch.file, parameters, group)
+    return past
+
+
+def _update(parameters: Parameters, optimizer: torch.optim.Optimizer, spec: OptimizerSpec, rate: float) -> None:
+    """Change the parameters by their gradients, and drop these."""
+    for parameter_group in optimizer.param_groups:
+        parameter_group["lr"] = rate
+    torch.nn.utils.clip_grad_norm_(parameters.values(), spec.gradient_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _measure(
+    micro_batches: list[MicroBatch], parallel: int, pool: ThreadPoolExecutor, group: "ShardedGroup | None"
+) -> float:
+    """The sum of all loss terms, without gradients."""
+
+    @torch.no_grad()
+    def compute(micro_batch: MicroBatch) -> torch.Tensor:
+        return torch.stack(list(micro_batch().values())).double().sum()
+
+    losses = (pool.map if parallel > 1 else map)(compute, micro_batches)
+    total = torch.stack(list(losses)).sum()
+    return group.sum({"loss": total})["loss"] if group else total.item()
 
 
 def _accumulate(
@@ -168,64 +203,6 @@ def _adamw(parameters: Parameters, spec: OptimizerSpec) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=spec.betas, fused=True)
 
 
-def _save(
-    file: Path,
-    parameters: Parameters,
-    optimizer: torch.optim.AdamW,
-    curve: list[dict[str, float]],
-    group: "ShardedGroup | None",
-) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in parameters.items():
-        if parameter in optimizer.state:  # a parameter without state is unchanged: no loss term has reached it
-            entries = {"weight": parameter.detach()} | optimizer.state[parameter]
-            for key, entry in entries.items():
-                tensor = group.gather(entry) if group else entry
-                if not group or group.leads:
-                    tensors[f"{name}/{key}"] = tensor.cpu()
-    if group and not group.leads:
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        save_file(tensors, temporary, metadata={"curve": json.dumps(curve)})
-    except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write the checkpoint {file} ({error}): free some space, or set runtime.scratch to a larger disk"
-        ) from error
-    temporary.replace(file)
-
-
-def _resume(
-    checkpoints: Checkpoints | None, parameters: Parameters, optimizer: Any, group: "ShardedGroup | None"
-) -> list[dict[str, float]]:
-    if not checkpoints or not checkpoints.file.exists():
-        return []
-    try:
-        with safe_open(checkpoints.file, framework="pt") as file, torch.no_grad():
-            for saved in file.keys():  # noqa: SIM118
-                name, _, key = saved.rpartition("/")
-                parameter, tensor = parameters[name], file.get_tensor(saved)
-                tensor = tensor.to(parameter.device)
-                if group and tensor.dim():
-                    tensor = group.shard(tensor, parameter)
-                if key == "weight":
-                    parameter.copy_(tensor)
-                else:
-                    optimizer.state[parameter][key] = tensor
-            curve: list[dict[str, float]] = json.loads(file.metadata()["curve"])
-    except (SafetensorError, OSError) as error:
-        raise StorageError(
-            f"checkpoint {checkpoints.file} is not readable ({error}): delete it to start this training over"
-        ) from error
-    log.info("resuming at step %d from %s", len(curve) + 1, checkpoints.file)
-    return curve
-
-
-def micro_batches(rows: slice | list[int], windows: int) -> Iterator[slice | list[int]]:
+def micro_batches(rows: Sequence[int], windows: int) -> Iterator[list[int]]:
     """Split the rows of a batch into micro-batches of at most `windows` windows."""
-    if isinstance(rows, slice):
-        yield from (slice(start, min(start + windows, rows.stop)) for start in range(rows.start, rows.stop, windows))
-    else:
-        yield from (rows[start : start + windows] for start in range(0, len(rows), windows))
+    return (list(rows[start : start + windows]) for start in range(0, len(rows), windows))

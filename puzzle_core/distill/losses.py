@@ -13,6 +13,17 @@ def normalised_mse(parent_BTD: torch.Tensor, child_BTD: torch.Tensor) -> torch.T
     return F.mse_loss(child_BTD.float(), parent_BTD) / parent_BTD.square().mean()
 
 
+def token_normalised_mse(parent_BTD: torch.Tensor, child_BTD: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of MSE(o_parent, o_child) / MSE(o_parent, 0), each of its own token: one scalar per block.
+
+    Every token counts alike. In `normalised_mse` a few with huge activations, as first tokens often have, outweigh all
+    others.
+    """
+    parent_BTD = parent_BTD.float()
+    squares_BT = parent_BTD.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((child_BTD.float() - parent_BTD).square().mean(-1) / squares_BT).mean()
+
+
 def kl_divergence(parent_CV: torch.Tensor, child_CV: torch.Tensor) -> torch.Tensor:
     """KL(parent || child) per token in nats, (C,), from log-probabilities; exactly 0 where they are equal."""
     return (parent_CV.exp() * (parent_CV - child_CV)).sum(-1)

@@ -6,8 +6,9 @@
 
 import contextlib
 import hashlib
+import math
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -112,6 +113,14 @@ class Parent:
         if is_rebuilt(self.directory):
             digest.update(b"opened by tokenizer.json alone\n")
         return digest.hexdigest()[:40]
+
+    @cached_property
+    def dtype(self) -> Dtype:
+        """The type that a child is stored in like this parent: bfloat16 if most weights are, and float32 otherwise."""
+        entries = Counter[str]()
+        for header in self.checkpoint.headers.values():
+            entries[header.dtype] += math.prod(header.shape)
+        return "bfloat16" if entries.most_common(1)[0][0] == "BF16" else "float32"
 
     def check_finite(self) -> None:
         """Read every weight.

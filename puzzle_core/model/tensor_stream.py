@@ -6,12 +6,15 @@ header, the header as JSON, then the values (https://github.com/huggingface/safe
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from puzzle_core.errors import StorageError
 from puzzle_core.model.checkpoint import MAX_SHARD_BYTES, shard_names, write_index
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -49,20 +52,39 @@ def write_streamed(directory: Path, tensors: Sequence[StreamedTensor], max_shard
         write_index(directory, weight_map, sum(tensor.size_bytes for tensor in tensors))
 
 
-def _write_shard(file: Path, tensors: list[StreamedTensor]) -> None:
+def map_new_tensor(file: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Make a safetensors file of one tensor, and map its values for writing: they need not fit in memory.
+
+    Raises:
+        StorageError: the disk has no room for it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    header = _header([(name, shape, dtype)])
+    try:
+        with file.open("xb") as opened:
+            opened.write(header)
+            os.posix_fallocate(opened.fileno(), 0, len(header) + size)
+    except OSError as error:
+        raise StorageError(f"cannot reserve {size:,} bytes for {file} ({error.strerror}): free some space") from error
+    values = np.memmap(file, np.uint8, "r+", offset=len(header), shape=(size,))
+    return torch.from_numpy(values).view(dtype).view(shape)
+
+
+def _header(tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> bytes:
+    """What stands before the values of a file with these tensors, in this order."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.size_bytes
-        header[tensor.name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+    for name, shape, dtype in tensors:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_shard(file: Path, tensors: list[StreamedTensor]) -> None:
     with file.open("xb") as opened:
-        opened.write(len(text).to_bytes(8, "little") + text)
+        opened.write(_header([(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors]))
         for tensor in tensors:
             values = tensor.make()
             assert (tuple(values.shape), values.dtype) == (tensor.shape, tensor.dtype), tensor.name

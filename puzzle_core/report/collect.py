@@ -17,6 +17,8 @@ R = TypeVar("R", bound=Record)
 def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]], parent_path: str) -> ReportInputs:
     """The inputs of a report; models of equal architecture have equal times.
 
+    Exact scores that the search asked for replace estimates of the same blocks.
+
     Args:
         record_of: the record of an artifact by its key.
         parent_path: the parent as the run names it, whose last part the report shows.
@@ -47,6 +49,8 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]], parent
                 memory_bytes=_memory_bytes(work, model.architecture, search.parent.batch_size, costs),
             )
         )
+    scores, of_search = ([record(ScoreRecord, key) for key in keys] for keys in (work.scores, search.exact_scores))
+    exact = {(score.layer, score.block): score for score in of_search}
     timing = work.timing.key if work.timing else None
     artifacts = {"search": work.search, "costs": work.costs, "gkd": work.gkd, "timing": timing}
     return ReportInputs(
@@ -55,7 +59,7 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]], parent
         shape=work.shape,
         search=search,
         bld=tuple(record(BldRecord, key) for key in work.bld),
-        scores=tuple(record(ScoreRecord, key) for key in work.scores),
+        scores=tuple(exact.get((score.layer, score.block), score) for score in scores),
         costs=costs,
         refine=refine,
         gkd=record(GkdRecord, work.gkd),
@@ -66,7 +70,7 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]], parent
 
 def _memory_bytes(work: ReportWork, architecture: Architecture, batch_size: int, costs: CostRecord | None) -> float:
     """Parameters plus the KV cache of the main scenario at its full context, in the precision that costs hold for."""
-    stored = DTYPE_BYTES[work.spec.target.dtype]
+    stored = DTYPE_BYTES[work.spec.target.served_dtype]
     weight_bytes, kv_bytes = (costs.weight_bytes, costs.kv_bytes) if costs else (stored, stored)
     scenario, shape = work.spec.scenario, work.shape
     tokens = batch_size * (scenario.prompt_tokens + scenario.generated_tokens)

@@ -19,6 +19,7 @@ from puzzle_core.report.plotting import (
     LAYER_COLOURS,
     ORANGE,
     PURPLE,
+    VERMILLION,
     label_axes,
     log_ticks,
     new_figure,
@@ -68,7 +69,7 @@ def bld_figure(records: tuple[BldRecord, ...]) -> Figure:
 
 
 def gkd_figure(record: GkdRecord) -> Figure:
-    """The loss and its terms, faint as they were and strong when smoothed."""
+    """The loss and its terms, faint as they were and strong when smoothed; KL on held-back windows as points."""
     figure = new_figure(8.5, 4.2)
     axes = figure.add_subplot()
     for name in record.curve[0]:
@@ -77,7 +78,12 @@ def gkd_figure(record: GkdRecord) -> Figure:
         tokens = [record.tokens * (step + 1) / len(values) for step in range(len(values))]
         axes.plot(tokens, values, color=colour, alpha=0.22, linewidth=0.8)
         _draw_curve(axes, values, record.tokens, colour, label)
-    if all(value > 0 for terms in record.curve for value in terms.values()):
+    kls = [point.kl_nats_per_token for point in record.held_back]
+    if kls:
+        tokens = [record.tokens * point.step / len(record.curve) for point in record.held_back]
+        label = "KL on held-back windows, without a weight"
+        axes.plot(tokens, kls, color=VERMILLION, linestyle="none", marker="o", markersize=4, label=label)
+    if all(value > 0 for value in [*kls, *(value for terms in record.curve for value in terms.values())]):
         axes.set_yscale("log")
         log_ticks(axes.yaxis)
     label_axes(axes, "Global knowledge distillation", "tokens", "weighted loss")

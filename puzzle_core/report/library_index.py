@@ -7,6 +7,7 @@ from puzzle_core.architecture import ModelShape, VariantId
 from puzzle_core.errors import ArtifactError
 from puzzle_core.plan import Plan
 from puzzle_core.records import Record, Work
+from puzzle_core.spec import ScoringMethod
 from puzzle_core.work import BldRecord, BldWork, ScoreRecord, ScoreWork
 
 
@@ -32,14 +33,15 @@ class IndexedVariant(Record):
 
 
 class IndexedScore(Record):
-    """The replace-1-block score of a block variant, over the parent, whose own is 0."""
+    """The replace-1-block score of a block variant, over the parent, whose own is 0. An estimate is of the KL alone."""
 
     attention: VariantId
     ffn: VariantId
     key: str
     kl_nats_per_token: float
-    lm_loss_increase_nats_per_token: float
+    lm_loss_increase_nats_per_token: float | None
     tokens: int
+    method: ScoringMethod
 
 
 class IndexedLayer(Record):
@@ -125,4 +127,5 @@ def _scores(works: Iterable[ScoreWork], stored_artifacts: Mapping[str, StoredArt
             kl_nats_per_token=record.kl_nats_per_token,
             lm_loss_increase_nats_per_token=record.lm_loss_increase_nats_per_token,
             tokens=record.tokens,
+            method=record.method,
         )

@@ -22,7 +22,7 @@ from puzzle_core.report.units import (
     speed_text,
     times_text,
 )
-from puzzle_core.work import CostRecord
+from puzzle_core.work import CostRecord, GkdRecord
 
 MARKDOWN, HTML, INPUTS = "report.md", "report.html", "report.json"
 CAPTIONS = {
@@ -118,23 +118,34 @@ def making_table(inputs: ReportInputs) -> report_tables.Table:
     """How the child came to be: parent, hardware, tokens, hours, and how the search ended."""
     spec, chosen = inputs.spec, inputs.search.best
     tokens, seconds = sum(r.tokens for r in inputs.bld), sum(r.seconds for r in inputs.bld)
+    estimated = "" if spec.scoring.method == "exact" else ", estimated from gradients of the parent"
+    if inputs.search.exact_scores:
+        estimated += f"; {len(inputs.search.exact_scores)} exactly, as the search asked for them"
     ended = "proved best" if chosen.optimal else f"gap {percent_text(chosen.gap)}"
     rows = [
         ("parent", f"{inputs.parent_name}, digest {spec.parent.path}" if inputs.parent_name else spec.parent.path),
         ("hardware", derived.hardware(inputs)),
         ("costs", _costs_text(inputs.costs)),
-        ("served in", spec.target.dtype),
+        ("served in", spec.target.served_dtype),
         ("BLD", f"{len(inputs.bld)} variants, {count_text(tokens)} tokens, {duration_text(seconds)} in all"),
-        ("scores", f"{len(inputs.scores)} blocks on {count_text(spec.scoring.tokens)} tokens each"),
+        ("scores", f"{len(inputs.scores)} blocks on {count_text(spec.scoring.tokens)} tokens each{estimated}"),
         (
             "search",
             f"{inputs.search.objective}, {ended}, {duration_text(chosen.seconds)}, {derived.method_name(chosen)}",
         ),
     ]
     if inputs.gkd:
-        rows.append(("GKD", f"{count_text(inputs.gkd.tokens)} tokens, {duration_text(inputs.gkd.seconds)}"))
+        rows.append(("GKD", _gkd_text(inputs.gkd)))
     rows.append(("evaluation", f"{count_text(inputs.child.evaluation.tokens)} held-out tokens"))
     return report_tables.Table("How it was made", ("", ""), tuple(rows), text_columns=2)
+
+
+def _gkd_text(record: GkdRecord) -> str:
+    done, best = f"{count_text(record.tokens)} tokens, {duration_text(record.seconds)}", record.best
+    if best is None:
+        return done
+    first, least = (number_text(point.kl_nats_per_token) for point in (record.held_back[0], best))
+    return f"{done}; KL on held-back windows {first} to {least}, least after step {best.step} of {len(record.curve)}"
 
 
 def _costs_text(costs: CostRecord | None) -> str:

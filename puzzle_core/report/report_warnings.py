@@ -30,6 +30,7 @@ def report_warnings(inputs: ReportInputs) -> list[str]:
         *_predictions_off(inputs),
         *_noisy_times(inputs),
         *_bld_learnt_nothing(inputs),
+        *_estimated_scores(inputs),
         *search_warnings(inputs.search),
     ]
 
@@ -167,4 +168,13 @@ def _bld_learnt_nothing(inputs: ReportInputs) -> list[str]:
     return [
         f"BLD did not lower the loss of {len(idle)} of {len(inputs.bld)} variants on held-back windows ({some}): they "
         f"keep their initial weights; try bld.optimizer.learning_rate {inputs.spec.bld.optimizer.learning_rate / 4:g}."
+    ]
+
+
+def _estimated_scores(inputs: ReportInputs) -> list[str]:
+    if inputs.spec.scoring.method != "fisher":
+        return []
+    return [
+        "Scores are estimates from gradients of the parent (scoring.method: fisher), and large ones are too low: use "
+        "them to compare architectures, and trust the measured KL of the child."
     ]

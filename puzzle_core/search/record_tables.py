@@ -10,10 +10,10 @@ from puzzle_core.spec import VariantsSpec
 from puzzle_core.work import CostRecord, ScoreRecord, Timing
 
 NOTHING = "attn:no_op+ffn:no_op"
-OBJECTIVES: dict[str, Callable[[ScoreRecord], float]] = {
+OBJECTIVES: dict[str, Callable[[ScoreRecord], float | None]] = {
     "kl": lambda score: score.kl_nats_per_token,
     "lm_loss": lambda score: score.lm_loss_increase_nats_per_token,
-    "disagreement": lambda score: 1 - score.top1_agreement,
+    "disagreement": lambda score: None if score.top1_agreement is None else 1 - score.top1_agreement,
 }
 
 
@@ -27,19 +27,22 @@ def score_table(
 ) -> ScoreTable:
     """Scores by layer and block variant; with single subblocks, a block's score is the sum of its subblocks'.
 
+    Estimates have no increase of the next-token loss, and neither has a table of them.
+
     Args:
         base: the child that blocks were scored in, instead of the parent: scores are then what a block adds to those of
             the child itself, and may be negative.
 
     Raises:
-        CoverageError: a block variant of the space has no score.
+        CoverageError: a block variant of the space has no score for this objective.
     """
     base = base or Architecture.of_parent(shape)
+    without_loss = objective == "lm_loss" or any(score.lm_loss_increase_nats_per_token is None for score in scores)
     return ScoreTable(
         parent=shape.parent_block,
         layers=_layers(scores, composition, objective, variants, shape, base),
         objective=objective,
-        lm_loss=None if objective == "lm_loss" else _layers(scores, composition, "lm_loss", variants, shape, base),
+        lm_loss=None if without_loss else _layers(scores, composition, "lm_loss", variants, shape, base),
     )
 
 
@@ -51,14 +54,18 @@ def _layers(
     shape: ModelShape,
     base: Architecture,
 ) -> tuple[dict[Option, float], ...]:
-    measured = {(score.layer, score.block): OBJECTIVES[objective](score) for score in scores}
+    values = {(score.layer, score.block): OBJECTIVES[objective](score) for score in scores}
+    measured = {place: value for place, value in values.items() if value is not None}
     of_base = measured.get((0, base.layers[0]), 0.0)
 
     def of_block(layer: int, block: BlockVariant) -> float:
         if block == base.layers[layer]:
             return 0.0
         if (layer, block) not in measured:
-            raise CoverageError(f"layer {layer} {block} has no score: score it, or take it out of `variants`")
+            raise CoverageError(
+                f"layer {layer} {block} has no score for the objective {objective}: score it exactly, or take it out "
+                "of `variants`"
+            )
         return measured[layer, block] - of_base
 
     def of_subblocks(layer: int, block: BlockVariant) -> float:

@@ -36,8 +36,38 @@ def find_architecture(builder: ProblemBuilder, on_answer: Callable[[SearchRecord
         InfeasibleError: no architecture meets the limits at any combination of batch sizes; gives the distance to each.
         CoverageError: a cost is missing.
     """
-    spec = builder.request.search
     effort = _effort(builder)
+    answer, batch_sizes, problem, best = _answer(builder, effort)
+    if on_answer:
+        on_answer(answer)
+    baselines, omissions = _baselines(builder, problem, batch_sizes, effort)
+    points: list[FoundArchitecture] = []
+    try:
+        points = _frontier(builder, problem, batch_sizes, effort)
+    except (InfeasibleError, SolveLimitError) as error:
+        omissions["frontier"] = str(error)
+    explained = builder.request.search.explain
+    prices, runner_ups = _explanations(builder, problem, best, batch_sizes) if explained else ([], [])
+    return answer.model_copy(
+        update={
+            "baselines": tuple(baselines),
+            "omissions": omissions,
+            "frontier": tuple(points),
+            "prices": tuple(prices),
+            "runner_ups": tuple(runner_ups),
+            "met_time_limit": effort.met_time_limit,
+        }
+    )
+
+
+def find_solutions(builder: ProblemBuilder) -> SearchRecord:
+    """As `find_architecture`, without baselines, frontier, prices and runners-up."""
+    return _answer(builder, _effort(builder))[0]
+
+
+def _answer(builder: ProblemBuilder, effort: Effort) -> tuple[SearchRecord, BatchSizes, Problem, Solution]:
+    """The record without baselines, frontier, prices and runners-up; the best batch sizes, their problem and choice."""
+    spec = builder.request.search
     batch_sizes, problem, best, outcomes = _best_batch_sizes(builder, effort)
     count = max(spec.solutions, spec.shortlist)
     solutions = [best]
@@ -58,25 +88,7 @@ def find_architecture(builder: ProblemBuilder, on_answer: Callable[[SearchRecord
         omissions={},
         met_time_limit=effort.met_time_limit,
     )
-    if on_answer:
-        on_answer(answer)
-    baselines, omissions = _baselines(builder, problem, batch_sizes, effort)
-    points: list[FoundArchitecture] = []
-    try:
-        points = _frontier(builder, problem, batch_sizes, effort)
-    except (InfeasibleError, SolveLimitError) as error:
-        omissions["frontier"] = str(error)
-    prices, runner_ups = _explanations(builder, problem, best, batch_sizes) if spec.explain else ([], [])
-    return answer.model_copy(
-        update={
-            "baselines": tuple(baselines),
-            "omissions": omissions,
-            "frontier": tuple(points),
-            "prices": tuple(prices),
-            "runner_ups": tuple(runner_ups),
-            "met_time_limit": effort.met_time_limit,
-        }
-    )
+    return answer, batch_sizes, problem, best
 
 
 def check_feasible(builder: ProblemBuilder) -> None:

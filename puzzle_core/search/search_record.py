@@ -128,6 +128,7 @@ class SearchRecord(Record):
     `times` are prefill plus decode in ms in the main scenario, by subblock variant and for `outside`, where the cost
     table has them. `largest_score` is the largest score of a single block. `omissions` has a reason by name.
     `met_time_limit`: the clock cut a solve at `search.time_limit_s`, so that another run may give another answer.
+    `exact_scores` are the keys of those scores that are exact, where others are estimates.
     """
 
     objective: str
@@ -143,6 +144,7 @@ class SearchRecord(Record):
     largest_score: float
     omissions: dict[str, str]
     met_time_limit: bool = False
+    exact_scores: tuple[str, ...] = ()
 
     @property
     def best(self) -> FoundArchitecture:

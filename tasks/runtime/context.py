@@ -16,7 +16,7 @@ from puzzle_core.architecture import Variant
 from puzzle_core.data import read_windows
 from puzzle_core.device import available_cores, default_device
 from puzzle_core.distill.launch import Launch
-from puzzle_core.distill.loop import Checkpoints
+from puzzle_core.distill.training_checkpoint import Checkpoints
 from puzzle_core.errors import ParentError
 from puzzle_core.installed_file import local_path
 from puzzle_core.model.activations import Activations, ChildActivations

@@ -14,7 +14,7 @@ from tasks.store.manifest import KEY, MANIFEST, Manifest
 from tasks.store.references import reachable, references
 from tasks.store.store import Store
 
-INTERMEDIATE_STAGES = frozenset({"tokens", "importance", "bld", "score", "cost", "evaluation"})
+INTERMEDIATE_STAGES = frozenset({"tokens", "importance", "bld", "gradients", "score", "cost", "evaluation"})
 DAY_SECONDS = 86_400.0
 
 

@@ -18,6 +18,7 @@ from puzzle_core.sizes import architecture_parameters
 from puzzle_core.work import BldRecord, GkdRecord
 from tasks.runtime.context import RunContext
 from tasks.store.store import Store
+from tasks.tracking.live_curve import HELD_BACK_KL
 from tasks.tracking.tracked_models import TrackedModel, Values, allowed_name
 
 TABLE = "artifacts.csv"
@@ -34,7 +35,8 @@ class Steps:
         self.scored = [work.key for work in plan.all_scores()]
         tokens = [plan.tokens(split).key for split in ("calibration", "bld")]
         self.library_keys = (*tokens, plan.importance().key, *self.bld)
-        self.score_keys = (plan.tokens("scoring").key, *self.scored)
+        gradients = plan.gradients()
+        self.score_keys = (plan.tokens("scoring").key, *([gradients.key] if gradients else []), *self.scored)
         self.cost_keys = tuple(work.key for work in plan.costs().values())
 
     def all(self) -> list[TrackedModel]:
@@ -84,7 +86,8 @@ class Steps:
             name="scores",
             key=f"scores/{_digest(self.scored)}",
             sources=(self.library.key, self.parent.key),
-            headline=f"{len(self.scored)} block variants, each on {count_text(spec.tokens)} held-out tokens",
+            headline=f"{len(self.scored)} block variants, each on {count_text(spec.tokens)} held-out tokens"
+            + ("" if spec.method == "exact" else ", estimated from gradients"),
             about={"library": self.library.key, "blocks": len(self.scored)} | spec.model_dump(),
             files=partial(self._table, self.score_keys),
         )
@@ -169,9 +172,10 @@ def bld_curve(trained: BldRecord) -> Values:
 
 
 def gkd_curve(distilled: GkdRecord) -> Values:
-    """GKD loss and its terms by step."""
+    """GKD loss and its terms by step, and KL on held-back windows."""
     curve = enumerate(distilled.curve, start=1)
-    return [(f"gkd/{name}", value, step) for step, terms in curve for name, value in terms.items()]
+    values = [(f"gkd/{name}", value, step) for step, terms in curve for name, value in terms.items()]
+    return values + [(f"gkd/{HELD_BACK_KL}", point.kl_nats_per_token, point.step) for point in distilled.held_back]
 
 
 def _digest(keys: list[str]) -> str:

@@ -6,6 +6,8 @@ from tasks.tracking.tracked_models import Values
 from tasks.tracking.tracked_run import TrackedRun
 
 SEND_SECONDS = 5.0
+HELD_BACK_KL = "held_back_kl"
+"""Name of the KL on held-back windows among the losses of GKD."""
 
 
 class LiveCurve:

@@ -18,6 +18,7 @@ GOLDEN = Path(__file__).parents[1] / "goldens" / "pico_run.json"
 TOLERANCE = 2e-3
 WITHOUT_NUMBERS = {
     "cost": "measured on this machine; what a formula gives is held in tests/puzzle_core/cost",
+    "gradients": "not in this run; tests/puzzle_core/test_fisher.py compares them with autograd",
     "timing": "measured on this machine",
     "refine": "not in this run; it holds numbers of evaluations and searches",
     "report": "pages of what the other stages hold",
@@ -61,7 +62,12 @@ def _numbers_of(stage: str, work: dict[str, Any], record: dict[str, Any], sizes:
             values = [record["kl_nats_per_token"], record["lm_loss_increase_nats_per_token"], record["top1_agreement"]]
             return {f"{work['layer']} {block['attention']}+{block['ffn']}": values}
         case "gkd":
-            return {"losses": [list(step.values()) for step in record["curve"]], "weights": sizes}
+            held_back = [point["kl_nats_per_token"] for point in record["held_back"]]
+            return {
+                "losses": [list(step.values()) for step in record["curve"]],
+                "held back": held_back,
+                "weights": sizes,
+            }
         case "evaluation":
             names = ("kl_nats_per_token", "lm_loss_nats_per_token", "top1_accuracy", "top1_agreement")
             return {str(work["child"]): [record[name] for name in names]}

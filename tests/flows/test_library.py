@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from flows.build_library import build_library, score_variants, train_variants
+from flows.search_architecture import search_architecture
 from flows.submit import ensure_tokens
 from puzzle_core.distill import bld
 from puzzle_core.errors import PuzzleError
@@ -19,7 +20,7 @@ from puzzle_core.spec import ParentSpec
 from puzzle_core.work import ScoreRecord
 from tasks.runtime.context import RunContext
 from tasks.stage_tasks import capture_layer, drop_activations
-from tests.workflow import TRAINED, Recorded, artifacts, changed, of_stage, plan_of
+from tests.workflow import SCORED, TRAINED, Recorded, artifacts, changed, of_stage, plan_of
 
 
 def train(spec):
@@ -170,3 +171,35 @@ def test_results_do_not_depend_on_the_number_of_workers(finished, again, prefect
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
     assert scores_of_one == scores_of_two
     assert len({score.kl_nats_per_token for score in scores_of_one}) > TRAINED
+
+
+def test_estimates_come_from_one_artifact_and_each_has_a_task_and_a_key(again, prefect_server):
+    spec = again(scoring={"method": "fisher", "label_samples": 2})
+    before, recorded = artifacts(spec.runtime.store), Recorded()
+    build_library(spec)
+    search_architecture(spec)
+    made = changed(before, artifacts(spec.runtime.store))
+    assert {stage: len(of_stage(made, stage)) for stage in ("bld", "gradients", "score", "search")} == {
+        "bld": 0,
+        "gradients": 1,
+        "score": SCORED,
+        "search": 1,
+    }
+    names = recorded.computed(at_least=30)
+    assert names.count("gradients") == 1
+    assert len([name for name in names if name.startswith("score layer")]) == SCORED
+    assert "capture log-probabilities" not in names
+    plan, context = plan_of(spec)
+    estimates = context.store().records(ScoreRecord, [work.key for work in plan.all_scores()]).values()
+    assert {score.method for score in estimates} == {"fisher"}
+    exact = context.store().records(ScoreRecord, [work.key for work in plan_of(again())[0].all_scores()]).values()
+    kl = {(score.layer, score.block): score.kl_nats_per_token for score in exact}
+    ratios = sorted(score.kl_nats_per_token / kl[score.layer, score.block] for score in estimates)
+    assert 0.5 < ratios[len(ratios) // 2] < 2
+
+    work = plan.all_scores()[3]
+    shutil.rmtree(Path(spec.runtime.store) / work.key)
+    before = artifacts(spec.runtime.store)
+    score_variants(plan, context)
+    assert changed(before, artifacts(spec.runtime.store)) == {work.key}
+    assert context.store().record(ScoreRecord, work.key) in estimates

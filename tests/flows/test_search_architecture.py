@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from flows.build_library import build_library
+from flows.puzzle import puzzle
 from flows.search_architecture import search_architecture
 from puzzle_core.errors import CoverageError
+from puzzle_core.report.report_inputs import ReportInputs
+from puzzle_core.search.lazy import not_exact
+from puzzle_core.search.search_record import SearchRecord
+from puzzle_core.work import ScoreRecord
 from tasks.store.store import Store
-from tests.workflow import artifacts, changed, of_stage
+from tests.workflow import SCORED, artifacts, changed, of_stage, plan_of
 
 
 def test_missing_scores_are_counted_and_named_with_what_to_do(again):
@@ -37,3 +43,55 @@ def test_where_mlflow_cannot_be_reached_the_answer_is_in_the_store_all_the_same(
         search_architecture(spec)
     assert len(of_stage(changed(before, artifacts(spec.runtime.store)), "search")) == 1
     assert caplog.text.count("MLflow at http://127.0.0.1:9 cannot be reached, the run goes on without it") == 1
+
+
+def test_a_lazy_search_scores_exactly_what_its_answer_uses_and_the_next_one_only_what_is_new(again):
+    def search(share):
+        spec = again(
+            scoring={"method": "lazy", "label_samples": 2},
+            scenario={"name": f"at-{share}", "limits": {"parameters": f"{share}%"}},
+        )
+        before = artifacts(spec.runtime.store)
+        search_architecture(spec)
+        plan, context = plan_of(spec)
+        record = context.store().record(SearchRecord, plan.search().key)
+        scored = context.store().records(ScoreRecord, record.exact_scores).values()
+        assert {score.method for score in scored} == {"exact"}
+        exact = {(score.layer, score.block) for score in scored}
+        assert not not_exact(record.solutions, "subblocks", plan.inputs.shape.parent_block, exact)
+        assert not not_exact(record.frontier, "subblocks", plan.inputs.shape.parent_block, exact)
+        return record, of_stage(changed(before, artifacts(spec.runtime.store)), "score")
+
+    build_library(again(scoring={"method": "lazy", "label_samples": 2}))
+    spec = again()
+    for key in plan_of(spec)[0].search().scores:  # exact scores of a run before
+        shutil.rmtree(Path(spec.runtime.store) / key)
+    first, scored = search(90)
+    assert set(first.exact_scores) == scored
+    assert 0 < len(scored) <= SCORED
+    second, more = search(80)
+    assert more == set(second.exact_scores) - scored
+    assert set(second.exact_scores) & scored
+    assert not list(Path(spec.runtime.scratch).rglob("*.bin"))
+
+    again_first, none = search(90)
+    assert again_first == first
+    assert none == set()
+
+
+def test_the_answer_of_a_lazy_run_does_not_depend_on_the_scores_that_are_there_and_its_report_has_them(again):
+    spec = again(scoring={"method": "lazy", "label_samples": 2})
+    report = puzzle(spec)  # the store has all exact scores, of the finished run
+    plan, context = plan_of(spec)
+    first = context.store().record(SearchRecord, plan.search().key)
+    inputs = ReportInputs.read(Path(spec.runtime.store) / report / "report.json")
+    methods = {(score.layer, score.block): score.method for score in inputs.scores}
+    used = not_exact(first.solutions, "subblocks", inputs.shape.parent_block, ())
+    assert {methods[place] for place in used} == {"exact"}
+    assert "fisher" in methods.values()
+    for key in (plan.search().key, *plan.search().exact):
+        shutil.rmtree(Path(spec.runtime.store) / key)
+    search_architecture(spec)
+    second = context.store().record(SearchRecord, plan.search().key)
+    assert (second.exact_scores, second.best.architecture) == (first.exact_scores, first.best.architecture)
+    assert second.best.score == first.best.score

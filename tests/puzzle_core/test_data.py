@@ -103,10 +103,24 @@ def test_too_few_tokens_are_found_without_tokenizing_many(tokenizer):
         check_enough(WORK.model_copy(update={"cut_documents": False}), book, tokenizer)
 
 
-def test_batches_wrap_around_the_windows():
-    assert [batch_rows(step, 4, 8) for step in range(3)] == [slice(0, 4), slice(4, 8), slice(0, 4)]
-    assert batch_rows(1, 4, 6) == [4, 5, 0, 1]
-    assert batch_rows(0, 5, 2) == [0, 1, 0, 1, 0]
+def epochs_of(batch, windows, seed, epochs=3):
+    """The windows of the first epochs in the order of the steps, and what they are without shuffling."""
+    steps = -(-windows * epochs // batch)
+    read = [row for step in range(steps) for row in batch_rows(step, batch, windows, seed)]
+    return [read[epoch * windows : (epoch + 1) * windows] for epoch in range(epochs)]
+
+
+@pytest.mark.parametrize(("batch", "windows"), [(4, 40), (7, 40), (1, 12), (50, 12)])
+def test_every_epoch_has_every_window_once_in_another_order(batch, windows):
+    epochs = epochs_of(batch, windows, seed=0)
+    assert all(sorted(epoch) == list(range(windows)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, range(windows)]}) == len(epochs) + 1
+
+
+def test_the_order_of_windows_follows_from_the_seed_and_not_from_the_batch():
+    assert epochs_of(4, 40, seed=3) == epochs_of(10, 40, seed=3)
+    assert epochs_of(4, 40, seed=3) != epochs_of(4, 40, seed=4)
+    assert batch_rows(0, 6, 12, seed=0) == [2, 6, 0, 8, 9, 1]  # in every version of Python
 
 
 @pytest.mark.parametrize(

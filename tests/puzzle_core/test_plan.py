@@ -49,8 +49,13 @@ CHANGES = {
     "search": ({"search": {"solutions": 2}}, {"search"}),
     "rounds": ({"target": {"rounds": 9}}, {"costs", "search"}),
     "gkd": ({"gkd": {"kl_weight": 2}}, {"gkd"}),
+    "calibration": ({"importance": {"tokens": 64}}, {"tokens", "importance", "bld", "scores", "search", "gkd"}),
     "evaluation": ({"evaluation": {"tokens": 64}}, {"tokens", "evaluation"}),
     "scoring": ({"scoring": {"dtype": "bfloat16"}}, {"scores", "search"}),
+    "loss that is the default": ({"bld": {"loss": "tensor"}}, set()),
+    "loss": ({"bld": {"loss": "token"}}, {"bld", "scores", "search", "gkd"}),
+    "estimates": ({"scoring": {"method": "fisher"}}, {"scores", "search"}),
+    "labels without estimates": ({"scoring": {"label_samples": 4}}, set()),
     "bld": ({"bld": {"epochs": 2}}, {"bld", "scores", "search", "gkd"}),
 }
 
@@ -59,6 +64,32 @@ CHANGES = {
 def test_a_change_reaches_what_depends_on_it_and_nothing_else(plan, parts, stages):
     before, after = keys(plan()), keys(plan(**parts))
     assert {stage for stage in before if before[stage] != after[stage]} == stages
+
+
+def test_the_number_of_calibration_tokens_changes_calibration_and_pruned_ffns_alone(plan):
+    few, many = plan(importance={"tokens": 64}), plan(importance={"tokens": 640})
+    assert few.tokens("calibration") != many.tokens("calibration")
+    assert all(few.tokens(split) == many.tokens(split) for split in ("bld", "gkd", "scoring", "evaluation"))
+    pairs = zip(few.all_bld(), many.all_bld(), strict=True)
+    assert {str(one.variant) for one, other in pairs if one.key != other.key} == {"ffn:i24"}
+
+
+@pytest.mark.parametrize(
+    ("of_parent", "of_spec", "dtype"),
+    [("bfloat16", {}, "bfloat16"), ("float32", {}, "float32"), ("bfloat16", {"dtype": "float32"}, "float32")],
+)
+def test_a_child_has_its_parents_dtype_if_the_spec_names_none(plan, of_parent, of_spec, dtype):
+    found = plan(target=of_spec)
+    found = Plan(found.spec, found.inputs.model_copy(update={"dtype": of_parent}))
+    architecture = Architecture.parse(MIXED)
+    assert found.assemble(architecture).dtype == found.gkd(architecture).dtype == dtype
+    targets = [work.target for work in found.costs().values()]
+    targets += [found.timing({"child": architecture}, 1).target, found.spec_of_content().target]
+    assert {target.dtype for target in targets} == {dtype}
+    named = plan(target={"dtype": dtype})
+    assert keys(found) == keys(named)
+    assert resources(found) == resources(named)
+    assert found.spec_of_content() == named.spec_of_content()
 
 
 def test_every_trained_half_of_a_score_has_its_training(plan):
@@ -89,6 +120,22 @@ def test_every_variant_is_measured_once_for_every_batch_size(plan):
 def test_a_child_names_the_library_of_its_trained_halves(plan):
     library = plan().assemble(Architecture.parse(["attn:kv1+ffn:no_op", *["attn:kv4+ffn:i48"] * 4])).library
     assert library == ((("attn:kv1", plan().bld(0, Variant.parse("attn:kv1")).key),), (), (), (), ())
+
+
+def test_estimates_are_of_the_parent_alone_and_hang_on_its_gradients(plan):
+    estimated = plan(scoring={"method": "fisher"})
+    key = estimated.gradients().key
+    assert {work.gradients for work in estimated.all_scores()} == {key}
+    assert plan(scoring={"method": "fisher", "label_samples": 4}).gradients().key != key
+    assert plan().gradients() is None
+    child = Architecture.parse(MIXED)
+    assert [w.key for w in estimated.all_scores(child)] == [w.key for w in plan().all_scores(child)]
+
+
+def test_gradients_that_are_there_take_no_room(plan):
+    estimated = plan(scoring={"method": "fisher"})
+    fresh, rest = resources(estimated), resources(estimated, done={estimated.gradients().key})
+    assert fresh.store_bytes - rest.store_bytes == 8 * 5 * 16_384 * 32 * 4
 
 
 def test_what_is_done_takes_nothing_more(plan):

@@ -1,19 +1,25 @@
 """Operations by formula against those that torch counts while the real thing runs."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from puzzle_core import resources, scoring
+from puzzle_core import fisher, resources, scoring
 from puzzle_core.architecture import Architecture, BlockVariant, Variant
-from puzzle_core.distill import bld
-from puzzle_core.distill.gkd import loss_terms
-from puzzle_core.model.child import load_child, load_parent
+from puzzle_core.distill import bld, gkd
 from puzzle_core.plan import Inputs, Plan
-from puzzle_core.spec import GkdSpec, parse_spec
-from tests.conftest import CPU, MIXED
+from puzzle_core.spec import parse_spec
+from tests.conftest import MIXED
 
 CLOSE = 0.03  # torch's reference attention computes nothing again: going both ways is 3 times its forward, and not 3.5
+
+
+class Untracked(contextlib.nullcontext):
+    """Operations by module are not asked for, and torch cannot tell them where autograd.grad ends at a leaf."""
+
+    parents = frozenset({"Global"})
 
 
 @pytest.fixture
@@ -23,6 +29,7 @@ def plan(parent):
         "data": {"sequence_length": 16},
         "variants": {"kv_heads": [1], "ffn_ratios": [0.5]},
         "bld": {"tokens": 96, "batch_tokens": 48, "epochs": 2},
+        "gkd": {"tokens": 96, "batch_tokens": 48, "held_back_checks": 2},
         "scoring": {"tokens": 96},
         "scenario": {"prompt_tokens": 8, "generated_tokens": 8, "limits": {"memory": "60%"}},
     }
@@ -35,8 +42,10 @@ def counted():
     """Count the operations of an act."""
 
     def count(act):
+        counter = FlopCounterMode(display=False)
+        counter.mod_tracker = Untracked()
         with (
-            FlopCounterMode(display=False) as counter,
+            counter,
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         ):
             act()
@@ -62,11 +71,19 @@ def test_scores(block, layer, plan, counted, activations):
     assert 96 * resources.score_flops(plan, work) == pytest.approx(counts, rel=CLOSE)
 
 
-def test_gkd(plan, counted, parent, assemble, ids_NT):
-    parent_model, child = (
-        load_parent(parent, torch.float32, CPU),
-        load_child(assemble("llama", MIXED), torch.float32, CPU),
-    )
-    counts = counted(lambda: sum(loss_terms(parent_model, child, ids_NT.long(), GkdSpec()).values()).backward())
-    expected = 96 * resources.gkd_flops(plan, Architecture.parse(MIXED), recompute=False)
+def test_estimates(plan, counted, activations, tmp_path):
+    scoring_spec = plan.spec.scoring.model_copy(update={"method": "fisher", "label_samples": 3})
+    plan = Plan(plan.spec.model_copy(update={"scoring": scoring_spec}), plan.inputs)
+    counts = counted(lambda: fisher.measure_gradients(plan.gradients(), activations, tmp_path))
+    assert 96 * resources.gradient_flops(plan, 3) == pytest.approx(counts, rel=0.05)  # less here, for CLOSE's reason
+    work = plan.score(3, BlockVariant.parse("attn:no_op+ffn:i48"))
+    counts = counted(lambda: fisher.estimate_score(work, activations, {}, tmp_path))
+    assert 96 * resources.score_flops(plan, work) == pytest.approx(counts, rel=CLOSE)
+
+
+def test_gkd(plan, counted, parent, assemble, tokens_dir, tmp_path):
+    architecture = Architecture.parse(MIXED)
+    work = plan.gkd(architecture)
+    counts = counted(lambda: gkd.distil(work, parent, assemble("llama", MIXED), tokens_dir, tmp_path))
+    expected = 96 * resources.gkd_flops(plan, architecture, recompute=False)
     assert expected == pytest.approx(counts, rel=CLOSE)

@@ -83,6 +83,7 @@ def test_a_share_of_block_time_has_no_absolute_value():
     [
         ({"scenario": {"limits": {}}}, "no limit given: set at least one of memory"),
         ({"gkd": {"kl_weight": 0, "cosine_weight": 0}}, "all weights are 0"),
+        ({"gkd": {"patience": 2, "held_back_checks": 0}}, "patience is 2 and held_back_checks is 0, so nothing is"),
         ({"bld": {"batch_tokens": 100}}, "bld.batch_tokens is 100, not a multiple of data.sequence_length (256)"),
         ({"gkd": {"batch_tokens": 512, "micro_batch_tokens": 768}}, "must be a multiple of gkd.micro_batch_tokens"),
         ({"name": "../up"}, "name: "),
@@ -92,6 +93,10 @@ def test_a_share_of_block_time_has_no_absolute_value():
         ),
         ({"data": {"train_texts": []}}, "data.train_texts: "),
         ({"evaluation": {"lm_eval_tasks": ["../task.yaml"]}}, "evaluation.lm_eval_tasks.0: "),
+        (
+            {"scoring": {"method": "fisher"}, "search": {"objective": "lm_loss"}},
+            "search.objective is lm_loss, and scoring.method: fisher estimates the KL alone",
+        ),
         ({"target": {"dtype": "float16"}}, "target.dtype: "),
         ({"runtime": {"dask_address": "tcp://10.0.0.5:8786"}}, "set task_runner to 'dask'"),
         ({"runtime": {"task_runner": "dask", "dask_address": "10.0.0.5"}}, "runtime.dask_address: "),

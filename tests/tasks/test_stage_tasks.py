@@ -199,3 +199,8 @@ def test_two_searches_of_one_request_are_the_same_but_for_the_seconds(searched):
         return re.sub(r'"seconds": [^,}]*', "", text)
 
     assert answer() == answer()
+
+
+def test_the_inputs_know_the_parents_type(spec_of, checkpoint_of):
+    plan, _ = plan_of(spec_of(parent={"path": str(checkpoint_of("bfloat16"))}))
+    assert plan.assemble(Architecture.of_parent(plan.inputs.shape)).dtype == "bfloat16"

@@ -82,7 +82,7 @@ def test_without_times_there_is_nothing_to_fit():
 @pytest.mark.long
 def test_a_calibrated_roofline_is_nearer_to_this_machine_than_a_data_sheet(parent):
     """Measured here; the bound is loose, for other work on the machine may stretch any of these times."""
-    target = TargetSpec(device="cpu", rounds=3)
+    target = TargetSpec(device="cpu", rounds=3, dtype="float32")
     variants = tuple(map(Variant.parse, ("attn:kv4", "attn:kv1", "ffn:i48", "ffn:i24", "ffn:linear")))
     measured: list[tuple[Traffic, CostRecord]] = []
     for batch in (2, 16):

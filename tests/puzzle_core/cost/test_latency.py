@@ -14,7 +14,7 @@ from puzzle_core.spec import TargetSpec
 from puzzle_core.work import CostWork, TimingWork, Traffic
 from tests.conftest import MIXED
 
-TARGET = TargetSpec(device="cpu", rounds=3)
+TARGET = TargetSpec(device="cpu", rounds=3, dtype="float32")
 VARIANTS = tuple(map(Variant.parse, ("attn:kv1", "attn:linear", "ffn:i12", "ffn:linear")))
 
 

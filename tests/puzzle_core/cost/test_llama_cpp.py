@@ -22,7 +22,7 @@ from puzzle_core.work import CostWork, TimingWork, Traffic
 from tests.conftest import CPU, MIXED
 from tests.puzzle_core.export.conftest import STDLIB
 
-TARGET = TargetSpec(engine="llama.cpp", rounds=3)
+TARGET = TargetSpec(engine="llama.cpp", rounds=3, dtype="float32")
 TRAFFIC = Traffic(prompt_tokens=16, generated_tokens=9, batch_size=2)
 OUTSIDE = 1000.0
 SPACE = VariantsSpec(kv_heads=(1,), ffn_ratios=(0.5,))

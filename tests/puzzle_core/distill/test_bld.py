@@ -7,7 +7,7 @@ import torch
 
 from puzzle_core.architecture import Variant
 from puzzle_core.distill import bld
-from puzzle_core.distill.loop import Checkpoints
+from puzzle_core.distill.training_checkpoint import Checkpoints
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.families.family import FAMILIES
 from puzzle_core.model.activations import Activations
@@ -25,10 +25,10 @@ VARIANTS = ["attn:kv1", "attn:linear", "ffn:i12", "ffn:linear"]
 def distil(activations, contributions_of, tmp_path):
     """Train a variant of the plain parent's layer 1; half of the windows in a batch if not said."""
 
-    def run(variant, spec=None, activations=activations, **options):
+    def run(variant, spec=None, activations=activations, seed=0, **options):
         spec = BldSpec(**({"batch_tokens": 48, "epochs": 10} | (spec or {})))
         work = BldWork(
-            parent="p", layer=LAYER, variant=Variant.parse(variant), tokens="t", contributions="c", spec=spec
+            parent="p", layer=LAYER, variant=Variant.parse(variant), tokens="t", contributions="c", seed=seed, spec=spec
         )
         return bld.train_variant(work, activations, contributions_of("llama"), tmp_path, **options)
 
@@ -66,6 +66,23 @@ def test_the_initial_loss_is_that_of_the_initial_weights_on_the_held_back_window
     assert distil(variant, {"batch_tokens": 96}).initial_loss == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_the_loss_is_that_of_the_specification(distil, activations, initial_state):
+    swapped = bld.variant_block(
+        activations.parent,
+        LAYER,
+        Variant.parse("ffn:i12"),
+        initial_state("llama", LAYER, "ffn:i12"),
+        torch.float32,
+        CPU,
+    )
+    entered, left = activations.post_attention(LAYER)[-1:], activations.layer_input(LAYER + 1)[-1:]
+    by_token = (swapped.feed(entered) - left).square().sum(-1) / left.square().sum(-1)
+    record = distil("ffn:i12", {"loss": "token", "optimizer": {"learning_rate": 0.01}})
+    assert record.initial_loss == pytest.approx(by_token.mean().item(), rel=1e-5)
+    assert record.initial_loss != pytest.approx(distil("ffn:i12").initial_loss, rel=1e-3)
+    assert 0 < record.curve[-1] < 0.8 * record.curve[0]
+
+
 @pytest.mark.parametrize("variant", ["attn:kv2", "ffn:i24"])
 def test_resumed_is_bitwise_the_uninterrupted(variant, distil, tmp_path):
     def stop(progress):
@@ -80,6 +97,13 @@ def test_resumed_is_bitwise_the_uninterrupted(variant, distil, tmp_path):
     assert distil(variant, checkpoints=checkpoints, report=steps.append).curve == curve
     assert steps[0].step == 7
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_weights(tmp_path).items())
+
+
+def test_the_order_of_windows_is_that_of_the_seed(distil):
+    zero, again, one = (distil("ffn:i24", seed=seed) for seed in (0, 0, 1))
+    assert zero.curve == again.curve
+    assert zero.initial_loss == one.initial_loss
+    assert zero.curve[0] != one.curve[0]
 
 
 def test_no_gradient_leaves_the_variant(distil, parent):

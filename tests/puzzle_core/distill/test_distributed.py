@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from puzzle_core.distill import gkd
-from puzzle_core.distill.loop import Checkpoints
+from puzzle_core.distill.training_checkpoint import Checkpoints
 from puzzle_core.work import GkdRecord
 from tests.conftest import MIXED
 from tests.puzzle_core.distill.two_processes import work_of
@@ -30,6 +30,8 @@ CASES = {
     "what no loss reaches": {"kl_weight": 0},
     "all losses": {"lm_weight": 0.5, "batch_tokens": 96},
     "tied": {},
+    "best before the end": {"held_back_checks": 6, "micro_batch_tokens": 16},
+    "stopped early": {"held_back_checks": 6, "patience": 3},
 }
 
 
@@ -95,6 +97,10 @@ def differences(one, other):
         for losses, other_losses in zip(record.curve, other_record.curve, strict=True)
         for name in losses
     ]
+    terms += [
+        (point.kl_nats_per_token, other.kl_nats_per_token)
+        for point, other in zip(record.held_back, other_record.held_back, strict=True)
+    ]
     moved = sum((weights[name] - before[name]).square().sum() for name in weights)
     apart = sum((weights[name] - other_weights[name]).square().sum() for name in weights)
     return max(abs(b - a) / abs(a) for a, b in terms), float((apart / moved).sqrt())
@@ -103,6 +109,12 @@ def differences(one, other):
 def close(one, other):
     losses, weights = differences(one, other)
     return losses < LOSSES and weights < WEIGHTS
+
+
+def test_two_processes_keep_the_best_weights_of_what_they_measure_together(together):
+    whole, stopped = together("best before the end")[0], together("stopped early")[0]
+    assert 0 < whole.best.step < len(whole.curve) == 6
+    assert 0 < stopped.best.step == len(stopped.curve) - 3 < 3
 
 
 @pytest.mark.parametrize(("name", "spec"), CASES.items(), ids=CASES)
@@ -131,7 +143,7 @@ def test_what_no_loss_reaches_stays_as_it_was(alone, together):
 
 
 def test_one_process_goes_on_where_two_stopped(alone, together, place):
-    assert len(json.loads(_metadata(place / "of-two")["curve"])) == STOP - 1
+    assert len(json.loads(_metadata(place / "of-two")["past"])["curve"]) == STOP - 1
     record, weights, _ = alone("resumed", {}, place / "of-two")
     assert close(alone("uninterrupted", {}), (record, weights))
 

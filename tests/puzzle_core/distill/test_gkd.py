@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from puzzle_core.architecture import Architecture
 from puzzle_core.distill import gkd
 from puzzle_core.distill.gkd import loss_terms
-from puzzle_core.distill.loop import Checkpoints
 from puzzle_core.distill.losses import cosine_distance, kl_divergence, next_token_loss
+from puzzle_core.distill.training_checkpoint import Checkpoints
 from puzzle_core.model.child import load_child, load_parent
 from puzzle_core.spec import GkdSpec
 from puzzle_core.work import GkdWork
@@ -21,7 +21,7 @@ BATCH = {"batch_tokens": 48, "epochs": 3, "optimizer": {"learning_rate": 0.005}}
 def distil(parent_of, tokens_dir, tmp_path):
     """Distil a child of a pico parent; half of the windows in a batch, three passes."""
 
-    def run(child_dir, name="llama", saved_as="float32", checkpoints=None, report=None, threads=1, **spec):
+    def run(child_dir, name="llama", saved_as="float32", checkpoints=None, report=None, threads=1, seed=0, **spec):
         out_dir = tmp_path / f"distilled-{len(list(tmp_path.iterdir()))}"
         out_dir.mkdir()
         work = GkdWork(
@@ -30,6 +30,7 @@ def distil(parent_of, tokens_dir, tmp_path):
             architecture=Architecture.parse(MIXED),
             tokens="t",
             dtype=saved_as,
+            seed=seed,
             spec=GkdSpec(**(BATCH | spec)),
         )
         record = gkd.distil(work, parent_of(name), child_dir, tokens_dir, out_dir, checkpoints, report, threads)
@@ -127,6 +128,53 @@ def test_resumed_is_bitwise_the_uninterrupted(spec, assemble, distil, tmp_path):
     assert same(one, other)
 
 
+def held_back_kl(parent, directory, ids_NT):
+    """KL on the last window, which GKD holds back of six, from whole logits."""
+    models = load_parent(parent, torch.float32, CPU), load_child(directory, torch.float32, CPU)
+    parent_TV, child_TV = (model(input_ids=ids_NT[-1:].long()).logits.log_softmax(-1)[0] for model in models)
+    return kl_divergence(parent_TV, child_TV).mean().item()
+
+
+@pytest.mark.parametrize(("rate", "best"), [(30.0, [0]), (0.005, [1, 2, 3]), (0.0005, [6])])
+def test_the_child_has_the_weights_with_the_least_kl_on_held_back_windows(rate, best, assemble, distil, parent, ids_NT):
+    child_dir = assemble("llama", MIXED)  # it overfits its five windows soon
+    record, out_dir = distil(child_dir, optimizer={"learning_rate": rate})
+    assert [point.step for point in record.held_back] == [0, 1, 2, 3, 4, 5, 6]
+    assert record.held_back[0].kl_nats_per_token == pytest.approx(held_back_kl(parent, child_dir, ids_NT), rel=1e-4)
+    assert record.best.kl_nats_per_token == pytest.approx(held_back_kl(parent, out_dir, ids_NT), rel=1e-4)
+    assert record.best == min(record.held_back, key=lambda point: point.kl_nats_per_token)
+    assert record.best.step in best
+    assert {file.name for file in out_dir.glob("*.safetensors")} == {"model.safetensors"}
+
+
+def test_without_checks_every_window_is_trained_on_and_the_last_weights_are_kept(assemble, distil, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        gkd, "loss_terms", lambda *given: seen.extend(map(tuple, given[2].tolist())) or loss_terms(*given)
+    )
+    child_dir, rate = assemble("llama", MIXED), {"learning_rate": 0.5}
+    record, out_dir = distil(child_dir, held_back_checks=0, optimizer=rate)
+    assert record.held_back == ()
+    assert [len(set(seen[start : start + 6])) for start in (0, 6, 12)] == [6, 6, 6]
+    watched, kept = distil(child_dir, optimizer=rate)
+    assert watched.best.step < 6
+    assert not same(out_dir, kept)
+
+
+def test_patience_ends_the_training(assemble, distil):
+    record, _ = distil(assemble("llama", MIXED), patience=1)
+    assert len(record.curve) == record.best.step + 1 < 6
+    assert record.tokens == len(record.curve) * 48
+
+
+def test_the_order_of_windows_is_that_of_the_seed(assemble, distil):
+    child_dir = assemble("llama", MIXED)
+    zero, again, one = (distil(child_dir, seed=seed)[0] for seed in (0, 0, 1))
+    assert zero.curve == again.curve
+    assert zero.held_back[0] == one.held_back[0]
+    assert zero.curve[0] != one.curve[0]
+
+
 def test_what_no_loss_reaches_stays_as_it_was(assemble, distil):
     child_dir = assemble("llama", MIXED)
     _, out_dir = distil(child_dir, kl_weight=0)
@@ -138,6 +186,15 @@ def test_micro_batches_add_up_to_one_batch(assemble, distil):
     whole, parts = distil(child_dir)[0], distil(child_dir, micro_batch_tokens=16, threads=2)[0]
     for one, other in zip(whole.curve, parts.curve, strict=True):
         assert other == pytest.approx(one, rel=1e-3)
+    for one, other in zip(whole.held_back, parts.held_back, strict=True):
+        assert other.kl_nats_per_token == pytest.approx(one.kl_nats_per_token, rel=1e-3)
+
+
+def test_side_by_side_is_bitwise_one_after_the_other(assemble, distil):
+    child_dir = assemble("llama", MIXED)
+    one, two = (distil(child_dir, micro_batch_tokens=16, threads=threads) for threads in (1, 2))
+    assert (one[0].curve, one[0].held_back) == (two[0].curve, two[0].held_back)
+    assert same(one[1], two[1])
 
 
 def test_bfloat16_runs(assemble, distil):

@@ -1,13 +1,16 @@
 """The training loop: schedule, micro-batches, divergence, and resuming bitwise where it stopped."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from puzzle_core.distill import loop
-from puzzle_core.distill.loop import Checkpoints, learning_rate, micro_batches, train
+from puzzle_core.distill import training_checkpoint
+from puzzle_core.distill.held_back import Watch, best
+from puzzle_core.distill.loop import learning_rate, micro_batches, train
+from puzzle_core.distill.training_checkpoint import Checkpoints, Past
 from puzzle_core.errors import NonFiniteError, StorageError
 from puzzle_core.spec import OptimizerSpec
 
@@ -27,7 +30,7 @@ def loss_of(parameters, inputs):
 
 
 def batch(step):
-    return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(step % 1000))
 
 
 def run(parameters, spec=SPEC, **options):
@@ -44,7 +47,7 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
 
 
 def test_loss_goes_down():
-    curve = run(fresh())
+    curve = run(fresh()).curve
     assert len(curve) == STEPS
     assert curve[-1]["loss"] < curve[0]["loss"]
 
@@ -56,13 +59,13 @@ def test_resumed_is_bitwise_the_uninterrupted(tmp_path, stopped_at):
             raise KeyboardInterrupt
 
     uninterrupted, resumed = fresh(), fresh()
-    curve = run(uninterrupted)
+    past = run(uninterrupted)
     checkpoints = Checkpoints(tmp_path / "checkpoint", least_seconds=0)
     with pytest.raises(KeyboardInterrupt):
         run(resumed, checkpoints=checkpoints, report=stop)
     seen = []
     resumed = fresh()
-    assert run(resumed, checkpoints=checkpoints, report=seen.append) == curve
+    assert run(resumed, checkpoints=checkpoints, report=seen.append) == past
     assert seen[0].step == stopped_at
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
 
@@ -83,7 +86,7 @@ def test_a_checkpoint_that_finds_no_room_is_named_and_leaves_nothing(tmp_path, m
         file.write_bytes(b"a part")
         raise SafetensorError("no space left on device")
 
-    monkeypatch.setattr(loop, "save_file", full)
+    monkeypatch.setattr(training_checkpoint, "save_file", full)
     with pytest.raises(StorageError, match=r"cannot write the checkpoint .*no space left.*runtime\.scratch"):
         run(fresh(), checkpoints=Checkpoints(tmp_path / "checkpoint", least_seconds=0))
     assert list(tmp_path.iterdir()) == []
@@ -109,8 +112,8 @@ def test_micro_batches_add_up_to_a_batch(threads):
     def parts(step):
         return [lambda rows=rows: {"loss": loss_of(in_parts, batch(step)[rows])["loss"] / 4} for rows in range(4)]
 
-    curve = train("toy", in_parts, parts, STEPS, SPEC, threads=threads)
-    assert [term["loss"] for term in curve] == pytest.approx([term["loss"] for term in run(whole)], rel=1e-4)
+    curve, alone = train("toy", in_parts, parts, STEPS, SPEC, threads=threads).curve, run(whole).curve
+    assert [term["loss"] for term in curve] == pytest.approx([term["loss"] for term in alone], rel=1e-4)
     for name in whole:
         torch.testing.assert_close(in_parts[name], whole[name], rtol=1e-4, atol=1e-5)
 
@@ -129,11 +132,8 @@ def test_side_by_side_is_bitwise_one_after_the_other():
     assert all(torch.equal(one[name], three[name]) for name in one)
 
 
-@pytest.mark.parametrize("rows", [slice(6, 11), [4, 5, 0, 1, 2]])
-def test_micro_batches_cover_the_rows_once(rows):
-    numbers = list(range(12))
-    first, second, third = (numbers[part] if isinstance(part, slice) else part for part in micro_batches(rows, 2))
-    assert [*first, *second, *third] == (numbers[rows] if isinstance(rows, slice) else rows)
+def test_micro_batches_cover_the_rows_once():
+    assert list(micro_batches([4, 5, 0, 1, 2], 2)) == [[4, 5], [0, 1], [2]]
 
 
 def test_a_loss_that_is_not_finite_names_the_training_and_the_step():
@@ -144,3 +144,91 @@ def test_a_loss_that_is_not_finite_names_the_training_and_the_step():
 
     with pytest.raises(NonFiniteError, match=r"toy diverged: its loss is nan at step 4 of 10; lower .*now 0\.1"):
         train("toy", parameters, losses, STEPS, SPEC)
+
+
+RISING = OptimizerSpec(learning_rate=3.0, warmup_share=0.9)
+"""Steps grow until the loss rises."""
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """Train with a watch on inputs of their own; the parameters, what was done, and what was measured by hand."""
+
+    def train_watched(spec=RISING, checks=STEPS, patience=None, stop=None, parameters=None, **options):
+        parameters, losses, seen = parameters or fresh(), [], []
+
+        def measure():
+            loss = loss_of(parameters, batch(-1))
+            losses.append((loss["loss"].item(), {name: tensor.detach().clone() for name, tensor in parameters.items()}))
+            return loss
+
+        def report(progress):
+            seen.append(progress)
+            if progress.step == stop:
+                raise KeyboardInterrupt
+
+        watch = Watch([measure], checks, patience, tmp_path / "best")
+        return parameters, run(parameters, spec, watch=watch, report=report, **options), losses, seen
+
+    return train_watched
+
+
+@pytest.mark.parametrize("spec", [SPEC, RISING], ids=["best at the end", "best before"])
+def test_the_weights_with_the_lowest_loss_on_held_back_windows_are_kept(watched, spec):
+    parameters, past, losses, _ = watched(spec)
+    lowest, weights = min(losses, key=lambda pair: pair[0])
+    assert past.held_back == [(done, pytest.approx(loss)) for done, (loss, _) in enumerate(losses)]
+    assert (best(past.held_back)[0] < STEPS) == (spec is RISING)
+    assert lowest < losses[0][0]
+    assert all(torch.equal(parameters[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("checks", [1, 3, STEPS, 7 * STEPS])
+def test_checks_are_spread_over_the_training_and_the_last_is_at_its_end(watched, checks):
+    _, past, _, seen = watched(checks=checks)
+    done = [step for step, _ in past.held_back]
+    assert len(done) == 1 + min(checks, STEPS)
+    assert (done[0], done[-1]) == (0, STEPS)
+    gaps = [after - before for before, after in pairwise(done)]
+    assert max(gaps) - min(gaps) <= 1
+    assert [(p.step, p.held_back) for p in seen if p.held_back is not None] == past.held_back[1:]
+
+
+@pytest.mark.parametrize("patience", [1, 2])
+def test_patience_ends_a_training_that_gets_no_better(watched, patience):
+    _, whole, *_ = watched()
+    parameters, past, losses, seen = watched(patience=patience)
+    done, _ = best(past.held_back)
+    assert len(past.curve) == done + patience < STEPS
+    assert past == Past(whole.curve[: done + patience], whole.held_back[: done + patience + 1])
+    assert (seen[-1].step, seen[-1].steps) == (done + patience, done + patience)
+    assert all(torch.equal(parameters[name], losses[done][1][name]) for name in parameters)
+
+
+@pytest.mark.parametrize("stopped_at", [2, 6, STEPS])
+@pytest.mark.parametrize("patience", [None, 3])
+def test_a_resumed_watch_is_bitwise_the_uninterrupted(watched, tmp_path, stopped_at, patience):
+    uninterrupted, past, *_ = watched(patience=patience)
+    (tmp_path / "best").unlink()
+    checkpoints = Checkpoints(tmp_path / "checkpoint", least_seconds=0)
+    stopped_at = min(stopped_at, len(past.curve))
+    with pytest.raises(KeyboardInterrupt):
+        watched(patience=patience, stop=stopped_at, checkpoints=checkpoints)
+    resumed, other, _, seen = watched(patience=patience, checkpoints=checkpoints)
+    assert seen[0].step == stopped_at
+    assert other == past
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+
+
+def test_best_weights_that_are_gone_are_named_before_the_training_goes_on(watched, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoint", least_seconds=0)
+    with pytest.raises(KeyboardInterrupt):
+        watched(stop=5, checkpoints=checkpoints)
+    (tmp_path / "best").unlink()
+    with pytest.raises(StorageError, match=r"the best weights .*best of this training are missing: delete the check"):
+        watched(checkpoints=checkpoints)
+
+
+def test_a_held_back_loss_that_is_not_finite_names_the_training(watched):
+    with pytest.raises(NonFiniteError, match="toy diverged: its loss on held-back windows is nan after 0 steps"):
+        watched(parameters={name: torch.nn.Parameter(tensor * torch.nan) for name, tensor in fresh().items()})

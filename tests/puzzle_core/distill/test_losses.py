@@ -6,7 +6,13 @@ import pytest
 import scipy.stats
 import torch
 
-from puzzle_core.distill.losses import cosine_distance, kl_divergence, next_token_loss, normalised_mse
+from puzzle_core.distill.losses import (
+    cosine_distance,
+    kl_divergence,
+    next_token_loss,
+    normalised_mse,
+    token_normalised_mse,
+)
 
 
 @pytest.fixture
@@ -47,12 +53,29 @@ def test_kl_survives_extreme_logits():
     assert kl_per_token(sure, sure_otherwise).item() == pytest.approx(1e4)
 
 
-def test_normalised_mse_is_0_at_equality_and_1_for_a_child_that_says_nothing(pair):
+@pytest.mark.parametrize("loss", [normalised_mse, token_normalised_mse])
+def test_normalised_mse_is_0_at_equality_and_1_for_a_child_that_says_nothing(loss, pair):
     parent, child = pair
-    assert normalised_mse(parent, parent).item() == 0
-    assert normalised_mse(parent, torch.zeros_like(parent)).item() == 1
-    assert normalised_mse(parent * 8, child * 8).item() == pytest.approx(normalised_mse(parent, child).item())
-    assert gradient_at_equality(normalised_mse, parent).eq(0).all()
+    assert loss(parent, parent).item() == 0
+    assert loss(parent, torch.zeros_like(parent)).item() == pytest.approx(1)
+    assert loss(parent * 8, child * 8).item() == pytest.approx(loss(parent, child).item())
+    assert gradient_at_equality(loss, parent).eq(0).all()
+
+
+def test_by_token_every_token_counts_alike(pair):
+    parent, child = pair
+    of_tokens = [normalised_mse(p, c) for p, c in zip(parent.flatten(0, 1), child.flatten(0, 1), strict=True)]
+    torch.testing.assert_close(token_normalised_mse(parent, child), torch.stack(of_tokens).mean())
+    huge = torch.ones(2, 3, 1)
+    huge[:, 0] = 1000
+    torch.testing.assert_close(token_normalised_mse(parent * huge, child * huge), token_normalised_mse(parent, child))
+    first = normalised_mse(parent[:, 0], child[:, 0])
+    torch.testing.assert_close(normalised_mse(parent * huge, child * huge), first, rtol=1e-4, atol=0)
+
+
+def test_by_token_a_parent_that_says_nothing_gives_no_nan():
+    silent = torch.zeros(1, 2, 4)
+    assert token_normalised_mse(silent, silent).item() == 0
 
 
 def test_cosine_distance_is_the_mean_of_1_minus_cos():

@@ -12,7 +12,7 @@ import torch
 from puzzle_core.architecture import Architecture
 from puzzle_core.distill import gkd
 from puzzle_core.distill.distributed import ShardedGroup, sharded_group
-from puzzle_core.distill.loop import Checkpoints
+from puzzle_core.distill.training_checkpoint import Checkpoints
 from puzzle_core.errors import ArtifactError
 from puzzle_core.model.checkpoint import Checkpoint
 from puzzle_core.model.child_config import read_child_config
@@ -20,6 +20,8 @@ from puzzle_core.model.parent import Parent
 from puzzle_core.spec import GkdSpec, ParentSpec
 from puzzle_core.work import GkdWork
 from tests.conftest import MIXED
+
+SPEC = {"batch_tokens": 48, "epochs": 3, "held_back_checks": 0, "optimizer": {"learning_rate": 0.005}}
 
 
 def work_of(spec):
@@ -29,7 +31,8 @@ def work_of(spec):
         architecture=Architecture.parse(MIXED),
         tokens="t",
         dtype="float32",
-        spec=GkdSpec(**({"batch_tokens": 48, "epochs": 3, "optimizer": {"learning_rate": 0.005}} | spec)),
+        seed=0,
+        spec=GkdSpec(**(SPEC | spec)),
     )
 
 

@@ -229,3 +229,17 @@ def test_a_tokenizer_needs_no_settings(copy_of):
 def test_tokenizer_without_code_loads(parent):
     tokenizer = parent.tokenizer()
     assert tokenizer.decode(tokenizer("def f(x): return x")["input_ids"]) == "def f(x): return x"
+
+
+def test_the_type_of_most_weights_is_the_parents(parent_of, copy_of):
+    assert {name: parent_of(name).dtype for name in ("llama", "tied", "bfloat16")} == {
+        "llama": "float32",
+        "tied": "float32",
+        "bfloat16": "bfloat16",
+    }
+    mixed = copy_of("bfloat16")
+    name = "model.norm.weight"
+    edit_tensors(mixed, lambda tensors: tensors.update({name: tensors[name].float()}))
+    assert Parent(ParentSpec(path=str(mixed))).dtype == "bfloat16"
+    edit_tensors(mixed, lambda tensors: tensors.update({name: t.half() for name, t in tensors.items()}))
+    assert Parent(ParentSpec(path=str(mixed))).dtype == "float32"

@@ -69,6 +69,7 @@ def test_nothing_writes_to_the_parent_even_when_a_training_dies(activations, con
             variant=variant,
             tokens="t",
             contributions=None,
+            seed=0,
             spec=BldSpec(batch_tokens=32, optimizer={"learning_rate": 0.1}),
         )
         with pytest.raises(KeyboardInterrupt):

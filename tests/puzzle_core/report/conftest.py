@@ -14,7 +14,7 @@ from puzzle_core.search.search_record import FoundArchitecture, LimitUse, Predic
 from puzzle_core.search.tables import Option, ScoreTable
 from puzzle_core.sizes import architecture_parameters, kv_entries_per_token
 from puzzle_core.spec import RunSpec, parse_spec
-from puzzle_core.work import BldRecord, CostRecord, EvaluationRecord, GkdRecord, ScoreRecord, Timing
+from puzzle_core.work import BldRecord, CostRecord, EvaluationRecord, GkdRecord, HeldBackKl, ScoreRecord, Timing
 
 BATCH = 4
 
@@ -42,6 +42,7 @@ class MadeUp:
             "name": "made-up",
             "parent": {"path": "/models/parent"},
             "variants": {"kv_heads": [2, 1], "ffn_ratios": [0.75, 0.5, 0.25]},
+            "target": {"dtype": "float32"},
             "scenario": {
                 "name": "chatbot", "prompt_tokens": 128, "generated_tokens": 64, "batch_sizes": [BATCH],
                 "limits": {"memory": "75%", "throughput": "140%", "time_to_first_token": "900ms"},
@@ -162,7 +163,8 @@ class MadeUp:
         curve = tuple(
             {"loss": float(a + b), "cosine": float(b), "kl": float(a)} for a, b in zip(kl, cosine, strict=True)
         )
-        return GkdRecord(architecture=architecture, curve=curve, tokens=524_288, seconds=312.0)
+        held_back = tuple(HeldBackKl(step=step, kl_nats_per_token=0.3 * 0.99**step) for step in range(0, 129, 16))
+        return GkdRecord(architecture=architecture, curve=curve, held_back=held_back, tokens=524_288, seconds=312.0)
 
     def inputs(self) -> ReportInputs:
         limited = (self.found("mip", self.choose(weight)) for weight in np.geomspace(1e-6, 1, 400))

@@ -79,12 +79,16 @@ def test_a_panel_per_variant_and_a_line_per_layer(inputs: ReportInputs) -> None:
 def test_gkd_terms(inputs: ReportInputs) -> None:
     assert inputs.gkd
     figure = gkd_figure(inputs.gkd)
-    assert len(figure.axes[0].lines) == 2 * 3
+    assert len(figure.axes[0].lines) == 2 * 3 + 1
     assert legend_of(figure) == {
         "loss, all terms",
         "1 - cosine of hidden states, summed over layers",
         "KL to the parent",
+        "KL on held-back windows, without a weight",
     }
+    points = figure.axes[0].lines[-1].get_xydata()
+    assert points[:, 0].tolist() == [4096 * point.step for point in inputs.gkd.held_back]
+    assert points[:, 1].tolist() == [point.kl_nats_per_token for point in inputs.gkd.held_back]
     assert figure.axes[0].get_xlim()[1] >= inputs.gkd.tokens * 0.98
 
 

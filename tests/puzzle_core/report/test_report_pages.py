@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from puzzle_core.report.report import ReportRecord, escape_markdown, headline_sentence, render_report, spec_yaml
+from puzzle_core.report.report import (
+    ReportRecord,
+    escape_markdown,
+    headline_sentence,
+    making_table,
+    render_report,
+    spec_yaml,
+)
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.spec import parse_spec
 
@@ -39,6 +46,7 @@ def test_both_pages_hold_the_numbers(written: tuple[ReportRecord, Path], inputs:
             assert text in page
         assert "child/v1/0123abcd" in page
         assert "time_to_first_token: 900ms" in page
+        assert "KL on held-back windows 0.300 to 0.0829, least after step 128 of 128" in page
         assert "Look at this first" not in page
 
 
@@ -115,6 +123,19 @@ def test_headline_sentence(inputs: ReportInputs) -> None:
         "The child after GKD has 59.9 % of its parent's parameters, takes 59.4 % of its memory, "
     )
     assert "runs 1.52x as fast end to end and keeps 98.8 % of its top-1 accuracy" in sentence
+
+
+def test_how_it_was_made_says_which_scores_are_estimates(inputs: ReportInputs) -> None:
+    scoring = inputs.spec.scoring.model_copy(update={"method": "lazy"})
+    lazy = inputs.model_copy(
+        update={
+            "spec": inputs.spec.model_copy(update={"scoring": scoring}),
+            "search": inputs.search.model_copy(update={"exact_scores": ("score/v2/1", "score/v2/2")}),
+        }
+    )
+    rows = [dict(making_table(made).rows)["scores"] for made in (inputs, lazy)]
+    end = ", estimated from gradients of the parent; 2 exactly, as the search asked for them"
+    assert rows[1] == rows[0] + end
 
 
 def test_spec_reads_back_and_keeps_no_place(inputs: ReportInputs) -> None:

@@ -30,6 +30,14 @@ def test_a_sound_run_has_none(inputs: ReportInputs) -> None:
     assert report_warnings(inputs) == []
 
 
+def test_scores_that_are_estimates(inputs: ReportInputs) -> None:
+    scoring = inputs.spec.scoring.model_copy(update={"method": "fisher"})
+    (warning,) = report_warnings(
+        inputs.model_copy(update={"spec": inputs.spec.model_copy(update={"scoring": scoring})})
+    )
+    assert warning.startswith("Scores are estimates from gradients of the parent")
+
+
 def test_child_not_faster_and_limit_not_met(inputs: ReportInputs) -> None:
     found = report_warnings(with_model(inputs, "child after GKD", timing=slower(inputs.child, 2)))
     assert found[0].startswith("The child is not faster than its parent")
