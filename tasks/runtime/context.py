@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import shutil
+from glob import glob
 from pathlib import Path
 
 import torch
@@ -150,9 +151,9 @@ class RunContext(Record):
     def drop_finished_checkpoints(self) -> None:
         """Remove checkpoints whose artifact is in the store: a process was killed after it had published."""
         store, checkpoints = self.store(), self.scratch / "checkpoints"
-        for directory in checkpoints.glob("*/*/*"):
-            if store.has(directory.relative_to(checkpoints).as_posix()):
-                shutil.rmtree(directory, ignore_errors=True)
+        for key in glob("*/*/*", root_dir=checkpoints):  # not Path.glob, which fails where another run removes one
+            if store.has(Path(key).as_posix()):
+                shutil.rmtree(checkpoints / key, ignore_errors=True)
 
 
 @functools.lru_cache(maxsize=4)

@@ -13,6 +13,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,7 +130,8 @@ class Cache:
         self._counted_bytes, self._added_bytes = total, 0.0
 
     def _entries(self) -> Iterator[_CachedArtifact]:
-        for directory in self.directory.glob("[!.]*/v*/*"):
+        for key in glob("[!.]*/v*/*", root_dir=self.directory):  # Path.glob fails where another process evicts
+            directory = self.directory / key
             with contextlib.suppress(FileNotFoundError):
                 used = directory.stat().st_mtime_ns
                 yield _CachedArtifact(

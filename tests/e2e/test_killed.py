@@ -1,6 +1,7 @@
 """kill -9 of a real command in the middle of training: nothing half done is left, and the next run goes on."""
 
 import logging
+import os
 import re
 import time
 from pathlib import Path
@@ -40,7 +41,9 @@ def wait_until_gone(home):
 
 
 def checkpoints(scratch, stage):
-    return list((scratch / "checkpoints" / stage).rglob("checkpoint.safetensors"))
+    """The checkpoints of a stage; a run may remove a directory while this looks, which Path.rglob does not allow."""
+    places = os.walk(scratch / "checkpoints" / stage)
+    return [Path(place) / name for place, _, names in places for name in names if name == "checkpoint.safetensors"]
 
 
 def check_uninterrupted(spec, key, place):

@@ -1,6 +1,8 @@
 """Artifacts are made once, and a checkpoint stays until its artifact is published."""
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +63,21 @@ def test_checkpoints_of_what_is_in_the_store_are_dropped_and_those_of_the_unfini
         context.store().publish(TRAINING, train(staged), staged, "a process that was killed here")
     context.drop_finished_checkpoints()
     assert {path.parent for path in checkpoints(context)} == {context.checkpoints(OTHER).file.parent}
+
+
+def test_checkpoints_that_another_run_removes_meanwhile_do_no_harm(context_of, monkeypatch):
+    context, scandir = context_of(), os.scandir
+    leave_checkpoint(context, TRAINING)
+
+    def remove_first(place):
+        if not isinstance(place, int) and Path(place).name == "v1":
+            shutil.rmtree(place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", remove_first)
+    context.drop_finished_checkpoints()
+    monkeypatch.undo()
+    assert checkpoints(context) == []
 
 
 def test_what_finishes_without_checkpoints_asks_the_scratch_for_no_listing(context_of, monkeypatch):
