@@ -55,7 +55,7 @@ def save(
             entries = {"weight": parameter.detach()} | optimizer.state[parameter]
             tensors |= _gathered(((f"{name}/{key}", entry) for key, entry in entries.items()), group)
     if not group or group.leads:
-        _write(file, tensors, {"past": json.dumps(past._asdict())})
+        _write(file, tensors, {name: json.dumps(part) for name, part in past._asdict().items()})
 
 
 def resume(
@@ -83,14 +83,13 @@ def resume(
                     parameter.copy_(tensor)
                 else:
                     optimizer.state[parameter][key] = tensor
-            past = json.loads(file.metadata()["past"])
+            curve, held_back = (json.loads(file.metadata()[name]) for name in Past._fields)
     except (SafetensorError, OSError) as error:
         raise StorageError(
             f"checkpoint {checkpoints.file} is not readable ({error}): delete it to start this training over"
         ) from error
-    curve, held_back = past["curve"], [(step, loss) for step, loss in past["held_back"]]
     log.info("resuming at step %d from %s", len(curve) + 1, checkpoints.file)
-    return Past(curve, held_back)
+    return Past(curve, [(step, loss) for step, loss in held_back])
 
 
 def write_weights(file: Path, parameters: Parameters, group: "ShardedGroup | None") -> None:

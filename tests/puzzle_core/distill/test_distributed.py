@@ -143,7 +143,7 @@ def test_what_no_loss_reaches_stays_as_it_was(alone, together):
 
 
 def test_one_process_goes_on_where_two_stopped(alone, together, place):
-    assert len(json.loads(_metadata(place / "of-two")["past"])["curve"]) == STOP - 1
+    assert len(json.loads(_metadata(place / "of-two")["curve"])) == STOP - 1
     record, weights, _ = alone("resumed", {}, place / "of-two")
     assert close(alone("uninterrupted", {}), (record, weights))
 
