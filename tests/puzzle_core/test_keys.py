@@ -47,11 +47,15 @@ def keys(file: Path) -> dict[str, dict[str, str | int]]:
         spec=plan.spec_of_content(), shape=shape, search="search", bld=(), scores=(), refine=None, costs=None,
         gkd="gkd", timing=None, models=(),
     )  # fmt: skip
+    lazy = Plan(spec.model_copy(update={"scoring": spec.scoring.model_copy(update={"method": "lazy"})}), plan.inputs)
     works = {
         "tokens": [plan.tokens(split) for split in ("calibration", "bld", "gkd", "scoring", "evaluation")],
         "importance": [plan.importance()],
         "bld": plan.all_bld(),
         "score": [*plan.all_scores(), *plan.all_scores(child)],
+        "gradients": [work for work in [lazy.gradients()] if work],
+        "estimated score": lazy.all_scores(),
+        "lazy search": [lazy.search()],
         "cost": list(plan.costs().values()),
         "search": [plan.search(), plan.search(child)],
         "child": [plan.assemble(child)],
