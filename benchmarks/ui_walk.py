@@ -43,6 +43,7 @@ BROWSER = (
     "--disable-sync",
 )
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+CLIENT = "ui-walk"
 SETTLE_MS = 4000
 """For a page to draw what it has fetched."""
 
@@ -57,9 +58,11 @@ class Walk:
 
     def ask(self, path: str, body: dict[str, Any] | None = None, server: str = "") -> Any:
         """One call of an API, for what a person reads off the page: names and states."""
-        data = None if body is None else json.dumps(body).encode()
-        address = f"{server or self.prefect + '/api'}{path}"
-        request = urllib.request.Request(address, data, {"content-type": "application/json"})
+        data, headers = None if body is None else json.dumps(body).encode(), {"content-type": "application/json"}
+        if data and not server:  # Prefect's server takes no POST without a token, as the UI asks for one
+            token = self.ask(f"/csrf-token?client={CLIENT}")["token"]
+            headers |= {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": CLIENT}
+        request = urllib.request.Request(f"{server or self.prefect + '/api'}{path}", data, headers)
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read())
 

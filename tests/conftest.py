@@ -60,8 +60,16 @@ def _no_turns_left() -> Iterator[None]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have workers begin with the longest files; the order that pytest-randomly gave stays as it is otherwise."""
-    items.sort(key=lambda item: (item.path.name != "test_deploy.py", item.path.parent.name != "e2e"))
+    """Have workers begin with the longest files; the order that pytest-randomly gave stays as it is otherwise.
+
+    What runs commands comes first, then what runs flows and tasks: a long file that begins last has one worker alone.
+    """
+    tests, folders = Path(__file__).parent, {"e2e": 0, "flows": 1, "tasks": 2}
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        return item.path.name != "test_deploy.py", folders.get(item.path.relative_to(tests).parts[0], len(folders))
+
+    items.sort(key=place)
 
 
 @pytest.fixture

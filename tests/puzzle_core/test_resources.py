@@ -83,7 +83,7 @@ def test_estimates(plan, counted, activations, tmp_path):
 
 def test_gkd(plan, counted, parent, assemble, tokens_dir, tmp_path):
     architecture = Architecture.parse(MIXED)
-    work = plan.gkd(architecture)
-    counts = counted(lambda: gkd.distil(work, parent, assemble("llama", MIXED), tokens_dir, tmp_path))
+    work, child_dir = plan.gkd(architecture), assemble("llama", MIXED)  # assembled before anything is counted
+    counts = counted(lambda: gkd.distil(work, parent, child_dir, tokens_dir, tmp_path))
     expected = 96 * resources.gkd_flops(plan, architecture, recompute=False)
     assert expected == pytest.approx(counts, rel=CLOSE)
