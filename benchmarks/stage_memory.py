@@ -83,7 +83,7 @@ def run_bld(place: Place) -> None:
     """A few steps of an FFN variant of half the width."""
     variant = Variant.parse(f"ffn:i{place.parent.shape.ffn_width // 2}")
     spec = BldSpec(tokens=4096 * STEPS, batch_tokens=4096)
-    work = BldWork(parent="p", layer=LAYER, variant=variant, tokens="t", contributions="c", spec=spec)
+    work = BldWork(parent="p", layer=LAYER, variant=variant, tokens="t", contributions="c", seed=0, spec=spec)
     bld.train_variant(work, place.activations(), place.place / "importance", place.out("bld"))
 
 
@@ -107,7 +107,7 @@ def run_gkd(place: Place) -> None:
     """A few steps of the child, in micro-batches of 512 tokens."""
     spec = GkdSpec(tokens=2048 * STEPS, batch_tokens=2048, micro_batch_tokens=512)
     architecture = Architecture.of_parent(place.parent.shape)
-    work = GkdWork(parent="p", child="c", architecture=architecture, tokens="t", dtype="float32", spec=spec)
+    work = GkdWork(parent="p", child="c", architecture=architecture, tokens="t", dtype="float32", seed=0, spec=spec)
     few = place.out("few-tokens")
     windows_NT = read_windows(place.tokens_dir)[: 2048 * STEPS // place.length]
     save_file({"tokens": windows_NT}, few / "tokens.safetensors")
