@@ -165,12 +165,13 @@ def run_lm_eval(
 
 
 def _log_progress(name: str) -> Callable[[int, int], None]:
-    """Logs at most every ten seconds how far a benchmark is."""
-    said = [time.monotonic()]
+    """A function that logs at most every ten seconds how far a benchmark is."""
+    logged_at = time.monotonic()
 
-    def say(done: int, total: int) -> None:
-        if time.monotonic() - said[0] > 10:
-            said[0] = time.monotonic()
+    def log_progress(done: int, total: int) -> None:
+        nonlocal logged_at
+        if time.monotonic() - logged_at > 10:
+            logged_at = time.monotonic()
             log.info("benchmark %s: %d of %d tokens", name, done, total)
 
-    return say
+    return log_progress

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -98,6 +98,15 @@ def digest_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_files(files: Iterable[Path], root: Path, remark: str = "") -> str:
+    """Hex digest of files in their order: of their names below `root`, of their contents, and of the remark."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(root).as_posix()} {digest_file(file)}\n".encode())
+    digest.update(remark.encode())
+    return digest.hexdigest()[:40]
 
 
 class Work(Record):

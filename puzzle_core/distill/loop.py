@@ -171,9 +171,7 @@ def _accumulate(
 
     if parallel == 1:
         for micro_batch in micro_batches:
-            losses = micro_batch()
-            torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
-            add_losses(losses)
+            add_losses(_backward(micro_batch))
         return terms
     for start in range(0, len(micro_batches), parallel):
         for losses, gradients in pool.map(compute, micro_batches[start : start + parallel]):
@@ -189,11 +187,16 @@ def _accumulate_sharded(micro_batches: list[MicroBatch], group: "ShardedGroup") 
     """Like `_accumulate`, over the micro-batches of all processes; FSDP2 sums the gradients in the backward pass."""
     terms = dict[str, torch.Tensor]()
     for micro_batch in micro_batches:
-        losses = micro_batch()
-        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
-        for name, loss in losses.items():
-            terms[name] = terms.get(name, 0.0) + loss.detach()
+        for name, loss in _backward(micro_batch).items():
+            terms[name] = terms.get(name, 0.0) + loss
     return group.sum(terms)
+
+
+def _backward(micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """Add a micro-batch's gradients to those of the parameters in place; return its loss terms."""
+    losses = micro_batch()
+    torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 def _adamw(parameters: Parameters, spec: OptimizerSpec) -> torch.optim.AdamW:

@@ -43,7 +43,7 @@ from puzzle_core.model.tokenizer import (
     tokenizer_code,
     tokenizer_files,
 )
-from puzzle_core.records import canonical_json, digest_file
+from puzzle_core.records import canonical_json, digest_file, digest_files
 from puzzle_core.spec import Dtype, ParentSpec
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -107,12 +107,8 @@ class Parent:
     @cached_property
     def tokenizer_digest(self) -> str:
         """Digest of the tokenizer's files, and of how they are opened where AutoTokenizer gives other tokens."""
-        digest = hashlib.sha256()
-        for file in self.tokenizer_files:
-            digest.update(f"{file.relative_to(self.directory).as_posix()} {digest_file(file)}\n".encode())
-        if is_rebuilt(self.directory):
-            digest.update(b"opened by tokenizer.json alone\n")
-        return digest.hexdigest()[:40]
+        remark = "opened by tokenizer.json alone\n" if is_rebuilt(self.directory) else ""
+        return digest_files(self.tokenizer_files, self.directory, remark)
 
     @cached_property
     def dtype(self) -> Dtype:

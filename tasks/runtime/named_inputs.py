@@ -4,12 +4,11 @@ A key holds the digests of the parent, of the tokenizer, of texts and of a cost 
 task opens them again, on another machine perhaps, and hours later.
 """
 
-import hashlib
 from pathlib import Path
 
 from puzzle_core.benchmark_items import Item, digest_items, read_items
 from puzzle_core.errors import DataError, ParentError, SpecError
-from puzzle_core.records import Work, digest_file
+from puzzle_core.records import Work, digest_file, digest_files
 from puzzle_core.search.table_files import read_costs
 from puzzle_core.search.tables import CostTable
 from puzzle_core.spec import EvaluationSpec
@@ -111,12 +110,10 @@ def named_task_folder(work: EvaluateWork, evaluation: EvaluationSpec) -> Path | 
 
 def digest_folder(folder: Path) -> str:
     """Hex digest of the names and contents of all files in a folder; hidden ones and Python's caches do not count."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        parts = file.relative_to(folder).parts
-        if not any(part.startswith((".", "__pycache__")) for part in parts):
-            digest.update(f"{'/'.join(parts)} {digest_file(file)}\n".encode())
-    return digest.hexdigest()[:40]
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hidden = (".", "__pycache__")
+    shown = (file for file in files if not any(part.startswith(hidden) for part in file.relative_to(folder).parts))
+    return digest_files(shown, folder)
 
 
 def read_named_costs(digest: str | None, table: Path) -> CostTable:

@@ -1,13 +1,12 @@
 """The software of this process, as manifests record it and as the workers of a cluster are compared."""
 
 import functools
-import hashlib
 import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
 
-from puzzle_core.records import digest_file
+from puzzle_core.records import digest_file, digest_files
 from tasks.store.origin import Software
 
 ROOT = Path(__file__).parents[2]
@@ -30,12 +29,8 @@ GIT_SECONDS = 10
 
 def code_digest(root: Path) -> str:
     """Digest of the project's source files, with their paths."""
-    digest = hashlib.sha256()
-    for package in PACKAGES:
-        for file in sorted((root / package).rglob("*")):
-            if file.is_file() and "__pycache__" not in file.parts:
-                digest.update(f"{file.relative_to(root).as_posix()} {digest_file(file)}\n".encode())
-    return digest.hexdigest()[:40]
+    files = (file for package in PACKAGES for file in sorted((root / package).rglob("*")))
+    return digest_files((file for file in files if file.is_file() and "__pycache__" not in file.parts), root)
 
 
 _CODE = code_digest(ROOT)  # read on import: a process keeps the modules that it has imported when files change
