@@ -176,12 +176,11 @@ def _run(
     checked(solver.run(), "solving")
 
     status, info = solver.getModelStatus(), solver.getInfo()
+    effort.count(max(0, int(info.mip_node_count)), status == highspy.HighsModelStatus.kTimeLimit)
     if status in INFEASIBLE:
         return None
     if status not in (highspy.HighsModelStatus.kOptimal, *CUT):
         raise RuntimeError(f"HiGHS ended with {solver.modelStatusToString(status)}")
-    if status == highspy.HighsModelStatus.kTimeLimit:
-        effort.met_time_limit = True
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         raise SolveLimitError(
             f"no architecture within the limits was found in {effort.text}, nor a proof that there is none: "
