@@ -1,6 +1,7 @@
 """Parents from a hub: a real client against a small hub of our own, and tokenizers that are code of the checkpoint."""
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file
@@ -12,6 +13,7 @@ from puzzle_core.model.child import write_description
 from puzzle_core.model.parent import Parent
 from puzzle_core.spec import ParentSpec
 from tests.hub import MODEL
+from tests.pico import edit_tensors
 
 ALLOWED = "tokenization_reversed.Reversed"
 CODE = """
@@ -76,6 +78,19 @@ def test_the_shards_of_an_index_are_fetched_by_their_names(hub, coded):
     (coded / "model.safetensors.index.json").write_text(json.dumps(index))
     assert Parent(ParentSpec(path=MODEL)).digest == Parent(ParentSpec(path=str(coded))).digest
     assert hub.downloads["weights-a.safetensors"] == 1
+
+
+def test_one_file_of_weights_counts_before_shards_as_it_does_in_a_directory(hub, coded):
+    """A fine-tuned model that was saved into the folder of its base model."""
+    names = load_file(coded / "model.safetensors").keys()
+    shutil.copy(coded / "model.safetensors", coded / "model-00001-of-00001.safetensors")
+    edit_tensors(coded, lambda tensors: tensors["model.norm.weight"].add_(1))
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (coded / "model.safetensors.index.json").write_text(json.dumps(index))
+    parent = Parent(ParentSpec(path=MODEL))
+    assert parent.checkpoint.files == [parent.directory / "model.safetensors"]
+    assert parent.digest == Parent(ParentSpec(path=str(coded))).digest
+    assert hub.downloads["model-00001-of-00001.safetensors"] == 0
 
 
 def test_code_of_the_hub_is_not_even_fetched_unless_it_is_allowed(hub):
