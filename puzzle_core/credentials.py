@@ -22,7 +22,13 @@ def _spelled(words: Iterable[str]) -> str:
 _USER_URL = r"://[^/\s@]*@|://[^\s@:]*:[^\s@]*@"
 _USER = r"[^\s/:@'\x22]+:[^\s/:@'\x22]+@[^\s/@]"
 _PARAMETER = (
-    r"(?:^|[?&;#\s'\x22])(?:[^=&\s?/]*(?:" + _spelled(_WORDS) + "|" + _spelled(["token"]) + r"(?![Ss]))[^=&\s/]*|" + _spelled(_NAMES) + r")="
+    r"(?:^|[?&;#\s'\x22])(?:[^=&\s?/]*(?:"
+    + _spelled(_WORDS)
+    + "|"
+    + _spelled(["token"])
+    + r"(?![Ss]))[^=&\s/]*|"
+    + _spelled(_NAMES)
+    + r")="
 )
 _CREDENTIALS = re.compile(f"{_USER_URL}|{_USER}|{_PARAMETER}[^&\\s]")
 SCHEMA_PATTERN = rf"^(?![\s\S]*(?:{_CREDENTIALS.pattern}))"

@@ -59,7 +59,9 @@ def test_the_automation_waits_for_more_than_two_of_prefects_own_heartbeats():
 
 
 @pytest.mark.long
-@pytest.mark.fault("a worker dies with its machine", "SIGKILL to a run's process, the shipped automation with 10 s for 600")
+@pytest.mark.fault(
+    "a worker dies with its machine", "SIGKILL to a run's process, the shipped automation with 10 s for 600"
+)
 def test_a_run_whose_heartbeats_stop_is_crashed_with_the_runs_within_it(prefect_server, tmp_path, outcome):
     shipped = yaml.safe_load(AUTOMATION.read_text())
     shipped["trigger"]["within"] = SHORTEST_WITHIN
@@ -71,14 +73,12 @@ def test_a_run_whose_heartbeats_stop_is_crashed_with_the_runs_within_it(prefect_
     subprocess.run(command, env=environment, check=True, capture_output=True)
     with get_client(sync_client=True) as client:
         (automation,) = client.read_automations_by_name(shipped["name"])
-        runs = {
-            name: client.create_flow_run(deployed, tags=tags, state=Running()).id
-            for name, tags in (("dead", ["puzzle"]), ("live", ["puzzle"]), ("ended", ["puzzle"]), ("foreign", ["other"]))
-        }
+        tags = {"dead": "puzzle", "live": "puzzle", "ended": "puzzle", "foreign": "other"}
+        runs = {name: client.create_flow_run(deployed, tags=[tag], state=Running()).id for name, tag in tags.items()}
         process = subprocess.Popen([sys.executable, str(script), str(runs["dead"]), str(began)], env=environment)
         try:
             for name in ("live", "ended", "foreign"):
-                beat(runs[name], "other" if name == "foreign" else "puzzle")
+                beat(runs[name], tags[name])
             client.set_flow_run_state(runs["ended"], Completed())
             wait_for(lambda: began.exists() or process.poll() is not None)
             within = FlowRunFilter.model_validate({"name": {"any_": ["dead-inner"]}})
@@ -103,7 +103,9 @@ def test_a_run_whose_heartbeats_stop_is_crashed_with_the_runs_within_it(prefect_
     others = {"live": "RUNNING", "ended": "COMPLETED", "foreign": "RUNNING"}
     assert {name: state.type.value for name, state in found.items()} == crashed | others
     assert {found[name].message for name in crashed} == {shipped["actions"][0]["message"]}
-    outcome(run="to be started again", shown="Crashed, with the flow run within it; live, ended and foreign runs are left")
+    outcome(
+        run="to be started again", shown="Crashed, with the flow run within it; live, ended and foreign ones are left"
+    )
 
 
 def beat(run, tag):

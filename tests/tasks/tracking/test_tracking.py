@@ -277,8 +277,8 @@ def test_a_child_is_one_version_and_an_alias_names_the_newest_answer(tracked_spe
 
 
 def test_two_pairs_of_names_never_share_an_alias_and_mlflow_takes_each(tmp_path):
-    names = ["a", "b", "a-b", "a--b", "a-", "a_b", "a_2db", "a b", "a.b", "a+b", "A", "latest", "v1", "7b v2.1", "x" * 99]
-    names += ["x" * 100, ("-" * 50).join("ab"), ("." * 98).join("ab"), (" " * 98).join("ab")]
+    names = ["a", "b", "a-b", "a--b", "a-", "a_b", "a_2db", "a b", "a.b", "a+b", "A", "latest", "v1", "7b v2.1"]
+    names += ["x" * 99, "x" * 100, ("-" * 50).join("ab"), ("." * 98).join("ab"), (" " * 98).join("ab")]
     pairs = [(target, scenario) for target in names for scenario in names]
     for name in names:
         assert (TargetSpec(name=name).name, ScenarioSpec(name=name).name) == (name, name)
