@@ -21,15 +21,8 @@ def _spelled(words: Iterable[str]) -> str:
 
 _USER_URL = r"://[^/\s@]*@|://[^\s@:]*:[^\s@]*@"
 _USER = r"[^\s/:@'\x22]+:[^\s/:@'\x22]+@[^\s/@]"
-_PARAMETER = (
-    r"(?:^|[?&;#\s'\x22])(?:[^=&\s?/]*(?:"
-    + _spelled(_WORDS)
-    + "|"
-    + _spelled(["token"])
-    + r"(?![Ss]))[^=&\s/]*|"
-    + _spelled(_NAMES)
-    + r")="
-)
+_NAMED = r"[^=&\s?/]*(?:" + _spelled(_WORDS) + "|" + _spelled(["token"]) + r"(?![Ss]))[^=&\s/]*"
+_PARAMETER = rf"(?:^|[?&;#\s'\x22])(?:{_NAMED}|{_spelled(_NAMES)})="
 _CREDENTIALS = re.compile(f"{_USER_URL}|{_USER}|{_PARAMETER}[^&\\s]")
 SCHEMA_PATTERN = rf"^(?![\s\S]*(?:{_CREDENTIALS.pattern}))"
 """What JSON schemas ask of every text: a parameter that was sent is kept by Prefect, so a form refuses it before."""

@@ -131,8 +131,8 @@ class CostTable:
             name = wanted.get(_spelling(row.scenario)) if row.scenario is not None else None
             if name is not None and row.scenario not in exact:
                 raise SpecError(
-                    f"the costs of {row.place} are for scenario {row.scenario!r}, and the search is for {name!r}: spell "
-                    "the scenario alike in both"
+                    f"the costs of {row.place} are for scenario {row.scenario!r}, and the search is for {name!r}: "
+                    "spell the scenario alike in both"
                 )
 
     @functools.cached_property
