@@ -313,7 +313,7 @@ def explanations_table(seeds: int, shares: Sequence[float]) -> Table:
         title="Prices and runners-up beside the answer",
         columns=("problem", "solve, s", "answer, s", "explained, s", "exact", "one option", "median width"),
         rows=tuple(rows),
-        note="CPU seconds. Answer: with tables and predictions. Width: of a rise's interval, relative to its upper end.",
+        note="CPU seconds. Answer: with tables and predictions. Width: of an interval, relative to its upper end.",
     )
 
 
