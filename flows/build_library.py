@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.futures import PrefectFuture
 
 from flows.permissions import permitted
-from flows.services.orphaned_runs import label_process
+from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
@@ -36,6 +36,7 @@ log = logging.getLogger("puzzle")
     result_serializer="json",
     on_running=[label_process],
 )
+@inherited_tags()
 def build_library(spec: RunSpec) -> None:
     """Train every missing variant of every layer (BLD), then score every missing block variant.
 

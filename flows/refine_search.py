@@ -11,6 +11,7 @@ from prefect import flow
 
 from flows.build_library import score_variants
 from flows.permissions import permitted
+from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
@@ -25,7 +26,14 @@ from tasks.tracking.tracking import tracked
 log = logging.getLogger("puzzle")
 
 
-@flow(name="refine-search", flow_run_name="shortlist of {spec.name}", persist_result=False, result_serializer="json")
+@flow(
+    name="refine-search",
+    flow_run_name="shortlist of {spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    on_running=[label_process],
+)
+@inherited_tags()
 def refine_search(spec: RunSpec) -> None:
     """Assemble and measure the shortlist, and repeat the search, as `search.shortlist` and `search.iterations` say.
 

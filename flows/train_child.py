@@ -6,7 +6,7 @@ from prefect import flow
 
 from flows.permissions import permitted
 from flows.refine_search import find_answer
-from flows.services.orphaned_runs import label_process
+from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
@@ -30,6 +30,7 @@ PARENT, ASSEMBLED, TRAINED = "parent", "child after assembly", "child after GKD"
     result_serializer="json",
     on_running=[label_process],
 )
+@inherited_tags()
 def train_child(spec: RunSpec) -> None:
     """Assemble the chosen architecture, distil it (GKD), and evaluate it, the parent and the baselines.
 
