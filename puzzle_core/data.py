@@ -1,7 +1,7 @@
 """Packs texts into token batches: splits for calibration, BLD, GKD, scoring and evaluation.
 
 Documents are shuffled once with a fixed seed, each gets a start token (`document_start`), and all are cut into
-windows of `sequence_length` tokens. Trainings read the windows of a split in a random order that seed and epoch
+windows of `sequence_length` tokens. A split records where it ended, and the next one goes on from there. Trainings read the windows of a split in a random order that seed and epoch
 determine. The step number therefore determines the tokens of a step: training can resume at any step.
 
 Legend: N windows, T tokens per window.
@@ -10,15 +10,18 @@ Legend: N windows, T tokens per window.
 import functools
 import itertools
 import random
-from collections.abc import Iterator
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from puzzle_core.chats import ChatTokenizer, as_text
 from puzzle_core.errors import DataError
-from puzzle_core.text_sources import Document
+from puzzle_core.text_files import Document
 from puzzle_core.work import TokensRecord, TokensWork
 
 DOCUMENTS_AT_A_TIME = 16
@@ -41,7 +44,7 @@ CHAT_MARKERS = frozenset(
 """Tokens that mark a chat turn. A document starts with one only if the specification names it."""
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ChatTokenizer, Protocol):
     """The part of a Hugging Face tokenizer that packing needs."""
 
     bos_token: str | None
@@ -86,53 +89,94 @@ def document_start(tokenizer: Tokenizer, choice: str = "auto") -> list[int]:
     return [vocabulary[token] for token in usable[:1] if token]
 
 
+class Split(NamedTuple):
+    """A split to pack: its name, how many tokens it needs at least, and tokens per window."""
+
+    name: str
+    tokens: int
+    sequence_length: int
+
+
+class Place(NamedTuple):
+    """A place in the shuffled documents: the next token is token `token` of document `document`, counted from 0."""
+
+    document: int
+    token: int
+
+
+class Packed(NamedTuple):
+    """The windows of a split, int32 (N, T) with N = ceil(tokens / T), and the place where the next split starts."""
+
+    tokens_NT: torch.Tensor
+    end: Place
+
+
 def pack(
+    splits: Iterable[Split],
     documents: list[Document],
     tokenizer: Tokenizer,
-    sequence_length: int,
-    tokens: dict[str, int],
     seed: int,
     cut_documents: bool = True,
     start: str = "auto",
-) -> dict[str, torch.Tensor]:
-    """Cut documents into packed windows; no token is in two splits.
+    place: Place = Place(0, 0),
+) -> Iterator[Packed]:
+    """Cut documents into packed windows, one split after the other; no token is in two splits.
 
     Args:
-        tokens: number of tokens of each split, in the order in which they are packed.
+        seed: of the order of the documents.
         cut_documents: the next split starts with the rest of a split's last document. If false, that rest is dropped,
             and no two splits share a document.
         start: the argument `choice` of `document_start`.
-
-    Returns:
-        For each split an int32 tensor (N, T) with N = ceil(tokens / T).
+        place: where the first split starts.
 
     Raises:
-        DataError: the documents hold fewer tokens than the splits need, or the vocabulary has no token `start`.
+        DataError: the documents hold fewer tokens than the splits need, the vocabulary has no token `start`, or a
+            document is a chat that the tokenizer has no template for.
     """
-    order = list(range(len(documents)))
-    random.Random(seed).shuffle(order)
-    remaining = _token_ids((documents[i] for i in order), tokenizer, document_start(tokenizer, start))
-    packed: dict[str, torch.Tensor] = {}
-    rest: list[int] = []
-    for split, split_tokens in tokens.items():
-        windows = -(-split_tokens // sequence_length)
-        needed = windows * sequence_length
-        stream, rest = rest, []
-        while len(stream) < needed:
-            ids = next(remaining, None)
-            if ids is None:
-                others = f" after serving {', '.join(packed)}" if packed else ""
-                advice = "tokens or add texts" if cut_documents else "tokens, add texts, or say `cut_documents: true`"
-                raise DataError(
-                    f"split {split!r} needs {needed:,} tokens ({windows:,} windows of {sequence_length}), but the "
-                    f"{len(documents):,} documents of the texts gave only {len(stream):,}{others}: ask "
-                    f"for fewer {advice}"
-                )
-            stream += ids
-        if cut_documents:
-            rest = stream[needed:]
-        packed[split] = torch.tensor(stream[:needed], dtype=torch.int32).view(windows, sequence_length)
-    return packed
+    stream = _Stream(documents, tokenizer, seed, document_start(tokenizer, start), place)
+    for split in splits:
+        windows = -(-split.tokens // split.sequence_length)
+        needed, first = windows * split.sequence_length, stream.place
+        tokens = stream.read(needed)
+        if len(tokens) < needed:
+            advice = "tokens or add texts" if cut_documents else "tokens, add texts, or say `cut_documents: true`"
+            after = "" if first == Place(0, 0) else " after the splits before it"
+            raise DataError(
+                f"split {split.name!r} needs {needed:,} tokens ({windows:,} windows of {split.sequence_length}), but "
+                f"the {len(documents):,} documents of the texts gave only {len(tokens):,}{after}: ask for fewer {advice}"
+            )
+        if not cut_documents:
+            stream.next_document()
+        yield Packed(torch.frombuffer(tokens, dtype=torch.int32).view(windows, split.sequence_length), stream.place)
+
+
+class _Stream:
+    """The tokens of shuffled documents, one after the other, from a place on. Documents are tokenized as they come."""
+
+    def __init__(self, documents: list[Document], tokenizer: Tokenizer, seed: int, start: list[int], place: Place):
+        order = list(range(len(documents)))
+        random.Random(seed).shuffle(order)
+        self._following = _token_ids((documents[i] for i in order[place.document :]), tokenizer, start)
+        self._ids: array[int] = next(self._following, array("i"))
+        self.place = place
+
+    def read(self, count: int) -> "array[int]":
+        """The next `count` tokens, or fewer where the texts end."""
+        tokens = array("i")
+        while len(tokens) < count:
+            first = self.place.token
+            part = self._ids[first : first + count - len(tokens)]
+            tokens += part
+            self.place = self.place._replace(token=first + len(part))
+            if len(tokens) < count and not self.next_document():
+                break
+        return tokens
+
+    def next_document(self) -> bool:
+        """Go to the start of the next document; whether there is one."""
+        ids = next(self._following, None)
+        self._ids, self.place = ids or array("i"), Place(self.place.document + 1, 0)
+        return ids is not None
 
 
 def check_enough(work: TokensWork, documents: list[Document], tokenizer: Tokenizer) -> None:
@@ -143,17 +187,30 @@ def check_enough(work: TokensWork, documents: list[Document], tokenizer: Tokeniz
     Raises:
         DataError: as `pack`.
     """
-    tokens = dict(work.earlier_splits) | {work.split: work.tokens}
+    splits = _splits(work)
     characters = sum(len(document.text) for document in documents)
-    if not work.cut_documents or characters < SURELY_ENOUGH * sum(tokens.values()):
-        pack(documents, tokenizer, work.sequence_length, tokens, work.seed, work.cut_documents, work.document_start)
+    if not work.cut_documents or characters < SURELY_ENOUGH * sum(split.tokens for split in splits):
+        for _ in pack(splits, documents, tokenizer, work.seed, work.cut_documents, work.document_start):
+            pass
 
 
-def _token_ids(documents: Iterator[Document], tokenizer: Tokenizer, start: list[int]) -> Iterator[list[int]]:
-    """The ids of each document in order. Documents are tokenized in small batches, which is faster."""
-    while texts := [document.text for document in itertools.islice(documents, DOCUMENTS_AT_A_TIME)]:
-        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            yield start + ids
+def _splits(work: TokensWork) -> list[Split]:
+    """All splits up to that of a work."""
+    before = _splits(work.before) if work.before else []
+    return [*before, Split(work.split, work.tokens, work.sequence_length)]
+
+
+def _token_ids(documents: Iterator[Document], tokenizer: Tokenizer, start: list[int]) -> Iterator["array[int]"]:
+    """The ids of each document in order. Documents are tokenized in small batches, which is faster.
+
+    A chat whose template writes the start of a document gets no second one.
+    """
+    while batch := list(itertools.islice(documents, DOCUMENTS_AT_A_TIME)):
+        texts = [as_text(document, tokenizer) for document in batch]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for document, ids in zip(batch, encoded, strict=True):
+            has_start = document.is_chat and ids[: len(start)] == start
+            yield array("i", ids if has_start else start + ids)
 
 
 def batch_rows(step: int, batch_windows: int, windows: int, seed: int) -> list[int]:
@@ -171,19 +228,27 @@ def _order(windows: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def pack_split(work: TokensWork, documents: list[Document], tokenizer: Tokenizer, out_dir: Path) -> TokensRecord:
-    """Pack one split and write `tokens.safetensors`, int32 (N, T)."""
-    tokens = dict(work.earlier_splits) | {work.split: work.tokens}
+def pack_split(
+    work: TokensWork, documents: list[Document], tokenizer: Tokenizer, out_dir: Path, place: Place | None = None
+) -> TokensRecord:
+    """Pack one split and write `tokens.safetensors`, int32 (N, T).
+
+    Args:
+        place: where the split before this one ended, if there is one and its end is known: this one goes on there, and
+            tokenizes no document before it.
+    """
+    splits = _splits(work)[-1:] if place else _splits(work)
     packed = pack(
-        documents, tokenizer, work.sequence_length, tokens, work.seed, work.cut_documents, work.document_start
+        splits, documents, tokenizer, work.seed, work.cut_documents, work.document_start, place or Place(0, 0)
     )
-    windows_NT = packed[work.split]
+    windows_NT, end = deque(packed, maxlen=1).pop()
     save_file({"tokens": windows_NT}, out_dir / "tokens.safetensors")
     sample = tokenizer.decode(windows_NT[:64].flatten().tolist(), skip_special_tokens=True)
     return TokensRecord(
         windows=len(windows_NT),
         tokens=windows_NT.numel(),
         bytes_per_token=len(sample.encode()) / min(windows_NT.numel(), 64 * work.sequence_length),
+        end=tuple(end),
     )
 
 

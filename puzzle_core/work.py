@@ -4,6 +4,7 @@ A `Work` is complete: its digest is the key of the stage's artifact (DESIGN rule
 keys. A `Record` is the result of the stage; the artifact holds its tensors in separate files.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -24,7 +25,11 @@ from puzzle_core.spec import (
 
 
 class TokensWork(Work):
-    """One split of packed windows; `earlier_splits` are the splits that are packed before it."""
+    """One split of packed windows.
+
+    `earlier_splits` are the splits that are packed before it, with their tokens; `earlier_lengths` are their tokens per
+    window, where not all have this split's.
+    """
 
     stage: ClassVar[str] = "tokens"
     version: ClassVar[int] = 2
@@ -32,6 +37,7 @@ class TokensWork(Work):
     split: str
     tokens: int
     earlier_splits: tuple[tuple[str, int], ...]
+    earlier_lengths: tuple[int, ...] = Field((), exclude_if=lambda lengths: not lengths)
     sequence_length: int
     seed: int
     cut_documents: bool
@@ -39,13 +45,38 @@ class TokensWork(Work):
     texts: str
     tokenizer: str
 
+    @property
+    def before(self) -> "TokensWork | None":
+        """The split that is packed before this one."""
+        if not self.earlier_splits:
+            return None
+        *earlier, (split, tokens) = self.earlier_splits
+        *lengths, length = self.earlier_lengths or [self.sequence_length] * len(self.earlier_splits)
+        return self.after([(*pair, size) for pair, size in zip(earlier, lengths, strict=True)], split, tokens, length)
+
+    def after(self, earlier: Sequence[tuple[str, int, int]], split: str, tokens: int, length: int) -> "TokensWork":
+        """Another split of the same texts: `tokens` in windows of `length`, after earlier ones, given in the same way."""
+        lengths = tuple(size for *_, size in earlier)
+        changes = {
+            "split": split,
+            "tokens": tokens,
+            "sequence_length": length,
+            "earlier_splits": tuple((name, count) for name, count, _ in earlier),
+            "earlier_lengths": lengths if {*lengths} - {length} else (),
+        }
+        return self.model_copy(update=changes)
+
 
 class TokensRecord(Record):
-    """Size of a packed split."""
+    """Size of a packed split.
+
+    `end` is where the next split starts (`puzzle_core.data.Place`); artifacts from before it was recorded have none.
+    """
 
     windows: int
     tokens: int
     bytes_per_token: float
+    end: tuple[int, int] | None = None
 
 
 class ImportanceWork(Work):

@@ -8,7 +8,7 @@ from puzzle_core import example_parent
 from puzzle_core.example_parent import PretrainSpec, pretrain
 from puzzle_core.model.parent import Parent
 from puzzle_core.spec import ParentSpec
-from puzzle_core.text_sources import Document
+from puzzle_core.text_files import Document
 
 
 def test_a_few_steps_leave_a_parent_and_a_record(tmp_path, monkeypatch):
