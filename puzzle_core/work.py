@@ -257,7 +257,7 @@ class ChildRecord(Record):
 
 
 class GkdWork(Work):
-    """The global distillation of one child; `seed` is that of the order of the windows."""
+    """The global distillation of one child, assembled or distilled before; `seed` is of the order of the windows."""
 
     stage: ClassVar[str] = "gkd"
     version: ClassVar[int] = 2
@@ -414,7 +414,10 @@ class ReportedModel(Record):
 
 
 class ReportWork(Work):
-    """Everything that a report shows, by key. `spec` is `Plan.spec_of_content`, which has no paths."""
+    """Everything that a report shows, by key. `spec` is `Plan.spec_of_content`, which has no paths.
+
+    `gkd` is the distillation that gave the child, `first_gkd` the one before it where there are two.
+    """
 
     stage: ClassVar[str] = "report"
     version: ClassVar[int] = 4
@@ -427,5 +430,11 @@ class ReportWork(Work):
     refine: str | None
     costs: str | None
     gkd: str
+    first_gkd: str | None = Field(None, exclude_if=lambda key: key is None)
     timing: TimingWork | None
     models: tuple[ReportedModel, ...]
+
+    @property
+    def trainings(self) -> tuple[str, ...]:
+        """The keys of all distillations of the child, in their order."""
+        return (self.first_gkd, self.gkd) if self.first_gkd else (self.gkd,)

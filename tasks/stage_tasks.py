@@ -320,13 +320,16 @@ def assemble_child(work: AssembleWork, label: str, context: RunContext) -> str:
     return produce(work, context, lambda out: child.assemble(work, context.open_parent(), directories, out))
 
 
-@stage_task("gkd", "gkd")
+@stage_task("gkd", "{label}")
 @with_pinned_inputs
-def distil_child(work: GkdWork, run: TrackedRun, context: RunContext) -> str:
-    """Global knowledge distillation (GKD) of the child, on all cores or on `runtime.gkd_processes` GPUs."""
+def distil_child(work: GkdWork, run: TrackedRun, context: RunContext, label: str = "gkd") -> str:
+    """Global knowledge distillation (GKD) of the child, on all cores or on `runtime.gkd_processes` GPUs.
+
+    `label` is the split that it reads, and names its losses in MLflow.
+    """
     parent, checkpoints = context.open_parent(), context.checkpoints(work)
     child_dir, tokens_dir = context.store().fetch(work.child), context.store().fetch(work.tokens)
-    bar, curve = ProgressArtifact("gkd", f"child {work.key.rpartition('/')[2][:8]}"), LiveCurve(run, "gkd")
+    bar, curve = ProgressArtifact(label, f"child {work.key.rpartition('/')[2][:8]}"), LiveCurve(run, label)
 
     def report_progress(progress: Progress) -> None:
         bar.show(progress.step, progress.steps)

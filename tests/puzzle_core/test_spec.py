@@ -86,6 +86,12 @@ def test_a_share_of_block_time_has_no_absolute_value():
         ({"gkd": {"patience": 2, "held_back_checks": 0}}, "patience is 2 and held_back_checks is 0, so nothing is"),
         ({"bld": {"batch_tokens": 100}}, "bld.batch_tokens is 100, not a multiple of data.sequence_length (256)"),
         ({"gkd": {"batch_tokens": 512, "micro_batch_tokens": 768}}, "must be a multiple of gkd.micro_batch_tokens"),
+        ({"bld": {"sequence_length": 8192}}, "bld.batch_tokens is 4096, not a multiple of bld.sequence_length (8192)"),
+        (
+            {"gkd": {"long": {"sequence_length": 8192, "tokens": 1}}},
+            "gkd.long.batch_tokens is 4096, not a multiple of gkd.long.sequence_length (8192)",
+        ),
+        ({"gkd": {"long": {"tokens": 1}}}, "gkd.long.sequence_length: Field required"),
         ({"name": "../up"}, "name: "),
         (
             {"variants": {"layers": [{"first_layer": 3, "last_layer": 2}]}},
