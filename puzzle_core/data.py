@@ -1,8 +1,9 @@
 """Packs texts into token batches: splits for calibration, BLD, GKD, scoring and evaluation.
 
 Documents are shuffled once with a fixed seed, each gets a start token (`document_start`), and all are cut into
-windows of `sequence_length` tokens. A split records where it ended, and the next one goes on from there. Trainings read the windows of a split in a random order that seed and epoch
-determine. The step number therefore determines the tokens of a step: training can resume at any step.
+windows of `sequence_length` tokens. A split records where it ended, and the next one goes on from there. Trainings read
+the windows of a split in a random order that seed and epoch determine. The step number therefore determines the tokens
+of a step: training can resume at any step.
 
 Legend: N windows, T tokens per window.
 """
@@ -24,6 +25,7 @@ from puzzle_core.errors import DataError
 from puzzle_core.text_files import Document
 from puzzle_core.work import TokensRecord, TokensWork
 
+TOKENS = "tokens.safetensors"
 DOCUMENTS_AT_A_TIME = 16
 SURELY_ENOUGH = 32
 """Characters per token that no text has on average."""
@@ -104,11 +106,26 @@ class Place(NamedTuple):
     token: int
 
 
-class Packed(NamedTuple):
-    """The windows of a split, int32 (N, T) with N = ceil(tokens / T), and the place where the next split starts."""
+BEGIN = Place(0, 0)
 
-    tokens_NT: torch.Tensor
+
+class Packed(NamedTuple):
+    """A packed split.
+
+    Attributes:
+        windows: its tokens, int32 (N, T) with N = ceil(tokens / T).
+        parts: its documents by number, in order, and how many of its tokens each gave.
+        end: the place where the next split starts.
+    """
+
+    windows: torch.Tensor
+    parts: list[tuple[int, int]]
     end: Place
+
+    def documents(self) -> torch.Tensor:
+        """The number of the document of every token, int32 (N, T)."""
+        numbers, counts = torch.tensor(self.parts).unbind(1)
+        return torch.repeat_interleave(numbers.int(), counts).view_as(self.windows)
 
 
 def pack(
@@ -118,7 +135,7 @@ def pack(
     seed: int,
     cut_documents: bool = True,
     start: str = "auto",
-    place: Place = Place(0, 0),
+    place: Place = BEGIN,
 ) -> Iterator[Packed]:
     """Cut documents into packed windows, one split after the other; no token is in two splits.
 
@@ -137,17 +154,19 @@ def pack(
     for split in splits:
         windows = -(-split.tokens // split.sequence_length)
         needed, first = windows * split.sequence_length, stream.place
-        tokens = stream.read(needed)
+        tokens, parts = stream.read(needed)
         if len(tokens) < needed:
             advice = "tokens or add texts" if cut_documents else "tokens, add texts, or say `cut_documents: true`"
-            after = "" if first == Place(0, 0) else " after the splits before it"
+            after = "" if first == BEGIN else " after the splits before it"
             raise DataError(
                 f"split {split.name!r} needs {needed:,} tokens ({windows:,} windows of {split.sequence_length}), but "
-                f"the {len(documents):,} documents of the texts gave only {len(tokens):,}{after}: ask for fewer {advice}"
+                f"the {len(documents):,} documents of the texts gave only {len(tokens):,}{after}: ask for fewer "
+                f"{advice}"
             )
         if not cut_documents:
             stream.next_document()
-        yield Packed(torch.frombuffer(tokens, dtype=torch.int32).view(windows, split.sequence_length), stream.place)
+        windows_NT = torch.frombuffer(tokens, dtype=torch.int32).view(windows, split.sequence_length)
+        yield Packed(windows_NT, parts, stream.place)
 
 
 class _Stream:
@@ -160,17 +179,18 @@ class _Stream:
         self._ids: array[int] = next(self._following, array("i"))
         self.place = place
 
-    def read(self, count: int) -> "array[int]":
-        """The next `count` tokens, or fewer where the texts end."""
-        tokens = array("i")
+    def read(self, count: int) -> "tuple[array[int], list[tuple[int, int]]]":
+        """The next `count` tokens, or fewer where the texts end; and their documents by number, with their tokens."""
+        tokens, parts = array("i"), list[tuple[int, int]]()
         while len(tokens) < count:
-            first = self.place.token
+            document, first = self.place
             part = self._ids[first : first + count - len(tokens)]
             tokens += part
-            self.place = self.place._replace(token=first + len(part))
+            parts += [(document, len(part))] if part else []
+            self.place = Place(document, first + len(part))
             if len(tokens) < count and not self.next_document():
                 break
-        return tokens
+        return tokens, parts
 
     def next_document(self) -> bool:
         """Go to the start of the next document; whether there is one."""
@@ -231,27 +251,46 @@ def _order(windows: int, seed: int, epoch: int) -> tuple[int, ...]:
 def pack_split(
     work: TokensWork, documents: list[Document], tokenizer: Tokenizer, out_dir: Path, place: Place | None = None
 ) -> TokensRecord:
-    """Pack one split and write `tokens.safetensors`, int32 (N, T).
+    """Pack one split and write `tokens.safetensors`: `tokens`, and `documents` where the work asks for them.
+
+    Both are int32 (N, T); documents are numbered in the order of packing.
 
     Args:
         place: where the split before this one ended, if there is one and its end is known: this one goes on there, and
             tokenizes no document before it.
     """
     splits = _splits(work)[-1:] if place else _splits(work)
-    packed = pack(
-        splits, documents, tokenizer, work.seed, work.cut_documents, work.document_start, place or Place(0, 0)
-    )
-    windows_NT, end = deque(packed, maxlen=1).pop()
-    save_file({"tokens": windows_NT}, out_dir / "tokens.safetensors")
+    packed = pack(splits, documents, tokenizer, work.seed, work.cut_documents, work.document_start, place or BEGIN)
+    last = deque(packed, maxlen=1).pop()
+    windows_NT = last.windows
+    documents = {"documents": last.documents()} if work.documents else {}
+    save_file({"tokens": windows_NT, **documents}, out_dir / TOKENS)
     sample = tokenizer.decode(windows_NT[:64].flatten().tolist(), skip_special_tokens=True)
     return TokensRecord(
         windows=len(windows_NT),
         tokens=windows_NT.numel(),
         bytes_per_token=len(sample.encode()) / min(windows_NT.numel(), 64 * work.sequence_length),
-        end=tuple(end),
+        end=tuple(last.end),
     )
 
 
 def read_windows(directory: Path) -> torch.Tensor:
     """The packed windows of a tokens artifact, int32 (N, T)."""
-    return load_file(directory / "tokens.safetensors")["tokens"]
+    return load_file(directory / TOKENS)["tokens"]
+
+
+def read_positions(directory: Path) -> torch.Tensor | None:
+    """The positions of the tokens of an artifact that has documents, int32 (N, T); None where it has none."""
+    documents_NT = load_file(directory / TOKENS).get("documents")
+    return None if documents_NT is None else positions_in(documents_NT)
+
+
+def positions_in(documents_NT: torch.Tensor) -> torch.Tensor:
+    """Positions that start at 0 in every window and at every document within it, int32 (N, T).
+
+    transformers takes them as several sequences in one window: where positions do not go on, attention does not reach
+    back.
+    """
+    places_T = torch.arange(documents_NT.shape[1], dtype=torch.int32)
+    begins_NT = documents_NT.diff(dim=1, prepend=documents_NT[:, :1] - 1) != 0
+    return places_T - (begins_NT * places_T).cummax(dim=1).values

@@ -111,7 +111,7 @@ def _train_process(rank: int, processes: int, port: int, out_dir: Path, spec: Pr
         for ids in tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
     )
     split = Split("train", all_tokens - CONTEXT_TOKENS, CONTEXT_TOKENS)
-    windows = next(pack([split], documents, tokenizer, spec.seed)).tokens_NT
+    windows = next(pack([split], documents, tokenizer, spec.seed)).windows
 
     torch.manual_seed(spec.seed)
     model = _new_model()
@@ -180,7 +180,7 @@ def _next_token_loss(model: LlamaForCausalLM, ids_NT: torch.Tensor) -> torch.Ten
 def _evaluate(model: LlamaForCausalLM, tokenizer: Any, tokens: int = 65_536) -> dict[str, float]:
     documents = list(stdlib_documents(held_out=True))
     split = Split("held-out", tokens, CONTEXT_TOKENS)
-    windows = next(pack([split], documents, tokenizer, seed=0)).tokens_NT.long()
+    windows = next(pack([split], documents, tokenizer, seed=0)).windows.long()
     loss, right = 0.0, 0
     for batch in torch.split(windows, 16):
         logits = model(input_ids=batch).logits[:, :-1].float()

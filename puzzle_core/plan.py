@@ -128,6 +128,7 @@ class Plan:
             seed=data.seed,
             cut_documents=data.cut_documents,
             document_start=data.document_start,
+            documents=data.document_mask,
             texts=self.inputs.held_out_texts if split in HELD_OUT_SPLITS else self.inputs.train_texts,
             tokenizer=self.inputs.tokenizer,
         )

@@ -88,6 +88,11 @@ class DataSpec(Record):
         "auto",
         description="Start of every document: auto (that of the tokenizer or its pretraining), none, or a token",
     )
+    document_mask: bool = Field(
+        False,
+        description="Attention does not cross documents within a window, and positions start again at each",
+        exclude_if=lambda masked: not masked,
+    )
 
     @model_validator(mode="after")
     def _held_out_once(self) -> "DataSpec":
@@ -780,7 +785,10 @@ class RunSpec(Record):
     @model_validator(mode="after")
     def _check_batches(self) -> "RunSpec":
         lengths = self.sequence_lengths
-        trainings: dict[str, Any] = {"bld": self.bld, **dict(zip(("gkd", "gkd.long"), self.gkd.trainings, strict=False))}
+        trainings: dict[str, Any] = {
+            "bld": self.bld,
+            **dict(zip(("gkd", "gkd.long"), self.gkd.trainings, strict=False)),
+        }
         for name, training in trainings.items():
             field = f"{name}.sequence_length" if f"{name}.sequence_length" in lengths else "data.sequence_length"
             batch, micro = training.batch_tokens, getattr(training, "micro_batch_tokens", None)

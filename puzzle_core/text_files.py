@@ -99,7 +99,9 @@ def _chat(messages: Any, entry: str) -> str:
                 f"{entry}, message {number} is {json.dumps(message, ensure_ascii=False)[:80]}: every message is an "
                 "object whose 'role' and 'content' are strings"
             )
-    return json.dumps([{name: message[name] for name in ("role", "content")} for message in messages], ensure_ascii=False)
+    return json.dumps(
+        [{name: message[name] for name in ("role", "content")} for message in messages], ensure_ascii=False
+    )
 
 
 def read_text(path: Path) -> str:

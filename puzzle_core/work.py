@@ -28,7 +28,7 @@ class TokensWork(Work):
     """One split of packed windows.
 
     `earlier_splits` are the splits that are packed before it, with their tokens; `earlier_lengths` are their tokens per
-    window, where not all have this split's.
+    window, where not all have this split's. With `documents`, the artifact says which document each token is of.
     """
 
     stage: ClassVar[str] = "tokens"
@@ -42,6 +42,7 @@ class TokensWork(Work):
     seed: int
     cut_documents: bool
     document_start: str
+    documents: bool = Field(False, exclude_if=lambda kept: not kept)
     texts: str
     tokenizer: str
 
@@ -55,7 +56,7 @@ class TokensWork(Work):
         return self.after([(*pair, size) for pair, size in zip(earlier, lengths, strict=True)], split, tokens, length)
 
     def after(self, earlier: Sequence[tuple[str, int, int]], split: str, tokens: int, length: int) -> "TokensWork":
-        """Another split of the same texts: `tokens` in windows of `length`, after earlier ones, given in the same way."""
+        """Another split of the same texts: `tokens` in windows of `length`, after earlier ones, given likewise."""
         lengths = tuple(size for *_, size in earlier)
         changes = {
             "split": split,

@@ -38,8 +38,9 @@ def _distilled_tokens(store: Store, manifest: Manifest) -> int | None:
     if "tokens" not in manifest.record:
         return None
     before = manifest.work["child"]
-    earlier = store.manifest(before) if before.startswith(f"{GkdWork.stage}/") and store.has(before) else None
-    return int(manifest.record["tokens"]) + (earlier and _distilled_tokens(store, earlier) or 0)
+    was_distilled = before.startswith(f"{GkdWork.stage}/") and store.has(before)
+    earlier = _distilled_tokens(store, store.manifest(before)) if was_distilled else 0
+    return int(manifest.record["tokens"]) + (earlier or 0)
 
 
 def _record(manifest: Manifest | None) -> EvaluationRecord | None:

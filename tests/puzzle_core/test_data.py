@@ -39,7 +39,7 @@ def tokenizer(parent):
 def pack(documents, tokenizer, length, tokens, seed, **options):
     """The windows of splits by name; `tokens` has how many each needs."""
     splits = [Split(name, count, length) for name, count in tokens.items()]
-    return dict(zip(tokens, (p.tokens_NT for p in data.pack(splits, documents, tokenizer, seed, **options)), strict=True))
+    return dict(zip(tokens, (p.windows for p in data.pack(splits, documents, tokenizer, seed, **options)), strict=True))
 
 
 def numbers(windows, tokenizer):
@@ -134,7 +134,8 @@ def test_a_split_knows_the_ones_before_it_and_their_lengths():
     works = [WORK.after(splits[:n], *splits[n]) for n in range(3)]
     assert [work.before for work in works] == [None, *works[:2]]
     assert works[1].earlier_lengths == (8,)
-    assert "earlier_lengths" not in WORK.model_dump() and WORK.before.key == works[0].key
+    assert "earlier_lengths" not in WORK.model_dump()
+    assert WORK.before.key == works[0].key
 
 
 def test_too_few_tokens_are_found_without_tokenizing_many(tokenizer):
@@ -376,14 +377,19 @@ def test_a_parquet_file_is_read_by_its_text_column_and_refused_without_one(tmp_p
     pandas.DataFrame({"text": ["one", "two"], "url": "u"}).to_parquet(tmp_path / "train-00000-of-00001.parquet")
     assert [document.text for document in read_documents([str(tmp_path)])] == ["one", "two"]
     pandas.DataFrame({"content": ["one"]}).to_parquet(tmp_path / "other.parquet")
-    with pytest.raises(DataError, match=r"other\.parquet is a Parquet file without a column 'text' or 'messages' \(it has content"):
+    with pytest.raises(
+        DataError, match=r"other\.parquet is a Parquet file without a column 'text' or 'messages' \(it has content"
+    ):
         read_documents([str(tmp_path)])
     (tmp_path / "other.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"other\.parquet is not a whole Parquet file"):
         read_documents([str(tmp_path)])
 
 
-CHAT_ROWS = [[{"role": "user", "content": "one"}, {"role": "assistant", "content": "é"}], [{"role": "user", "content": "2"}]]
+CHAT_ROWS = [
+    [{"role": "user", "content": "one"}, {"role": "assistant", "content": "é"}],
+    [{"role": "user", "content": "2"}],
+]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 
 
