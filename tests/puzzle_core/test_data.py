@@ -267,7 +267,7 @@ def stdlib(tmp_path, monkeypatch):
 
 
 def test_held_out_standard_library_shares_no_module_with_the_rest(stdlib):
-    train, held_out = ({name for name, _ in stdlib_documents(split)} for split in (False, True))
+    train, held_out = ({document.name for document in stdlib_documents(split)} for split in (False, True))
     assert train | held_out == stdlib
     assert not train & held_out
     assert 10 < len(held_out) < 40
@@ -275,7 +275,7 @@ def test_held_out_standard_library_shares_no_module_with_the_rest(stdlib):
 
 
 def test_test_modules_of_the_standard_library_are_there_for_the_asking(stdlib):
-    names = {name for split in (False, True) for name, _ in stdlib_documents(split, include_tests=True)}
+    names = {d.name for split in (False, True) for d in stdlib_documents(split, include_tests=True)}
     assert names == stdlib | {"test/test_ast.py"}
 
 

@@ -52,7 +52,7 @@ def test_the_least_spec_is_enough():
         ),
         ({"scenario": {"limits": {"memry": "1GB"}}}, "scenario.limits.memry: unknown key; did you mean 'memory'?"),
         ({"variants": {"layers": [{"first_layer": 0, "last_layer": 1, "kv_head": [1]}]}}, "did you mean 'kv_heads'?"),
-        ({"gkd": {"zzz": 1}}, "gkd.zzz: unknown key; known keys here: tokens, epochs, batch_tokens"),
+        ({"gkd": {"zzz": 1}}, "gkd.zzz: unknown key; known keys here: tokens, sequence_length, epochs"),
         ({"form": {"linear": False}}, "form: `form` is now `constraints`"),
         ({"scenario": {"form": {}}}, "scenario.form: unknown key; known keys here"),
     ],
