@@ -86,7 +86,8 @@ def resources(
     child = child or parent
     parent_size, child_size = (architecture_parameters(shape, architecture) for architecture in (parent, child))
     bld_tokens = spec.bld.tokens * spec.bld.epochs
-    gkd_tokens = spec.gkd.tokens * spec.gkd.epochs
+    trainings = dict(zip(plan.gkd_splits, spec.gkd.trainings, strict=True))
+    gkd_tokens = {split: training.tokens * training.epochs for split, training in trainings.items()}
     state, score_state = (part.tokens * shape.hidden * DTYPE_BYTES[part.dtype] for part in (spec.bld, spec.scoring))
     some_exact = spec.scoring.method != "fisher"
     log_probabilities = min(LARGEST_LOG_PROBABILITIES_BYTES, _log_probability_bytes(plan)) if some_exact else 0
@@ -101,19 +102,22 @@ def resources(
         score_tasks=len(scores),
         bld_tokens=len(variants) * bld_tokens,
         score_tokens=len(scores) * spec.scoring.tokens,
-        gkd_tokens=gkd_tokens,
+        gkd_tokens=sum(gkd_tokens.values()),
         state_bytes=state,
         bld_scratch_bytes=BLD_STATES * state if variants else 0,
         score_scratch_bytes=(2 * shape.layers + 1) * score_state + log_probabilities if scores else 0,
         library_bytes=library,
         child_bytes=child_bytes,
         gradient_bytes=gradient_bytes,
-        store_bytes=library + gradient_bytes + (2 + len(spec.search.baselines)) * child_bytes,
+        store_bytes=library + gradient_bytes + (1 + len(trainings) + len(spec.search.baselines)) * child_bytes,
         gkd_device_bytes=(child_size * TRAINING_BYTES + parent_size * DTYPE_BYTES[spec.gkd.dtype]) // gkd_processes,
         gkd_checkpoint_bytes=child_size * (CHECKPOINT_BYTES + (BEST_WEIGHT_BYTES if spec.gkd.held_back_checks else 0)),
         bld_flops=bld_tokens * sum(bld_flops(plan, work) for work in variants),
         score_flops=spec.scoring.tokens * score_flops_per_token,
-        gkd_flops=gkd_tokens * gkd_flops(plan, child, recompute=gkd_processes > 1),
+        gkd_flops=sum(
+            tokens * gkd_flops(plan, child, recompute=gkd_processes > 1, split=split)
+            for split, tokens in gkd_tokens.items()
+        ),
     )
 
 
@@ -122,7 +126,7 @@ def bld_flops(plan: Plan, work: BldWork) -> float:
 
     The gradient of an attention passes through the parent's FFN.
     """
-    shape, length, spec = plan.inputs.shape, plan.spec.data.sequence_length, plan.spec.bld
+    shape, length, spec = plan.inputs.shape, plan.splits["bld"].sequence_length, plan.spec.bld
     weights, products = _forward(shape, work.variant, length)
     ffn = _forward(shape, shape.parent_block.ffn, length)[0] if work.variant.subblock == "attn" else 0
     windows = -(-spec.tokens // length)
@@ -137,7 +141,7 @@ def score_flops(plan: Plan, work: ScoreWork) -> float:
     A block with the parent's attention starts at its FFN. The parent's head runs again if its log-probabilities are
     too large for the scratch disk. An estimate needs the block and the gradients.
     """
-    shape, length = plan.inputs.shape, plan.spec.data.sequence_length
+    shape, length = plan.inputs.shape, plan.splits["scoring"].sequence_length
     parent = shape.parent_block
     block = _block_forward(shape, work.block, length)
     if work.block.attention == parent.attention:
@@ -153,7 +157,7 @@ def gradient_flops(plan: Plan, samples: int) -> float:
 
     Weights get no gradients.
     """
-    shape, length = plan.inputs.shape, plan.spec.data.sequence_length
+    shape, length = plan.inputs.shape, plan.splits["scoring"].sequence_length
     forward_backward: float = _head(shape) * (FORWARD + samples)
     for variant in shape.parent_block.subblocks:
         weights, products = _forward(shape, variant, length)
@@ -162,12 +166,13 @@ def gradient_flops(plan: Plan, samples: int) -> float:
     return forward_backward
 
 
-def gkd_flops(plan: Plan, child: Architecture, recompute: bool) -> float:
-    """Operations per token of GKD, its passes over the held-back windows included.
+def gkd_flops(plan: Plan, child: Architecture, recompute: bool, split: str = "gkd") -> float:
+    """Operations per token of the GKD that reads a split, its passes over the held-back windows included.
 
     With `recompute`, the backward pass computes every block of the child again.
     """
-    shape, length, spec = plan.inputs.shape, plan.spec.data.sequence_length, plan.spec.gkd
+    shape, length, spec = plan.inputs.shape, plan.splits[split].sequence_length, plan.spec.gkd
+    spec = dict(zip(plan.gkd_splits, spec.trainings, strict=True))[split]
     parent = shape.layers * _block_forward(shape, shape.parent_block, length) + _head(shape)
     training, forward = float(FORWARD_BACKWARD * _head(shape)), float(FORWARD * _head(shape))
     for block in child.layers:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from puzzle_core import data, evaluation, fisher, scoring
 from puzzle_core.benchmark_items import digest_items, read_items
+from puzzle_core.chats import as_texts, check_template
 from puzzle_core.cost import roofline
 from puzzle_core.cost.engine_module import cost_module
 from puzzle_core.cost.measuring import hardware_name
@@ -51,10 +52,11 @@ from puzzle_core.work import (
     ScoreWork,
     SearchWork,
     TimingWork,
+    TokensRecord,
     TokensWork,
 )
 from tasks.runtime.context import RunContext
-from tasks.runtime.digest_cache import check_texts_disjoint, parent_digest, texts_digest
+from tasks.runtime.digest_cache import check_texts_disjoint, named_chat, parent_digest, texts_digest
 from tasks.runtime.locks import gpu_lock, machine_lock
 from tasks.runtime.named_inputs import (
     digest_folder,
@@ -84,7 +86,15 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec, evalua
     parent = context.open_parent()
     tokenizer, train, held_out = parent.tokenizer(), texts.train, texts.held_out
     start = data.document_start(tokenizer, texts.document_start)
-    check_rows(tokenizer, parent.shape.vocabulary, start, lambda: [*read_texts(train), *read_texts(held_out)])
+    for texts_of in (train, held_out):
+        if chat := named_chat(texts_of, context.scratch):
+            check_template(tokenizer, chat)
+    check_rows(
+        tokenizer,
+        parent.shape.vocabulary,
+        start,
+        lambda: as_texts([*read_texts(train), *read_texts(held_out)], tokenizer),
+    )
     if evaluation.lm_eval.chat_template and not tokenizer.chat_template:
         raise SpecError(
             f"evaluation.lm_eval.chat_template is set, but the tokenizer of {context.parent.path} has no chat "
@@ -126,10 +136,12 @@ def for_target(inputs: Inputs, target: TargetSpec) -> Inputs:
 
 @stage_task("tokens", "tokens {work.split}")
 def pack_tokens(work: TokensWork, texts: Texts, context: RunContext) -> str:
-    """Pack one split of the texts."""
-    tokenizer = context.open_parent().tokenizer()
+    """Pack one split of the texts, from where the split before it ended if the store has that one."""
+    tokenizer, store, before = context.open_parent().tokenizer(), context.store(), work.before
+    end = store.record(TokensRecord, before.key).end if before and store.has(before.key) else None
+    place = data.Place(*end) if end else None
     return produce(
-        work, context, lambda out: data.pack_split(work, read_named_documents(work.texts, texts), tokenizer, out)
+        work, context, lambda out: data.pack_split(work, read_named_documents(work.texts, texts), tokenizer, out, place)
     )
 
 
@@ -308,13 +320,16 @@ def assemble_child(work: AssembleWork, label: str, context: RunContext) -> str:
     return produce(work, context, lambda out: child.assemble(work, context.open_parent(), directories, out))
 
 
-@stage_task("gkd", "gkd")
+@stage_task("gkd", "{label}")
 @with_pinned_inputs
-def distil_child(work: GkdWork, run: TrackedRun, context: RunContext) -> str:
-    """Global knowledge distillation (GKD) of the child, on all cores or on `runtime.gkd_processes` GPUs."""
+def distil_child(work: GkdWork, run: TrackedRun, context: RunContext, label: str = "gkd") -> str:
+    """Global knowledge distillation (GKD) of the child, on all cores or on `runtime.gkd_processes` GPUs.
+
+    `label` is the split that it reads, and names its losses in MLflow.
+    """
     parent, checkpoints = context.open_parent(), context.checkpoints(work)
     child_dir, tokens_dir = context.store().fetch(work.child), context.store().fetch(work.tokens)
-    bar, curve = ProgressArtifact("gkd", f"child {work.key.rpartition('/')[2][:8]}"), LiveCurve(run, "gkd")
+    bar, curve = ProgressArtifact(label, f"child {work.key.rpartition('/')[2][:8]}"), LiveCurve(run, label)
 
     def report_progress(progress: Progress) -> None:
         bar.show(progress.step, progress.steps)
