@@ -36,11 +36,8 @@ def pooled_attention(layer: State, shape: ParentShape, kv_heads: int, contributi
 def linear_attention(layer: State, shape: ParentShape, size: int, contribution_I: None = None) -> State:
     """W = W_O . expand(W_V): every token attends to itself alone, so its value goes straight to the output."""
     parent, names = _attention_tensors(layer, shape), FAMILIES[shape.family].attention_names
-    parts, output, linear = (
-        read_parts(parent, names, attention_rows(shape, shape.kv_heads)),
-        names.path("output"),
-        f"{names.module}.linear_attn",
-    )
+    parts = read_parts(parent, names, attention_rows(shape, shape.kv_heads))
+    output, linear = names.path("output"), f"{names.module}.linear_attn"
     out_DHd = parent[f"{output}.weight"].float()
     state = {
         **{name: tensor for name, tensor in parent.items() if not name.startswith(f"{names.module}.")},

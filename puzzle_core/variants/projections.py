@@ -45,7 +45,7 @@ def read_parts(state: State, names: SubblockNames, rows: Mapping[str, int]) -> S
         for end in ENDS:
             if f"{name}.{end}" in state:
                 tensor = state[f"{name}.{end}"]
-                cut = tensor.split([rows[part] for part in held]) if len(held) > 1 else (tensor,)
+                cut = torch.split(tensor, [rows[part] for part in held]) if len(held) > 1 else (tensor,)
                 parts |= {f"{part}.{end}": rows_of_part for part, rows_of_part in zip(held, cut, strict=True)}
     return parts
 
