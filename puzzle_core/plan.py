@@ -11,6 +11,7 @@ from typing import Any
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
 from puzzle_core.engines import ENGINES
 from puzzle_core.errors import SpecError
+from puzzle_core.formats.llama_blocks import unlike_llama
 from puzzle_core.records import Record
 from puzzle_core.spec import (
     GKD_SPLITS,
@@ -87,10 +88,10 @@ class Plan:
                     f"has layers 0 to {shape.layers - 1}"
                 )
         refusing = [engine for engine in spec.engines if "checkpoint" not in ENGINES[engine].formats]
-        if shape.qk_norm and refusing:
+        if refusing and (reasons := unlike_llama(shape)):
             raise SpecError(
-                f"engines asks for {', '.join(refusing)}, but the parent's family {shape.family} normalises queries "
-                "and keys, which no export format supports (docs/engines.md): remove engines"
+                f"engines asks for {', '.join(refusing)}, and no export can hold a child of this parent "
+                f"(docs/engines.md): {'; '.join(reasons)}: remove engines"
             )
         lengths = spec.sequence_lengths
         lengths |= {f"scenario {s.name}": s.prompt_tokens + s.generated_tokens for s in spec.scenarios}

@@ -185,9 +185,9 @@ class Parent:
 
     def runnable_config(self) -> PreTrainedConfig:
         """The parent's config with the attention implementation that its modules use."""
-        config = self.puzzle_config().parent()
+        config = self.puzzle_config()
         config._attn_implementation = "sdpa"
-        return config
+        return config.parent()
 
     def _cached(self, what: str, dtype: torch.dtype, device: torch.device, load: Callable[[], nn.Module]) -> nn.Module:
         key = (what, str(dtype), str(device))
