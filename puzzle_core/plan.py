@@ -50,11 +50,12 @@ class Inputs(Record):
 
     The parent, the texts, the table, the benchmarks (by name) and the folder of lm-evaluation-harness are digests.
     `parent_commit` is the hub commit of the parent and is part of no key. `dtype` is the type of a child if the spec
-    names none.
+    names none, `auto_dtype` what `auto` is on this machine for products.
     """
 
     parent: str
     dtype: Dtype = "float32"
+    auto_dtype: Dtype = "float32"
     tokenizer: str
     shape: ModelShape
     train_texts: str
@@ -68,7 +69,7 @@ class Inputs(Record):
 
 @dataclass(frozen=True)
 class Plan:
-    """The work of one run.
+    """The work of one run. `spec` has no `auto` left, so no key depends on the machine in secret.
 
     Raises (on construction):
         SpecError: the parent does not support the spec.
@@ -78,6 +79,7 @@ class Plan:
     inputs: Inputs
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", self.spec.with_dtype(self.inputs.auto_dtype))
         shape, spec = self.inputs.shape, self.spec
         for layer in range(shape.layers):
             spec.variants.of_layer(layer, shape)
@@ -343,6 +345,7 @@ class Plan:
             parent=self.inputs.parent,
             child=child,
             tokens=self.tokens("evaluation").key,
+            dtype=evaluation.dtype,
             tasks=tuple(
                 MultipleChoiceWork(name=task.name, items=self.inputs.benchmarks[task.name]) for task in evaluation.tasks
             ),
@@ -358,7 +361,10 @@ class Plan:
     def measure(self, architecture: Architecture) -> EvaluateWork:
         """The measured quality of a candidate, on the scoring split. The evaluation split stays unused."""
         return EvaluateWork(
-            parent=self.inputs.parent, child=self.assemble(architecture).key, tokens=self.tokens("scoring").key
+            parent=self.inputs.parent,
+            child=self.assemble(architecture).key,
+            tokens=self.tokens("scoring").key,
+            dtype=self.spec.evaluation.dtype,
         )
 
     def timing(self, architectures: dict[str, Architecture], batch_size: int) -> TimingWork | None:

@@ -316,6 +316,7 @@ class EvaluateWork(Work):
     parent: str
     child: str | None
     tokens: str
+    dtype: Dtype = Field("float32", exclude_if=lambda dtype: dtype == "float32")
     tasks: tuple[MultipleChoiceWork, ...] = Field((), exclude_if=lambda tasks: not tasks)
     lm_eval_tasks: tuple[str, ...] = ()
     lm_eval: HarnessSpec = Field(HarnessSpec(), exclude_if=lambda options: options == HarnessSpec())
