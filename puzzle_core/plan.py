@@ -12,7 +12,7 @@ from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Var
 from puzzle_core.engines import ENGINES
 from puzzle_core.errors import SpecError
 from puzzle_core.records import Record
-from puzzle_core.spec import HarnessSpec, ParentSpec, RunSpec, RuntimeSpec, ScenarioSpec, VariantsSpec
+from puzzle_core.spec import BldSpec, HarnessSpec, ParentSpec, RunSpec, RuntimeSpec, ScenarioSpec, VariantsSpec
 from puzzle_core.target import Dtype, TargetSpec
 from puzzle_core.text_sources import Texts
 from puzzle_core.work import (
@@ -150,8 +150,13 @@ class Plan:
             tokens=self.tokens("bld").key,
             contributions=self.importance().key if variant.row.needs_contributions else None,
             seed=self.spec.data.seed,
-            spec=self.spec.bld,
+            spec=self._bld_of_content,
         )
+
+    @property
+    def _bld_of_content(self) -> BldSpec:
+        """The settings of BLD that its results depend on: both sources of states give the same weights."""
+        return self.spec.bld.model_copy(update={"source": "stored"})
 
     def library_key(self, layer: int, variant: Variant) -> str | None:
         """The key of a variant's weights; None for the parent's own variant and for no-ops."""
@@ -358,6 +363,7 @@ class Plan:
             update={
                 "parent": ParentSpec(path=inputs.parent),
                 "data": spec.data.model_copy(update=texts),
+                "bld": self._bld_of_content,
                 "target": self.target.model_copy(update={"table": inputs.cost_table}),
                 "evaluation": spec.evaluation.model_copy(update={"tasks": benchmarks, "lm_eval": self._harness}),
                 "runtime": RuntimeSpec(),

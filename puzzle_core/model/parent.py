@@ -44,6 +44,7 @@ from puzzle_core.model.tokenizer import (
     tokenizer_files,
 )
 from puzzle_core.records import canonical_json, digest_file, digest_files
+from puzzle_core.sizes import LAYER_CACHE_BYTES
 from puzzle_core.spec import Dtype, ParentSpec
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -57,7 +58,7 @@ class Parent:
             feature, a missing or truncated shard, or tensors that do not match the config.
     """
 
-    def __init__(self, spec: ParentSpec, directory: Path | None = None, *, cached_bytes: int = 4 * 2**30):
+    def __init__(self, spec: ParentSpec, directory: Path | None = None, *, cached_bytes: int = LAYER_CACHE_BYTES):
         """Open `spec.path`, keeping at most `cached_bytes` of layer weights in memory.
 
         Args:
@@ -163,7 +164,7 @@ class Parent:
 
     def block(self, layer: int, dtype: torch.dtype, device: torch.device) -> PuzzleBlock:
         """One layer, frozen, from a bounded cache."""
-        module = self._cached(f"layer {layer}", dtype, device, lambda: self._load_block(layer, dtype, device))
+        module = self._cached(f"layer {layer}", dtype, device, lambda: self.load_block(layer, dtype, device))
         assert isinstance(module, PuzzleBlock)
         return module
 
@@ -173,11 +174,17 @@ class Parent:
         assert isinstance(module, PuzzleForCausalLM)
         return module
 
-    def _load_block(self, layer: int, dtype: torch.dtype, device: torch.device) -> PuzzleBlock:
+    def fits_cache(self, dtype: torch.dtype) -> bool:
+        """Whether `block` reads every layer once: all weights, on all devices, are within the bound of the cache."""
+        parameters = sum(math.prod(header.shape) for header in self.checkpoint.headers.values())
+        return parameters * dtype.itemsize * max(1, torch.cuda.device_count()) <= self._cached_bytes
+
+    def load_block(self, layer: int, dtype: torch.dtype, device: torch.device) -> PuzzleBlock:
+        """One layer, frozen, read anew; it does not enter the cache."""
         with torch.device("meta"):
             block = PuzzleBlock(self.puzzle_config(), self.runnable_config(), layer)
         block.load_state_dict(self.layer_tensors(layer), assign=True)
-        return served_as(block, dtype, device)
+        return served_as(block, dtype, device).requires_grad_(False)
 
     def _load_outside(self, dtype: torch.dtype, device: torch.device) -> PuzzleForCausalLM:
         names = [name for name in self.checkpoint.headers if not name.startswith("model.layers.")]
