@@ -101,7 +101,7 @@ def _draw_training(axes: Axes, record: GkdRecord, begin: int) -> None:
     if record.held_back:
         tokens = [begin + record.tokens * point.step / len(record.curve) for point in record.held_back]
         kls = [point.kl_nats_per_token for point in record.held_back]
-        label = None if begin else "KL on held-back windows, without a weight"
+        label = "" if begin else "KL on held-back windows, without a weight"
         axes.plot(tokens, kls, color=VERMILLION, linestyle="none", marker="o", markersize=4, label=label)
 
 
