@@ -17,12 +17,18 @@ from puzzle_core.errors import NonFiniteError
 from puzzle_core.families.family import FAMILIES
 from puzzle_core.model.activations import FORWARD_TOKENS, block_contexts
 from puzzle_core.model.parent import Parent
+from puzzle_core.progress import Report, no_report
 from puzzle_core.work import ImportanceRecord, ImportanceWork
 
 
 @torch.no_grad()
-def measure_contributions(work: ImportanceWork, parent: Parent, tokens_dir: Path, out_dir: Path) -> ImportanceRecord:
+def measure_contributions(
+    work: ImportanceWork, parent: Parent, tokens_dir: Path, out_dir: Path, report: Report = no_report
+) -> ImportanceRecord:
     """Measure channel contributions and write them to `contributions.safetensors`, one float32 tensor (I,) per layer.
+
+    Args:
+        report: called after every batch of every layer.
 
     Raises:
         NonFiniteError: a contribution is NaN or infinite; the message names the layer.
@@ -42,6 +48,7 @@ def measure_contributions(work: ImportanceWork, parent: Parent, tokens_dir: Path
             x = channels_of(block.normalise_ffn_input(post_attention))
             total_I += x.abs().sum((0, 1), dtype=torch.float64).cpu()
             hidden[batch] = block.feed(post_attention)
+            report(layer * len(hidden) + batch + 1, parent.shape.layers * len(hidden))
         norms_I = getattr(block.ffn_subblock, down).weight.double().norm(dim=0).cpu()
         contribution_I = (total_I / ids_NT.numel() * norms_I).float()
         if not torch.isfinite(contribution_I).all():

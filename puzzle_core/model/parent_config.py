@@ -55,7 +55,9 @@ def fetch(spec: ParentSpec) -> Path:
     try:
         wanted = [*OTHER_FILES, *TOKENIZER_FILES, f"{MORE_TEMPLATES}/*.jinja"]
         wanted += ["*.py"] if spec.allow_remote_code else []
-        fetched = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=wanted))
+        fetched = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=[*wanted, SINGLE]))
+        if (fetched / SINGLE).is_file():  # counts before an index and its shards, which may be older
+            return fetched
         commit = fetched.name if fetched.parent.name == "snapshots" else spec.revision
         return Path(snapshot_download(spec.path, revision=commit, allow_patterns=[*wanted, *_weight_names(fetched)]))
     except Exception as error:
