@@ -6,13 +6,14 @@ from prefect import flow
 from prefect.futures import PrefectFuture
 
 from flows.permissions import permitted
-from flows.services.orphaned_runs import label_process
+from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
 from puzzle_core.spec import RunSpec
 from puzzle_core.work import BldWork, ScoreWork
 from tasks.runtime.context import RunContext
+from tasks.stage_progress import StageProgress
 from tasks.stage_tasks import (
     capture_layer,
     capture_log_probabilities,
@@ -24,7 +25,7 @@ from tasks.stage_tasks import (
 )
 from tasks.tracking.lineage import record_library, record_trained
 from tasks.tracking.tracking import tracked
-from tasks.ui_artifacts import ProgressArtifact, show_cached, show_library, show_tracked
+from tasks.ui_artifacts import show_cached, show_library, show_tracked
 
 log = logging.getLogger("puzzle")
 
@@ -36,6 +37,7 @@ log = logging.getLogger("puzzle")
     result_serializer="json",
     on_running=[label_process],
 )
+@inherited_tags()
 def build_library(spec: RunSpec) -> None:
     """Train every missing variant of every layer (BLD), then score every missing block variant.
 
@@ -92,16 +94,13 @@ def train_variants(plan: Plan, context: RunContext) -> None:
         return
     parent, tokens, dtype = plan.inputs.parent, plan.tokens("bld").key, plan.spec.bld.dtype
     states = context.activations_directory(parent, tokens, dtype)
-    last, bar, running = (
-        untrained_layers[-1],
-        ProgressArtifact("bld", plan.spec.name),
-        dict[int, list[PrefectFuture[str]]](),
-    )
+    last, running = untrained_layers[-1], dict[int, list[PrefectFuture[str]]]()
+    progress = StageProgress("bld", plan.spec.name, done, shows_end=True)
 
     def finish(layer: int) -> int:
         """Wait for a layer's variants, drop its states, and return how many variants are done."""
         futures = running.pop(layer)
-        wait_all("BLD", futures, done, len(works), bar)
+        wait_all("BLD", futures, done, len(works), progress)
         drop_activations(states, layer)
         if futures:
             log.info("BLD: layer %d done, %d of %d variants", layer, done + len(futures), len(works))
@@ -143,8 +142,10 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
         return
     tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
     first = min(work.layer for work in missing)
+    capturing = StageProgress("capture", plan.spec.name)
     for layer in plan.layers:
         capture_layer(plan.inputs.parent, tokens, dtype, layer, layer >= first and base is None, context)
+        capturing.show(layer + 1, len(plan.layers))
     gradients = None if base else plan.gradients()
     if gradients:
         ensure(measure_gradients, gradients, context)
@@ -152,8 +153,9 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
         capture_log_probabilities(plan.inputs.parent, tokens, dtype, context)
     for layer in plan.layers if base else ():
         capture_layer(plan.inputs.parent, tokens, dtype, layer, layer >= first, context, base)
+    progress = StageProgress("scores", plan.spec.name, done, shows_end=True)
     futures = [submit(score_block, work, context) for work in missing]
-    wait_all("scores", futures, done, len(works), ProgressArtifact("scores", plan.spec.name))
+    wait_all("scores", futures, done, len(works), progress)
     for captured in (None, base) if base else (None,):
         drop_activations(context.activations_directory(plan.inputs.parent, tokens, dtype, captured))
 
@@ -178,4 +180,5 @@ def score_exactly(plan: Plan, context: RunContext, works: list[ScoreWork]) -> No
     for layer in plan.layers:
         capture_layer(plan.inputs.parent, tokens, dtype, layer, True, context)
     capture_log_probabilities(plan.inputs.parent, tokens, dtype, context)
-    wait_all("exact scores", [submit(score_block, work, context) for work in missing])
+    progress = StageProgress("exact scores", plan.spec.name)
+    wait_all("exact scores", [submit(score_block, work, context) for work in missing], progress=progress)

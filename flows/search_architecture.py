@@ -6,7 +6,7 @@ from prefect import flow
 
 from flows.build_library import score_exactly
 from flows.permissions import permitted
-from flows.services.orphaned_runs import label_process
+from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side
 from puzzle_core.errors import CoverageError
 from puzzle_core.plan import Plan
@@ -28,6 +28,7 @@ log = logging.getLogger("puzzle")
     on_running=[label_process],
     result_serializer="json",
 )
+@inherited_tags()
 def search_architecture(spec: RunSpec) -> None:
     """Measure the target's costs, where the store lacks them, and solve the mixed-integer program.
 

@@ -5,9 +5,9 @@ import logging
 from prefect import flow
 
 from flows.permissions import permitted
-from flows.refine_search import find_answer
-from flows.services.orphaned_runs import label_process
-from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
+from flows.refine_search import evaluate_missing, find_answer
+from flows.services.orphaned_runs import inherited_tags, label_process
+from flows.submit import ensure, ensure_tokens, plan_run, side_by_side
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
 from puzzle_core.search.search_record import SearchRecord
@@ -30,6 +30,7 @@ PARENT, ASSEMBLED, TRAINED = "parent", "child after assembly", "child after GKD"
     result_serializer="json",
     on_running=[label_process],
 )
+@inherited_tags()
 def train_child(spec: RunSpec) -> None:
     """Assemble the chosen architecture, distil it (GKD), and evaluate it, the parent and the baselines.
 
@@ -60,7 +61,8 @@ def train_planned_child(plan: Plan, context: RunContext) -> None:
             ensure(stage_tasks.distil_child, work, context, run=run, label=split)
         if timing := plan.timing(timed(plan, search), search.best.prediction.batch_size):
             ensure(stage_tasks.time_models, timing, context)
-        side_by_side(evaluate_models, context)(plan, context)
+        with context.lock_activations(plan.tokens("evaluation").key, plan.spec.evaluation.dtype):
+            side_by_side(evaluate_models, context)(plan, context)
         record_child(plan, context, run, report_work(plan, context))
 
 
@@ -74,14 +76,7 @@ def train_planned_child(plan: Plan, context: RunContext) -> None:
 def evaluate_models(plan: Plan, context: RunContext) -> None:
     """Quality of the parent, the child before and after GKD, and the baselines, on the same held-out tokens."""
     evaluations = {label: plan.evaluate(key) for label, key in evaluated(plan, find_answer(plan, context)).items()}
-    missing = {label: work for label, work in evaluations.items() if not context.store().has(work.key)}
-    wait_all(
-        "evaluation",
-        [
-            submit(stage_tasks.evaluate_model, work, context, label=label, spec=plan.spec.evaluation)
-            for label, work in missing.items()
-        ],
-    )
+    evaluate_missing("evaluation", evaluations, plan, context, plan.spec.evaluation)
 
 
 def children(search: SearchRecord) -> dict[str, Architecture]:

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import platform
-import socket
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from puzzle_core.data import Split, batch_rows, pack
+from puzzle_core.distill.launch import loopback_interface
 from puzzle_core.records import Record, canonical_json, make_directory, write_text_atomic
 from puzzle_core.text_sources import digest_documents, stdlib_documents
 
@@ -54,10 +55,9 @@ def pretrain(out_dir: Path, spec: PretrainSpec, processes: int) -> dict[str, Any
     """
     make_directory(out_dir)
     _train_tokenizer(out_dir)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_train_process, (processes, port, out_dir, spec), processes)  # type: ignore[attr-defined, no-untyped-call]
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = (processes, Path(directory) / "store", out_dir, spec)
+        torch.multiprocessing.spawn(_train_process, arguments, processes)  # type: ignore[attr-defined, no-untyped-call]
     record: dict[str, Any] = json.loads((out_dir / "training_record.json").read_text())
     return record
 
@@ -99,11 +99,12 @@ def _new_model() -> LlamaForCausalLM:
     )
 
 
-def _train_process(rank: int, processes: int, port: int, out_dir: Path, spec: PretrainSpec) -> None:
+def _train_process(rank: int, processes: int, store: Path, out_dir: Path, spec: PretrainSpec) -> None:
+    """Train as one of the processes, which meet over a file: a TCP store would listen on every interface."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=processes)
+    os.environ["GLOO_SOCKET_IFNAME"] = loopback_interface()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     tokenizer = AutoTokenizer.from_pretrained(out_dir)
     documents = list(stdlib_documents(held_out=False, include_tests=True))
     all_tokens = sum(

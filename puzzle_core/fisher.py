@@ -96,7 +96,11 @@ def _fill_through(
     layer: int, entering_NSTD: torch.Tensor, leaving_NSTD: torch.Tensor, activations: Activations
 ) -> None:
     """Write the gradients at a layer's input, from those at its output."""
-    block, context, layer_input = activations.block(layer), activations.context(), activations.layer_input(layer)
+    block, context, layer_input = (
+        activations.block(layer),
+        activations.contexts()[layer],
+        activations.layer_input(layer),
+    )
     samples = leaving_NSTD.shape[1]
     for rows in activations.batches():
         input_BTD = layer_input[rows].to(activations.device).detach().requires_grad_()
@@ -124,7 +128,7 @@ def estimate_score(
     """
     trained = {v: weights[str(v)] for v in (work.block.attention, work.block.ffn) if str(v) in weights}
     block = load_subblocks(activations.parent, work.layer, work.block, trained, activations.dtype, activations.device)
-    context, output, total = activations.context(), activations.layer_input(work.layer + 1), 0.0
+    context, output, total = activations.contexts()[work.layer], activations.layer_input(work.layer + 1), 0.0
     with safe_open(_file(gradients_dir, work.layer), framework="pt") as file:
         gradients = file.get_slice(GRADIENTS)
         for rows in activations.batches():

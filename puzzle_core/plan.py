@@ -11,6 +11,7 @@ from typing import Any
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
 from puzzle_core.engines import ENGINES
 from puzzle_core.errors import SpecError
+from puzzle_core.formats.llama_blocks import unlike_llama
 from puzzle_core.records import Record
 from puzzle_core.spec import (
     GKD_SPLITS,
@@ -49,11 +50,12 @@ class Inputs(Record):
 
     The parent, the texts, the table, the benchmarks (by name) and the folder of lm-evaluation-harness are digests.
     `parent_commit` is the hub commit of the parent and is part of no key. `dtype` is the type of a child if the spec
-    names none.
+    names none, `auto_dtype` what `auto` is on this machine for products.
     """
 
     parent: str
     dtype: Dtype = "float32"
+    auto_dtype: Dtype = "float32"
     tokenizer: str
     shape: ModelShape
     train_texts: str
@@ -67,7 +69,7 @@ class Inputs(Record):
 
 @dataclass(frozen=True)
 class Plan:
-    """The work of one run.
+    """The work of one run. `spec` has no `auto` left, so no key depends on the machine in secret.
 
     Raises (on construction):
         SpecError: the parent does not support the spec.
@@ -77,6 +79,7 @@ class Plan:
     inputs: Inputs
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", self.spec.with_dtype(self.inputs.auto_dtype))
         shape, spec = self.inputs.shape, self.spec
         for layer in range(shape.layers):
             spec.variants.of_layer(layer, shape)
@@ -87,10 +90,10 @@ class Plan:
                     f"has layers 0 to {shape.layers - 1}"
                 )
         refusing = [engine for engine in spec.engines if "checkpoint" not in ENGINES[engine].formats]
-        if shape.qk_norm and refusing:
+        if refusing and (reasons := unlike_llama(shape)):
             raise SpecError(
-                f"engines asks for {', '.join(refusing)}, but the parent's family {shape.family} normalises queries "
-                "and keys, which no export format supports (docs/engines.md): remove engines"
+                f"engines asks for {', '.join(refusing)}, and no export can hold a child of this parent "
+                f"(docs/engines.md): {'; '.join(reasons)}: remove engines"
             )
         lengths = spec.sequence_lengths
         lengths |= {f"scenario {s.name}": s.prompt_tokens + s.generated_tokens for s in spec.scenarios}
@@ -342,6 +345,7 @@ class Plan:
             parent=self.inputs.parent,
             child=child,
             tokens=self.tokens("evaluation").key,
+            dtype=evaluation.dtype,
             tasks=tuple(
                 MultipleChoiceWork(name=task.name, items=self.inputs.benchmarks[task.name]) for task in evaluation.tasks
             ),
@@ -357,7 +361,10 @@ class Plan:
     def measure(self, architecture: Architecture) -> EvaluateWork:
         """The measured quality of a candidate, on the scoring split. The evaluation split stays unused."""
         return EvaluateWork(
-            parent=self.inputs.parent, child=self.assemble(architecture).key, tokens=self.tokens("scoring").key
+            parent=self.inputs.parent,
+            child=self.assemble(architecture).key,
+            tokens=self.tokens("scoring").key,
+            dtype=self.spec.evaluation.dtype,
         )
 
     def timing(self, architectures: dict[str, Architecture], batch_size: int) -> TimingWork | None:

@@ -45,6 +45,7 @@ class Resources(NamedTuple):
     state_bytes: int
     bld_scratch_bytes: int
     score_scratch_bytes: int
+    evaluation_scratch_bytes: int
     library_bytes: int
     child_bytes: int
     gradient_bytes: int
@@ -57,8 +58,8 @@ class Resources(NamedTuple):
 
     @property
     def scratch_bytes(self) -> int:
-        """Peak use. BLD and scores do not use the scratch disk at the same time."""
-        return max(self.bld_scratch_bytes, self.score_scratch_bytes)
+        """Peak use. BLD, scores and evaluations do not use the scratch disk at the same time."""
+        return max(self.bld_scratch_bytes, self.score_scratch_bytes, self.evaluation_scratch_bytes)
 
     @property
     def trained_tokens(self) -> int:
@@ -88,9 +89,11 @@ def resources(
     bld_tokens = spec.bld.tokens * spec.bld.epochs
     trainings = dict(zip(plan.gkd_splits, spec.gkd.trainings, strict=True))
     gkd_tokens = {split: training.tokens * training.epochs for split, training in trainings.items()}
-    state, score_state = (part.tokens * shape.hidden * DTYPE_BYTES[part.dtype] for part in (spec.bld, spec.scoring))
+    state, score_state, evaluation_state = (
+        part.tokens * shape.hidden * DTYPE_BYTES[part.dtype] for part in (spec.bld, spec.scoring, spec.evaluation)
+    )
     some_exact = spec.scoring.method != "fisher"
-    log_probabilities = min(LARGEST_LOG_PROBABILITIES_BYTES, _log_probability_bytes(plan)) if some_exact else 0
+    log_probabilities = _stored_log_probability_bytes(plan, spec.scoring.tokens) if some_exact else 0
     gradient_bytes = gradients.samples * shape.layers * score_state if gradients else 0
     score_flops_per_token = sum(score_flops(plan, work) for work in scores)
     if gradients:
@@ -106,6 +109,7 @@ def resources(
         state_bytes=state,
         bld_scratch_bytes=BLD_STATES * state if variants else 0,
         score_scratch_bytes=(2 * shape.layers + 1) * score_state + log_probabilities if scores else 0,
+        evaluation_scratch_bytes=2 * evaluation_state + _stored_log_probability_bytes(plan, spec.evaluation.tokens),
         library_bytes=library,
         child_bytes=child_bytes,
         gradient_bytes=gradient_bytes,
@@ -115,7 +119,7 @@ def resources(
         bld_flops=bld_tokens * sum(bld_flops(plan, work) for work in variants),
         score_flops=spec.scoring.tokens * score_flops_per_token,
         gkd_flops=sum(
-            tokens * gkd_flops(plan, child, recompute=gkd_processes > 1, split=split)
+            tokens * gkd_flops(plan, child, recompute=gkd_processes > 1 or spec.runtime.gkd_recompute, split=split)
             for split, tokens in gkd_tokens.items()
         ),
     )
@@ -148,7 +152,7 @@ def score_flops(plan: Plan, work: ScoreWork) -> float:
         block = sum(_forward(shape, work.block.ffn, length))
     if work.gradients:
         return block + 2 * plan.spec.scoring.label_samples * shape.hidden
-    heads = 1 if _log_probability_bytes(plan) <= LARGEST_LOG_PROBABILITIES_BYTES else 2
+    heads = 1 if _stored_log_probability_bytes(plan, plan.spec.scoring.tokens) else 2
     return block + (shape.layers - 1 - work.layer) * _block_forward(shape, parent, length) + heads * _head(shape)
 
 
@@ -186,8 +190,10 @@ def gkd_flops(plan: Plan, child: Architecture, recompute: bool, split: str = "gk
     return parent + training + held_back_passes / (windows * spec.epochs) * (parent + forward)
 
 
-def _log_probability_bytes(plan: Plan) -> int:
-    return plan.spec.scoring.tokens * plan.inputs.shape.vocabulary * DTYPE_BYTES["float32"]
+def _stored_log_probability_bytes(plan: Plan, tokens: int) -> int:
+    """Size of the parent's log-probabilities on the scratch disk; 0 where they are too large for it."""
+    size = tokens * plan.inputs.shape.vocabulary * DTYPE_BYTES["float32"]
+    return size if size <= LARGEST_LOG_PROBABILITIES_BYTES else 0
 
 
 def _block_forward(shape: ModelShape, block: BlockVariant, length: int) -> float:

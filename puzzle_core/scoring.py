@@ -44,10 +44,10 @@ def score_block(work: ScoreWork, activations: Activations, weights: dict[str, St
     trained = {v: weights[str(v)] for v in (work.block.attention, work.block.ffn) if str(v) in weights}
     block = load_subblocks(parent, work.layer, work.block, trained, dtype, device)
     suffix = [activations.block(layer) for layer in range(work.layer + 1, parent.shape.layers)]
-    context, comparison = activations.context(), _TokenComparison()
+    contexts, comparison = activations.contexts(), _TokenComparison()
     for rows in _window_batches(activations):
-        hidden = block_output(work, activations, block, rows, context)
-        for following_block in suffix:
+        hidden = block_output(work, activations, block, rows, contexts[work.layer])
+        for following_block, context in zip(suffix, contexts[work.layer + 1 :], strict=True):
             hidden = following_block(hidden, **context)
         comparison.add(activations, rows, hidden)
     return _record(work, activations, comparison)

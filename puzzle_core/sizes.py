@@ -21,9 +21,9 @@ class VariantSize(NamedTuple):
 
 
 def variant_size(shape: ModelShape, variant: Variant) -> VariantSize:
-    """Parameters (norm and biases included) and KV entries per token of one subblock variant."""
+    """Parameters (norms and biases included) and KV entries per token of one subblock variant."""
     row, size = variant.row, variant.size
-    parameters = row.parameters(shape, size) + row.keeps_norm * shape.hidden
+    parameters = row.parameters(shape, size) + row.keeps_norm * shape.norms * shape.hidden
     return VariantSize(parameters, row.kv_entries(shape, size))
 
 

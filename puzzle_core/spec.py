@@ -25,7 +25,7 @@ from puzzle_core.quantities import (
     parse_throughput,
 )
 from puzzle_core.records import Record
-from puzzle_core.target import Count, Name, Positive, Share
+from puzzle_core.target import ComputeDtype, Count, Name, Positive, Share
 from puzzle_core.target import Dtype as Dtype
 from puzzle_core.target import TargetSpec as TargetSpec
 from puzzle_core.text_sources import Texts
@@ -43,6 +43,7 @@ WindowTokens = Annotated[int, Field(ge=8, le=10**9)]
 
 GKD_SPLITS = ("gkd", "gkd-long")
 """The splits of the texts that the trainings of a child read, in their order."""
+PRODUCTS = "Type of activations and matrix products; auto: bfloat16 where this machine has fast products of it"
 MOST = 1000
 """The most solutions, points of a frontier, rounds and combinations of batch sizes: each is a search of its own."""
 
@@ -251,7 +252,7 @@ class BldSpec(Record):
         "token, where a few tokens have huge activations (token)",
         exclude_if=lambda loss: loss == "tensor",
     )
-    dtype: Dtype = Field("float32", description="Type of activations and matrix products; weights stay float32")
+    dtype: ComputeDtype = Field("float32", description=f"{PRODUCTS}; weights stay float32")
     optimizer: OptimizerSpec = OptimizerSpec()
 
 
@@ -269,7 +270,7 @@ class ScoringSpec(Record):
     composition: Literal["pairs", "subblocks"] = Field(
         "pairs", description="Score every block variant (pairs), or single subblocks and add their scores (subblocks)"
     )
-    dtype: Dtype = Field("float32", description="Type of activations and matrix products")
+    dtype: ComputeDtype = Field("float32", description=PRODUCTS)
     method: Literal["exact", "fisher", "lazy"] = Field(
         "exact",
         description="Run the layers after the block (exact), estimate the KL from gradients of the parent (fisher), or "
@@ -545,7 +546,7 @@ class GkdSpec(Record):
     patience: Positive | None = Field(
         None, description="Checks in a row without a lower KL after which the training stops early; unset: never"
     )
-    dtype: Dtype = Field("float32", description="Type of activations and matrix products; weights stay float32")
+    dtype: ComputeDtype = Field("float32", description=f"{PRODUCTS}; weights stay float32")
     optimizer: OptimizerSpec = OptimizerSpec(learning_rate=5e-4)
     long: LongGkdSpec | None = Field(
         None, description="A second training on longer windows", exclude_if=lambda long: long is None
@@ -603,6 +604,11 @@ class EvaluationSpec(Record):
     sequence_length: WindowTokens | None = Field(
         None, description="Tokens per window; unset: data.sequence_length", exclude_if=lambda length: length is None
     )
+    dtype: ComputeDtype = Field(
+        "float32",
+        description=f"{PRODUCTS}. Parent and child are stored in it while they are evaluated",
+        exclude_if=lambda dtype: dtype == "float32",
+    )
     tasks: tuple[MultipleChoiceSpec, ...] = Field(
         (), description="Multiple-choice benchmarks in files", exclude_if=lambda tasks: not tasks
     )
@@ -648,6 +654,12 @@ class RuntimeSpec(Record):
         pattern=r"^(tcp|tls)://[^/?#\s]+:[0-9]+$",
         json_schema_extra={"pattern": r"^(tcp|tls)://[^@/?#\s]+:[0-9]+$"},
         description="Scheduler of a running Dask cluster, for instance tcp://10.0.0.5:8786; unset: local processes",
+    )
+    gkd_recompute: bool = Field(
+        False,
+        description="GKD computes the activations of blocks again in the backward pass: less memory, a quarter more "
+        "operations, the same result; several processes always do",
+        exclude_if=lambda recompute: not recompute,
     )
     gkd_processes: Positive = Field(
         1,
@@ -703,6 +715,10 @@ class SplitSize(NamedTuple):
     sequence_length: int
 
 
+COMPUTING_PARTS = ("bld", "scoring", "gkd", "evaluation")
+"""The parts with a type of matrix products."""
+
+
 class RunSpec(Record):
     """All settings of a run: parent, data, stages, hardware target, traffic, search and runtime."""
 
@@ -755,6 +771,20 @@ class RunSpec(Record):
         parts |= {"scoring": self.scoring, "evaluation": self.evaluation}
         lengths = {f"{name}.sequence_length": getattr(part, "sequence_length", None) for name, part in parts.items()}
         return {field: length for field, length in lengths.items() if length}
+
+    def with_dtype(self, auto: Dtype) -> "RunSpec":
+        """The same specification with this type in place of every `auto`."""
+        parts = {name: getattr(self, name) for name in COMPUTING_PARTS}
+        return self.model_copy(
+            update={
+                name: part.model_copy(update={"dtype": auto}) for name, part in parts.items() if part.dtype == "auto"
+            }
+        )
+
+    @property
+    def auto_parts(self) -> tuple[str, ...]:
+        """The parts whose type of products the machine decides."""
+        return tuple(name for name in COMPUTING_PARTS if getattr(self, name).dtype == "auto")
 
     def served_variants(self, shape: ModelShape) -> VariantsSpec:
         """The search space without the variants that one of `engines` supports in no layer."""

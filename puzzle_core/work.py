@@ -316,6 +316,7 @@ class EvaluateWork(Work):
     parent: str
     child: str | None
     tokens: str
+    dtype: Dtype = Field("float32", exclude_if=lambda dtype: dtype == "float32")
     tasks: tuple[MultipleChoiceWork, ...] = Field((), exclude_if=lambda tasks: not tasks)
     lm_eval_tasks: tuple[str, ...] = ()
     lm_eval: HarnessSpec = Field(HarnessSpec(), exclude_if=lambda options: options == HarnessSpec())
@@ -360,7 +361,7 @@ class SearchWork(Work):
     """
 
     stage: ClassVar[str] = "search"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     parent: str
     shape: ModelShape

@@ -53,7 +53,7 @@ def train_variant(
     block = variant_block(parent, work.layer, work.variant, state, torch.float32, activations.device)
     parameters = {name: parameter.requires_grad_(True) for name, parameter in block.named_parameters()}
     frozen = parent.block(work.layer, activations.dtype, activations.device)
-    is_attention, context = work.variant.subblock == "attn", activations.context()
+    is_attention, context = work.variant.subblock == "attn", activations.contexts()[work.layer]
     inputs = activations.layer_input(work.layer) if is_attention else activations.post_attention(work.layer)
     targets, device = activations.layer_input(work.layer + 1), activations.device
     windows, length = activations.ids_NT.shape

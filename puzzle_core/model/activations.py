@@ -20,7 +20,7 @@ from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import StorageError
 from puzzle_core.model.parent import Parent
 from puzzle_core.model.predictions import Chunk, chunks, from_states
-from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
+from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM, attention_kinds
 from puzzle_core.model.surgery import Subblocks, load_subblocks
 from puzzle_core.sizes import LARGEST_LOG_PROBABILITIES_BYTES
 from puzzle_core.state_dict import State
@@ -78,7 +78,7 @@ class Activations:
         names = [_post_attention_name(layer)] * keep_post_attention + [_layer_input_name(layer + 1)]
         if all(self._path(name).exists() for name in names):
             return
-        block, context = self.block(layer), self.context()
+        block, context = self.block(layer), self.contexts()[layer]
         layer_input = self.layer_input(layer)
         with ExitStack() as files:
             attended = files.enter_context(_Writer(self, names[0])) if keep_post_attention else None
@@ -123,9 +123,9 @@ class Activations:
         for start in range(0, len(self.ids_NT), self.rows):
             yield slice(start, start + self.rows)
 
-    def context(self) -> dict[str, Any]:
-        """The keyword arguments of `PuzzleBlock.attend`: positions, and the causal mask that is the default."""
-        return block_context(self.parent, self.ids_NT.shape[1], self.dtype, self.device)
+    def contexts(self) -> list[dict[str, Any]]:
+        """By layer, the keyword arguments of `PuzzleBlock.attend`: positions and mask."""
+        return block_contexts(self.parent, self.ids_NT.shape[1], self.dtype, self.device)
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.bin"
@@ -168,16 +168,13 @@ class ChildActivations(Activations):
         return self._parents.predictions(rows)
 
 
-def block_context(parent: Parent, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The keyword arguments of `PuzzleBlock.attend` for windows of `tokens` without padding or cache."""
-    outside = parent.outside(dtype, device)
+def block_contexts(parent: Parent, tokens: int, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
+    """By layer, the keyword arguments of `PuzzleBlock.attend` for windows of `tokens` without padding or cache."""
+    model = parent.outside(dtype, device).model
     positions = torch.arange(tokens, device=device).unsqueeze(0)
     embedded = torch.empty(1, tokens, parent.shape.hidden, dtype=dtype, device=device)
-    return {
-        "position_embeddings": outside.model.rotary_emb(embedded, position_ids=positions),
-        "position_ids": positions,
-        "attention_mask": None,
-    }
+    contexts = model.contexts(embedded, positions)
+    return [contexts[kind] for kind in attention_kinds(model.parent_config)]
 
 
 def state_bytes(windows: int, tokens: int, hidden: int, dtype: torch.dtype) -> int:

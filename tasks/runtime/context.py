@@ -23,8 +23,9 @@ from puzzle_core.model.activations import Activations, ChildActivations
 from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.records import Record, Work
-from puzzle_core.spec import Dtype, ParentSpec, RunSpec, RuntimeSpec
+from puzzle_core.spec import ParentSpec, RunSpec, RuntimeSpec
 from puzzle_core.state_dict import State
+from puzzle_core.target import ComputeDtype
 from puzzle_core.work import AssembleWork
 from tasks.runtime.digest_cache import parent_digest
 from tasks.runtime.locks import artifact_lock
@@ -109,7 +110,9 @@ class RunContext(Record):
             )
         return parent
 
-    def activations(self, digest: str, tokens: str, dtype: Dtype, base: AssembleWork | None = None) -> Activations:
+    def activations(
+        self, digest: str, tokens: str, dtype: ComputeDtype, base: AssembleWork | None = None
+    ) -> Activations:
         """The captured activations of one split of tokens.
 
         Args:
@@ -134,12 +137,14 @@ class RunContext(Record):
         directory = self.activations_directory(digest, tokens, dtype, base)
         return ChildActivations(directory, of_parent, base.architecture, weights)
 
-    def activations_directory(self, parent: str, tokens: str, dtype: Dtype, base: AssembleWork | None = None) -> Path:
+    def activations_directory(
+        self, parent: str, tokens: str, dtype: ComputeDtype, base: AssembleWork | None = None
+    ) -> Path:
         """The directory of `activations`, from the parent's digest: opens neither the parent nor the store."""
         name = hashlib.sha256(f"{tokens} {dtype} {parent}".encode()).hexdigest()[:16]
         return self.scratch / "activations" / (f"{name}-{base.digest()[:16]}" if base else name)
 
-    def lock_activations(self, tokens: str, dtype: Dtype) -> contextlib.AbstractContextManager[None]:
+    def lock_activations(self, tokens: str, dtype: ComputeDtype) -> contextlib.AbstractContextManager[None]:
         """Lock these activations against other runs on this machine: they capture, use and drop the same files."""
         return artifact_lock(f"states of {tokens} in {dtype} below {self.scratch.resolve()}")
 

@@ -27,7 +27,7 @@ from tasks.tracking.lineage_steps import (
     gkd_curve,
     uri_of,
 )
-from tasks.tracking.tracked_models import TrackedModel, Version, allowed_name
+from tasks.tracking.tracked_models import TrackedModel, Version, alias_of, allowed_name
 from tasks.tracking.tracked_run import TextsInput, TrackedRun
 from tasks.tracking.tracking import current_run, track_use
 
@@ -219,7 +219,7 @@ def _version(plan: Plan, child: TrackedModel, numbers: dict[str, float]) -> Vers
     return Version(
         name=f"puzzle-{family}",
         about_name=f"Children of {spec.parent.path}. Aliases name a target and a scenario: the newest child for these.",
-        alias=allowed_name(f"{spec.target.name}-{spec.scenario.name}"),
+        alias=alias_of(spec.target.name, spec.scenario.name),
         description="\n".join(lines),
         tags=tags | {f"puzzle.{name}": f"{value:.6g}" for name, value in numbers.items()},
     )

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from flows.build_library import build_library, score_variants, train_variants
 from flows.search_architecture import search_architecture
-from flows.submit import ensure_tokens
+from flows.submit import ensure_tokens, plan_run
 from puzzle_core.distill import bld
 from puzzle_core.errors import PuzzleError
 from puzzle_core.model.activations import Activations
@@ -18,6 +18,7 @@ from puzzle_core.model.surgery import WEIGHTS
 from puzzle_core.resources import resources
 from puzzle_core.spec import ParentSpec
 from puzzle_core.work import ScoreRecord
+from tasks import stage_tasks
 from tasks.runtime.context import RunContext
 from tasks.stage_tasks import capture_layer, drop_activations
 from tests.workflow import SCORED, TRAINED, Recorded, artifacts, changed, of_stage, plan_of
@@ -89,7 +90,7 @@ def test_at_most_three_layers_lie_in_scratch_and_none_afterwards(spec_of, prefec
     assert max(map(len, middles)) <= 3
     assert max(map(len, middles)) > 1
     state = spec.bld.tokens * plan.inputs.shape.hidden * 4
-    assert max(map(len, seen)) * state <= resources(plan).scratch_bytes
+    assert max(map(len, seen)) * state <= resources(plan).bld_scratch_bytes
     assert {name for names in seen for name in names} >= {
         "layer-input-000.bin",
         "post-attention-004.bin",
@@ -203,3 +204,19 @@ def test_estimates_come_from_one_artifact_and_each_has_a_task_and_a_key(again, p
     score_variants(plan, context)
     assert changed(before, artifacts(spec.runtime.store)) == {work.key}
     assert context.store().record(ScoreRecord, work.key) in estimates
+
+
+def test_a_library_in_the_other_type_is_told_where_auto_is_another_here(again, prefect_server, monkeypatch, caplog):
+    """The finished run's variants are in float32, and auto is bfloat16 on this machine."""
+    monkeypatch.setattr(stage_tasks, "fast_dtype", lambda _: "bfloat16")
+    warning = f"the store has {TRAINED} variants of this specification in float32"
+    spec = again(bld={"dtype": "auto"})
+    with caplog.at_level("INFO"):
+        plan, _ = plan_run(spec)
+        assert plan.spec.bld.dtype == "bfloat16"
+        assert "auto is bfloat16 on this machine: bld.dtype" in caplog.text
+        assert caplog.text.count(warning) == 1
+        monkeypatch.setattr(stage_tasks, "fast_dtype", lambda _: "float32")
+        plan, context = plan_run(spec)
+        assert caplog.text.count(warning) == 1
+    assert all(context.store().has(work.key) for work in plan.all_bld())

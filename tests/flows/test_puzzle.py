@@ -1,8 +1,10 @@
 """The whole flow on a pico parent: what it makes, what a second run leaves alone, and what a change sets off."""
 
 import json
+import platform
 import shutil
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from mlflow import MlflowClient
@@ -11,11 +13,13 @@ from flows.build_library import build_library
 from flows.puzzle import puzzle
 from flows.search_architecture import search_architecture
 from flows.train_child import train_child
+from puzzle_core.device import default_device, device_name
 from puzzle_core.errors import DataError, InfeasibleError
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.report.report_tables import format_final_table
 from puzzle_core.search.search_record import SearchRecord
 from tasks.runtime.context import RunContext
+from tasks.runtime.software import software
 from tasks.store.provenance import stored_provenance
 from tests.workflow import SCORED, TRAINED, Recorded, artifacts, changed, check_whole, of_stage, plan_of, publish_costs
 
@@ -54,6 +58,26 @@ def test_a_whole_run_leaves_one_artifact_per_work_and_nothing_else(finished):
     assert not list(store.rglob(".staging/*"))
     assert not list((store.parent / "scratch").rglob("*.bin"))
     assert not list((store.parent / "scratch" / "checkpoints").glob("*/*/*"))
+
+
+def test_every_artifact_says_what_made_it_and_mlflow_has_the_commit_in_its_own_tag(finished):
+    context = RunContext.model_validate({"parent": finished.content["parent"], "runtime": finished.content["runtime"]})
+    manifests = context.store().manifests(context.store().keys()).values()
+    made = {manifest.key: manifest.origin for manifest in manifests if manifest.made_by != "a test"}
+    assert len(made) >= TRAINED + SCORED
+    tracking = MlflowClient(finished.content["runtime"]["mlflow_uri"])
+    task_runs = {run.id: run for run in finished.recorded.task_runs()}
+    for key, origin in made.items():
+        assert origin.software == software()
+        assert (origin.host, origin.device) == (platform.node(), device_name(default_device()))
+        assert (origin.parent, origin.parent_commit) == (finished.content["parent"]["path"], None)
+        task_run = task_runs[UUID(origin.prefect_task_run)]
+        assert task_run.flow_run_id == UUID(origin.prefect_flow_run), key
+        tags = tracking.get_run(origin.mlflow_run).data.tags
+        assert tags["mlflow.source.git.commit"] == software().commit
+        assert (tags["puzzle.dirty"], tags["puzzle.code"]) == (str(software().dirty).lower(), software().code)
+    assert software().commit
+    assert software().lock
 
 
 def test_a_whole_run_opens_its_inputs_once(finished):

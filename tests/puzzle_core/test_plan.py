@@ -173,7 +173,7 @@ def test_gradients_that_are_there_take_no_room(plan):
 def test_what_is_done_takes_nothing_more(plan):
     done = {work.key for work in [*plan().all_bld(), *plan().all_scores()]}
     fresh, rest = resources(plan()), resources(plan(), done=done)
-    assert (rest.scratch_bytes, rest.score_tokens, rest.library_bytes) == (0, 0, 0)
+    assert (rest.bld_scratch_bytes, rest.score_scratch_bytes, rest.score_tokens, rest.library_bytes) == (0, 0, 0, 0)
     assert fresh.trained_tokens - rest.trained_tokens == 20 * 262_144
 
 
@@ -191,3 +191,21 @@ def test_what_is_done_takes_nothing_more(plan):
 def test_what_the_parent_cannot_have_is_refused_before_any_work(plan, parts, message):
     with pytest.raises(SpecError, match=message):
         plan(**parts)
+
+
+AUTO = {name: {"dtype": "auto"} for name in ("bld", "scoring", "gkd", "evaluation")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keys_hold_what_auto_is_on_the_machine(plan, dtype):
+    spec, inputs = parse_spec(SPEC | AUTO, "spec"), plan().inputs
+    resolved = Plan(spec, inputs.model_copy(update={"auto_dtype": dtype}))
+    named = plan(**{name: {"dtype": dtype} for name in AUTO})
+    assert (spec.auto_parts, resolved.spec.auto_parts) == (tuple(AUTO), ())
+    assert keys(resolved) == keys(named)
+    assert resolved.spec_of_content() == named.spec_of_content()
+
+
+def test_the_type_of_an_evaluation_is_in_its_key_alone(plan):
+    other, own = keys(plan(evaluation={"dtype": "bfloat16"})), keys(plan())
+    assert {stage for stage in own if own[stage] != other[stage]} == {"evaluation"}

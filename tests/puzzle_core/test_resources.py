@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from puzzle_core import fisher, resources, scoring
+from puzzle_core import evaluation, fisher, resources, scoring
 from puzzle_core.architecture import Architecture, BlockVariant, Variant
 from puzzle_core.distill import bld, gkd
+from puzzle_core.model.activations import Activations
 from puzzle_core.plan import Inputs, Plan
 from puzzle_core.spec import parse_spec
-from tests.conftest import MIXED
+from tests.conftest import CPU, MIXED
 
 CLOSE = 0.03  # torch's reference attention computes nothing again: going both ways is 3 times its forward, and not 3.5
 
@@ -87,3 +88,18 @@ def test_gkd(plan, counted, parent, assemble, tokens_dir, tmp_path):
     counts = counted(lambda: gkd.distil(work, parent, child_dir, tokens_dir, tmp_path))
     expected = 96 * resources.gkd_flops(plan, architecture, recompute=False)
     assert expected == pytest.approx(counts, rel=CLOSE)
+
+
+def test_scratch_of_evaluations(plan, parent, ids_NT, tmp_path, monkeypatch):
+    activations, sizes, drop = Activations(tmp_path, parent, ids_NT, torch.float32, CPU), [], evaluation.drop_layer
+
+    def measure(*_):
+        sizes.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
+
+    monkeypatch.setattr(evaluation, "drop_layer", lambda *given: (measure(), drop(*given)))
+    evaluation.capture_parent(activations)
+    measure()
+    spec = plan.spec.evaluation.model_copy(update={"tokens": ids_NT.numel()})
+    found = resources.resources(Plan(plan.spec.model_copy(update={"evaluation": spec}), plan.inputs))
+    state = ids_NT.numel() * parent.shape.hidden * 4
+    assert sizes == [2 * state] * parent.shape.layers + [found.evaluation_scratch_bytes - state]

@@ -9,8 +9,9 @@ from puzzle_core.architecture import BlockVariant
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model import activations as activations_module
 from puzzle_core.model.activations import Activations
+from puzzle_core.model.child import load_child
 from puzzle_core.work import ScoreWork
-from tests.conftest import CPU
+from tests.conftest import CPU, trained_variants
 from tests.reference.quality import comparison, with_attention, with_ffn
 
 LAST = 4
@@ -63,6 +64,26 @@ def test_scores_are_those_of_a_changed_copy_run_whole(layer, block, score, weigh
     assert found.kl_nats_per_token == pytest.approx(expected["kl"], rel=1e-4)
     assert found.lm_loss_increase_nats_per_token == pytest.approx(expected["loss_increase"], rel=1e-3, abs=1e-6)
     assert found.top1_agreement == expected["agreement"]
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "olmo3", "phi3"])
+@pytest.mark.parametrize("block", ["attn:kv1+ffn:i48", "attn:kv4+ffn:i12", "attn:linear+ffn:no_op"])
+def test_scores_are_those_of_a_child_run_whole_in_every_family(
+    name, block, activations_of, initial_state, assemble, checkpoint_of, ids_NT
+):
+    """Windows, norms behind subblocks and rotary positions by kind hold in the layers after the block, too."""
+    activations, layer = activations_of(name), 1
+    variants = BlockVariant.parse(block)
+    weights = {v: initial_state(name, layer, v) for v in trained_variants(variants, activations.parent.shape)}
+    work = ScoreWork(parent="p", layer=layer, block=variants, attention=None, ffn=None, tokens="t", dtype="float32")
+    blocks = tuple(block if number == layer else "attn:kv4+ffn:i48" for number in range(LAST + 1))
+    parent = AutoModelForCausalLM.from_pretrained(checkpoint_of(name), dtype=torch.float32)
+    with torch.no_grad():
+        models = (parent, load_child(assemble(name, blocks), torch.float32, CPU))
+        expected = comparison(*(model(input_ids=ids_NT.long()).logits for model in models), ids_NT.long())
+    found = scoring.score_block(work, activations, weights)
+    assert found.kl_nats_per_token > 0.001
+    assert found.kl_nats_per_token == pytest.approx(expected["kl"], rel=1e-4)
 
 
 @pytest.mark.parametrize("layer", [0, 2, LAST])

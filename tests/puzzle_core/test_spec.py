@@ -163,8 +163,8 @@ def test_credentials_in_the_address_of_a_cluster_are_refused_and_not_repeated():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("bld.tokens", "write key.path=value"),
-        ("=1", "write key.path=value"),
+        ("bld.tokens", "write part.field=value"),
+        ("=1", "write part.field=value"),
         ("parent.path.x=1", "'path' holds a value, not keys"),
         ("bld.token=1", "bld.token: unknown key; did you mean 'tokens'"),
         ("bld.tokens=[1", "the value is not YAML"),
