@@ -26,8 +26,9 @@ GROUP_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 class Batch(NamedTuple):
     """Tokens of a forward pass; all are (B, T).
 
-    Positions count from 0 and every token sees those before it, unless positions and segments are given. Then a token
-    sees those before it in segment 0 and in its own segment; segment -1 is padding.
+    Positions count from 0 and every token sees those before it, unless positions are given: where they do not go on,
+    another document begins, which sees none before it. With segments, a token sees those before it in segment 0 and in
+    its own segment; segment -1 is padding.
     """
 
     ids: torch.Tensor
@@ -58,11 +59,11 @@ class LayeredModel:
         total, done = self.layers * sum(batch.ids.numel() for batch in batches), 0
         for group in self._groups(batches):
             states = [self.outside.model.embed(batch.ids.long().to(self.device)) for batch in group]
-            contexts = [self._context(batch) for batch in group]
+            contexts = [self._contexts(batch) for batch in group]
             for layer in range(self.layers):
                 block = self.block(layer)
                 for number, batch in enumerate(group):
-                    states[number] = block(states[number], **contexts[number])
+                    states[number] = block(states[number], **contexts[number][block.attention_kind])
                     done += batch.ids.numel()
                     report(done, total)
             for number in range(len(group)):
@@ -84,28 +85,35 @@ class LayeredModel:
         if group:
             yield group
 
-    def _context(self, batch: Batch) -> dict[str, Any]:
-        """The keyword arguments of the blocks."""
-        given, device = batch.positions, self.device
-        positions = torch.arange(batch.ids.shape[1]).unsqueeze(0) if given is None else given
-        positions, like = positions.to(device), self.outside.lm_head.weight[:1, :1]
-        return {
-            "position_embeddings": self.outside.model.rotary_emb(like, position_ids=positions),
-            "position_ids": positions,
-            "attention_mask": None if batch.segments is None else _visible(batch.segments).to(device),
-        }
+    def _contexts(self, batch: Batch) -> dict[str, dict[str, Any]]:
+        """By kind of attention, the keyword arguments of the blocks."""
+        model, weight = self.outside.model, self.outside.lm_head.weight
+        positions_BT = torch.arange(batch.ids.shape[1]).unsqueeze(0) if batch.positions is None else batch.positions
+        like_BT1 = weight.new_empty(1).expand(*batch.ids.shape, 1)
+        contexts: dict[str, dict[str, Any]] = model.contexts(like_BT1, positions_BT.to(self.device))
+        for kind, context in contexts.items() if batch.segments is not None else ():
+            window = model.parent_config.sliding_window if kind == "sliding_attention" else None
+            visible = _visible(batch.segments, positions_BT, window).to(self.device)
+            if model.parent_config._attn_implementation == "eager":  # it adds its mask
+                visible = torch.zeros_like(visible, dtype=weight.dtype).masked_fill(
+                    ~visible, torch.finfo(weight.dtype).min
+                )
+            context["attention_mask"] = visible
+        return contexts
 
 
-def _visible(segments_BT: torch.Tensor) -> torch.Tensor:
-    """Which tokens see which, (B, 1, T, T).
+def _visible(segments_BT: torch.Tensor, positions_BT: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Which tokens see which, (B, 1, T, T): within a window of positions if there is one.
 
     A token of padding sees the padding before it and itself, for a row without any would be NaN.
     """
     asking_BT1, asked_B1T = segments_BT[:, :, None], segments_BT[:, None, :]
     length = segments_BT.shape[1]
-    same = (asking_BT1 == asked_B1T) | (asked_B1T == 0)
-    earlier = torch.ones(length, length, dtype=torch.bool).tril()
-    return (same & earlier)[:, None]
+    visible = (asking_BT1 == asked_B1T) | (asked_B1T == 0)
+    visible &= torch.ones(length, length, dtype=torch.bool).tril()
+    if window is not None:
+        visible &= positions_BT[:, :, None] - positions_BT[:, None, :] < window
+    return visible[:, None]
 
 
 def layered_parent(parent: Parent, dtype: torch.dtype, device: torch.device) -> LayeredModel:
