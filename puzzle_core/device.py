@@ -111,6 +111,13 @@ def memory_bytes() -> float:
         return machine
 
 
+def device_memory_bytes() -> float:
+    """Memory in bytes of all GPUs together, or that which this process may use where there is none."""
+    if not torch.cuda.is_available():
+        return memory_bytes()
+    return sum(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
+
+
 def use_threads(threads: int) -> None:
     """Set torch's number of threads for the calling thread, at least 1 and at most the number of available cores."""
     torch.set_num_threads(max(1, min(threads, available_cores())))

@@ -15,6 +15,7 @@ from puzzle_core.formats.llama_blocks import unlike_llama
 from puzzle_core.records import Record
 from puzzle_core.spec import (
     GKD_SPLITS,
+    BldSpec,
     HarnessSpec,
     ParentSpec,
     RunSpec,
@@ -171,8 +172,16 @@ class Plan:
             tokens=self.tokens("bld").key,
             contributions=self.importance().key if variant.row.needs_contributions else None,
             seed=self.spec.data.seed,
-            spec=self.spec.bld.model_copy(update={"sequence_length": None}),  # the tokens' key has it
+            spec=self._bld_of_content,
         )
+
+    @property
+    def _bld_of_content(self) -> BldSpec:
+        """The settings of BLD that its results depend on.
+
+        Both sources of states give the same weights, and the tokens' key has the length of their windows.
+        """
+        return self.spec.bld.model_copy(update={"source": "stored", "sequence_length": None})
 
     def library_key(self, layer: int, variant: Variant) -> str | None:
         """The key of a variant's weights; None for the parent's own variant and for no-ops."""
@@ -391,6 +400,7 @@ class Plan:
             update={
                 "parent": ParentSpec(path=inputs.parent),
                 "data": spec.data.model_copy(update=texts),
+                "bld": self._bld_of_content,
                 "target": self.target.model_copy(update={"table": inputs.cost_table}),
                 "evaluation": spec.evaluation.model_copy(update={"tasks": benchmarks, "lm_eval": self._harness}),
                 "runtime": RuntimeSpec(),

@@ -7,6 +7,8 @@ from puzzle_core.architecture import Architecture, ModelShape, Variant
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 LARGEST_LOG_PROBABILITIES_BYTES = 2**30
 """The scratch disk keeps the parent's log-probabilities up to this size; larger ones are computed again."""
+LAYER_CACHE_BYTES = 4 * 2**30
+"""A process keeps the parent's layers in memory up to this size, on all of its devices together."""
 HELD_BACK_PART = 32
 """BLD holds back one window in this many."""
 WATCHED_PART, MOST_WATCHED = 64, 32

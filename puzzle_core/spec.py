@@ -237,6 +237,10 @@ class OptimizerSpec(Record):
     gradient_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient")
 
 
+BldSource = Literal["stored", "streamed"]
+"""Where BLD gets the parent's states: from files, or from the parent as it trains."""
+
+
 class BldSpec(Record):
     """Blockwise local distillation (METHOD section 3)."""
 
@@ -246,11 +250,23 @@ class BldSpec(Record):
     )
     epochs: Positive = Field(1, description="Passes over these tokens")
     batch_tokens: Positive = Field(4096, description="Tokens per optimizer step; whole windows")
+    micro_batch_tokens: Positive | None = Field(
+        None,
+        description="Tokens per forward pass; gradients add up to a batch. Unset: the whole batch",
+        exclude_if=lambda tokens: tokens is None,
+    )
     loss: Literal["tensor", "token"] = Field(
         "tensor",
         description="Squared error over the square of the parent's output: of the whole batch (tensor), or of every "
         "token, where a few tokens have huge activations (token)",
         exclude_if=lambda loss: loss == "tensor",
+    )
+    source: BldSource = Field(
+        "stored",
+        description="Where the parent's states come from: captured into files of runtime.scratch, layer by layer "
+        "(stored), or computed by the parent while groups of layers train (streamed), which needs no disk and more "
+        "computation. Weights are the same, and so are their keys",
+        exclude_if=lambda source: source == "stored",
     )
     dtype: ComputeDtype = Field("float32", description=f"{PRODUCTS}; weights stay float32")
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -646,6 +662,12 @@ class RuntimeSpec(Record):
     mlflow_uri: str = Field("sqlite:///.puzzle/mlflow.db", description="MLflow tracking URI")
     mlflow_experiment: str = Field("puzzle", description="Name of the MLflow experiment")
     workers: Positive | None = Field(None, description="Number of parallel tasks; default one per core or GPU")
+    bld_side_by_side: Positive | None = Field(
+        None,
+        description="Trainings of BLD under way at a time; unset: all variants of a layer, which then read its states "
+        "once. Fewer need less memory: a training keeps 16 bytes per parameter of its variant on its device",
+        exclude_if=lambda trainings: trainings is None,
+    )
     task_runner: Literal["threads", "dask"] = Field(
         "threads", description="Task runner of BLD, scores and evaluations: threads of the run, or processes under Dask"
     )
@@ -809,6 +831,16 @@ class RunSpec(Record):
             raise ValueError(
                 f"search.objective is {self.search.objective}, and scoring.method: {self.scoring.method} estimates the "
                 "KL alone: set search.objective to kl, or scoring.method to exact"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_source(self) -> "RunSpec":
+        if self.bld.source == "streamed" and self.runtime.task_runner == "dask":
+            raise ValueError(
+                "bld.source is streamed and runtime.task_runner is dask: variants share the parent's states within a "
+                "process, and under Dask every one has a process of its own: set task_runner to threads, or bld.source "
+                "to stored"
             )
         return self
 

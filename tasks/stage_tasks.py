@@ -34,11 +34,12 @@ from puzzle_core.search.run_search import check_feasible, find_architecture
 from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.search.table_files import read_costs
 from puzzle_core.search.tables import CostTable, ScoreTable
-from puzzle_core.spec import DataSpec, EvaluationSpec, TargetSpec
+from puzzle_core.spec import BldSource, DataSpec, EvaluationSpec, TargetSpec
 from puzzle_core.target import ComputeDtype
 from puzzle_core.text_sources import Texts, read_texts
 from puzzle_core.work import (
     AssembleWork,
+    BldRecord,
     BldWork,
     CostRecord,
     CostWork,
@@ -71,7 +72,7 @@ from tasks.runtime.named_inputs import (
 from tasks.runtime.opened_parent import hub_commit
 from tasks.runtime.produce import produce
 from tasks.stage_progress import StageProgress
-from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs
+from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs, with_shared_gpu
 from tasks.tracking.live_curve import HELD_BACK_KL, LiveCurve
 from tasks.tracking.tracked_run import TrackedRun
 
@@ -163,7 +164,7 @@ def measure_importance(work: ImportanceWork, context: RunContext) -> str:
 
 
 @stage_task("capture layer", "capture layer {layer} ({tokens})", cached=False)
-@with_gpu
+@with_shared_gpu
 def capture_layer(
     parent: str,
     tokens: str,
@@ -186,7 +187,8 @@ def capture_layer(
     """
     use_threads(context.threads_per_task)
     activations = context.activations(parent, tokens, dtype, base)
-    with machine_lock("shared"), _dropped_if_parent_changes(parent, activations.directory, context):
+    unchanged = _dropped_if_parent_changes(parent, activations.directory, context)
+    with machine_lock("shared"), unchanged, context.compute_slot:
         if layer == 0 and not activations.has_layer_input(0):
             activations.capture_embedding()
         activations.capture_layer(layer, keep_post_attention)
@@ -222,13 +224,18 @@ def drop_activations(directory: Path, layer: int | None = None) -> None:
 
 
 @stage_task("bld", "bld layer {work.layer} {work.variant}")
-@with_gpu
-def train_variant(work: BldWork, context: RunContext) -> str:
-    """Blockwise local distillation of one variant of one layer."""
+@with_shared_gpu
+def train_variant(work: BldWork, context: RunContext, source: BldSource = "stored") -> str:
+    """Blockwise local distillation of one variant of one layer, on captured states or on those that it computes."""
     use_threads(context.threads_per_task)
     activations, checkpoints = context.activations(work.parent, work.tokens, work.spec.dtype), context.checkpoints(work)
     contributions = context.store().fetch(work.contributions) if work.contributions else None
-    return produce(work, context, lambda out: bld.train_variant(work, activations, contributions, out, checkpoints))
+    slot = context.compute_slot
+
+    def train(out: Path) -> BldRecord:
+        return bld.train_variant(work, activations, contributions, out, checkpoints, slot=slot, source=source)
+
+    return produce(work, context, train)
 
 
 @stage_task("gradients", "gradients")
@@ -241,17 +248,22 @@ def measure_gradients(work: GradientsWork, context: RunContext) -> str:
 
 
 @stage_task("score", "score layer {work.layer} {work.block}")
-@with_gpu
+@with_shared_gpu
 def score_block(work: ScoreWork, context: RunContext) -> str:
     """Replace-1-block score of one block variant in one layer: exact, or estimated where it names gradients."""
     use_threads(context.threads_per_task)
     subblocks = ((str(work.block.attention), work.attention), (str(work.block.ffn), work.ffn))
     weights = {variant: load_weights(context.store().fetch(key)) for variant, key in subblocks if key}
     activations = context.activations(work.parent, work.tokens, work.dtype, work.base)
-    if work.gradients:
-        gradients = context.store().fetch(work.gradients)
-        return produce(work, context, lambda _: fisher.estimate_score(work, activations, weights, gradients))
-    return produce(work, context, lambda _: scoring.score_block(work, activations, weights))
+    gradients = context.store().fetch(work.gradients) if work.gradients else None
+
+    def score(_: Path) -> ScoreRecord:
+        if gradients is None:
+            return scoring.score_block(work, activations, weights, context.compute_slot)
+        with context.compute_slot:
+            return fisher.estimate_score(work, activations, weights, gradients)
+
+    return produce(work, context, score)
 
 
 @stage_task("cost", "cost {work.target.name} batch {work.traffic.batch_size}", tags=["measuring"])

@@ -9,7 +9,7 @@ Legend: N windows, T tokens per window, B windows of a batch, D hidden width, V 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,51 @@ class Activations:
 
     def layer_input(self, layer: int) -> torch.Tensor:
         """What enters a layer, mapped, (N, T, D); for `layer == shape.layers` what leaves the last layer."""
-        return self._open(_layer_input_name(layer))
+        return self._open(layer_input_name(layer))
 
     def post_attention(self, layer: int) -> torch.Tensor:
         """What leaves the attention subblock of a layer, mapped, (N, T, D)."""
-        return self._open(_post_attention_name(layer))
+        return self._open(post_attention_name(layer))
+
+    def states(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """These windows of a captured file, read: (B, T, D) in the order of `rows`."""
+        return self._open(name)[list(rows)]
+
+    @torch.no_grad()
+    def compute(self, rows: Sequence[int], names: Collection[str]) -> dict[str, torch.Tensor]:
+        """What `states` reads, computed from the tokens instead: by name, (B, T, D) in the order of `rows`.
+
+        As in a capture, `self.rows` windows go through a layer at a time; a last part of fewer is filled up, since
+        products of other sizes may be rounded otherwise.
+        """
+        size, contexts, found = min(self.rows, len(self.ids_NT)), self.contexts(), dict[str, torch.Tensor]()
+        filled = [*rows, *[rows[0]] * (-len(rows) % size)]
+        parts = [self.ids_NT[filled[first : first + size]].long() for first in range(0, len(filled), size)]
+        hidden = [self.outside().model.embed(ids_BT.to(self.device)) for ids_BT in parts]
+
+        def keep(name: str, states: list[torch.Tensor]) -> None:
+            if name in names:
+                found[name] = torch.cat(states)[: len(rows)].to(device="cpu", dtype=self.dtype)
+
+        keep(layer_input_name(0), hidden)
+        for layer in range(self.parent.shape.layers):
+            if len(found) == len(names):
+                break
+            block = self.block(layer)
+            hidden = [block.attend(hidden_BTD, **contexts[layer]) for hidden_BTD in hidden]
+            keep(post_attention_name(layer), hidden)
+            hidden = [block.feed(hidden_BTD) for hidden_BTD in hidden]
+            keep(layer_input_name(layer + 1), hidden)
+        return found
 
     def block(self, layer: int) -> Subblocks:
         """The block that runs as this layer."""
         parent_block = self.parent.block(layer, self.dtype, self.device)
+        return Subblocks(parent_block, parent_block)
+
+    def load_block(self, layer: int) -> Subblocks:
+        """The block that runs as this layer, read anew: nothing keeps it but its user."""
+        parent_block = self.parent.load_block(layer, self.dtype, self.device)
         return Subblocks(parent_block, parent_block)
 
     def attention(self, layer: int) -> Variant:
@@ -58,13 +94,13 @@ class Activations:
 
     def has_layer_input(self, layer: int) -> bool:
         """Whether `layer_input(layer)` was captured."""
-        return self._path(_layer_input_name(layer)).exists()
+        return self._path(layer_input_name(layer)).exists()
 
     @torch.no_grad()
     def capture_embedding(self) -> None:
         """Embed the tokens, which gives `layer-input-0`."""
         outside = self.outside()
-        with _Writer(self, _layer_input_name(0)) as embedded:
+        with _Writer(self, layer_input_name(0)) as embedded:
             for rows in self.batches():
                 embedded.put(rows, outside.model.embed(self.ids_NT[rows].long().to(self.device)))
 
@@ -75,7 +111,7 @@ class Activations:
         Raises:
             StorageError: the scratch disk has no room for the states.
         """
-        names = [_post_attention_name(layer)] * keep_post_attention + [_layer_input_name(layer + 1)]
+        names = [post_attention_name(layer)] * keep_post_attention + [layer_input_name(layer + 1)]
         if all(self._path(name).exists() for name in names):
             return
         block, context = self.block(layer), self.contexts()[layer]
@@ -136,7 +172,7 @@ class Activations:
 
 def drop_layer(directory: Path, layer: int) -> None:
     """Delete the files in a directory of `Activations` that only tasks of this layer read."""
-    for name in (_layer_input_name(layer), _post_attention_name(layer)):
+    for name in (layer_input_name(layer), post_attention_name(layer)):
         (directory / f"{name}.bin").unlink(missing_ok=True)
 
 
@@ -157,9 +193,12 @@ class ChildActivations(Activations):
 
     def block(self, layer: int) -> Subblocks:
         if layer not in self._blocks:
-            block, weights = self._architecture.layers[layer], self._weights(layer)
-            self._blocks[layer] = load_subblocks(self.parent, layer, block, weights, self.dtype, self.device)
+            self._blocks[layer] = self.load_block(layer)
         return self._blocks[layer]
+
+    def load_block(self, layer: int) -> Subblocks:
+        block, weights = self._architecture.layers[layer], self._weights(layer)
+        return load_subblocks(self.parent, layer, block, weights, self.dtype, self.device)
 
     def attention(self, layer: int) -> Variant:
         return self._architecture.layers[layer].attention
@@ -222,11 +261,13 @@ class _Writer:
             self._temporary.replace(self._path)
 
 
-def _layer_input_name(layer: int) -> str:
+def layer_input_name(layer: int) -> str:
+    """Name of the file of what enters a layer."""
     return f"layer-input-{layer:03d}"
 
 
-def _post_attention_name(layer: int) -> str:
+def post_attention_name(layer: int) -> str:
+    """Name of the file of what leaves a layer's attention subblock."""
     return f"post-attention-{layer:03d}"
 
 

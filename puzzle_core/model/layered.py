@@ -86,6 +86,7 @@ class LayeredModel:
             yield group
 
     def _contexts(self, batch: Batch) -> dict[str, dict[str, Any]]:
+<<<<<<< HEAD
         """By kind of attention, the keyword arguments of the blocks."""
         model, weight = self.outside.model, self.outside.lm_head.weight
         positions_BT = torch.arange(batch.ids.shape[1]).unsqueeze(0) if batch.positions is None else batch.positions
@@ -99,6 +100,25 @@ class LayeredModel:
                     ~visible, torch.finfo(weight.dtype).min
                 )
             context["attention_mask"] = visible
+=======
+        """The keyword arguments of the blocks, by kind of attention."""
+        model, given = self.outside.model, batch.positions
+        positions = torch.arange(batch.ids.shape[1]).unsqueeze(0) if given is None else given
+        weight = self.outside.lm_head.weight
+        like_BTD = weight.new_empty(*positions.shape, weight.shape[1])
+        contexts: dict[str, dict[str, Any]] = model.contexts(like_BTD, positions.to(self.device))
+        if batch.segments is not None:
+            config, visible = model.parent_config, _visible(batch.segments)
+            distance_BTT = positions[:, :, None] - positions[:, None, :]
+            for kind, context in contexts.items():
+                sliding = kind == "sliding_attention"
+                mask = (visible & (distance_BTT < config.sliding_window)[:, None] if sliding else visible).to(
+                    self.device
+                )
+                if config._attn_implementation == "eager":  # it adds its mask to the logits
+                    mask = torch.zeros_like(mask, dtype=weight.dtype).masked_fill_(~mask, torch.finfo(weight.dtype).min)
+                context["attention_mask"] = mask
+>>>>>>> main
         return contexts
 
 

@@ -101,8 +101,8 @@ def _draw_training(axes: Axes, record: GkdRecord, begin: int) -> None:
     if record.held_back:
         tokens = [begin + record.tokens * point.step / len(record.curve) for point in record.held_back]
         kls = [point.kl_nats_per_token for point in record.held_back]
-        points = axes.plot(tokens, kls, color=VERMILLION, linestyle="none", marker="o", markersize=4)
-        points[0].set_label("_again" if begin else "KL on held-back windows, without a weight")
+        label = "" if begin else "KL on held-back windows, without a weight"
+        axes.plot(tokens, kls, color=VERMILLION, linestyle="none", marker="o", markersize=4, label=label)
 
 
 def _draw_curve(

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from puzzle_core.architecture import Variant
+from puzzle_core.compute_slots import ComputeSlot
 from puzzle_core.data import read_windows
 from puzzle_core.device import available_cores, default_device
 from puzzle_core.distill.launch import Launch
@@ -70,6 +71,17 @@ class RunContext(Record):
     def threads_per_task(self) -> int:
         """CPU threads of one task; all workers together use each core once."""
         return max(1, available_cores() // self.workers)
+
+    @property
+    def devices(self) -> int:
+        """How many devices the tasks of this machine compute on: its GPUs, or the CPU."""
+        return max(1, torch.cuda.device_count())
+
+    @property
+    def compute_slot(self) -> ComputeSlot:
+        """A compute slot on the device of the current task: a GPU computes for one task at a time."""
+        device = default_device()
+        return ComputeSlot(str(device), 1 if device.type == "cuda" else self.workers)
 
     @property
     def launch(self) -> Launch | None:

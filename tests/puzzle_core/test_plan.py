@@ -137,6 +137,15 @@ def test_pairs_are_scored_whole_and_subblocks_alone(plan):
     assert len(alone) == 3 + 3
 
 
+def test_the_source_of_states_is_in_no_key_and_micro_batches_are(plan):
+    streamed, in_parts = plan(bld={"source": "streamed"}), plan(bld={"micro_batch_tokens": 2048})
+    assert [work.key for work in streamed.all_bld()] == [work.key for work in plan().all_bld()]
+    assert streamed.spec_of_content() == plan().spec_of_content()
+    assert not {work.key for work in in_parts.all_bld()} & {work.key for work in plan().all_bld()}
+    assert (resources(streamed).bld_scratch_bytes, resources(plan()).bld_scratch_bytes > 0) == (0, True)
+    assert resources(streamed).bld_flops > resources(plan()).bld_flops
+
+
 def test_only_pruned_ffns_wait_for_contributions(plan):
     waiting = {str(work.variant) for work in plan().all_bld() if work.contributions}
     assert waiting == {"ffn:i24"}

@@ -105,6 +105,11 @@ def test_a_share_of_block_time_has_no_absolute_value():
         ),
         ({"target": {"dtype": "float16"}}, "target.dtype: "),
         ({"runtime": {"dask_address": "tcp://10.0.0.5:8786"}}, "set task_runner to 'dask'"),
+        (
+            {"bld": {"source": "streamed"}, "runtime": {"task_runner": "dask"}},
+            "bld.source is streamed and runtime.task_runner is dask",
+        ),
+        ({"bld": {"micro_batch_tokens": 1536}}, "bld.batch_tokens must be a multiple of bld.micro_batch_tokens"),
         ({"runtime": {"task_runner": "dask", "dask_address": "10.0.0.5"}}, "runtime.dask_address: "),
         ({"runtime": {"gkd_machines": 2}}, "set gkd_rendezvous to this machine's name and a free port"),
     ],
