@@ -263,13 +263,8 @@ def pack_split(
     packed = pack(splits, documents, tokenizer, work.seed, work.cut_documents, work.document_start, place or BEGIN)
     last = deque(packed, maxlen=1).pop()
     windows_NT = last.windows
-<<<<<<< HEAD
-    more = {"documents": last.documents()} if work.documents else {}
-    save_file({"tokens": windows_NT, **more}, out_dir / TOKENS)
-=======
     tensors = {"tokens": windows_NT} | ({"documents": last.documents()} if work.documents else {})
     save_file(tensors, out_dir / TOKENS)
->>>>>>> main
     sample = tokenizer.decode(windows_NT[:64].flatten().tolist(), skip_special_tokens=True)
     return TokensRecord(
         windows=len(windows_NT),

@@ -27,8 +27,8 @@ class Batch(NamedTuple):
     """Tokens of a forward pass; all are (B, T).
 
     Positions count from 0 and every token sees those before it, unless positions are given: where they do not go on,
-    another document begins, which sees none before it. With segments, a token sees those before it in segment 0 and in
-    its own segment; segment -1 is padding.
+    another document begins, whose tokens see none before it. With segments, a token sees those before it in segment 0
+    and in its own segment; segment -1 is padding.
     """
 
     ids: torch.Tensor
@@ -86,21 +86,6 @@ class LayeredModel:
             yield group
 
     def _contexts(self, batch: Batch) -> dict[str, dict[str, Any]]:
-<<<<<<< HEAD
-        """By kind of attention, the keyword arguments of the blocks."""
-        model, weight = self.outside.model, self.outside.lm_head.weight
-        positions_BT = torch.arange(batch.ids.shape[1]).unsqueeze(0) if batch.positions is None else batch.positions
-        like_BT1 = weight.new_empty(1).expand(*batch.ids.shape, 1)
-        contexts: dict[str, dict[str, Any]] = model.contexts(like_BT1, positions_BT.to(self.device))
-        for kind, context in contexts.items() if batch.segments is not None else ():
-            window = model.parent_config.sliding_window if kind == "sliding_attention" else None
-            visible = _visible(batch.segments, positions_BT, window).to(self.device)
-            if model.parent_config._attn_implementation == "eager":  # it adds its mask
-                visible = torch.zeros_like(visible, dtype=weight.dtype).masked_fill(
-                    ~visible, torch.finfo(weight.dtype).min
-                )
-            context["attention_mask"] = visible
-=======
         """The keyword arguments of the blocks, by kind of attention."""
         model, given = self.outside.model, batch.positions
         positions = torch.arange(batch.ids.shape[1]).unsqueeze(0) if given is None else given
@@ -118,22 +103,19 @@ class LayeredModel:
                 if config._attn_implementation == "eager":  # it adds its mask to the logits
                     mask = torch.zeros_like(mask, dtype=weight.dtype).masked_fill_(~mask, torch.finfo(weight.dtype).min)
                 context["attention_mask"] = mask
->>>>>>> main
         return contexts
 
 
-def _visible(segments_BT: torch.Tensor, positions_BT: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Which tokens see which, (B, 1, T, T): within a window of positions if there is one.
+def _visible(segments_BT: torch.Tensor) -> torch.Tensor:
+    """Which tokens see which, (B, 1, T, T).
 
     A token of padding sees the padding before it and itself, for a row without any would be NaN.
     """
     asking_BT1, asked_B1T = segments_BT[:, :, None], segments_BT[:, None, :]
     length = segments_BT.shape[1]
-    visible = (asking_BT1 == asked_B1T) | (asked_B1T == 0)
-    visible &= torch.ones(length, length, dtype=torch.bool).tril()
-    if window is not None:
-        visible &= positions_BT[:, :, None] - positions_BT[:, None, :] < window
-    return visible[:, None]
+    same = (asking_BT1 == asked_B1T) | (asked_B1T == 0)
+    earlier = torch.ones(length, length, dtype=torch.bool).tril()
+    return (same & earlier)[:, None]
 
 
 def layered_parent(parent: Parent, dtype: torch.dtype, device: torch.device) -> LayeredModel:
