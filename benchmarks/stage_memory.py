@@ -24,7 +24,7 @@ from puzzle_core.architecture import Architecture, BlockVariant, Variant
 from puzzle_core.data import read_windows
 from puzzle_core.device import default_device
 from puzzle_core.distill import bld, gkd, importance
-from puzzle_core.evaluation import evaluate
+from puzzle_core.evaluation import capture_parent, evaluate
 from puzzle_core.gguf_import.import_gguf import import_gguf
 from puzzle_core.installed_file import local_path
 from puzzle_core.model.activations import Activations
@@ -58,10 +58,10 @@ class Place:
         directory.mkdir()
         return directory
 
-    def activations(self) -> Activations:
-        """The states of the tokens, captured or not."""
+    def activations(self, name: str = "states") -> Activations:
+        """The states of the tokens in a directory, captured or not."""
         ids_NT = read_windows(self.tokens_dir)
-        return Activations(self.place / "states", self.parent, ids_NT, torch.float32, default_device())
+        return Activations(self.place / name, self.parent, ids_NT, torch.float32, default_device())
 
 
 def run_importance(place: Place) -> None:
@@ -104,19 +104,21 @@ def run_assemble(place: Place) -> None:
 
 
 def run_gkd(place: Place) -> None:
-    """A few steps of the child, in micro-batches of 512 tokens."""
+    """A few steps of the child, in micro-batches of 512 tokens, with activations computed again."""
     spec = GkdSpec(tokens=2048 * STEPS, batch_tokens=2048, micro_batch_tokens=512)
     architecture = Architecture.of_parent(place.parent.shape)
     work = GkdWork(parent="p", child="c", architecture=architecture, tokens="t", dtype="float32", seed=0, spec=spec)
     few = place.out("few-tokens")
     windows_NT = read_windows(place.tokens_dir)[: 2048 * STEPS // place.length]
     save_file({"tokens": windows_NT}, few / "tokens.safetensors")
-    gkd.distil(work, place.parent, place.place / "child", few, place.out("gkd"))
+    gkd.distil(work, place.parent, place.place / "child", few, place.out("gkd"), recompute=True)
 
 
 def run_evaluate(place: Place) -> None:
-    """The child against the parent on all tokens."""
-    evaluate(EvaluateWork(parent="p", child="c", tokens="t"), place.parent, place.place / "child", place.tokens_dir)
+    """The child against the parent on all tokens, the parent's own pass included."""
+    activations = place.activations("final states")
+    capture_parent(activations)
+    evaluate(EvaluateWork(parent="p", child="c", tokens="t"), activations, place.place / "child")
 
 
 STAGES: dict[str, Callable[[Place], None]] = {

@@ -48,7 +48,7 @@ def _from_parent_to_report(plan: Plan, context: RunContext) -> str:
     stored_keys = context.store().keys()
     with tracked(plan.spec.name, plan.spec) as run:
         show_tracked(plan, run)
-        ensure_tokens(plan, context, "calibration", "bld", "gkd", "scoring", "evaluation")
+        ensure_tokens(plan, context, *plan.splits)
         measure_target(plan, context)
         build_planned_library(plan, context)
         search_planned_architecture(plan, context)

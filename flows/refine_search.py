@@ -6,20 +6,22 @@ parent, searches again and measures the new shortlist, as long as the measured K
 """
 
 import logging
+from collections.abc import Mapping
 
 from prefect import flow
 
-from flows.build_library import score_variants
+from flows.build_library import score_variants, scores_at_a_time
 from flows.permissions import permitted
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
 from puzzle_core.search.search_record import Candidate, RefineRecord, SearchRecord, with_refinement
-from puzzle_core.spec import RunSpec
-from puzzle_core.work import EvaluationRecord
+from puzzle_core.spec import EvaluationSpec, RunSpec
+from puzzle_core.work import EvaluateWork, EvaluationRecord
 from tasks import stage_tasks
 from tasks.runtime.context import RunContext
+from tasks.stage_progress import StageProgress
 from tasks.tracking.lineage import record_refined
 from tasks.tracking.tracking import tracked
 
@@ -63,7 +65,7 @@ def refine_planned_search(plan: Plan, context: RunContext) -> None:
         for number in range(1, spec.search.iterations + 1):
             base = best.solution.architecture
             with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
-                side_by_side(score_variants, context)(plan, context, base)
+                side_by_side(score_variants, context, scores_at_a_time(plan, context))(plan, context, base)
             search = plan.search(base, first.batch_sizes)
             ensure(stage_tasks.search_architecture, search, context, target=spec.target)
             measured = _measured(number, _search_record(context, search.key), plan, context, best.measured_kl)
@@ -104,7 +106,8 @@ def _measured(
         base_kl: measured KL of the child that the search's scores are relative to, in nats per token; 0 for the parent.
     """
     shortlist = search.solutions[: plan.spec.search.shortlist]
-    side_by_side(measure_candidates, context)([solution.architecture for solution in shortlist], plan, context)
+    with context.lock_activations(plan.tokens("scoring").key, plan.spec.evaluation.dtype):
+        side_by_side(measure_candidates, context)([solution.architecture for solution in shortlist], plan, context)
     candidates = []
     for rank, solution in enumerate(shortlist, start=1):
         evaluation = context.store().record(EvaluationRecord, plan.measure(solution.architecture).key)
@@ -123,13 +126,34 @@ def _measured(
 @flow(name="measure-candidates", persist_result=False, result_serializer="json", validate_parameters=False)
 def measure_candidates(architectures: list[Architecture], plan: Plan, context: RunContext) -> None:
     """Assemble architectures, and measure their KL to the parent side by side."""
-    futures = []
-    for number, architecture in enumerate(architectures, start=1):
-        label = f"candidate {number}"
+    labels = {f"candidate {number}": architecture for number, architecture in enumerate(architectures, start=1)}
+    for label, architecture in labels.items():
         ensure(stage_tasks.assemble_child, plan.assemble(architecture), context, label=label)
-        if not context.store().has(plan.measure(architecture).key):
-            futures.append(submit(stage_tasks.evaluate_model, plan.measure(architecture), context, label=label))
-    wait_all("candidates", futures)
+    evaluate_missing("candidates", {label: plan.measure(each) for label, each in labels.items()}, plan, context)
+
+
+def evaluate_missing(
+    what: str, works: Mapping[str, EvaluateWork], plan: Plan, context: RunContext, spec: EvaluationSpec | None = None
+) -> None:
+    """Evaluate the models that the store has no evaluation of, by label; the parent runs once for all of them.
+
+    Args:
+        what: they are, in log lines and errors.
+        works: on the same tokens and in the same type.
+        plan: of the run.
+        context: the run's places.
+        spec: names the files of benchmarks, where works have some.
+    """
+    missing = {label: work for label, work in works.items() if not context.store().has(work.key)}
+    if not missing:
+        return
+    parent, tokens, dtype = next((work.parent, work.tokens, work.dtype) for work in missing.values())
+    stage_tasks.capture_parent(parent, tokens, dtype, context)
+    progress, files = StageProgress(what, plan.spec.name), {"spec": spec} if spec else {}
+    evaluate = stage_tasks.evaluate_model
+    futures = [submit(evaluate, work, context, label=label, **files) for label, work in missing.items()]
+    wait_all(what, futures, progress=progress)
+    stage_tasks.drop_activations(context.activations_directory(parent, tokens, dtype))
 
 
 def _kl(candidate: Candidate) -> float:

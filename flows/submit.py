@@ -1,7 +1,6 @@
 """What all flows share: planning a run, submitting missing work, and waiting for it with progress."""
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
@@ -20,13 +19,12 @@ from puzzle_core.spec import RunSpec
 from puzzle_core.work import BldWork, GradientsWork, ScoreWork
 from tasks.runtime.context import RunContext
 from tasks.runtime.disk_space import check_disk_space
+from tasks.stage_progress import StageProgress
 from tasks.stage_tasks import open_inputs, pack_tokens
 from tasks.task_policies import cache_key
 from tasks.tracking.tracking import current_run
-from tasks.ui_artifacts import ProgressArtifact
 
 log = logging.getLogger("puzzle")
-PROGRESS_SECONDS = 5.0
 ATTEMPTS = 3
 """Of a run that finds damaged artifacts (`retry_after_damage`)."""
 P = ParamSpec("P")
@@ -46,6 +44,7 @@ def plan_run(spec: RunSpec) -> tuple[Plan, RunContext]:
     context = RunContext.of(spec)
     check_packages(spec, context)
     plan = Plan(spec, open_inputs(context, spec.data, spec.target, spec.evaluation))
+    _log_auto_dtype(spec, plan, context)
     context = context.at_commit(plan.inputs.parent_commit)
     context.drop_finished_checkpoints()
     store = context.store()
@@ -57,9 +56,30 @@ def plan_run(spec: RunSpec) -> tuple[Plan, RunContext]:
     return plan, context
 
 
-def side_by_side(flow: Flow[P, T], context: RunContext) -> Flow[P, T]:
-    """The flow with one task slot per core or GPU of this machine, or per worker of the run's cluster."""
-    return flow.with_options(task_runner=task_runner(context))
+def _log_auto_dtype(spec: RunSpec, plan: Plan, context: RunContext) -> None:
+    """Log what `auto` is here, and warn where the store has trained variants in the other type alone."""
+    if not spec.auto_parts:
+        return
+    here, stored = plan.inputs.auto_dtype, context.store().keys(BldWork.stage)
+    parts = ", ".join(f"{part}.dtype" for part in spec.auto_parts)
+    log.info("auto is %s on this machine: %s", here, parts)
+    elsewhere = "float32" if here == "bfloat16" else "bfloat16"
+    other = Plan(spec, plan.inputs.model_copy(update={"auto_dtype": elsewhere}))
+    found = sum(work.key in stored for work in other.all_bld())
+    if found and not any(work.key in stored for work in plan.all_bld()):
+        log.warning(
+            "the store has %d variants of this specification in %s, from a machine where auto is that, and none in %s; "
+            "this run trains its own. To use those: --set bld.dtype=%s",
+            *(found, elsewhere, here, elsewhere),
+        )
+
+
+def side_by_side(flow: Flow[P, T], context: RunContext, tasks: int = 0) -> Flow[P, T]:
+    """The flow with one task slot per core or GPU of this machine, or per worker of the run's cluster.
+
+    Threads hold at least `tasks` tasks at a time: tasks that share what they load, and take turns to compute.
+    """
+    return flow.with_options(task_runner=task_runner(context, tasks))
 
 
 def ensure(task: Task[Any, str], work: Work, context: RunContext, **arguments: Any) -> str:
@@ -114,7 +134,7 @@ def wait_all(
     futures: Iterable[PrefectFuture[Any]],
     done_before: int = 0,
     total: int | None = None,
-    bar: ProgressArtifact | None = None,
+    progress: StageProgress | None = None,
 ) -> None:
     """Wait for all futures and show progress; failures are raised when every future has ended.
 
@@ -123,13 +143,13 @@ def wait_all(
         futures: the tasks' futures.
         done_before: tasks of the same kind that were done before.
         total: all tasks of this kind; the number of futures by default.
-        bar: a progress artifact to update.
+        progress: where the progress of all these tasks is shown.
 
     Raises:
         PuzzleError: tasks failed; its text has one line per distinct failure. A DamagedError if one of them is.
     """
     waiting = list(futures)
-    total, logged = total or len(waiting), time.monotonic()
+    total = total or len(waiting)
     failed: list[PuzzleError] = []
     for number, future in enumerate(waiting, start=1):
         try:
@@ -138,11 +158,8 @@ def wait_all(
             failed.append(error)
         except TimeoutError as error:
             failed.append(timeout_error(_name_of(future), error))
-        if bar:
-            bar.show(done_before + number, total)
-        if time.monotonic() - logged > PROGRESS_SECONDS:
-            log.info("%s: %d of %d", what, done_before + number, total)
-            logged = time.monotonic()
+        if progress:
+            progress.show(done_before + number, total)
     if failed:
         damaged = any(isinstance(error, DamagedError) for error in failed)
         message = f"{len(failed)} of {total} {what} tasks failed:\n" + "\n".join(_distinct(failed))

@@ -5,9 +5,9 @@ import logging
 from prefect import flow
 
 from flows.permissions import permitted
-from flows.refine_search import find_answer
+from flows.refine_search import evaluate_missing, find_answer
 from flows.services.orphaned_runs import inherited_tags, label_process
-from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
+from flows.submit import ensure, ensure_tokens, plan_run, side_by_side
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
 from puzzle_core.search.search_record import SearchRecord
@@ -53,14 +53,16 @@ def train_planned_child(plan: Plan, context: RunContext) -> None:
     search = find_answer(plan, context)
     with tracked("child", plan.spec) as run:
         show_tracked(plan, run)
-        ensure_tokens(plan, context, "gkd", "evaluation")
+        ensure_tokens(plan, context, *plan.gkd_splits, "evaluation")
         architectures = children(search)
         for label, architecture in architectures.items():
             ensure(stage_tasks.assemble_child, plan.assemble(architecture), context, label=label)
-        ensure(stage_tasks.distil_child, plan.gkd(search.best.architecture), context, run=run)
+        for split, work in plan.trainings(search.best.architecture).items():
+            ensure(stage_tasks.distil_child, work, context, run=run, label=split)
         if timing := plan.timing(timed(plan, search), search.best.prediction.batch_size):
             ensure(stage_tasks.time_models, timing, context)
-        side_by_side(evaluate_models, context)(plan, context)
+        with context.lock_activations(plan.tokens("evaluation").key, plan.spec.evaluation.dtype):
+            side_by_side(evaluate_models, context)(plan, context)
         record_child(plan, context, run, report_work(plan, context))
 
 
@@ -74,14 +76,7 @@ def train_planned_child(plan: Plan, context: RunContext) -> None:
 def evaluate_models(plan: Plan, context: RunContext) -> None:
     """Quality of the parent, the child before and after GKD, and the baselines, on the same held-out tokens."""
     evaluations = {label: plan.evaluate(key) for label, key in evaluated(plan, find_answer(plan, context)).items()}
-    missing = {label: work for label, work in evaluations.items() if not context.store().has(work.key)}
-    wait_all(
-        "evaluation",
-        [
-            submit(stage_tasks.evaluate_model, work, context, label=label, spec=plan.spec.evaluation)
-            for label, work in missing.items()
-        ],
-    )
+    evaluate_missing("evaluation", evaluations, plan, context, plan.spec.evaluation)
 
 
 def children(search: SearchRecord) -> dict[str, Architecture]:
@@ -113,6 +108,7 @@ def report_work(plan: Plan, context: RunContext) -> ReportWork:
     batch_size = search.best.prediction.batch_size
     refine = plan.refine()
     costs = plan.costs().get((plan.spec.scenario.name, batch_size))
+    *first, gkd = [training.key for training in plan.trainings(search.best.architecture).values()]
     return ReportWork(
         spec=plan.spec_of_content(),
         shape=plan.inputs.shape,
@@ -121,7 +117,8 @@ def report_work(plan: Plan, context: RunContext) -> ReportWork:
         scores=tuple(work.key for work in plan.all_scores()),
         costs=costs.key if costs else None,
         refine=refine.key if refine else None,
-        gkd=plan.gkd(search.best.architecture).key,
+        gkd=gkd,
+        first_gkd=first[0] if first else None,
         timing=plan.timing(timed(plan, search), batch_size),
         models=tuple(
             ReportedModel(

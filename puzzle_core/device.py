@@ -1,14 +1,18 @@
-"""The torch device of the current task, and the GPUs, cores and memory of this process."""
+"""The torch device of the current task, its types of products, and the GPUs, cores and memory of this process."""
 
 import contextlib
 import contextvars
+import functools
+import logging
 import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+log = logging.getLogger("puzzle")
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Microseconds of processor time that a container may take in a period, and the period."""
 
@@ -17,7 +21,31 @@ _current_device: contextvars.ContextVar[torch.device | None] = contextvars.Conte
 
 def default_device() -> torch.device:
     """The device set by `on_device`; otherwise the first GPU, or the CPU where there is no GPU."""
-    return _current_device.get() or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _current_device.get() or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        use_tensor_float_32()
+    return device
+
+
+@functools.cache
+def use_tensor_float_32() -> None:
+    """Let GPUs round the factors of float32 products to TF32 (10 bits of mantissa), in this whole process.
+
+    `torch.set_float32_matmul_precision` would change the products of processors, too.
+    """
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    log.info("float32 products on GPUs are TF32: their factors have 10 bits of mantissa")
+
+
+def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """The type of matrix products that is fast and good enough for training: what `auto` means in a specification.
+
+    bfloat16 on GPUs that have it (NVIDIA's since Ampere), and on processors with AVX-512 BF16 or AMX.
+    """
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    has = torch.cpu.get_capabilities()
+    return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
 
 
 def device_name(device: torch.device) -> str:
@@ -81,6 +109,13 @@ def memory_bytes() -> float:
             return min(machine, float(file.read().replace("max", "inf")))
     except OSError:
         return machine
+
+
+def device_memory_bytes() -> float:
+    """Memory in bytes of all GPUs together, or that which this process may use where there is none."""
+    if not torch.cuda.is_available():
+        return memory_bytes()
+    return sum(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
 
 
 def use_threads(threads: int) -> None:

@@ -23,7 +23,7 @@ from tokenizers.trainers import BpeTrainer
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from puzzle_core.data import batch_rows, pack
+from puzzle_core.data import Split, batch_rows, pack
 from puzzle_core.distill.launch import loopback_interface
 from puzzle_core.records import Record, canonical_json, make_directory, write_text_atomic
 from puzzle_core.text_sources import digest_documents, stdlib_documents
@@ -111,7 +111,8 @@ def _train_process(rank: int, processes: int, store: Path, out_dir: Path, spec: 
         len(ids) + 1
         for ids in tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
     )
-    windows = pack(documents, tokenizer, CONTEXT_TOKENS, {"train": all_tokens - CONTEXT_TOKENS}, spec.seed)["train"]
+    split = Split("train", all_tokens - CONTEXT_TOKENS, CONTEXT_TOKENS)
+    windows = next(pack([split], documents, tokenizer, spec.seed)).windows
 
     torch.manual_seed(spec.seed)
     model = _new_model()
@@ -179,7 +180,8 @@ def _next_token_loss(model: LlamaForCausalLM, ids_NT: torch.Tensor) -> torch.Ten
 @torch.no_grad()
 def _evaluate(model: LlamaForCausalLM, tokenizer: Any, tokens: int = 65_536) -> dict[str, float]:
     documents = list(stdlib_documents(held_out=True))
-    windows = pack(documents, tokenizer, CONTEXT_TOKENS, {"held-out": tokens}, seed=0)["held-out"].long()
+    split = Split("held-out", tokens, CONTEXT_TOKENS)
+    windows = next(pack([split], documents, tokenizer, seed=0)).windows.long()
     loss, right = 0.0, 0
     for batch in torch.split(windows, 16):
         logits = model(input_ids=batch).logits[:, :-1].float()

@@ -8,7 +8,7 @@ Legend: B sequences, T tokens, P scored positions, D hidden width, V vocabulary.
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +16,10 @@ import torch
 from puzzle_core.benchmark_items import Item
 from puzzle_core.distill.losses import next_token_loss
 from puzzle_core.errors import DataError, NonFiniteError
+from puzzle_core.model.layered import Batch, LayeredModel
 from puzzle_core.model.predictions import chunks, log_probabilities
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
+from puzzle_core.progress import Report, no_report
 from puzzle_core.work import MultipleChoiceResult
 
 BATCH_TOKENS = 2048
@@ -37,37 +39,55 @@ class _Group(NamedTuple):
         return len(self.context) + sum(len(continuation) - 1 for continuation in self.continuations)
 
 
-@torch.no_grad()
-def answer_items(
-    model: PuzzleForCausalLM,
-    tokenizer: Any,
-    name: str,
-    items: Sequence[Item],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> MultipleChoiceResult:
-    """Accuracy of a model on one benchmark.
+class Questions(NamedTuple):
+    """A benchmark in tokens: its items, and the batches of contexts and continuations that they ask for."""
+
+    name: str
+    items: Sequence[Item]
+    batches: list[list[_Group]]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all forward passes, padding included."""
+        return sum(batch[0].length * len(batch) for batch in self.batches)
+
+
+def encode_items(tokenizer: Any, name: str, items: Sequence[Item], limit: int) -> Questions:
+    """The tokens of a benchmark.
 
     Args:
-        model: in evaluation mode.
         tokenizer: the parent's.
         name: of the benchmark, for the result and errors.
         items: its questions.
-        progress: called after each batch with the tokens that are done and all tokens.
+        limit: tokens of a context and a choice, at most.
 
     Raises:
         DataError: the tokenizer gives a choice no tokens, or a choice does not fit into the context.
+    """
+    groups = [group for number, item in enumerate(items) for group in _groups(tokenizer, name, number, item, limit)]
+    return Questions(name, items, list(_batches(groups)))
+
+
+@torch.no_grad()
+def answer_items(model: LayeredModel, questions: Questions, report: Report = no_report) -> MultipleChoiceResult:
+    """Accuracy of a model on one benchmark.
+
+    Args:
+        model: what answers.
+        questions: the benchmark, in its tokenizer's tokens.
+        report: called after each batch in each layer with tokens times layers.
+
+    Raises:
         NonFiniteError: a log-likelihood is NaN or infinite.
     """
-    limit = model.config.parent().max_position_embeddings
-    groups = [group for number, item in enumerate(items) for group in _groups(tokenizer, name, number, item, limit)]
+    name, items, batches = questions
     likelihoods = [[0.0] * len(item.options()) for item in items]
-    total, done = sum(group.length for group in groups), 0
-    for batch in _batches(groups):
-        for group, found in zip(batch, _log_likelihoods(model, batch), strict=True):
+    passes = [_forward_pass(batch) for batch in batches]
+    states = model.normalised_states([forward.batch for forward in passes], report)
+    for batch, forward, hidden_BTD in zip(batches, passes, states, strict=True):
+        for group, found in zip(batch, _log_likelihoods(model.outside, batch, forward, hidden_BTD), strict=True):
             for (item, choice), value in zip(group.places, found, strict=True):
                 likelihoods[item][choice] = value
-        done += sum(group.length for group in batch)
-        progress(done, total)
     if not all(math.isfinite(value) for values in likelihoods for value in values):
         raise NonFiniteError(f"benchmark {name}: a log-likelihood is NaN or infinite")
     plain = [_wins(values, item.label) for values, item in zip(likelihoods, items, strict=True)]
@@ -133,16 +153,23 @@ def _batches(groups: list[_Group]) -> Iterator[list[_Group]]:
     yield batch
 
 
-def _log_likelihoods(model: PuzzleForCausalLM, batch: list[_Group]) -> list[list[float]]:
-    """The log-likelihood of every continuation of every group, in nats."""
-    device = model.lm_head.weight.device
-    length = batch[0].length
-    ids_BT = torch.zeros(len(batch), length, dtype=torch.long)
-    positions_BT = torch.zeros(len(batch), length, dtype=torch.long)
-    segments_BT = torch.full((len(batch), length), -1)
+class _ForwardPass(NamedTuple):
+    """The tokens of some groups; row and place of the scored positions, and the token that each of them predicts."""
+
+    batch: Batch
+    scored: list[tuple[int, int]]
+    targets: list[int]
+
+
+def _forward_pass(groups: list[_Group]) -> _ForwardPass:
+    """One sequence per group: its context, and behind it the continuations, which do not see each other."""
+    length = groups[0].length
+    ids_BT = torch.zeros(len(groups), length, dtype=torch.long)
+    positions_BT = torch.zeros(len(groups), length, dtype=torch.long)
+    segments_BT = torch.full((len(groups), length), -1)
     scored: list[tuple[int, int]] = []
     targets_P: list[int] = []
-    for row, group in enumerate(batch):
+    for row, group in enumerate(groups):
         width = end = len(group.context)
         ids_BT[row, :width] = torch.tensor(group.context)
         positions_BT[row, :width] = torch.arange(width)
@@ -155,31 +182,21 @@ def _log_likelihoods(model: PuzzleForCausalLM, batch: list[_Group]) -> list[list
             scored += [(row, width - 1), *((row, place) for place in range(end, end + inner))]
             targets_P += continuation
             end += inner
-    hidden_BTD = model.model(
-        input_ids=ids_BT.to(device),
-        position_ids=positions_BT.to(device),
-        attention_mask=_visible(segments_BT).to(device),
-        use_cache=False,
-    ).last_hidden_state
-    rows_P, places_P = torch.tensor(scored, device=device).unbind(1)
-    scored_PD, losses = hidden_BTD[rows_P, places_P], list[float]()
-    for part in chunks(len(scored), model.config.vocab_size, device):
-        predicted_PV, wanted_P = log_probabilities(model, scored_PD[part]), torch.tensor(targets_P[part], device=device)
-        losses += next_token_loss(predicted_PV, wanted_P).tolist()
+    return _ForwardPass(Batch(ids_BT, positions_BT, segments_BT), scored, targets_P)
+
+
+def _log_likelihoods(
+    outside: PuzzleForCausalLM, groups: list[_Group], forward: _ForwardPass, normalised_BTD: torch.Tensor
+) -> list[list[float]]:
+    """The log-likelihood of every continuation of every group, in nats, from what leaves the final norm."""
+    device = normalised_BTD.device
+    rows_P, places_P = torch.tensor(forward.scored, device=device).unbind(1)
+    scored_PD, losses = normalised_BTD[rows_P, places_P], list[float]()
+    for part in chunks(len(forward.scored), outside.config.vocab_size, device):
+        predicted_PV = log_probabilities(outside, scored_PD[part])
+        losses += next_token_loss(predicted_PV, torch.tensor(forward.targets[part], device=device)).tolist()
     values = iter(-loss for loss in losses)
-    return [[sum(next(values) for _ in continuation) for continuation in group.continuations] for group in batch]
-
-
-def _visible(segments_BT: torch.Tensor) -> torch.Tensor:
-    """Which tokens see which, (B, 1, T, T): earlier ones of the context and of the own continuation.
-
-    Segment 0 is the context, -1 padding. A token of padding sees itself, for a row without any would be NaN.
-    """
-    asking_BT1, asked_B1T = segments_BT[:, :, None], segments_BT[:, None, :]
-    length = segments_BT.shape[1]
-    same = (asking_BT1 == asked_B1T) | (asked_B1T == 0)
-    earlier = torch.ones(length, length, dtype=torch.bool).tril()
-    return (same & earlier)[:, None]
+    return [[sum(next(values) for _ in continuation) for continuation in group.continuations] for group in groups]
 
 
 def _wins(values: Sequence[float], label: int) -> float:

@@ -15,6 +15,8 @@ from puzzle_core.records import Record
 from puzzle_core.yaml_file import parse_record, read_keys, resolve_path
 
 Dtype = Literal["float32", "bfloat16"]
+ComputeDtype = Literal["float32", "bfloat16", "auto"]
+"""`auto` is bfloat16 where the machine has fast products of it (`device.fast_dtype`); a plan has no `auto` left."""
 Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
 _NAME = r"^[A-Za-z0-9]([A-Za-z0-9 ._+-]*[A-Za-z0-9_+-])?"
 Name = Annotated[str, Field(pattern=_NAME + "$", max_length=100, json_schema_extra={"pattern": _NAME + r"(?![\s\S])"})]

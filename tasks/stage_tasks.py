@@ -7,15 +7,16 @@ where it lacks an artifact, the flows run the task again even if Prefect has a c
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from puzzle_core import data, evaluation, fisher, scoring
 from puzzle_core.benchmark_items import digest_items, read_items
+from puzzle_core.chats import as_texts, check_template
 from puzzle_core.cost import roofline
 from puzzle_core.cost.engine_module import cost_module
 from puzzle_core.cost.measuring import hardware_name
-from puzzle_core.device import available_cores, on_first, use_threads, visible_gpus
+from puzzle_core.device import available_cores, default_device, fast_dtype, on_first, use_threads, visible_gpus
 from puzzle_core.distill import bld, gkd, importance
 from puzzle_core.distill.launch import GkdRequest, launch
 from puzzle_core.distill.loop import Progress
@@ -33,17 +34,21 @@ from puzzle_core.search.run_search import check_feasible, find_architecture
 from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.search.table_files import read_costs
 from puzzle_core.search.tables import CostTable, ScoreTable
-from puzzle_core.spec import DataSpec, Dtype, EvaluationSpec, TargetSpec
+from puzzle_core.spec import BldSource, DataSpec, EvaluationSpec, TargetSpec
+from puzzle_core.target import ComputeDtype
 from puzzle_core.text_sources import Texts, read_texts
 from puzzle_core.work import (
     AssembleWork,
+    BldRecord,
     BldWork,
     CostRecord,
     CostWork,
     EvaluateWork,
+    EvaluationRecord,
     GkdRecord,
     GkdWork,
     GradientsWork,
+    ImportanceRecord,
     ImportanceWork,
     RefineWork,
     ReportWork,
@@ -51,10 +56,11 @@ from puzzle_core.work import (
     ScoreWork,
     SearchWork,
     TimingWork,
+    TokensRecord,
     TokensWork,
 )
 from tasks.runtime.context import RunContext
-from tasks.runtime.digest_cache import check_texts_disjoint, parent_digest, texts_digest
+from tasks.runtime.digest_cache import check_texts_disjoint, named_chat, parent_digest, texts_digest
 from tasks.runtime.locks import gpu_lock, machine_lock
 from tasks.runtime.named_inputs import (
     digest_folder,
@@ -65,10 +71,10 @@ from tasks.runtime.named_inputs import (
 )
 from tasks.runtime.opened_parent import hub_commit
 from tasks.runtime.produce import produce
-from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs
+from tasks.stage_progress import StageProgress
+from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs, with_shared_gpu
 from tasks.tracking.live_curve import HELD_BACK_KL, LiveCurve
 from tasks.tracking.tracked_run import TrackedRun
-from tasks.ui_artifacts import ProgressArtifact
 
 log = logging.getLogger("puzzle")
 NO_BENCHMARKS = EvaluationSpec()
@@ -84,7 +90,15 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec, evalua
     parent = context.open_parent()
     tokenizer, train, held_out = parent.tokenizer(), texts.train, texts.held_out
     start = data.document_start(tokenizer, texts.document_start)
-    check_rows(tokenizer, parent.shape.vocabulary, start, lambda: [*read_texts(train), *read_texts(held_out)])
+    for texts_of in (train, held_out):
+        if chat := named_chat(texts_of, context.scratch):
+            check_template(tokenizer, chat)
+    check_rows(
+        tokenizer,
+        parent.shape.vocabulary,
+        start,
+        lambda: as_texts([*read_texts(train), *read_texts(held_out)], tokenizer),
+    )
     if evaluation.lm_eval.chat_template and not tokenizer.chat_template:
         raise SpecError(
             f"evaluation.lm_eval.chat_template is set, but the tokenizer of {context.parent.path} has no chat "
@@ -95,6 +109,7 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec, evalua
         parent=parent_digest(parent, context.scratch),
         tokenizer=parent.tokenizer_digest,
         dtype=parent.dtype,
+        auto_dtype=fast_dtype(default_device()),
         shape=parent.shape,
         train_texts=texts_digest(train, context.scratch),
         held_out_texts=texts_digest(held_out, context.scratch),
@@ -126,10 +141,12 @@ def for_target(inputs: Inputs, target: TargetSpec) -> Inputs:
 
 @stage_task("tokens", "tokens {work.split}")
 def pack_tokens(work: TokensWork, texts: Texts, context: RunContext) -> str:
-    """Pack one split of the texts."""
-    tokenizer = context.open_parent().tokenizer()
+    """Pack one split of the texts, from where the split before it ended if the store has that one."""
+    tokenizer, store, before = context.open_parent().tokenizer(), context.store(), work.before
+    end = store.record(TokensRecord, before.key).end if before and store.has(before.key) else None
+    place = data.Place(*end) if end else None
     return produce(
-        work, context, lambda out: data.pack_split(work, read_named_documents(work.texts, texts), tokenizer, out)
+        work, context, lambda out: data.pack_split(work, read_named_documents(work.texts, texts), tokenizer, out, place)
     )
 
 
@@ -137,21 +154,21 @@ def pack_tokens(work: TokensWork, texts: Texts, context: RunContext) -> str:
 @with_gpu
 def measure_importance(work: ImportanceWork, context: RunContext) -> str:
     """Channel contributions of every FFN."""
-    return produce(
-        work,
-        context,
-        lambda out: importance.measure_contributions(
-            work, context.open_parent(), context.store().fetch(work.tokens), out
-        ),
-    )
+    parent, tokens_dir = context.open_parent(), context.store().fetch(work.tokens)
+
+    def measure(out: Path) -> ImportanceRecord:
+        progress = StageProgress("importance", _short(work.key))
+        return importance.measure_contributions(work, parent, tokens_dir, out, progress.show)
+
+    return produce(work, context, measure)
 
 
 @stage_task("capture layer", "capture layer {layer} ({tokens})", cached=False)
-@with_gpu
+@with_shared_gpu
 def capture_layer(
     parent: str,
     tokens: str,
-    dtype: Dtype,
+    dtype: ComputeDtype,
     layer: int,
     keep_post_attention: bool,
     context: RunContext,
@@ -170,7 +187,8 @@ def capture_layer(
     """
     use_threads(context.threads_per_task)
     activations = context.activations(parent, tokens, dtype, base)
-    with machine_lock("shared"), _dropped_if_parent_changes(parent, activations.directory, context):
+    unchanged = _dropped_if_parent_changes(parent, activations.directory, context)
+    with machine_lock("shared"), unchanged, context.compute_slot:
         if layer == 0 and not activations.has_layer_input(0):
             activations.capture_embedding()
         activations.capture_layer(layer, keep_post_attention)
@@ -178,12 +196,22 @@ def capture_layer(
 
 @stage_task("capture log-probabilities", "capture log-probabilities", cached=False)
 @with_gpu
-def capture_log_probabilities(parent: str, tokens: str, dtype: Dtype, context: RunContext) -> None:
+def capture_log_probabilities(parent: str, tokens: str, dtype: ComputeDtype, context: RunContext) -> None:
     """Store the parent's log-probabilities, which scores compare with, where they are small enough."""
     use_threads(context.threads_per_task)
     activations = context.activations(parent, tokens, dtype)
     with machine_lock("shared"), _dropped_if_parent_changes(parent, activations.directory, context):
         activations.capture_log_probabilities()
+
+
+@stage_task("capture parent", "capture parent ({tokens})", cached=False)
+@with_gpu
+def capture_parent(parent: str, tokens: str, dtype: ComputeDtype, context: RunContext) -> None:
+    """Run the parent on tokens, and store what evaluations of all models compare with."""
+    use_threads(context.threads_per_task)
+    activations = context.activations(parent, tokens, dtype)
+    with machine_lock("shared"), _dropped_if_parent_changes(parent, activations.directory, context):
+        evaluation.capture_parent(activations, StageProgress("parent's states", _short(tokens)).show)
 
 
 @stage_task("drop activations", "drop activations", cached=False)
@@ -196,13 +224,18 @@ def drop_activations(directory: Path, layer: int | None = None) -> None:
 
 
 @stage_task("bld", "bld layer {work.layer} {work.variant}")
-@with_gpu
-def train_variant(work: BldWork, context: RunContext) -> str:
-    """Blockwise local distillation of one variant of one layer."""
+@with_shared_gpu
+def train_variant(work: BldWork, context: RunContext, source: BldSource = "stored") -> str:
+    """Blockwise local distillation of one variant of one layer, on captured states or on those that it computes."""
     use_threads(context.threads_per_task)
     activations, checkpoints = context.activations(work.parent, work.tokens, work.spec.dtype), context.checkpoints(work)
     contributions = context.store().fetch(work.contributions) if work.contributions else None
-    return produce(work, context, lambda out: bld.train_variant(work, activations, contributions, out, checkpoints))
+    slot = context.compute_slot
+
+    def train(out: Path) -> BldRecord:
+        return bld.train_variant(work, activations, contributions, out, checkpoints, slot=slot, source=source)
+
+    return produce(work, context, train)
 
 
 @stage_task("gradients", "gradients")
@@ -215,17 +248,22 @@ def measure_gradients(work: GradientsWork, context: RunContext) -> str:
 
 
 @stage_task("score", "score layer {work.layer} {work.block}")
-@with_gpu
+@with_shared_gpu
 def score_block(work: ScoreWork, context: RunContext) -> str:
     """Replace-1-block score of one block variant in one layer: exact, or estimated where it names gradients."""
     use_threads(context.threads_per_task)
     subblocks = ((str(work.block.attention), work.attention), (str(work.block.ffn), work.ffn))
     weights = {variant: load_weights(context.store().fetch(key)) for variant, key in subblocks if key}
     activations = context.activations(work.parent, work.tokens, work.dtype, work.base)
-    if work.gradients:
-        gradients = context.store().fetch(work.gradients)
-        return produce(work, context, lambda _: fisher.estimate_score(work, activations, weights, gradients))
-    return produce(work, context, lambda _: scoring.score_block(work, activations, weights))
+    gradients = context.store().fetch(work.gradients) if work.gradients else None
+
+    def score(_: Path) -> ScoreRecord:
+        if gradients is None:
+            return scoring.score_block(work, activations, weights, context.compute_slot)
+        with context.compute_slot:
+            return fisher.estimate_score(work, activations, weights, gradients)
+
+    return produce(work, context, score)
 
 
 @stage_task("cost", "cost {work.target.name} batch {work.traffic.batch_size}", tags=["measuring"])
@@ -236,9 +274,13 @@ def find_costs(work: CostWork, context: RunContext) -> str:
         return produce(
             work, context, lambda _: roofline.roofline(shape, work.variants, work.traffic, work.target), lock=None
         )
-    measure = cost_module(work.target.engine).measure_costs
+    measure, parent = cost_module(work.target.engine).measure_costs, context.open_parent()
+    use_threads(available_cores())
     return produce(
-        work, context, lambda _: measure(work, context.open_parent(), _log_rounds("measuring costs")), lock="exclusive"
+        work,
+        context,
+        lambda _: measure(work, parent, StageProgress("costs", work.target.name).show),
+        lock="exclusive",
     )
 
 
@@ -308,23 +350,25 @@ def assemble_child(work: AssembleWork, label: str, context: RunContext) -> str:
     return produce(work, context, lambda out: child.assemble(work, context.open_parent(), directories, out))
 
 
-@stage_task("gkd", "gkd")
+@stage_task("gkd", "{label}")
 @with_pinned_inputs
-def distil_child(work: GkdWork, run: TrackedRun, context: RunContext) -> str:
-    """Global knowledge distillation (GKD) of the child, on all cores or on `runtime.gkd_processes` GPUs."""
+def distil_child(work: GkdWork, run: TrackedRun, context: RunContext, label: str = "gkd") -> str:
+    """Global knowledge distillation (GKD) of the child, on all cores or on `runtime.gkd_processes` GPUs.
+
+    `label` is the split that it reads, and names its losses in MLflow.
+    """
     parent, checkpoints = context.open_parent(), context.checkpoints(work)
     child_dir, tokens_dir = context.store().fetch(work.child), context.store().fetch(work.tokens)
-    bar, curve = ProgressArtifact("gkd", f"child {work.key.rpartition('/')[2][:8]}"), LiveCurve(run, "gkd")
+    shown = StageProgress(label, f"child {_short(work.key)}", shows_end=True)
+    curve = LiveCurve(run, label)
 
     def report_progress(progress: Progress) -> None:
-        bar.show(progress.step, progress.steps)
+        shown.show(progress.step, progress.steps, f"loss {progress.loss:.4f}")
         terms = progress.terms if len(progress.terms) > 1 else {}
         if progress.held_back is not None:
             terms = terms | {HELD_BACK_KL: progress.held_back}
             log.info("GKD: KL on held-back windows %.4f after step %d", progress.held_back, progress.step)
         curve.add(progress.step, {"loss": progress.loss} | terms, last=progress.step == progress.steps)
-        if progress.step % max(1, progress.steps // 20) == 0:
-            log.info("GKD: step %d of %d, loss %.4f", progress.step, progress.steps, progress.loss)
 
     def distil(out: Path) -> GkdRecord:
         if processes := context.launch:
@@ -339,9 +383,12 @@ def distil_child(work: GkdWork, run: TrackedRun, context: RunContext) -> str:
             )
             file = checkpoints.file.resolve().with_name(f"gkd-{work.digest()[:16]}.json")
             return launch(request, processes, file, report_progress, visible_gpus(numbers))
-        threads = 1 if numbers else available_cores()
+        threads, recompute = 1 if numbers else available_cores(), context.runtime.gkd_recompute
+        use_threads(available_cores())
         with on_first(numbers):
-            return gkd.distil(work, parent, child_dir, tokens_dir, out, checkpoints, report_progress, threads)
+            return gkd.distil(
+                work, parent, child_dir, tokens_dir, out, checkpoints, report_progress, threads, recompute=recompute
+            )
 
     with gpu_lock(context.runtime.gkd_processes) as numbers:
         return produce(work, context, distil)
@@ -352,23 +399,28 @@ def distil_child(work: GkdWork, run: TrackedRun, context: RunContext) -> str:
 def evaluate_model(work: EvaluateWork, label: str, context: RunContext, spec: EvaluationSpec = NO_BENCHMARKS) -> str:
     """Quality of one model on held-out tokens, and on benchmarks, whose files `spec` names."""
     use_threads(context.threads_per_task)
-    store, parent = context.store(), context.open_parent()
-    child_dir = store.fetch(work.child) if work.child else None
+    child_dir = context.store().fetch(work.child) if work.child else None
     benchmarks = read_named_benchmarks(work, spec)
     folder = named_task_folder(work, spec)
-    return produce(
-        work,
-        context,
-        lambda _: evaluation.evaluate(work, parent, child_dir, store.fetch(work.tokens), benchmarks, folder),
-    )
+
+    def evaluate(_: Path) -> EvaluationRecord:
+        activations = context.activations(work.parent, work.tokens, work.dtype)
+        progress = StageProgress("evaluation", label)
+        return evaluation.evaluate(work, activations, child_dir, benchmarks, folder, progress.show)
+
+    return produce(work, context, evaluate)
 
 
 @stage_task("timing", "timing", tags=["measuring"])
 def time_models(work: TimingWork, context: RunContext) -> str:
     """Time the parent and the children end to end, alternating between them."""
-    measure = cost_module(work.target.engine).time_architectures
+    measure, parent = cost_module(work.target.engine).time_architectures, context.open_parent()
+    use_threads(available_cores())
     return produce(
-        work, context, lambda _: measure(work, context.open_parent(), _log_rounds("timing models")), lock="exclusive"
+        work,
+        context,
+        lambda _: measure(work, parent, StageProgress("timing", work.target.name).show),
+        lock="exclusive",
     )
 
 
@@ -423,11 +475,6 @@ def _costs(work: SearchWork, target: TargetSpec, context: RunContext) -> CostTab
     return cost_table(work.variants, work.shape, records)
 
 
-def _log_rounds(what: str) -> Callable[[int, int], None]:
-    """Use all cores, and return a function that logs each round of a measurement."""
-
-    def log_round(number: int, rounds: int) -> None:
-        log.info("%s: round %d of %d", what, number, rounds)
-
-    use_threads(available_cores())
-    return log_round
+def _short(key: str) -> str:
+    """The start of a key's digest, to tell artifacts apart in Prefect's UI."""
+    return key.rpartition("/")[2][:8]

@@ -10,7 +10,6 @@ import functools
 import logging
 import os
 import re
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, cast
 from uuid import UUID
@@ -132,29 +131,27 @@ def show_tracked(plan: Plan, run: TrackedRun) -> None:
 
 
 class ProgressArtifact:
-    """The progress of a long stage, as a Prefect artifact of the present run, created with the first update."""
+    """The progress of a long stage, as a Prefect artifact of the present run, created when it is first shown."""
 
-    def __init__(self, stage: str, name: str, least_seconds: float = 5.0) -> None:
+    def __init__(self, stage: str, name: str) -> None:
         """A progress artifact that does not exist yet.
 
         Args:
             stage: what progresses.
             name: of what it is the progress, for instance the specification.
-            least_seconds: between two updates.
         """
         self._key, self._title = _name(f"progress-{stage}-{name}"), f"{stage} of {name}"
-        self._least_seconds = least_seconds
         self._artifact: UUID | None = None
-        self._shown = 0.0
 
-    def show(self, done: int, total: int) -> None:
-        """Show that `done` of `total` are done; skipped within `least_seconds` of the last update, except the end."""
-        if done == total or time.monotonic() - self._shown > self._least_seconds:
-            self._update(100 * done / max(1, total), f"{self._title}: {done} of {total}")
-            self._shown = time.monotonic()
+    @property
+    def exists(self) -> bool:
+        """Whether it was shown."""
+        return self._artifact is not None
 
     @_log_errors
-    def _update(self, percent: float, description: str) -> None:
+    def show(self, percent: float, text: str) -> None:
+        """Show how far the stage is, with a text."""
+        description = f"{self._title}: {text}"
         if self._artifact is None:
             created = create_progress_artifact(percent, key=self._key, description=description)
             self._artifact = cast(UUID, created)  # the call is synchronous here

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import prefect.main  # noqa: F401  # sets up logging, which would remove the handlers of a test that imports it first
 import pytest
 
 from puzzle_core.architecture import Variant

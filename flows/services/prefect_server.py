@@ -23,6 +23,7 @@ from pathlib import Path
 from flows.services.server_app import origins
 from puzzle_core.errors import PuzzleError
 from puzzle_core.parent_death import end_with_parent
+from puzzle_core.start_up import lasting_imports
 from tasks.runtime.private_files import private_directory
 
 log = logging.getLogger("puzzle")
@@ -106,7 +107,8 @@ def own_server(home: Path, port: int, module: str | None = None) -> Iterator[str
         )
         try:
             if module:
-                importlib.import_module(module)
+                with lasting_imports():
+                    importlib.import_module(module)
             _wait_until_healthy(process, address, home)
         except BaseException:
             _end(process)

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from puzzle_core.start_up import lasting_imports
+
 HOSTS = ("127.0.0.1", "localhost")
 Message = MutableMapping[str, Any]  # as ASGI defines its scopes and messages
 Receive = Callable[[], Awaitable[Message]]
@@ -53,12 +55,14 @@ class LocalOnly:
 def main() -> None:
     """Serve until a signal."""
     os.environ["PREFECT__SERVER_FINAL"] = "1"  # as `prefect server start` sets it
-    import uvicorn
-    from prefect.server.api.server import create_app
+    with lasting_imports():
+        import uvicorn
+        from prefect.server.api.server import create_app
 
+        app = create_app()
     port = int(sys.argv[1])
     uvicorn.run(
-        LocalOnly(create_app(), port),  # type: ignore[arg-type]
+        LocalOnly(app, port),  # type: ignore[arg-type]
         host="127.0.0.1",
         port=port,
         timeout_keep_alive=5,

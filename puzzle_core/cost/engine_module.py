@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
-from puzzle_core.cost.measuring import ReportRound, Rounds
+from puzzle_core.cost.measuring import Rounds
 from puzzle_core.engines import ENGINES
 from puzzle_core.export.source import Source
 from puzzle_core.model.parent import Parent
+from puzzle_core.progress import Report, no_report
 from puzzle_core.target import TargetSpec
 from puzzle_core.work import CostRecord, CostWork, TimingRecord, TimingWork, Traffic
 
@@ -58,7 +59,7 @@ class CostModule(Protocol):
             SpecError: the engine is not installed; says how to install it.
         """
 
-    def measure_costs(self, work: CostWork, parent: Parent, report: ReportRound | None = None) -> CostRecord:
+    def measure_costs(self, work: CostWork, parent: Parent, report: Report = no_report) -> CostRecord:
         """Measure all variants, what lies outside the blocks, and the parent.
 
         Raises:
@@ -67,7 +68,7 @@ class CostModule(Protocol):
             MeasurementError: the engine fails, or the time of a variant is not positive.
         """
 
-    def time_architectures(self, work: TimingWork, parent: Parent, report: ReportRound | None = None) -> TimingRecord:
+    def time_architectures(self, work: TimingWork, parent: Parent, report: Report = no_report) -> TimingRecord:
         """Time whole models end to end, in turns.
 
         Raises:

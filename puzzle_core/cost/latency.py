@@ -20,7 +20,6 @@ from puzzle_core.cost.measuring import (
     PARENT,
     STACK_BYTES,
     STEPS_PER_POINT,
-    ReportRound,
     Rounds,
     decode_lengths,
     positive_timing,
@@ -34,6 +33,7 @@ from puzzle_core.model.child import random_child
 from puzzle_core.model.child_config import child_config
 from puzzle_core.model.parent import Parent, random_model, served_as, torch_dtype
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
+from puzzle_core.progress import Report, no_report
 from puzzle_core.sizes import DTYPE_BYTES, variant_size
 from puzzle_core.target import TargetSpec
 from puzzle_core.work import CostRecord, CostWork, Timing, TimingRecord, TimingWork, Traffic
@@ -44,7 +44,7 @@ def engine_version() -> str:
     return f"torch {torch.__version__}"
 
 
-def measure_costs(work: CostWork, parent: Parent, report: ReportRound | None = None) -> CostRecord:
+def measure_costs(work: CostWork, parent: Parent, report: Report = no_report) -> CostRecord:
     """Measure all variants, what lies outside, and the parent, in turns.
 
     Raises:
@@ -97,7 +97,7 @@ def _difference(name: str, stack: Rounds, outside: Rounds, copies: int) -> Timin
     return positive_timing(name, rounds)
 
 
-def time_architectures(work: TimingWork, parent: Parent, report: ReportRound | None = None) -> TimingRecord:
+def time_architectures(work: TimingWork, parent: Parent, report: Report = no_report) -> TimingRecord:
     """Time whole models with random weights end to end, in turns."""
     device, dtype = target_device(work.target), torch_dtype(work.target.served_dtype)
     models = {name: random_child(parent, architecture, dtype, device) for name, architecture in work.architectures}
@@ -127,7 +127,7 @@ def time_models(
     models: Mapping[str, PuzzleForCausalLM],
     traffic: Traffic,
     target: TargetSpec,
-    report: ReportRound | None = None,
+    report: Report = no_report,
 ) -> dict[str, Rounds]:
     """Prefill and decode milliseconds of several models in every round, without the warm-up round."""
     use_threads(target.threads)

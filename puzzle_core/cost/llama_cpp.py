@@ -29,7 +29,6 @@ from puzzle_core.cost.measuring import (
     PARENT,
     STACK_BYTES,
     STEPS_PER_POINT,
-    ReportRound,
     Rounds,
     decode_lengths,
     positive_timing,
@@ -41,6 +40,7 @@ from puzzle_core.export.gguf_file import export_gguf
 from puzzle_core.export.lowering import ZERO_WIDTH
 from puzzle_core.export.source import RandomSource, Source
 from puzzle_core.model.parent import Parent
+from puzzle_core.progress import Report, no_report
 from puzzle_core.sizes import variant_size
 from puzzle_core.target import TargetSpec
 from puzzle_core.work import CostRecord, CostWork, TimingRecord, TimingWork, Traffic
@@ -57,7 +57,7 @@ def gguf_type(target: TargetSpec) -> GgufType:
     return target.gguf_type or ("f32" if target.served_dtype == "float32" else "bf16")
 
 
-def measure_costs(work: CostWork, parent: Parent, report: ReportRound | None = None) -> CostRecord:
+def measure_costs(work: CostWork, parent: Parent, report: Report = no_report) -> CostRecord:
     """Measure all variants, what lies outside, and the parent, in turns.
 
     Raises:
@@ -72,7 +72,7 @@ def measure_costs(work: CostWork, parent: Parent, report: ReportRound | None = N
         return cost_record(work, parent.shape, time_models(models, work.traffic, work.target, report))
 
 
-def time_architectures(work: TimingWork, parent: Parent, report: ReportRound | None = None) -> TimingRecord:
+def time_architectures(work: TimingWork, parent: Parent, report: Report = no_report) -> TimingRecord:
     """Time whole models with random weights end to end, in turns."""
     sources = {name: RandomSource(parent.directory, architecture) for name, architecture in work.architectures}
     with exported(sources, work.target) as files, opened(files, work.traffic, work.target) as models:
@@ -171,7 +171,7 @@ def time_models(
     models: Mapping[str, LlamaModel],
     traffic: Traffic,
     target: TargetSpec,
-    report: ReportRound | None = None,
+    report: Report = no_report,
 ) -> dict[str, Rounds]:
     """Prefill and decode milliseconds of several models in every round, without the warm-up round."""
     timers = {name: functools.partial(_times, model, traffic) for name, model in models.items()}

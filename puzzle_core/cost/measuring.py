@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from puzzle_core.device import available_cores, device_name, memory_bytes
+from puzzle_core.device import available_cores, device_name, memory_bytes, use_tensor_float_32
 from puzzle_core.engines import ENGINES
 from puzzle_core.errors import MeasurementError, SpecError
+from puzzle_core.progress import Report
 from puzzle_core.target import TargetSpec
 from puzzle_core.work import Timing, Traffic
 
@@ -26,8 +27,6 @@ STACK_BYTES = 512 * 2**20
 
 Rounds = dict[str, list[float]]
 """Milliseconds of every round, by phase: `prefill` and `decode`."""
-ReportRound = Callable[[int, int], None]
-"""Called after every round with its number (the warm-up is 0) and the number of rounds."""
 
 
 def target_device(target: TargetSpec) -> torch.device:
@@ -39,6 +38,8 @@ def target_device(target: TargetSpec) -> torch.device:
     if "cuda" not in ENGINES[target.engine].devices:
         return torch.device("cpu")
     present = torch.cuda.is_available()
+    if present:
+        use_tensor_float_32()
     if target.device == "cuda" and not present:
         raise SpecError("target.device is 'cuda', but torch sees no GPU here: set 'cpu', or run on the GPU machine")
     return torch.device("cuda" if present and target.device != "cpu" else "cpu")
@@ -77,25 +78,25 @@ def _first_match(file: Path, pattern: str) -> list[str]:
 
 
 def take_turns(
-    timers: Mapping[str, Callable[[], tuple[float, float]]], rounds: int, report: ReportRound | None
+    timers: Mapping[str, Callable[[], tuple[float, float]]], rounds: int, report: Report
 ) -> dict[str, Rounds]:
     """Call every timer once per round.
 
     Args:
         timers: by model, a function that gives its prefill and decode milliseconds.
+        report: called between two timings with how many were made, those of the warm-up included.
 
     Returns:
         The milliseconds of every timer in every round; a first warm-up round is left out.
     """
     times: dict[str, Rounds] = {name: {"prefill": [], "decode": []} for name in timers}
     for number in range(rounds + 1):
-        for name, timer in timers.items():
+        for place, (name, timer) in enumerate(timers.items(), start=1):
             prefill, decode = timer()
             if number:
                 times[name]["prefill"].append(prefill)
                 times[name]["decode"].append(decode)
-        if report:
-            report(number, rounds)
+            report(number * len(timers) + place, (rounds + 1) * len(timers))
     return times
 
 

@@ -9,7 +9,6 @@ checkpointing), so the activations and autocast's copies of the weights are free
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +17,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint as recompute_activations
 
 from puzzle_core.device import default_device, on_device
 from puzzle_core.model.checkpoint import Checkpoint
 from puzzle_core.model.parent import empty_model, fill, tensor_shapes
+from puzzle_core.model.recompute import recompute_blocks
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 
@@ -79,8 +78,7 @@ class ShardedGroup(NamedTuple):
         """
         checkpoint.check(tensor_shapes(config))
         model, device = empty_model(config), default_device()
-        for block in model.model.layers:
-            block.forward = partial(recompute_activations, block.forward, use_reentrant=False)
+        recompute_blocks(model)
         for module in (*model.model.layers, model):
             sharded = fully_shard(module, mesh=self.mesh, reshard_after_forward=module is not model)
             assert isinstance(sharded, FSDPModule)

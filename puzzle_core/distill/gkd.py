@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from puzzle_core.data import batch_rows, read_windows
+from puzzle_core.data import batch_rows, read_positions, read_windows
 from puzzle_core.device import default_device
 from puzzle_core.distill.held_back import Watch
 from puzzle_core.distill.loop import MicroBatch, Progress, micro_batches, train
@@ -30,11 +30,14 @@ from puzzle_core.model.child import load_child, load_parent, write_description
 from puzzle_core.model.child_config import read_child_config
 from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.model.predictions import Chunk, from_states, per_token
+from puzzle_core.model.recompute import recompute_blocks
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.sizes import watched_windows
 from puzzle_core.spec import GkdSpec
 from puzzle_core.work import GkdRecord, GkdWork, HeldBackKl
 
+SIDE_BY_SIDE_BYTES = 64 * 2**20
+"""Largest size of the gradients of all micro-batches that run at the same time: each has a set of its own."""
 KL_ALONE = GkdSpec(cosine_weight=0, kl_weight=1, lm_weight=0)
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ def distil(
     report: Callable[[Progress], None] | None = None,
     threads: int = 1,
     group: "ShardedGroup | None" = None,
+    recompute: bool = False,
 ) -> GkdRecord:
     """Distil the child in `child_dir` and write the result as a checkpoint to `out_dir`.
 
@@ -58,9 +62,12 @@ def distil(
         checkpoints: where training state is saved to resume from, and the best weights; None saves no state, and the
             best weights lie in `out_dir` meanwhile.
         report: called after every step.
-        threads: micro-batches that run at the same time on a CPU, one thread each. Small models gain more from this
-            than from threads inside their operations.
+        threads: micro-batches that run at the same time on a CPU, one thread each, where their gradients take at most
+            SIDE_BY_SIDE_BYTES: small models gain more from this than from threads inside their operations. Larger
+            models run one micro-batch at a time, on the threads that torch has.
         group: the processes that share this training, if any. All of them call this function; rank 0 writes.
+        recompute: whether the backward pass computes the activations of the child's blocks again, as it always does in
+            a group. The result is bitwise the same.
 
     Raises:
         ArtifactError: the child's tensors differ from those that its config requires.
@@ -75,8 +82,10 @@ def distil(
     else:
         parent_model = load_parent(parent, frozen_dtype, device)
         child = load_child(child_dir, torch.float32, device)
+        if recompute:
+            recompute_blocks(child)
     parameters = dict(child.named_parameters())
-    windows_NT = read_windows(tokens_dir)
+    windows_NT, positions_NT = read_windows(tokens_dir), read_positions(tokens_dir)
     windows, length = windows_NT.shape
     batch = spec.batch_tokens // length
     micro = (spec.micro_batch_tokens or spec.batch_tokens) // length
@@ -87,8 +96,9 @@ def distil(
 
     def micro_batch(terms: GkdSpec, rows: list[int], weight: float) -> dict[str, torch.Tensor]:
         ids_BT = windows_NT[rows].long().to(device)
+        positions_BT = None if positions_NT is None else positions_NT[rows].long().to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
-            losses = loss_terms(parent_model, child, ids_BT, terms)
+            losses = loss_terms(parent_model, child, ids_BT, terms, positions_BT)
         return {name: loss * (weight * len(ids_BT)) for name, loss in losses.items()}
 
     def mean_over(rows: Sequence[int], terms: GkdSpec) -> list[MicroBatch]:
@@ -104,6 +114,8 @@ def distil(
         file = (checkpoints.file if checkpoints else out_dir / "training").with_name("best.safetensors")
         watched = mean_over(range(windows - held_back, windows), KL_ALONE)
         watch = Watch(watched, spec.held_back_checks, spec.patience, file)
+    if threads * sum(4 * parameter.numel() for parameter in parameters.values()) > SIDE_BY_SIDE_BYTES:
+        threads = 1
     started = time.monotonic()
     past = train("GKD", parameters, losses, steps, spec.optimizer, checkpoints, report, threads, group, watch)
     state = child.state_dict()
@@ -128,13 +140,21 @@ def distil(
 
 
 def loss_terms(
-    parent_model: PuzzleForCausalLM, child: PuzzleForCausalLM, ids_BT: torch.Tensor, spec: GkdSpec
+    parent_model: PuzzleForCausalLM,
+    child: PuzzleForCausalLM,
+    ids_BT: torch.Tensor,
+    spec: GkdSpec,
+    positions_BT: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Compute the weighted loss terms of one batch, each a scalar; a term of weight 0 is skipped."""
-    no_logits = torch.empty(0, dtype=torch.long, device=ids_BT.device)
+    """Compute the weighted loss terms of one batch, each a scalar; a term of weight 0 is skipped.
+
+    Where positions are given and start again, attention does not reach back.
+    """
+    given = {"input_ids": ids_BT, "position_ids": positions_BT, "output_hidden_states": True}
+    given["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=ids_BT.device)
     with torch.no_grad():
-        target = parent_model(input_ids=ids_BT, output_hidden_states=True, logits_to_keep=no_logits)
-    output = child(input_ids=ids_BT, output_hidden_states=True, logits_to_keep=no_logits)
+        target = parent_model(**given)
+    output = child(**given)
     terms: dict[str, torch.Tensor] = {}
     if spec.cosine_weight:
         pairs = zip(target.hidden_states, output.hidden_states, strict=True)

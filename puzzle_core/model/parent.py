@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import copy
 import hashlib
 import math
 import threading
@@ -44,7 +45,9 @@ from puzzle_core.model.tokenizer import (
     tokenizer_files,
 )
 from puzzle_core.records import canonical_json, digest_file, digest_files
+from puzzle_core.sizes import LAYER_CACHE_BYTES
 from puzzle_core.spec import Dtype, ParentSpec
+from puzzle_core.target import ComputeDtype
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -57,7 +60,7 @@ class Parent:
             feature, a missing or truncated shard, or tensors that do not match the config.
     """
 
-    def __init__(self, spec: ParentSpec, directory: Path | None = None, *, cached_bytes: int = 4 * 2**30):
+    def __init__(self, spec: ParentSpec, directory: Path | None = None, *, cached_bytes: int = LAYER_CACHE_BYTES):
         """Open `spec.path`, keeping at most `cached_bytes` of layer weights in memory.
 
         Args:
@@ -163,31 +166,29 @@ class Parent:
 
     def block(self, layer: int, dtype: torch.dtype, device: torch.device) -> PuzzleBlock:
         """One layer, frozen, from a bounded cache."""
-        module = self._cached(f"layer {layer}", dtype, device, lambda: self._load_block(layer, dtype, device))
+        module = self._cached(f"layer {layer}", dtype, device, lambda: self.load_block(layer, dtype, device))
         assert isinstance(module, PuzzleBlock)
         return module
 
     def outside(self, dtype: torch.dtype, device: torch.device) -> PuzzleForCausalLM:
         """What lies outside the blocks: a causal LM without layers (embedding, rotary, final norm, head)."""
-        module = self._cached("outside", dtype, device, lambda: self._load_outside(dtype, device))
+        config = self.puzzle_config
+        module = self._cached("outside", dtype, device, lambda: load_outside(config(), self.checkpoint, dtype, device))
         assert isinstance(module, PuzzleForCausalLM)
         return module
 
-    def _load_block(self, layer: int, dtype: torch.dtype, device: torch.device) -> PuzzleBlock:
-        with torch.device("meta"):
-            block = PuzzleBlock(self.puzzle_config(), self.runnable_config(), layer)
-        block.load_state_dict(self.layer_tensors(layer), assign=True)
-        return served_as(block, dtype, device)
+    def fits_cache(self, dtype: torch.dtype) -> bool:
+        """Whether `block` reads every layer once: all weights, on all devices, are within the bound of the cache."""
+        parameters = sum(math.prod(header.shape) for header in self.checkpoint.headers.values())
+        return parameters * dtype.itemsize * max(1, torch.cuda.device_count()) <= self._cached_bytes
 
-    def _load_outside(self, dtype: torch.dtype, device: torch.device) -> PuzzleForCausalLM:
-        names = [name for name in self.checkpoint.headers if not name.startswith("model.layers.")]
-        return load_model(child_config(self.config, []), self.checkpoint, names, dtype, device)
+    def load_block(self, layer: int, dtype: torch.dtype, device: torch.device) -> PuzzleBlock:
+        """One layer, frozen, read anew; it does not enter the cache."""
+        return load_block(self.puzzle_config(), self.checkpoint, layer, dtype, device)
 
     def runnable_config(self) -> PreTrainedConfig:
         """The parent's config with the attention implementation that its modules use."""
-        config = self.puzzle_config().parent()
-        config._attn_implementation = "sdpa"
-        return config
+        return _runnable(self.puzzle_config())
 
     def _cached(self, what: str, dtype: torch.dtype, device: torch.device, load: Callable[[], nn.Module]) -> nn.Module:
         key = (what, str(dtype), str(device))
@@ -242,6 +243,32 @@ def load_model(
     return model
 
 
+def load_block(
+    config: PuzzleConfig, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, device: torch.device
+) -> PuzzleBlock:
+    """One layer of the model in a checkpoint, in evaluation mode, as `load_model` loads weights."""
+    with torch.device("meta"):
+        block = PuzzleBlock(config, _runnable(config), layer)
+    block.load_state_dict(checkpoint.tensors(f"model.layers.{layer}."), assign=True)
+    return served_as(block, dtype, device)
+
+
+def load_outside(
+    config: PuzzleConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> PuzzleForCausalLM:
+    """What lies outside the blocks of the model in a checkpoint: a causal LM without layers."""
+    names = [name for name in checkpoint.headers if not name.startswith("model.layers.")]
+    without_layers = PuzzleConfig.from_parent(config.parent(), [], config.family)
+    return load_model(without_layers, checkpoint, names, dtype, device)
+
+
+def _runnable(config: PuzzleConfig) -> PreTrainedConfig:
+    """The parent's config within that of a model, with the attention implementation that its modules use."""
+    runnable = copy.copy(config)
+    runnable._attn_implementation = "sdpa"
+    return runnable.parent()
+
+
 def fill(
     model: PuzzleForCausalLM,
     config: PuzzleConfig,
@@ -272,8 +299,9 @@ def served_as(module: Module, dtype: torch.dtype, device: torch.device) -> Modul
     return module.to(device).eval()
 
 
-def torch_dtype(name: Dtype) -> torch.dtype:
-    """The torch type of a spec's dtype."""
+def torch_dtype(name: ComputeDtype) -> torch.dtype:
+    """The torch type of a spec's dtype, which a plan has freed of `auto`."""
+    assert name != "auto"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from puzzle_core.architecture import Variant
-from puzzle_core.data import read_windows
+from puzzle_core.compute_slots import ComputeSlot
+from puzzle_core.data import read_positions, read_windows
 from puzzle_core.device import available_cores, default_device
 from puzzle_core.distill.launch import Launch
 from puzzle_core.distill.training_checkpoint import Checkpoints
@@ -23,8 +24,9 @@ from puzzle_core.model.activations import Activations, ChildActivations
 from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.records import Record, Work
-from puzzle_core.spec import Dtype, ParentSpec, RunSpec, RuntimeSpec
+from puzzle_core.spec import ParentSpec, RunSpec, RuntimeSpec
 from puzzle_core.state_dict import State
+from puzzle_core.target import ComputeDtype
 from puzzle_core.work import AssembleWork
 from tasks.runtime.digest_cache import parent_digest
 from tasks.runtime.locks import artifact_lock
@@ -71,6 +73,17 @@ class RunContext(Record):
         return max(1, available_cores() // self.workers)
 
     @property
+    def devices(self) -> int:
+        """How many devices the tasks of this machine compute on: its GPUs, or the CPU."""
+        return max(1, torch.cuda.device_count())
+
+    @property
+    def compute_slot(self) -> ComputeSlot:
+        """A compute slot on the device of the current task: a GPU computes for one task at a time."""
+        device = default_device()
+        return ComputeSlot(str(device), 1 if device.type == "cuda" else self.workers)
+
+    @property
     def launch(self) -> Launch | None:
         """How several processes share GKD; none where a single process does it."""
         runtime = self.runtime
@@ -109,7 +122,9 @@ class RunContext(Record):
             )
         return parent
 
-    def activations(self, digest: str, tokens: str, dtype: Dtype, base: AssembleWork | None = None) -> Activations:
+    def activations(
+        self, digest: str, tokens: str, dtype: ComputeDtype, base: AssembleWork | None = None
+    ) -> Activations:
         """The captured activations of one split of tokens.
 
         Args:
@@ -121,9 +136,11 @@ class RunContext(Record):
         Raises:
             ParentError: the parent is another one.
         """
-        parent, windows = self.parent_of(digest), read_windows(self.store().fetch(tokens))
+        parent, windows = self.parent_of(digest), self.store().fetch(tokens)
         directory = self.activations_directory(digest, tokens, dtype)
-        of_parent = Activations(directory, parent, windows, torch_dtype(dtype), default_device())
+        of_parent = Activations(
+            directory, parent, read_windows(windows), torch_dtype(dtype), default_device(), read_positions(windows)
+        )
         if base is None:
             return of_parent
         library = base.library
@@ -134,12 +151,14 @@ class RunContext(Record):
         directory = self.activations_directory(digest, tokens, dtype, base)
         return ChildActivations(directory, of_parent, base.architecture, weights)
 
-    def activations_directory(self, parent: str, tokens: str, dtype: Dtype, base: AssembleWork | None = None) -> Path:
+    def activations_directory(
+        self, parent: str, tokens: str, dtype: ComputeDtype, base: AssembleWork | None = None
+    ) -> Path:
         """The directory of `activations`, from the parent's digest: opens neither the parent nor the store."""
         name = hashlib.sha256(f"{tokens} {dtype} {parent}".encode()).hexdigest()[:16]
         return self.scratch / "activations" / (f"{name}-{base.digest()[:16]}" if base else name)
 
-    def lock_activations(self, tokens: str, dtype: Dtype) -> contextlib.AbstractContextManager[None]:
+    def lock_activations(self, tokens: str, dtype: ComputeDtype) -> contextlib.AbstractContextManager[None]:
         """Lock these activations against other runs on this machine: they capture, use and drop the same files."""
         return artifact_lock(f"states of {tokens} in {dtype} below {self.scratch.resolve()}")
 

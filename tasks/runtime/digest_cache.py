@@ -65,6 +65,21 @@ def texts_digest(texts: Texts, scratch: Path) -> str:
     return _cached(scratch / "texts", files, lambda: digest_documents(read_texts(texts)), DataError, purpose)
 
 
+def named_chat(texts: Texts, scratch: Path) -> str:
+    """The name of a document of these texts that is a chat; empty if none is.
+
+    Raises:
+        DataError: as `read_texts`, or a file changes meanwhile.
+    """
+
+    def compute() -> str:
+        return next((document.name for document in read_texts(texts) if document.is_chat), "")
+
+    side = "held-out" if texts.held_out else "trained"
+    purpose = f"a chat among the {side} documents of {texts.held_out_share}"
+    return _cached(scratch / "texts", source_files(texts.sources), compute, DataError, purpose)
+
+
 def check_texts_disjoint(train: Texts, held_out: Texts, scratch: Path) -> None:
     """Refuse held-out texts that are among the texts for training.
 

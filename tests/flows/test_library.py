@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from flows.build_library import build_library, score_variants, train_variants
 from flows.search_architecture import search_architecture
-from flows.submit import ensure_tokens
+from flows.submit import ensure_tokens, plan_run
 from puzzle_core.distill import bld
 from puzzle_core.errors import PuzzleError
 from puzzle_core.model.activations import Activations
@@ -18,6 +18,7 @@ from puzzle_core.model.surgery import WEIGHTS
 from puzzle_core.resources import resources
 from puzzle_core.spec import ParentSpec
 from puzzle_core.work import ScoreRecord
+from tasks import stage_tasks
 from tasks.runtime.context import RunContext
 from tasks.stage_tasks import capture_layer, drop_activations
 from tests.workflow import SCORED, TRAINED, Recorded, artifacts, changed, of_stage, plan_of
@@ -89,13 +90,34 @@ def test_at_most_three_layers_lie_in_scratch_and_none_afterwards(spec_of, prefec
     assert max(map(len, middles)) <= 3
     assert max(map(len, middles)) > 1
     state = spec.bld.tokens * plan.inputs.shape.hidden * 4
-    assert max(map(len, seen)) * state <= resources(plan).scratch_bytes
+    assert max(map(len, seen)) * state <= resources(plan).bld_scratch_bytes
     assert {name for names in seen for name in names} >= {
         "layer-input-000.bin",
         "post-attention-004.bin",
         "layer-input-005.bin",
     }
     assert not list((scratch / "activations").rglob("*.bin*"))
+
+
+def test_streamed_states_give_the_same_library_and_leave_scratch_empty(finished, again, prefect_server):
+    spec = again(bld={"source": "streamed"}, runtime={"bld_side_by_side": 5})
+    before = artifacts(spec.runtime.store)
+    for key in of_stage(before, "bld"):
+        shutil.rmtree(Path(spec.runtime.store) / key)
+    recorded = Recorded()
+    build_library(spec)
+    after = artifacts(spec.runtime.store)
+    assert after.keys() == before.keys()
+    assert changed(before, after) == of_stage(before, "bld")
+    for key in of_stage(after, "bld"):
+        stores = spec.runtime.store, finished.content["runtime"]["store"]
+        one, other = (load_file(Path(store) / key / WEIGHTS) for store in stores)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items()), key
+    assert not list(Path(spec.runtime.scratch).rglob("*.bin"))
+    names = recorded.computed(at_least=TRAINED)
+    assert len([name for name in names if name.startswith("bld layer ")]) == TRAINED
+    assert not [name for name in names if name.startswith("capture")]
 
 
 def test_states_are_dropped_without_their_parent(spec_of, copy_of, prefect_server):
@@ -119,11 +141,11 @@ def test_states_are_dropped_without_their_parent(spec_of, copy_of, prefect_serve
 def test_a_diverged_variant_fails_by_name_once_and_the_others_are_in_the_store(spec_of, prefect_server, monkeypatch):
     spec, run = spec_of(), bld.train_variant
 
-    def reckless(work, *arguments):
+    def reckless(work, *arguments, **options):
         if (work.layer, str(work.variant)) == (3, "ffn:i24"):
             optimizer = work.spec.optimizer.model_copy(update={"learning_rate": 1e6})
             work = work.model_copy(update={"spec": work.spec.model_copy(update={"optimizer": optimizer})})
-        return run(work, *arguments)
+        return run(work, *arguments, **options)
 
     monkeypatch.setattr(bld, "train_variant", reckless)
     recorded = Recorded()
@@ -203,3 +225,19 @@ def test_estimates_come_from_one_artifact_and_each_has_a_task_and_a_key(again, p
     score_variants(plan, context)
     assert changed(before, artifacts(spec.runtime.store)) == {work.key}
     assert context.store().record(ScoreRecord, work.key) in estimates
+
+
+def test_a_library_in_the_other_type_is_told_where_auto_is_another_here(again, prefect_server, monkeypatch, caplog):
+    """The finished run's variants are in float32, and auto is bfloat16 on this machine."""
+    monkeypatch.setattr(stage_tasks, "fast_dtype", lambda _: "bfloat16")
+    warning = f"the store has {TRAINED} variants of this specification in float32"
+    spec = again(bld={"dtype": "auto"})
+    with caplog.at_level("INFO"):
+        plan, _ = plan_run(spec)
+        assert plan.spec.bld.dtype == "bfloat16"
+        assert "auto is bfloat16 on this machine: bld.dtype" in caplog.text
+        assert caplog.text.count(warning) == 1
+        monkeypatch.setattr(stage_tasks, "fast_dtype", lambda _: "float32")
+        plan, context = plan_run(spec)
+        assert caplog.text.count(warning) == 1
+    assert all(context.store().has(work.key) for work in plan.all_bld())

@@ -20,6 +20,7 @@ from puzzle_core.report.report_tables import format_final_table
 from puzzle_core.search.search_record import SearchRecord
 from tasks.runtime.context import RunContext
 from tasks.runtime.software import software
+from tasks.store.provenance import stored_provenance
 from tests.workflow import SCORED, TRAINED, Recorded, artifacts, changed, check_whole, of_stage, plan_of, publish_costs
 
 CHILD_STAGES = ("search", "child", "gkd", "evaluation", "timing", "report")
@@ -130,6 +131,32 @@ def test_a_new_scenario_searches_and_trains_a_new_child_and_leaves_the_library(a
     computed = recorded.computed(at_least=15)
     assert {"search smaller on this-machine", "gkd", "report"} <= set(computed)
     assert not [name for name in computed if name.startswith(("bld ", "score ", "capture ", "tokens ", "importance"))]
+
+
+def test_a_second_gkd_trains_the_first_ones_child_on_longer_windows(again):
+    spec = again(gkd={"long": {"sequence_length": 64, "tokens": 128, "batch_tokens": 64}})
+    before, recorded = artifacts(spec.runtime.store), Recorded()
+    puzzle(spec)
+    made = changed(before, artifacts(spec.runtime.store))
+    assert sorted(key.split("/")[0] for key in made) == ["evaluation", "gkd", "report", "tokens"]
+    assert {"tokens gkd-long", "gkd-long", "report"} <= set(recorded.computed(at_least=15))
+    plan, context = plan_of(spec)
+    first, second = plan.trainings(chosen(spec).architecture).values()
+    assert {second.key, plan.tokens("gkd-long").key, plan.evaluate(second.key).key} < made
+    assert first.key in before
+    (report,) = of_stage(made, "report")
+    inputs = ReportInputs.read(Path(spec.runtime.store) / report / "report.json")
+    assert [record.tokens for record in inputs.trainings] == [256, 128]
+    assert stored_provenance(context.store(), second.key).distilled_tokens == 256 + 128
+    client = MlflowClient(spec.runtime.mlflow_uri)
+    experiment = client.get_experiment_by_name(spec.runtime.mlflow_experiment)
+    (run,) = client.search_runs([experiment.experiment_id], "metrics.`gkd-long/loss` > 0")
+    assert run.data.metrics.keys() > {"gkd-long/loss", "gkd/loss"}
+    assert sorted(tag.value for used in run.inputs.dataset_inputs for tag in used.tags) == [
+        "evaluation",
+        "gkd",
+        "gkd-long",
+    ]
 
 
 def write_items(file: Path, right: int) -> dict[str, str | int]:

@@ -3,7 +3,7 @@
 import pytest
 
 from flows.build_library import score_variants
-from flows.refine_search import find_answer, refine_search
+from flows.refine_search import find_answer, measure_candidates, refine_search
 from flows.search_architecture import search_architecture
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.search.search_record import RefineRecord
@@ -52,18 +52,13 @@ def test_a_score_in_a_child_is_the_kl_of_the_child_so_changed(again, composition
     spec = again(scoring={"composition": composition})
     plan, context = plan_of(spec)
     score_variants(plan, context, base)
-    from flows.submit import ensure
-    from tasks import stage_tasks
-
-    for layer in (0, 2):
-        for block in plan.scored(layer, base)[:3]:
-            changed_child = base.replace(layer, block)
-            ensure(stage_tasks.assemble_child, plan.assemble(changed_child), context, label="changed")
-            ensure(stage_tasks.evaluate_model, plan.measure(changed_child), context, label="changed")
-            score = ScoreRecord.model_validate(context.store().manifest(plan.score(layer, block, base).key).record)
-            manifest = context.store().manifest(plan.measure(changed_child).key)
-            measured = EvaluationRecord.model_validate(manifest.record).kl_nats_per_token
-            assert score.kl_nats_per_token == pytest.approx(measured, rel=1e-4, abs=1e-6)
+    places = [(layer, block) for layer in (0, 2) for block in plan.scored(layer, base)[:3]]
+    measure_candidates([base.replace(layer, block) for layer, block in places], plan, context)
+    for layer, block in places:
+        score = ScoreRecord.model_validate(context.store().manifest(plan.score(layer, block, base).key).record)
+        manifest = context.store().manifest(plan.measure(base.replace(layer, block)).key)
+        measured = EvaluationRecord.model_validate(manifest.record).kl_nats_per_token
+        assert score.kl_nats_per_token == pytest.approx(measured, rel=1e-4, abs=1e-6)
 
 
 def test_a_refined_search_is_done_once(again):

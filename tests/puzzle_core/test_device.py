@@ -34,3 +34,25 @@ def test_cores_are_those_that_the_process_may_use(quota, cores, monkeypatch, tmp
     if quota is not None:
         (tmp_path / "cpu.max").write_text(quota)
     assert device.available_cores() == cores
+
+
+def test_there_is_at_least_one_core():
+    assert device.available_cores() >= 1
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx2": True, "avx512_f": True}, "float32"),
+        ({"avx512_f": True, "avx512_bf16": True}, "bfloat16"),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": True}, "bfloat16"),
+        ({"neon": True}, "float32"),
+    ],
+)
+def test_a_processor_with_products_of_bfloat16_uses_them(capabilities, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert device.fast_dtype(torch.device("cpu")) == dtype
+
+
+def test_this_processor_is_one_or_the_other():
+    assert device.fast_dtype(torch.device("cpu")) in ("float32", "bfloat16")

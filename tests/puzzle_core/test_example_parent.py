@@ -9,7 +9,7 @@ from puzzle_core import example_parent
 from puzzle_core.example_parent import PretrainSpec, pretrain
 from puzzle_core.model.parent import Parent
 from puzzle_core.spec import ParentSpec
-from puzzle_core.text_sources import Document
+from puzzle_core.text_files import Document
 from tests.sockets import listening
 
 

@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM
 from puzzle_core import evaluation, multiple_choice
 from puzzle_core.benchmark_items import Item
 from puzzle_core.errors import DataError, NonFiniteError
-from puzzle_core.model import predictions
+from puzzle_core.model import layered, predictions
+from puzzle_core.model.activations import Activations
 from puzzle_core.model.child import load_child, load_parent
-from puzzle_core.multiple_choice import answer_items, encode_pair
+from puzzle_core.model.layered import layered_child, layered_parent
+from puzzle_core.multiple_choice import answer_items, encode_items, encode_pair
 from puzzle_core.spec import HarnessSpec
 from puzzle_core.work import EvaluateWork, MultipleChoiceWork
 from tests.conftest import CPU, MIXED
@@ -55,7 +57,7 @@ def expected(model, tokenizer, items):
 
 
 def test_a_parent_has_the_answers_of_plain_loops(parent, tokenizer, checkpoint_of):
-    result = answer_items(load_parent(parent, torch.float32, CPU), tokenizer, "b", ITEMS)
+    result = answer_items(layered_parent(parent, torch.float32, CPU), encode_items(tokenizer, "b", ITEMS, 128))
     model = AutoModelForCausalLM.from_pretrained(checkpoint_of("llama"))
     plain, by_length = expected(model, tokenizer, ITEMS)
     share = sum(plain) / len(ITEMS)
@@ -66,11 +68,11 @@ def test_a_parent_has_the_answers_of_plain_loops(parent, tokenizer, checkpoint_o
     assert result.standard_error == pytest.approx(math.sqrt(share * (1 - share) / (len(ITEMS) - 1)))
 
 
-@pytest.mark.parametrize("name", ["llama", "smollm3", "rope-yarn", "qwen3", "tied"])
+@pytest.mark.parametrize("name", ["llama", "smollm3", "rope-yarn", "qwen3", "tied", "mistral-window", "gemma2"])
 def test_likelihoods_are_those_of_one_choice_at_a_time(name, parent_of, checkpoint_of):
     """A choice that saw its neighbour, or stood at another position, would have another likelihood."""
     parent = parent_of(name)
-    tokenizer, model = parent.tokenizer(), load_parent(parent, torch.float32, CPU)
+    tokenizer, model = parent.tokenizer(), layered_parent(parent, torch.float32, CPU)
     reference = AutoModelForCausalLM.from_pretrained(checkpoint_of(name))
     groups = [
         group
@@ -79,29 +81,34 @@ def test_likelihoods_are_those_of_one_choice_at_a_time(name, parent_of, checkpoi
     ]
     assert any(len(group.continuations) > 1 for group in groups)
     batch = sorted(groups, key=lambda group: -group.length)
-    with torch.no_grad():
-        found = multiple_choice._log_likelihoods(model, batch)
+    forward = multiple_choice._forward_pass(batch)
+    (states_BTD,) = model.normalised_states([forward.batch])
+    found = multiple_choice._log_likelihoods(model.outside, batch, forward, states_BTD)
     for group, values in zip(batch, found, strict=True):
         wanted = [log_likelihood(reference, group.context, continuation) for continuation in group.continuations]
         assert values == pytest.approx(wanted, rel=1e-4)
 
 
 def test_answers_do_not_depend_on_batches(parent, tokenizer, monkeypatch):
-    model = load_parent(parent, torch.float32, CPU)
-    whole = answer_items(model, tokenizer, "b", ITEMS)
+    model = layered_parent(parent, torch.float32, CPU)
+    whole = answer_items(model, encode_items(tokenizer, "b", ITEMS, 128))
     monkeypatch.setattr(multiple_choice, "BATCH_TOKENS", 1)
     monkeypatch.setitem(predictions.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(layered.GROUP_BYTES, "cpu", 4096)
     seen = []
-    assert answer_items(model, tokenizer, "b", ITEMS, lambda done, total: seen.append((done, total))) == whole
+    questions = encode_items(tokenizer, "b", ITEMS, 128)
+    assert answer_items(model, questions, lambda done, total: seen.append((done, total))) == whole
     assert len(seen) > len(ITEMS)
     assert seen[-1][0] == seen[-1][1]
     assert all(before < after for (before, _), (after, _) in pairwise(seen))
 
 
-def test_a_child_is_evaluated_with_its_own_answers(parent, assemble, tokens_dir):
+def test_a_child_is_evaluated_with_its_own_answers(parent, assemble, ids_NT, tmp_path):
     child_dir = assemble("llama", MIXED)
     work = EvaluateWork(parent="p", child="c", tokens="t", tasks=(MultipleChoiceWork(name="b", items="digest"),))
-    record = evaluation.evaluate(work, parent, child_dir, tokens_dir, {"b": ITEMS})
+    activations = Activations(tmp_path, parent, ids_NT, torch.float32, CPU)
+    evaluation.capture_parent(activations)
+    record = evaluation.evaluate(work, activations, child_dir, {"b": ITEMS})
     child = load_child(child_dir, torch.float32, CPU)
     plain, _ = expected(child, parent.tokenizer(), ITEMS)
     assert [task.name for task in record.tasks] == ["b"]
@@ -122,7 +129,7 @@ def test_a_model_that_is_not_finite_is_refused(parent, tokenizer, assemble):
     child_dir = assemble("llama")
     edit_tensors(child_dir, lambda tensors: tensors["model.norm.weight"][0].fill_(torch.nan))
     with pytest.raises(NonFiniteError, match="benchmark b"):
-        answer_items(load_child(child_dir, torch.float32, CPU), tokenizer, "b", ITEMS)
+        answer_items(layered_child(child_dir, torch.float32, CPU), encode_items(tokenizer, "b", ITEMS, 128))
 
 
 def test_the_harness_gives_the_same_accuracies(parent, tokenizer, tmp_path):
@@ -135,7 +142,7 @@ def test_the_harness_gives_the_same_accuracies(parent, tokenizer, tmp_path):
     (tmp_path / "own.yaml").write_text(harness_task(tmp_path / "items.jsonl"))
     model = load_parent(parent, torch.float32, CPU)
     found = evaluation.run_lm_eval(model, tokenizer, ("own_items",), HarnessSpec(batch_size=3), tmp_path)["own_items"]
-    result = answer_items(model, tokenizer, "b", items)
+    result = answer_items(layered_parent(parent, torch.float32, CPU), encode_items(tokenizer, "b", items, 128))
     assert found["acc,none"] == pytest.approx(result.accuracy)
     assert found["acc_norm,none"] == pytest.approx(result.accuracy_by_length)
     assert found["acc_stderr,none"] == pytest.approx(result.standard_error)

@@ -24,7 +24,7 @@ def test_without_a_server_there_is_only_a_warning(caplog):
         temporary_settings({PREFECT_API_URL: nowhere, PREFECT_CLIENT_MAX_RETRIES: 0}),
         caplog.at_level(logging.WARNING),
     ):
-        ProgressArtifact("bld", "pico").show(1, 2)
+        ProgressArtifact("bld", "pico").show(50, "1 of 2")
     assert "did not take an artifact" in caplog.text
 
 
@@ -32,9 +32,9 @@ def test_progress_is_one_artifact_that_is_updated(prefect_server):
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-    bar = ProgressArtifact("bld", "Progress of this test", least_seconds=0)
+    artifact = ProgressArtifact("bld", "Progress of this test")
     for done in range(5):
-        bar.show(done, 4)
+        artifact.show(25 * done, f"{done} of 4")
     mine = ArtifactFilter(key=ArtifactFilterKey(any_=["progress-bld-progress-of-this-test"]))
     with get_client(sync_client=True) as client:
         (found,) = client.read_artifacts(artifact_filter=mine)

@@ -10,6 +10,7 @@ from puzzle_core.distill.gkd import loss_terms
 from puzzle_core.distill.losses import cosine_distance, kl_divergence, next_token_loss
 from puzzle_core.distill.training_checkpoint import Checkpoints
 from puzzle_core.model.child import load_child, load_parent
+from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock
 from puzzle_core.spec import GkdSpec
 from puzzle_core.work import GkdWork
 from tests.conftest import CPU, MIXED
@@ -21,7 +22,10 @@ BATCH = {"batch_tokens": 48, "epochs": 3, "optimizer": {"learning_rate": 0.005}}
 def distil(parent_of, tokens_dir, tmp_path):
     """Distil a child of a pico parent; half of the windows in a batch, three passes."""
 
-    def run(child_dir, name="llama", saved_as="float32", checkpoints=None, report=None, threads=1, seed=0, **spec):
+    def run(
+        child_dir, name="llama", saved_as="float32", checkpoints=None, report=None, threads=1, seed=0, recompute=False,
+        **spec,
+    ):  # fmt: skip
         out_dir = tmp_path / f"distilled-{len(list(tmp_path.iterdir()))}"
         out_dir.mkdir()
         work = GkdWork(
@@ -33,7 +37,9 @@ def distil(parent_of, tokens_dir, tmp_path):
             seed=seed,
             spec=GkdSpec(**(BATCH | spec)),
         )
-        record = gkd.distil(work, parent_of(name), child_dir, tokens_dir, out_dir, checkpoints, report, threads)
+        record = gkd.distil(
+            work, parent_of(name), child_dir, tokens_dir, out_dir, checkpoints, report, threads, recompute=recompute
+        )
         return record, out_dir
 
     return run
@@ -200,3 +206,34 @@ def test_side_by_side_is_bitwise_one_after_the_other(assemble, distil):
 def test_bfloat16_runs(assemble, distil):
     record, _ = distil(assemble("llama", MIXED), dtype="bfloat16")
     assert record.curve[-1]["loss"] < record.curve[0]["loss"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recomputed_activations_give_bitwise_the_same_child(dtype, assemble, distil, monkeypatch):
+    child_dir = assemble("tied", MIXED)
+    kept, one = distil(child_dir, "tied", dtype=dtype)
+    calls, feed = [], PuzzleBlock.feed
+    monkeypatch.setattr(PuzzleBlock, "feed", lambda *given: (calls.append(1), feed(*given))[1])
+    distil(child_dir, "tied", dtype=dtype)
+    once = len(calls)
+    again, other = distil(child_dir, "tied", dtype=dtype, recompute=True)
+    assert len(calls) - once > once
+    assert again.curve == kept.curve
+    assert same(one, other)
+
+
+def test_large_gradients_run_one_micro_batch_at_a_time(assemble, distil, monkeypatch):
+    child_dir, seen, train = assemble("llama", MIXED), [], gkd.train
+
+    def noting(*given):
+        seen.append(given[7])
+        return train(*given)
+
+    monkeypatch.setattr(gkd, "train", noting)
+    options = {"threads": 3, "micro_batch_tokens": 16}
+    small, one = distil(child_dir, **options)
+    monkeypatch.setattr(gkd, "SIDE_BY_SIDE_BYTES", 2 * 4 * sum(w.numel() for w in weights(child_dir).values()))
+    large, other = distil(child_dir, **options)
+    assert seen == [3, 1]
+    assert large.curve == small.curve
+    assert same(one, other)

@@ -1,0 +1,17 @@
+"""Activation checkpointing: a backward pass that computes what blocks kept in the forward pass again."""
+
+from functools import partial
+
+from torch.utils.checkpoint import checkpoint
+
+from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
+
+
+def recompute_blocks(model: PuzzleForCausalLM) -> None:
+    """Have every block of a model keep its input alone, and compute its activations again in the backward pass.
+
+    Gradients stay bitwise what they were, since blocks draw no random numbers. Activations take the memory of one block
+    in place of all, and a training step a quarter more operations.
+    """
+    for block in model.model.layers:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
