@@ -46,6 +46,7 @@ ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 CLIENT = "ui-walk"
 SETTLE_MS = 4000
 """For a page to draw what it has fetched."""
+SUBMIT_SECONDS = 60
 
 
 class Walk:
@@ -81,7 +82,11 @@ class Walk:
         self.stops.append((name, wanted, f"{file.stat().st_size / 1024:.0f} KiB"))
 
     def start_run(self, changes: list[str]) -> str:
-        """Submit the form of the deployment `puzzle`; the id of the flow run."""
+        """Submit the form of the deployment `puzzle`; the id of the flow run.
+
+        Raises:
+            PuzzleError: no run has started.
+        """
         deployment = self.ask("/deployments/name/puzzle/puzzle")
         address = f"{self.prefect}/deployments/deployment/{deployment['id']}/run"
         if changes:
@@ -95,11 +100,15 @@ class Walk:
             self.page.get_by_role("button", name="Run", exact=True).click()
             self.page.get_by_text("Custom run").click()
         self.picture("form", "Name of the one class that the checkpoint's own code may define")
-        self.page.get_by_role("button", name="Submit").click()
-        self.page.get_by_text("puzzle").first.wait_for()
-        self.page.wait_for_timeout(SETTLE_MS)
         asked = {"deployments": {"id": {"any_": [deployment["id"]]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
-        return str(self.ask("/flow_runs/filter", asked)[0]["id"])
+        before = self.ask("/flow_runs/filter", asked)
+        self.page.get_by_role("button", name="Submit").click()
+        deadline = time.monotonic() + SUBMIT_SECONDS
+        while (found := self.ask("/flow_runs/filter", asked)) == before:
+            if time.monotonic() > deadline:
+                raise PuzzleError(f"the form started no run within {SUBMIT_SECONDS} s: see the page in a browser")
+            self.page.wait_for_timeout(1000)
+        return str(found[0]["id"])
 
     def wait(self, run: str, longest_s: float) -> None:
         """Wait until the run has ended.
