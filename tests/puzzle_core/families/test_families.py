@@ -341,6 +341,7 @@ def test_neutral_values_and_bookkeeping_change_nothing(copy_of, ids_NT, checkpoi
         unsloth_version="2026.1",
         _attn_implementation_autoset=True,
         temperature=0.6,
+        cache_implementation="hybrid",
         empty={},
     )
     assert torch.equal(logits_of(directory, ids_NT), transformers_logits(checkpoint_of("llama"), ids_NT))
