@@ -77,7 +77,7 @@ def block_by_hand(activations: Activations, layer: int, variant: Variant, traine
     shape, config = activations.parent.shape, activations.parent.config
     own = activations.parent.block(layer, torch.float32, activations.device)
     weight = dict(own.named_parameters()) | trained
-    cos_TD, sin_TD = activations.context()["position_embeddings"]
+    cos_TD, sin_TD = activations.contexts()[layer]["position_embeddings"]
 
     def norm(x_BTD: torch.Tensor, name: str) -> torch.Tensor:
         variance = x_BTD.square().mean(-1, keepdim=True)
@@ -114,7 +114,7 @@ def compare(activations: Activations, layer: int, variant: Variant, spec: BldSpe
     work = BldWork(parent="", layer=layer, variant=variant, tokens="", contributions="", seed=SEED, spec=spec)
     inputs = activations.layer_input(layer) if attends else activations.post_attention(layer)
     inputs_NTD, targets_NTD = (states.clone().to(device) for states in (inputs, activations.layer_input(layer + 1)))
-    frozen, context = parent.block(layer, torch.float32, device), activations.context()
+    frozen, context = parent.block(layer, torch.float32, device), activations.contexts()[layer]
     checkpoints = Checkpoints(place / "checkpoint.safetensors", RuntimeSpec().checkpoint_seconds)
     ends: dict[str, dict[str, torch.Tensor]] = {}
 

@@ -25,6 +25,7 @@ PLACES = [
     "tests/e2e/test_deploy.py",
     "tests/flows/test_permissions.py",
     "tests/flows/services/test_orphaned_runs.py",
+    "tests/flows/services/test_dead_runs.py",
     "tests/tasks/store/test_store_s3.py",
     "tests/flows/task_runners/test_dask_cluster.py",
 ]

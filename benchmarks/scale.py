@@ -95,13 +95,16 @@ def compare(spec_file: Path, overrides: tuple[str, ...]) -> str:
     return format_text(Table(title=title, columns=("", "by formula", "run"), rows=tuple(rows), text_columns=1))
 
 
-def by_formula(shape: ModelShape, tflops: float, processes: int) -> str:
+def by_formula(shape: ModelShape, tflops: float, processes: int, bld: dict[str, str | int], device_bytes: float) -> str:
     """What the parent of the Kubernetes deployments takes; its child has half the FFN widths and 2 KV heads."""
-    spec = parse_spec(yaml.safe_load(KUBERNETES.read_text())["definitions"]["spec"], str(KUBERNETES))
+    content = yaml.safe_load(KUBERNETES.read_text())["definitions"]["spec"]
+    content["bld"] |= bld
+    spec = parse_spec(content, str(KUBERNETES))
     inputs = {name: name for name in ("parent", "tokenizer", "train_texts", "held_out_texts", "hardware")}
     plan = Plan(spec, Inputs(shape=shape, **inputs))
     block = BlockVariant.parse(f"attn:kv2+ffn:i{shape.ffn_width // 2}")
-    expected = resources(plan, Architecture(layers=(block,) * shape.layers), processes)
+    child = Architecture(layers=(block,) * shape.layers)
+    expected = resources(plan, child, processes, device_bytes=device_bytes)
     rows = [(name, _words(name, value, tflops)) for name, value in expected._asdict().items()]
     title = f"{spec.name} at an effective {tflops:g} TFLOP/s per GPU, GKD in {processes} processes"
     return format_text(Table(title=title, columns=("", "by formula"), rows=tuple(rows), text_columns=1))
@@ -123,14 +126,20 @@ def main() -> None:
     parser.add_argument("--shape", choices=["llama-70b"])
     parser.add_argument("--tflops", type=float, default=400, help="of one GPU (default %(default)s)")
     parser.add_argument("--processes", type=int, default=32, help="that share GKD (default %(default)s)")
+    parser.add_argument("--bld-tokens", type=int, help="per variant (default as the deployments' spec says)")
+    parser.add_argument("--streamed", action="store_true", help="bld.source: streamed")
+    parser.add_argument("--gpus", type=int, default=8, help="of 80 GB that train variants (default %(default)s)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     if bool(options.spec) == bool(options.shape):
         parser.error("give a spec or --shape")
+    bld: dict[str, str | int] = {"source": "streamed"} if options.streamed else {}
+    if options.bld_tokens:
+        bld["tokens"] = options.bld_tokens
     text = (
         compare(options.spec, tuple(options.overrides))
         if options.spec
-        else by_formula(LLAMA_70B, options.tflops, options.processes)
+        else by_formula(LLAMA_70B, options.tflops, options.processes, bld, options.gpus * 80e9)
     )
     sys.stdout.write(text + "\n")
 

@@ -6,10 +6,14 @@ from prefect import flow
 from prefect.futures import PrefectFuture
 
 from flows.permissions import permitted
-from flows.services.orphaned_runs import label_process
+from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
+from puzzle_core.device import device_memory_bytes
 from puzzle_core.plan import Plan
+from puzzle_core.resources import streamed_groups
+from puzzle_core.scoring import SIDE_BY_SIDE
+from puzzle_core.sizes import DTYPE_BYTES, LAYER_CACHE_BYTES, architecture_parameters
 from puzzle_core.spec import RunSpec
 from puzzle_core.work import BldWork, ScoreWork
 from tasks.runtime.context import RunContext
@@ -37,6 +41,7 @@ log = logging.getLogger("puzzle")
     result_serializer="json",
     on_running=[label_process],
 )
+@inherited_tags()
 def build_library(spec: RunSpec) -> None:
     """Train every missing variant of every layer (BLD), then score every missing block variant.
 
@@ -62,11 +67,32 @@ def build_planned_library(plan: Plan, context: RunContext) -> None:
         ensure_tokens(plan, context, "calibration", "bld", "scoring")
         ensure(measure_importance, plan.importance(), context)
         with context.lock_activations(plan.tokens("bld").key, spec.bld.dtype):
-            side_by_side(train_variants, context)(plan, context)
+            train = train_variants if spec.bld.source == "stored" else train_streamed
+            side_by_side(train, context, _trainings_at_a_time(plan))(plan, context)
         with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
-            side_by_side(score_variants, context)(plan, context)
+            side_by_side(score_variants, context, scores_at_a_time(plan, context))(plan, context)
         record_library(plan, context, run)
         show_library(plan, context)
+
+
+def _trainings_at_a_time(plan: Plan) -> int:
+    """Tasks under way at a time: all variants of a layer, those of the next one, and its capture.
+
+    The variants of a layer share what they read. Those of the next layer compute where these leave a core or GPU idle.
+    Streamed, all variants of a group of layers share what the parent computes.
+    """
+    trainings = [len(plan.trained(layer)) for layer in plan.layers]
+    if plan.spec.bld.source == "streamed":
+        groups = streamed_groups(plan, device_memory_bytes())
+        return max(sum(trainings[layer] for layer in group) for group in groups)
+    return plan.spec.runtime.bld_side_by_side or 2 * max(trainings) + 1
+
+
+def scores_at_a_time(plan: Plan, context: RunContext) -> int:
+    """Scores under way at a time at least: they share layers where the parent does not fit into a process's memory."""
+    shape, dtype = plan.inputs.shape, plan.spec.scoring.dtype
+    parent_bytes = architecture_parameters(shape, Architecture.of_parent(shape)) * DTYPE_BYTES[dtype]
+    return SIDE_BY_SIDE * context.devices if parent_bytes * context.devices > LAYER_CACHE_BYTES else 0
 
 
 @flow(
@@ -79,16 +105,13 @@ def build_planned_library(plan: Plan, context: RunContext) -> None:
 def train_variants(plan: Plan, context: RunContext) -> None:
     """Blockwise local distillation of the variants that the store lacks, layer by layer.
 
-    The parent's states are captured one layer ahead of the training, and a layer's states are dropped when its last
+    The variants of a layer train side by side, from one read of its states. The
+    parent's states are captured one layer ahead of the training, and a layer's states are dropped when its last
     variant is trained. So scratch holds the states of at most three layers, and the output of the last of these. No
     layer after the last one with a missing variant is captured.
     """
-    works, stored_keys = plan.all_bld(), context.store().keys(BldWork.stage)
-    missing = {layer: [w for w in works if w.layer == layer and w.key not in stored_keys] for layer in plan.layers}
+    (missing, done), total = _missing_variants(plan, context), len(plan.all_bld())
     untrained_layers = [layer for layer in plan.layers if missing[layer]]
-    done = len(works) - sum(map(len, missing.values()))
-    log.info("block library: %d variants, %d in the store, %d to train", len(works), done, len(works) - done)
-    show_cached("bld", plan, [work for work in works if work.key in stored_keys], context)
     if not untrained_layers:
         return
     parent, tokens, dtype = plan.inputs.parent, plan.tokens("bld").key, plan.spec.bld.dtype
@@ -99,10 +122,10 @@ def train_variants(plan: Plan, context: RunContext) -> None:
     def finish(layer: int) -> int:
         """Wait for a layer's variants, drop its states, and return how many variants are done."""
         futures = running.pop(layer)
-        wait_all("BLD", futures, done, len(works), progress)
+        wait_all("BLD", futures, done, total, progress)
         drop_activations(states, layer)
         if futures:
-            log.info("BLD: layer %d done, %d of %d variants", layer, done + len(futures), len(works))
+            log.info("BLD: layer %d done, %d of %d variants", layer, done + len(futures), total)
         record_trained(missing[layer], context)
         return done + len(futures)
 
@@ -116,6 +139,43 @@ def train_variants(plan: Plan, context: RunContext) -> None:
             done = finish(layer - 1)
     finish(last)
     drop_activations(states)
+
+
+@flow(
+    name="train-streamed",
+    flow_run_name="BLD of {plan.spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    validate_parameters=False,
+)
+def train_streamed(plan: Plan, context: RunContext) -> None:
+    """Blockwise local distillation of the variants that the store lacks, while the parent runs.
+
+    The variants of a group of layers train at the same time. The parent computes each batch once for all of them, from
+    the embedding to the last of these layers. Nothing lies in scratch.
+    """
+    missing, done = _missing_variants(plan, context)
+    total = done + sum(map(len, missing.values()))
+    progress = StageProgress("bld", plan.spec.name, done, shows_end=True)
+    for group in streamed_groups(plan, device_memory_bytes()):
+        works = [work for layer in group for work in missing[layer]]
+        futures = [submit(train_variant, work, context, source="streamed") for work in works]
+        wait_all("BLD", futures, done, total, progress)
+        done += len(futures)
+        if futures:
+            log.info("BLD: layers %d to %d done, %d of %d variants", group.start, group.stop - 1, done, total)
+        for layer in group:
+            record_trained(missing[layer], context)
+
+
+def _missing_variants(plan: Plan, context: RunContext) -> tuple[dict[int, list[BldWork]], int]:
+    """The trainings that the store lacks, by layer, and how many it has; these are shown as cached."""
+    works, stored_keys = plan.all_bld(), context.store().keys(BldWork.stage)
+    missing = {layer: [w for w in works if w.layer == layer and w.key not in stored_keys] for layer in plan.layers}
+    done = len(works) - sum(map(len, missing.values()))
+    log.info("block library: %d variants, %d in the store, %d to train", len(works), done, len(works) - done)
+    show_cached("bld", plan, [work for work in works if work.key in stored_keys], context)
+    return missing, done
 
 
 @flow(

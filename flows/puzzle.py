@@ -8,7 +8,7 @@ from flows.build_library import build_planned_library
 from flows.permissions import permitted
 from flows.refine_search import refine_planned_search
 from flows.search_architecture import measure_target, search_planned_architecture
-from flows.services.orphaned_runs import label_process
+from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, retry_after_damage
 from flows.train_child import report_work, train_planned_child
 from puzzle_core.plan import Plan
@@ -29,6 +29,7 @@ log = logging.getLogger("puzzle")
     result_serializer="json",
     on_running=[label_process],
 )
+@inherited_tags()
 def puzzle(spec: RunSpec) -> str:
     """Build the library, search, train and evaluate the child, and write the report.
 
@@ -47,7 +48,7 @@ def _from_parent_to_report(plan: Plan, context: RunContext) -> str:
     stored_keys = context.store().keys()
     with tracked(plan.spec.name, plan.spec) as run:
         show_tracked(plan, run)
-        ensure_tokens(plan, context, "calibration", "bld", "gkd", "scoring", "evaluation")
+        ensure_tokens(plan, context, *plan.splits)
         measure_target(plan, context)
         build_planned_library(plan, context)
         search_planned_architecture(plan, context)

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 
 from prefect import flow
 
-from flows.build_library import score_variants
+from flows.build_library import score_variants, scores_at_a_time
 from flows.permissions import permitted
+from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
@@ -27,7 +28,14 @@ from tasks.tracking.tracking import tracked
 log = logging.getLogger("puzzle")
 
 
-@flow(name="refine-search", flow_run_name="shortlist of {spec.name}", persist_result=False, result_serializer="json")
+@flow(
+    name="refine-search",
+    flow_run_name="shortlist of {spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    on_running=[label_process],
+)
+@inherited_tags()
 def refine_search(spec: RunSpec) -> None:
     """Assemble and measure the shortlist, and repeat the search, as `search.shortlist` and `search.iterations` say.
 
@@ -57,7 +65,7 @@ def refine_planned_search(plan: Plan, context: RunContext) -> None:
         for number in range(1, spec.search.iterations + 1):
             base = best.solution.architecture
             with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
-                side_by_side(score_variants, context)(plan, context, base)
+                side_by_side(score_variants, context, scores_at_a_time(plan, context))(plan, context, base)
             search = plan.search(base, first.batch_sizes)
             ensure(stage_tasks.search_architecture, search, context, target=spec.target)
             measured = _measured(number, _search_record(context, search.key), plan, context, best.measured_kl)

@@ -8,7 +8,7 @@ from prefect import flow
 
 from flows.permissions import permitted
 from flows.search_architecture import search_planned_architecture
-from flows.services.orphaned_runs import label_process
+from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import plan_run
 from puzzle_core.errors import PuzzleError
 from puzzle_core.plan import Plan
@@ -43,6 +43,7 @@ class TargetSearch(NamedTuple):
     result_serializer="json",
     on_running=[label_process],
 )
+@inherited_tags()
 def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
     """Search every target without a search for its file, the parent's library and the scenario as they are now.
 

@@ -4,9 +4,9 @@ import logging
 
 from prefect import flow
 
-from flows.build_library import score_exactly
+from flows.build_library import score_exactly, scores_at_a_time
 from flows.permissions import permitted
-from flows.services.orphaned_runs import label_process
+from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side
 from puzzle_core.errors import CoverageError
 from puzzle_core.plan import Plan
@@ -28,6 +28,7 @@ log = logging.getLogger("puzzle")
     on_running=[label_process],
     result_serializer="json",
 )
+@inherited_tags()
 def search_architecture(spec: RunSpec) -> None:
     """Measure the target's costs, where the store lacks them, and solve the mixed-integer program.
 
@@ -90,7 +91,7 @@ def _score_for_answer(plan: Plan, context: RunContext) -> tuple[str, ...]:
     with context.lock_activations(tokens, dtype):
         while asked := stage_tasks.ask_for_scores(search, plan.spec.target, context, keys):
             works = [plan.exact_score(layer, block) for layer, block in asked]
-            side_by_side(score_exactly, context)(plan, context, works)
+            side_by_side(score_exactly, context, scores_at_a_time(plan, context))(plan, context, works)
             keys += tuple(work.key for work in works)
         stage_tasks.drop_activations(context.activations_directory(plan.inputs.parent, tokens, dtype))
     log.info("search: exact scores of %d of %d block variants", len(keys), len(search.exact))

@@ -74,9 +74,12 @@ def _log_auto_dtype(spec: RunSpec, plan: Plan, context: RunContext) -> None:
         )
 
 
-def side_by_side(flow: Flow[P, T], context: RunContext) -> Flow[P, T]:
-    """The flow with one task slot per core or GPU of this machine, or per worker of the run's cluster."""
-    return flow.with_options(task_runner=task_runner(context))
+def side_by_side(flow: Flow[P, T], context: RunContext, tasks: int = 0) -> Flow[P, T]:
+    """The flow with one task slot per core or GPU of this machine, or per worker of the run's cluster.
+
+    Threads hold at least `tasks` tasks at a time: tasks that share what they load, and take turns to compute.
+    """
+    return flow.with_options(task_runner=task_runner(context, tasks))
 
 
 def ensure(task: Task[Any, str], work: Work, context: RunContext, **arguments: Any) -> str:

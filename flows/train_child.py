@@ -6,7 +6,7 @@ from prefect import flow
 
 from flows.permissions import permitted
 from flows.refine_search import evaluate_missing, find_answer
-from flows.services.orphaned_runs import label_process
+from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side
 from puzzle_core.architecture import Architecture
 from puzzle_core.plan import Plan
@@ -30,6 +30,7 @@ PARENT, ASSEMBLED, TRAINED = "parent", "child after assembly", "child after GKD"
     result_serializer="json",
     on_running=[label_process],
 )
+@inherited_tags()
 def train_child(spec: RunSpec) -> None:
     """Assemble the chosen architecture, distil it (GKD), and evaluate it, the parent and the baselines.
 
@@ -52,11 +53,12 @@ def train_planned_child(plan: Plan, context: RunContext) -> None:
     search = find_answer(plan, context)
     with tracked("child", plan.spec) as run:
         show_tracked(plan, run)
-        ensure_tokens(plan, context, "gkd", "evaluation")
+        ensure_tokens(plan, context, *plan.gkd_splits, "evaluation")
         architectures = children(search)
         for label, architecture in architectures.items():
             ensure(stage_tasks.assemble_child, plan.assemble(architecture), context, label=label)
-        ensure(stage_tasks.distil_child, plan.gkd(search.best.architecture), context, run=run)
+        for split, work in plan.trainings(search.best.architecture).items():
+            ensure(stage_tasks.distil_child, work, context, run=run, label=split)
         if timing := plan.timing(timed(plan, search), search.best.prediction.batch_size):
             ensure(stage_tasks.time_models, timing, context)
         with context.lock_activations(plan.tokens("evaluation").key, plan.spec.evaluation.dtype):
@@ -106,6 +108,7 @@ def report_work(plan: Plan, context: RunContext) -> ReportWork:
     batch_size = search.best.prediction.batch_size
     refine = plan.refine()
     costs = plan.costs().get((plan.spec.scenario.name, batch_size))
+    *first, gkd = [training.key for training in plan.trainings(search.best.architecture).values()]
     return ReportWork(
         spec=plan.spec_of_content(),
         shape=plan.inputs.shape,
@@ -114,7 +117,8 @@ def report_work(plan: Plan, context: RunContext) -> ReportWork:
         scores=tuple(work.key for work in plan.all_scores()),
         costs=costs.key if costs else None,
         refine=refine.key if refine else None,
-        gkd=plan.gkd(search.best.architecture).key,
+        gkd=gkd,
+        first_gkd=first[0] if first else None,
         timing=plan.timing(timed(plan, search), batch_size),
         models=tuple(
             ReportedModel(

@@ -166,6 +166,15 @@ class ModelShape(Record):
     mlp_bias: bool
     qk_norm: bool
     max_positions: int
+    # What follows leaves the keys of works alone at the values of a Llama.
+    qk_norm_whole: bool = Field(
+        False, description="Queries and keys are normalised over all heads together", exclude_if=lambda whole: not whole
+    )
+    gated: bool = Field(True, description="FFNs have a gate", exclude_if=lambda gated: gated)
+    norms: int = Field(1, description="Norms of each subblock", exclude_if=lambda norms: norms == 1)
+    windows: bool = Field(
+        False, description="Layers attend within a sliding window", exclude_if=lambda windows: not windows
+    )
 
     @property
     def parent_block(self) -> BlockVariant:

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from puzzle_core.errors import DataError
 from puzzle_core.records import Record, canonical_json
-from puzzle_core.text_sources import read_text
+from puzzle_core.text_files import read_text
 
 
 class Item(Record):

@@ -1,21 +1,28 @@
 """Credentials in addresses: what a specification must not hold, what a form refuses, and what no log shows.
 
 An address holds credentials as user information (`https://user:password@host`, also without `//`) or as a parameter of
-its query (`?password=...`, `&token=...`). One pattern serves the validator, the schema and the redactor.
+its query (`?password=...`, `&token=...`, `&sig=...`). One pattern serves the validator, the schema and the redactor.
 """
 
 import logging
 import re
+from collections.abc import Iterable
 from typing import Any
 
-_WORDS = ("pass", "pwd", "token", "secret", "key", "credential", "signature", "auth")
+_WORDS = ("pass", "pwd", "secret", "key", "credential", "signature", "auth")
+_NAMES = ("sig", "sas", "jwt", "pw")
+"""Whole names of parameters; `_WORDS` are parts of names, and so is `token`, but not `tokens`."""
+
+
+def _spelled(words: Iterable[str]) -> str:
+    """A pattern of these words in any case; a JSON schema has no flags."""
+    return "|".join("".join(f"[{letter.upper()}{letter}]" for letter in word) for word in words)
+
+
 _USER_URL = r"://[^/\s@]*@|://[^\s@:]*:[^\s@]*@"
 _USER = r"[^\s/:@'\x22]+:[^\s/:@'\x22]+@[^\s/@]"
-_PARAMETER = (
-    r"[?&;#\s][^=&\s?]*(?:"
-    + "|".join("".join(f"[{letter.upper()}{letter}]" for letter in word) for word in _WORDS)
-    + r")[^=&\s]*="
-)
+_NAMED = r"[^=&\s?/]*(?:" + _spelled(_WORDS) + "|" + _spelled(["token"]) + r"(?![Ss]))[^=&\s/]*"
+_PARAMETER = rf"(?:^|[?&;#\s'\x22])(?:{_NAMED}|{_spelled(_NAMES)})="
 _CREDENTIALS = re.compile(f"{_USER_URL}|{_USER}|{_PARAMETER}[^&\\s]")
 SCHEMA_PATTERN = rf"^(?![\s\S]*(?:{_CREDENTIALS.pattern}))"
 """What JSON schemas ask of every text: a parameter that was sent is kept by Prefect, so a form refuses it before."""
@@ -23,6 +30,7 @@ _SHOWN = (
     (re.compile(r"://[^/\s@]*@|://[^\s@:]*:[^\s@]*@"), "://***@"),
     (re.compile(r"(?:[^\s/:@'\x22]+:)+[^\s/:@'\x22]+@(?=[^\s/@])"), "***@"),
     (re.compile(rf"({_PARAMETER})[^&\s'\x22]+"), r"\1***"),
+    (re.compile(r"(authorization['\x22]?\s*[:=]\s*['\x22]?(?:bearer|basic)\s+)[^\s'\x22]+", re.IGNORECASE), r"\1***"),
 )
 
 

@@ -7,11 +7,15 @@ import logging
 import os
 import platform
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 log = logging.getLogger("puzzle")
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of processor time that a container may take in a period, and the period."""
+
 _current_device: contextvars.ContextVar[torch.device | None] = contextvars.ContextVar("device", default=None)
 
 
@@ -88,8 +92,13 @@ def on_first(gpus: list[int]) -> contextlib.AbstractContextManager[None]:
 
 
 def available_cores() -> int:
-    """Number of CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of CPU cores that this process may use: those it may run on, or the quota of its control group if less."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_QUOTA.read_text(encoding="utf-8").split()
+        return cores if quota == "max" else max(1, min(cores, -(-int(quota) // int(period))))
+    except (OSError, ValueError):
+        return cores
 
 
 def memory_bytes() -> float:
@@ -100,6 +109,13 @@ def memory_bytes() -> float:
             return min(machine, float(file.read().replace("max", "inf")))
     except OSError:
         return machine
+
+
+def device_memory_bytes() -> float:
+    """Memory in bytes of all GPUs together, or that which this process may use where there is none."""
+    if not torch.cuda.is_available():
+        return memory_bytes()
+    return sum(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
 
 
 def use_threads(threads: int) -> None:

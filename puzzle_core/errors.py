@@ -5,9 +5,14 @@ The command line prints a `PuzzleError` and its subclasses without a traceback. 
 
 from typing import Any
 
+from puzzle_core.credentials import redacted
+
 
 class PuzzleError(Exception):
-    """Base class of all errors that are shown to the user."""
+    """Base class of all errors that are shown to the user, in whose text no address has credentials."""
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
 
 
 class SpecError(PuzzleError):

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import platform
-import socket
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from tokenizers.trainers import BpeTrainer
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from puzzle_core.data import batch_rows, pack
+from puzzle_core.data import Split, batch_rows, pack
+from puzzle_core.distill.launch import loopback_interface
 from puzzle_core.records import Record, canonical_json, make_directory, write_text_atomic
 from puzzle_core.text_sources import digest_documents, stdlib_documents
 
@@ -54,10 +55,9 @@ def pretrain(out_dir: Path, spec: PretrainSpec, processes: int) -> dict[str, Any
     """
     make_directory(out_dir)
     _train_tokenizer(out_dir)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_train_process, (processes, port, out_dir, spec), processes)  # type: ignore[attr-defined, no-untyped-call]
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = (processes, Path(directory) / "store", out_dir, spec)
+        torch.multiprocessing.spawn(_train_process, arguments, processes)  # type: ignore[attr-defined, no-untyped-call]
     record: dict[str, Any] = json.loads((out_dir / "training_record.json").read_text())
     return record
 
@@ -99,18 +99,20 @@ def _new_model() -> LlamaForCausalLM:
     )
 
 
-def _train_process(rank: int, processes: int, port: int, out_dir: Path, spec: PretrainSpec) -> None:
+def _train_process(rank: int, processes: int, store: Path, out_dir: Path, spec: PretrainSpec) -> None:
+    """Train as one of the processes, which meet over a file: a TCP store would listen on every interface."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=processes)
+    os.environ["GLOO_SOCKET_IFNAME"] = loopback_interface()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     tokenizer = AutoTokenizer.from_pretrained(out_dir)
     documents = list(stdlib_documents(held_out=False, include_tests=True))
     all_tokens = sum(
         len(ids) + 1
         for ids in tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
     )
-    windows = pack(documents, tokenizer, CONTEXT_TOKENS, {"train": all_tokens - CONTEXT_TOKENS}, spec.seed)["train"]
+    split = Split("train", all_tokens - CONTEXT_TOKENS, CONTEXT_TOKENS)
+    windows = next(pack([split], documents, tokenizer, spec.seed)).windows
 
     torch.manual_seed(spec.seed)
     model = _new_model()
@@ -178,7 +180,8 @@ def _next_token_loss(model: LlamaForCausalLM, ids_NT: torch.Tensor) -> torch.Ten
 @torch.no_grad()
 def _evaluate(model: LlamaForCausalLM, tokenizer: Any, tokens: int = 65_536) -> dict[str, float]:
     documents = list(stdlib_documents(held_out=True))
-    windows = pack(documents, tokenizer, CONTEXT_TOKENS, {"held-out": tokens}, seed=0)["held-out"].long()
+    split = Split("held-out", tokens, CONTEXT_TOKENS)
+    windows = next(pack([split], documents, tokenizer, seed=0)).windows.long()
     loss, right = 0.0, 0
     for batch in torch.split(windows, 16):
         logits = model(input_ids=batch).logits[:, :-1].float()

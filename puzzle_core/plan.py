@@ -11,8 +11,19 @@ from typing import Any
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
 from puzzle_core.engines import ENGINES
 from puzzle_core.errors import SpecError
+from puzzle_core.formats.llama_blocks import unlike_llama
 from puzzle_core.records import Record
-from puzzle_core.spec import HarnessSpec, ParentSpec, RunSpec, RuntimeSpec, ScenarioSpec, VariantsSpec
+from puzzle_core.spec import (
+    GKD_SPLITS,
+    BldSpec,
+    HarnessSpec,
+    ParentSpec,
+    RunSpec,
+    RuntimeSpec,
+    ScenarioSpec,
+    SplitSize,
+    VariantsSpec,
+)
 from puzzle_core.target import Dtype, TargetSpec
 from puzzle_core.text_sources import Texts
 from puzzle_core.work import (
@@ -80,12 +91,12 @@ class Plan:
                     f"has layers 0 to {shape.layers - 1}"
                 )
         refusing = [engine for engine in spec.engines if "checkpoint" not in ENGINES[engine].formats]
-        if shape.qk_norm and refusing:
+        if refusing and (reasons := unlike_llama(shape)):
             raise SpecError(
-                f"engines asks for {', '.join(refusing)}, but the parent's family {shape.family} normalises queries "
-                "and keys, which no export format supports (docs/engines.md): remove engines"
+                f"engines asks for {', '.join(refusing)}, and no export can hold a child of this parent "
+                f"(docs/engines.md): {'; '.join(reasons)}: remove engines"
             )
-        lengths = {"data.sequence_length": spec.data.sequence_length}
+        lengths = spec.sequence_lengths
         lengths |= {f"scenario {s.name}": s.prompt_tokens + s.generated_tokens for s in spec.scenarios}
         for what, tokens in lengths.items():
             if tokens > shape.max_positions:
@@ -111,23 +122,32 @@ class Plan:
 
         Calibration trains nothing, and so its number of tokens changes no other split.
         """
-        spec = self.spec
-        calibration = (("calibration", spec.importance.tokens),)
-        train = (("bld", spec.bld.tokens), ("gkd", spec.gkd.tokens))
-        held_out = (("scoring", spec.scoring.tokens), ("evaluation", spec.evaluation.tokens))
-        order = next(order for order in (calibration, train, held_out) if split in dict(order))
-        position = [name for name, _ in order].index(split)
-        return TokensWork(
-            split=split,
-            tokens=order[position][1],
-            earlier_splits=order[:position],
-            sequence_length=spec.data.sequence_length,
-            seed=spec.data.seed,
-            cut_documents=spec.data.cut_documents,
-            document_start=spec.data.document_start,
-            texts=self.inputs.held_out_texts if order is held_out else self.inputs.train_texts,
+        data, splits = self.spec.data, self.splits
+        order = next(order for order in (("calibration",), ("bld", *GKD_SPLITS), HELD_OUT_SPLITS) if split in order)
+        first = TokensWork(
+            split=order[0],
+            tokens=splits[order[0]].tokens,
+            earlier_splits=(),
+            sequence_length=splits[order[0]].sequence_length,
+            seed=data.seed,
+            cut_documents=data.cut_documents,
+            document_start=data.document_start,
+            documents=data.document_mask,
+            texts=self.inputs.held_out_texts if split in HELD_OUT_SPLITS else self.inputs.train_texts,
             tokenizer=self.inputs.tokenizer,
         )
+        earlier = [(name, *splits[name]) for name in order[: order.index(split)]]
+        return first.after(earlier, split, *splits[split])
+
+    @cached_property
+    def splits(self) -> dict[str, SplitSize]:
+        """The splits of the texts by name."""
+        return self.spec.splits
+
+    @property
+    def gkd_splits(self) -> tuple[str, ...]:
+        """The splits that the trainings of a child read, in their order."""
+        return tuple(split for split in GKD_SPLITS if split in self.splits)
 
     def texts(self, split: str) -> Texts:
         """The texts of a split."""
@@ -152,8 +172,16 @@ class Plan:
             tokens=self.tokens("bld").key,
             contributions=self.importance().key if variant.row.needs_contributions else None,
             seed=self.spec.data.seed,
-            spec=self.spec.bld,
+            spec=self._bld_of_content,
         )
+
+    @property
+    def _bld_of_content(self) -> BldSpec:
+        """The settings of BLD that its results depend on.
+
+        Both sources of states give the same weights, and the tokens' key has the length of their windows.
+        """
+        return self.spec.bld.model_copy(update={"source": "stored", "sequence_length": None})
 
     def library_key(self, layer: int, variant: Variant) -> str | None:
         """The key of a variant's weights; None for the parent's own variant and for no-ops."""
@@ -299,17 +327,25 @@ class Plan:
             dtype=self.target.served_dtype,
         )
 
+    def trainings(self, architecture: Architecture) -> dict[str, GkdWork]:
+        """The global distillations of one child by their splits; a second one starts from the first one's child."""
+        child, works = self.assemble(architecture).key, dict[str, GkdWork]()
+        for split, spec in zip(self.gkd_splits, self.spec.gkd.trainings, strict=True):
+            works[split] = GkdWork(
+                parent=self.inputs.parent,
+                child=child,
+                architecture=architecture,
+                tokens=self.tokens(split).key,
+                dtype=self.target.served_dtype,
+                seed=self.spec.data.seed,
+                spec=spec.model_copy(update={"sequence_length": None}),  # the tokens' key has it
+            )
+            child = works[split].key
+        return works
+
     def gkd(self, architecture: Architecture) -> GkdWork:
-        """The global distillation of one child."""
-        return GkdWork(
-            parent=self.inputs.parent,
-            child=self.assemble(architecture).key,
-            architecture=architecture,
-            tokens=self.tokens("gkd").key,
-            dtype=self.target.served_dtype,
-            seed=self.spec.data.seed,
-            spec=self.spec.gkd,
-        )
+        """The global distillation that gives the trained child: the last one."""
+        return list(self.trainings(architecture).values())[-1]
 
     def evaluate(self, child: str | None) -> EvaluateWork:
         """The evaluation of a child by its key, or of the parent."""
@@ -364,6 +400,7 @@ class Plan:
             update={
                 "parent": ParentSpec(path=inputs.parent),
                 "data": spec.data.model_copy(update=texts),
+                "bld": self._bld_of_content,
                 "target": self.target.model_copy(update={"table": inputs.cost_table}),
                 "evaluation": spec.evaluation.model_copy(update={"tasks": benchmarks, "lm_eval": self._harness}),
                 "runtime": RuntimeSpec(),

@@ -21,6 +21,8 @@ from puzzle_core.work import BldWork, ScoreWork
 
 BLD_STATES = 7
 """Files of hidden states on the scratch disk during BLD, at most: two for each of three layers, and the last output."""
+MOST_TRAININGS = 128
+"""Trainings at most that share one pass of the parent: each is a thread and a task."""
 FORWARD, FORWARD_BACKWARD, ATTENTION_FORWARD_BACKWARD = 1, 3, 3.5
 """Cost relative to a forward pass. Attention kernels compute half of their forward pass again in the backward pass."""
 TRAINING_BYTES = 16
@@ -68,7 +70,11 @@ class Resources(NamedTuple):
 
 
 def resources(
-    plan: Plan, child: Architecture | None = None, gkd_processes: int = 1, done: Container[str] = frozenset()
+    plan: Plan,
+    child: Architecture | None = None,
+    gkd_processes: int = 1,
+    done: Container[str] = frozenset(),
+    device_bytes: float = 80e9,
 ) -> Resources:
     """The resources of a run.
 
@@ -76,6 +82,7 @@ def resources(
         child: the architecture that GKD trains; by default the parent's, which is the largest child.
         gkd_processes: number of processes that share GKD.
         done: keys of artifacts in the store; their trainings and scores count as 0.
+        device_bytes: memory of all devices together, which bounds the groups of layers of a streamed BLD.
     """
     spec, shape = plan.spec, plan.inputs.shape
     variants = [work for work in plan.all_bld() if work.key not in done]
@@ -87,7 +94,8 @@ def resources(
     child = child or parent
     parent_size, child_size = (architecture_parameters(shape, architecture) for architecture in (parent, child))
     bld_tokens = spec.bld.tokens * spec.bld.epochs
-    gkd_tokens = spec.gkd.tokens * spec.gkd.epochs
+    trainings = dict(zip(plan.gkd_splits, spec.gkd.trainings, strict=True))
+    gkd_tokens = {split: training.tokens * training.epochs for split, training in trainings.items()}
     state, score_state, evaluation_state = (
         part.tokens * shape.hidden * DTYPE_BYTES[part.dtype] for part in (spec.bld, spec.scoring, spec.evaluation)
     )
@@ -97,6 +105,10 @@ def resources(
     score_flops_per_token = sum(score_flops(plan, work) for work in scores)
     if gradients:
         score_flops_per_token += gradient_flops(plan, gradients.samples)
+    streamed = spec.bld.source == "streamed"
+    bld_flops_per_token = sum(bld_flops(plan, work) for work in variants)
+    if streamed:
+        bld_flops_per_token += stream_flops(plan, streamed_groups(plan, device_bytes), variants)
     library = sum(DTYPE_BYTES["float32"] * variant_size(shape, work.variant).parameters for work in variants)
     child_bytes = child_size * DTYPE_BYTES[plan.target.served_dtype]
     return Resources(
@@ -104,20 +116,23 @@ def resources(
         score_tasks=len(scores),
         bld_tokens=len(variants) * bld_tokens,
         score_tokens=len(scores) * spec.scoring.tokens,
-        gkd_tokens=gkd_tokens,
+        gkd_tokens=sum(gkd_tokens.values()),
         state_bytes=state,
-        bld_scratch_bytes=BLD_STATES * state if variants else 0,
+        bld_scratch_bytes=BLD_STATES * state if variants and not streamed else 0,
         score_scratch_bytes=(2 * shape.layers + 1) * score_state + log_probabilities if scores else 0,
         evaluation_scratch_bytes=2 * evaluation_state + _stored_log_probability_bytes(plan, spec.evaluation.tokens),
         library_bytes=library,
         child_bytes=child_bytes,
         gradient_bytes=gradient_bytes,
-        store_bytes=library + gradient_bytes + (2 + len(spec.search.baselines)) * child_bytes,
+        store_bytes=library + gradient_bytes + (1 + len(trainings) + len(spec.search.baselines)) * child_bytes,
         gkd_device_bytes=(child_size * TRAINING_BYTES + parent_size * DTYPE_BYTES[spec.gkd.dtype]) // gkd_processes,
         gkd_checkpoint_bytes=child_size * (CHECKPOINT_BYTES + (BEST_WEIGHT_BYTES if spec.gkd.held_back_checks else 0)),
-        bld_flops=bld_tokens * sum(bld_flops(plan, work) for work in variants),
+        bld_flops=bld_tokens * bld_flops_per_token,
         score_flops=spec.scoring.tokens * score_flops_per_token,
-        gkd_flops=gkd_tokens * gkd_flops(plan, child, recompute=gkd_processes > 1 or spec.runtime.gkd_recompute),
+        gkd_flops=sum(
+            tokens * gkd_flops(plan, child, recompute=gkd_processes > 1 or spec.runtime.gkd_recompute, split=split)
+            for split, tokens in gkd_tokens.items()
+        ),
     )
 
 
@@ -126,13 +141,48 @@ def bld_flops(plan: Plan, work: BldWork) -> float:
 
     The gradient of an attention passes through the parent's FFN.
     """
-    shape, length, spec = plan.inputs.shape, plan.spec.data.sequence_length, plan.spec.bld
+    shape, length = plan.inputs.shape, plan.splits["bld"].sequence_length
     weights, products = _forward(shape, work.variant, length)
     ffn = _forward(shape, shape.parent_block.ffn, length)[0] if work.variant.subblock == "attn" else 0
-    windows = -(-spec.tokens // length)
-    held_back_passes = 2 * held_back_windows(windows) / (windows * spec.epochs)
     training = FORWARD_BACKWARD * weights + ATTENTION_FORWARD_BACKWARD * products + 2 * ffn
-    return training + held_back_passes * (weights + products + ffn)
+    return training + _held_back_passes(plan) * (weights + products + ffn)
+
+
+def stream_flops(plan: Plan, groups: list[range], works: list[BldWork]) -> float:
+    """Operations per token of the parent in a streamed BLD: for each group, all layers up to the last one it trains."""
+    shape, length = plan.inputs.shape, plan.splits["bld"].sequence_length
+    last_layers = (max((work.layer for work in works if work.layer in group), default=-1) for group in groups)
+    block = _block_forward(shape, shape.parent_block, length)
+    return (1 + _held_back_passes(plan)) * sum((last + 1) * block for last in last_layers)
+
+
+def streamed_groups(plan: Plan, device_bytes: float) -> list[range]:
+    """The groups of layers of a streamed BLD: the variants of a group train at the same time.
+
+    A group has as many layers as half of the devices' memory holds trainings for, or as `runtime.bld_side_by_side`
+    allows trainings, and at least one.
+    """
+    shape, most = plan.inputs.shape, plan.spec.runtime.bld_side_by_side
+    groups: list[range] = []
+    trainings, training_bytes = 0, 0
+    for layer in plan.layers:
+        variants = plan.trained(layer)
+        needed = sum(TRAINING_BYTES * variant_size(shape, variant).parameters for variant in variants)
+        trainings, training_bytes = trainings + len(variants), training_bytes + needed
+        fits = trainings <= most if most else training_bytes <= device_bytes / 2 and trainings <= MOST_TRAININGS
+        if groups and fits:
+            groups[-1] = range(groups[-1].start, layer + 1)
+        else:
+            groups.append(range(layer, layer + 1))
+            trainings, training_bytes = len(variants), needed
+    return groups
+
+
+def _held_back_passes(plan: Plan) -> float:
+    """Passes over held-back windows of BLD, as a share of the passes over training tokens."""
+    spec = plan.spec.bld
+    windows = -(-spec.tokens // plan.splits["bld"].sequence_length)
+    return 2 * held_back_windows(windows) / (windows * spec.epochs)
 
 
 def score_flops(plan: Plan, work: ScoreWork) -> float:
@@ -141,7 +191,7 @@ def score_flops(plan: Plan, work: ScoreWork) -> float:
     A block with the parent's attention starts at its FFN. The parent's head runs again if its log-probabilities are
     too large for the scratch disk. An estimate needs the block and the gradients.
     """
-    shape, length = plan.inputs.shape, plan.spec.data.sequence_length
+    shape, length = plan.inputs.shape, plan.splits["scoring"].sequence_length
     parent = shape.parent_block
     block = _block_forward(shape, work.block, length)
     if work.block.attention == parent.attention:
@@ -157,7 +207,7 @@ def gradient_flops(plan: Plan, samples: int) -> float:
 
     Weights get no gradients.
     """
-    shape, length = plan.inputs.shape, plan.spec.data.sequence_length
+    shape, length = plan.inputs.shape, plan.splits["scoring"].sequence_length
     forward_backward: float = _head(shape) * (FORWARD + samples)
     for variant in shape.parent_block.subblocks:
         weights, products = _forward(shape, variant, length)
@@ -166,12 +216,13 @@ def gradient_flops(plan: Plan, samples: int) -> float:
     return forward_backward
 
 
-def gkd_flops(plan: Plan, child: Architecture, recompute: bool) -> float:
-    """Operations per token of GKD, its passes over the held-back windows included.
+def gkd_flops(plan: Plan, child: Architecture, recompute: bool, split: str = "gkd") -> float:
+    """Operations per token of the GKD that reads a split, its passes over the held-back windows included.
 
     With `recompute`, the backward pass computes every block of the child again.
     """
-    shape, length, spec = plan.inputs.shape, plan.spec.data.sequence_length, plan.spec.gkd
+    shape, length, spec = plan.inputs.shape, plan.splits[split].sequence_length, plan.spec.gkd
+    spec = dict(zip(plan.gkd_splits, spec.trainings, strict=True))[split]
     parent = shape.layers * _block_forward(shape, shape.parent_block, length) + _head(shape)
     training, forward = float(FORWARD_BACKWARD * _head(shape)), float(FORWARD * _head(shape))
     for block in child.layers:

@@ -6,66 +6,141 @@ agreement. The layers before the replaced block are unchanged and are not run ag
 input of the block, or from the stored post-attention state where only the FFN is replaced, and runs the rest of the
 model.
 
+Where the parent's layers do not fit into memory, scores go side by side through the layers: each layer is loaded once
+for the states of all of them, and dropped (puzzle_core/shared_sequence.py).
+
 An iterated search replaces one block of a child instead of the parent. The result is still compared with the parent.
 
 Legend: N windows, B batch, T tokens, C tokens of a chunk, D hidden width, V vocabulary.
 """
 
+import contextlib
+import functools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
+from puzzle_core.compute_slots import ComputeSlot
 from puzzle_core.distill.losses import kl_divergence, next_token_loss
 from puzzle_core.errors import NonFiniteError
-from puzzle_core.model.activations import FORWARD_TOKENS, Activations
+from puzzle_core.model.activations import FORWARD_TOKENS, Activations, ChildActivations, state_bytes
 from puzzle_core.model.predictions import per_token
+from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock
 from puzzle_core.model.surgery import Subblocks, load_subblocks
+from puzzle_core.shared_sequence import SharedSequence, join
 from puzzle_core.state_dict import State
 from puzzle_core.work import ScoreRecord, ScoreWork
 
 COMPARED_TOKENS = 512
 """Tokens per forward pass of a score on a CPU: few enough for their activations to stay in its cache."""
+SIDE_BY_SIDE = 16
+"""Scores under way at a time on a device, where they share the layers that they load."""
+STATE_BYTES = {"cpu": 2 * 2**30, "cuda": 16 * 2**30}
+"""Largest size of the states that these scores hold between two layers, by type of device."""
+JOIN_WITHIN = 8
+"""A score that starts after the others have loaded this many layers loads them with those that follow it."""
+BLOCK = "block"
 
 
 @torch.no_grad()
-def score_block(work: ScoreWork, activations: Activations, weights: dict[str, State]) -> ScoreRecord:
+def score_block(
+    work: ScoreWork, activations: Activations, weights: dict[str, State], slot: ComputeSlot | None = None
+) -> ScoreRecord:
     """Score one block variant.
 
     Args:
         activations: those of the model whose block is replaced, parent or child, captured through the last layer.
         weights: trained weights by variant id.
+        slot: the thread's compute slot; by default of a device where one thread computes at a time.
 
     Raises:
         NonFiniteError: a score is NaN or infinite; the message names the layer and the block.
     """
+    slot = slot or ComputeSlot(str(activations.device), most=1)
+    suffix_of = _cached_suffix if activations.parent.fits_cache(activations.dtype) else _shared_suffix
+    with suffix_of(work, activations, slot) as suffix:
+        return _score(work, activations, weights, suffix)
+
+
+def _score(work: ScoreWork, activations: Activations, weights: dict[str, State], suffix: "_Suffix") -> ScoreRecord:
     parent, dtype, device = activations.parent, activations.dtype, activations.device
     trained = {v: weights[str(v)] for v in (work.block.attention, work.block.ffn) if str(v) in weights}
-    block = load_subblocks(parent, work.layer, work.block, trained, dtype, device)
-    suffix = [activations.block(layer) for layer in range(work.layer + 1, parent.shape.layers)]
-    context, comparison = activations.context(), _TokenComparison()
-    for rows in _window_batches(activations):
-        hidden = block_output(work, activations, block, rows, context)
-        for following_block in suffix:
-            hidden = following_block(hidden, **context)
-        comparison.add(activations, rows, hidden)
+    block = load_subblocks(parent, work.layer, work.block, trained, dtype, device, suffix.parent_block)
+    comparison = _TokenComparison()
+    for number, chunk in enumerate(suffix.chunks):
+        hidden = [block_output(work, activations, block, rows) for rows in chunk]
+        contexts = [activations.contexts(rows) for rows in chunk]
+        for layer, following_block in enumerate(suffix.blocks(number), work.layer + 1):
+            hidden = [following_block(h_BTD, **c[layer]) for h_BTD, c in zip(hidden, contexts, strict=True)]
+        for rows, final_BTD in zip(chunk, hidden, strict=True):
+            comparison.add(activations, rows, final_BTD)
     return _record(work, activations, comparison)
 
 
-def _window_batches(activations: Activations) -> Iterator[slice]:
+class _Suffix(NamedTuple):
+    """The layers after the replaced block, and the windows that go through them.
+
+    Each chunk has window batches whose states are in memory at the same time. `blocks` gives the layers that the chunk
+    of a number goes through, in order. `parent_block` gives the parent's block of the replaced layer; none where it
+    comes from the parent's cache.
+    """
+
+    chunks: list[list[slice]]
+    blocks: Callable[[int], Iterator[Subblocks]]
+    parent_block: Callable[[], PuzzleBlock] | None = None
+
+
+@contextlib.contextmanager
+def _cached_suffix(work: ScoreWork, activations: Activations, slot: ComputeSlot) -> Iterator[_Suffix]:
+    """The suffix from the parent's cache, which holds all of it: window batches go through it one by one."""
+    blocks = [activations.block(layer) for layer in range(work.layer + 1, activations.parent.shape.layers)]
+    with slot:
+        yield _Suffix([[rows] for rows in _window_batches(activations)], lambda _: iter(blocks))
+
+
+@contextlib.contextmanager
+def _shared_suffix(work: ScoreWork, activations: Activations, slot: ComputeSlot) -> Iterator[_Suffix]:
+    """The suffix layer by layer, shared with the other scores of this process that are under way."""
+    layers, batches = activations.parent.shape.layers, _window_batches(activations)
+    windows = batches[0].stop - batches[0].start
+    batch_bytes = state_bytes(windows, activations.ids_NT.shape[1], activations.parent.shape.hidden, activations.dtype)
+    size = max(1, STATE_BYTES[activations.device.type] // (SIDE_BY_SIDE * batch_bytes))
+    chunks = [batches[first : first + size] for first in range(0, len(batches), size)]
+
+    def load(position: int, _: frozenset[str]) -> dict[str, Subblocks]:
+        return {BLOCK: activations.load_block(position % layers)}
+
+    def make() -> SharedSequence[Subblocks]:
+        return SharedSequence(load, ahead=2, join_within=JOIN_WITHIN, load_computes=False)
+
+    key = (str(activations.directory), activations.dtype, str(activations.device), "layers")
+    with join(key, make, frozenset({BLOCK}), slot, first=work.layer) as reader:
+
+        def blocks(chunk: int) -> Iterator[Subblocks]:
+            following = range(work.layer + 1, layers)
+            return (reader.take(chunk * layers + layer)[BLOCK] for layer in following)
+
+        @functools.cache
+        def parent_block() -> PuzzleBlock:
+            return reader.take(work.layer)[BLOCK].attention
+
+        yield _Suffix(chunks, blocks, None if isinstance(activations, ChildActivations) else parent_block)
+
+
+def _window_batches(activations: Activations) -> list[slice]:
     tokens = COMPARED_TOKENS if activations.device.type == "cpu" else FORWARD_TOKENS
     windows = max(1, tokens // activations.ids_NT.shape[1])
-    return (slice(first, first + windows) for first in range(0, len(activations.ids_NT), windows))
+    return [slice(first, first + windows) for first in range(0, len(activations.ids_NT), windows)]
 
 
-def block_output(
-    work: ScoreWork, activations: Activations, block: Subblocks, rows: slice, context: dict[str, Any]
-) -> torch.Tensor:
+def block_output(work: ScoreWork, activations: Activations, block: Subblocks, rows: slice) -> torch.Tensor:
     """What leaves the replaced block, (B, T, D), for some windows of the stored states."""
     if work.block.attention == activations.attention(work.layer):
         return block.feed(activations.post_attention(work.layer)[rows].to(activations.device))
-    return block(activations.layer_input(work.layer)[rows].to(activations.device), **context)
+    input_BTD = activations.layer_input(work.layer)[rows].to(activations.device)
+    return block(input_BTD, **activations.contexts(rows)[work.layer])
 
 
 class _TokenComparison:

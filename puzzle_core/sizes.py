@@ -7,6 +7,8 @@ from puzzle_core.architecture import Architecture, ModelShape, Variant
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 LARGEST_LOG_PROBABILITIES_BYTES = 2**30
 """The scratch disk keeps the parent's log-probabilities up to this size; larger ones are computed again."""
+LAYER_CACHE_BYTES = 4 * 2**30
+"""A process keeps the parent's layers in memory up to this size, on all of its devices together."""
 HELD_BACK_PART = 32
 """BLD holds back one window in this many."""
 WATCHED_PART, MOST_WATCHED = 64, 32
@@ -21,9 +23,9 @@ class VariantSize(NamedTuple):
 
 
 def variant_size(shape: ModelShape, variant: Variant) -> VariantSize:
-    """Parameters (norm and biases included) and KV entries per token of one subblock variant."""
+    """Parameters (norms and biases included) and KV entries per token of one subblock variant."""
     row, size = variant.row, variant.size
-    parameters = row.parameters(shape, size) + row.keeps_norm * shape.hidden
+    parameters = row.parameters(shape, size) + row.keeps_norm * shape.norms * shape.hidden
     return VariantSize(parameters, row.kv_entries(shape, size))
 
 

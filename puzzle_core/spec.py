@@ -6,7 +6,7 @@ so equal work has an equal key on every machine.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -39,7 +39,10 @@ Seconds = Annotated[str, BeforeValidator(parse_seconds.check), Field(json_schema
 ShareOfParent = Annotated[str, BeforeValidator(parse_share.check), Field(json_schema_extra=parse_share.form)]
 TaskName = Annotated[str, Field(pattern=r"^[\w.+-]+$")]
 Throughput = Annotated[str, BeforeValidator(parse_throughput.check), Field(json_schema_extra=parse_throughput.form)]
+WindowTokens = Annotated[int, Field(ge=8, le=10**9)]
 
+GKD_SPLITS = ("gkd", "gkd-long")
+"""The splits of the texts that the trainings of a child read, in their order."""
 PRODUCTS = "Type of activations and matrix products; auto: bfloat16 where this machine has fast products of it"
 MOST = 1000
 """The most solutions, points of a frontier, rounds and combinations of batch sizes: each is a search of its own."""
@@ -76,7 +79,7 @@ class DataSpec(Record):
         description="Instead of held_out_texts: share of the documents of train_texts that is held out",
         exclude_if=lambda share: share is None,
     )
-    sequence_length: int = Field(256, ge=8, le=10**9, description="Tokens per window")
+    sequence_length: WindowTokens = Field(256, description="Tokens per window")
     seed: int = Field(0, description="Seed for the order of the documents, and of the windows in BLD and GKD")
     cut_documents: bool = Field(
         True,
@@ -85,6 +88,11 @@ class DataSpec(Record):
     document_start: str = Field(
         "auto",
         description="Start of every document: auto (that of the tokenizer or its pretraining), none, or a token",
+    )
+    document_mask: bool = Field(
+        False,
+        description="Attention does not cross documents within a window, and positions start again at each",
+        exclude_if=lambda masked: not masked,
     )
 
     @model_validator(mode="after")
@@ -229,17 +237,36 @@ class OptimizerSpec(Record):
     gradient_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient")
 
 
+BldSource = Literal["stored", "streamed"]
+"""Where BLD gets the parent's states: from files, or from the parent as it trains."""
+
+
 class BldSpec(Record):
     """Blockwise local distillation (METHOD section 3)."""
 
     tokens: Positive = Field(262_144, description="Training tokens per variant")
+    sequence_length: WindowTokens | None = Field(
+        None, description="Tokens per window; unset: data.sequence_length", exclude_if=lambda length: length is None
+    )
     epochs: Positive = Field(1, description="Passes over these tokens")
     batch_tokens: Positive = Field(4096, description="Tokens per optimizer step; whole windows")
+    micro_batch_tokens: Positive | None = Field(
+        None,
+        description="Tokens per forward pass; gradients add up to a batch. Unset: the whole batch",
+        exclude_if=lambda tokens: tokens is None,
+    )
     loss: Literal["tensor", "token"] = Field(
         "tensor",
         description="Squared error over the square of the parent's output: of the whole batch (tensor), or of every "
         "token, where a few tokens have huge activations (token)",
         exclude_if=lambda loss: loss == "tensor",
+    )
+    source: BldSource = Field(
+        "stored",
+        description="Where the parent's states come from: captured into files of runtime.scratch, layer by layer "
+        "(stored), or computed by the parent while groups of layers train (streamed), which needs no disk and more "
+        "computation. Weights are the same, and so are their keys",
+        exclude_if=lambda source: source == "stored",
     )
     dtype: ComputeDtype = Field("float32", description=f"{PRODUCTS}; weights stay float32")
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -253,6 +280,9 @@ class ScoringSpec(Record):
     """Replace-1-block scores (METHOD section 4)."""
 
     tokens: Positive = Field(16_384, description="Held-out tokens per score")
+    sequence_length: WindowTokens | None = Field(
+        None, description="Tokens per window; unset: data.sequence_length", exclude_if=lambda length: length is None
+    )
     composition: Literal["pairs", "subblocks"] = Field(
         "pairs", description="Score every block variant (pairs), or single subblocks and add their scores (subblocks)"
     )
@@ -496,10 +526,24 @@ class SearchRequest(Record):
         return self
 
 
+class LongGkdSpec(Record):
+    """A second GKD, of the child that the first one gave, on longer windows. What is not set is as in the first one."""
+
+    sequence_length: WindowTokens = Field(description="Tokens per window")
+    tokens: Positive = Field(description="Training tokens, of texts that follow those of the first GKD")
+    epochs: Positive = Field(1, description="Passes over these tokens")
+    batch_tokens: Positive | None = Field(None, description="Tokens per optimizer step; whole windows")
+    micro_batch_tokens: Positive | None = Field(None, description="Tokens per forward pass; whole windows")
+    learning_rate: float | None = Field(None, gt=0, description="After the warm-up")
+
+
 class GkdSpec(Record):
     """Global knowledge distillation (METHOD section 7)."""
 
     tokens: Positive = Field(524_288, description="Training tokens")
+    sequence_length: WindowTokens | None = Field(
+        None, description="Tokens per window; unset: data.sequence_length", exclude_if=lambda length: length is None
+    )
     epochs: Positive = Field(1, description="Passes over these tokens")
     batch_tokens: Positive = Field(4096, description="Tokens per optimizer step; whole windows")
     micro_batch_tokens: Positive | None = Field(
@@ -520,6 +564,20 @@ class GkdSpec(Record):
     )
     dtype: ComputeDtype = Field("float32", description=f"{PRODUCTS}; weights stay float32")
     optimizer: OptimizerSpec = OptimizerSpec(learning_rate=5e-4)
+    long: LongGkdSpec | None = Field(
+        None, description="A second training on longer windows", exclude_if=lambda long: long is None
+    )
+
+    @property
+    def trainings(self) -> tuple["GkdSpec", ...]:
+        """The trainings in their order, each with its settings whole."""
+        first = self.model_copy(update={"long": None})
+        if self.long is None:
+            return (first,)
+        changes = {name: value for name, value in self.long if value is not None}
+        if rate := changes.pop("learning_rate", None):
+            changes["optimizer"] = self.optimizer.model_copy(update={"learning_rate": rate})
+        return first, first.model_copy(update=changes)
 
     @model_validator(mode="after")
     def _check_weights(self) -> "GkdSpec":
@@ -559,6 +617,9 @@ class EvaluationSpec(Record):
     """Evaluation of parent and child on held-out text and on benchmarks."""
 
     tokens: Positive = Field(65_536, description="Held-out tokens")
+    sequence_length: WindowTokens | None = Field(
+        None, description="Tokens per window; unset: data.sequence_length", exclude_if=lambda length: length is None
+    )
     dtype: ComputeDtype = Field(
         "float32",
         description=f"{PRODUCTS}. Parent and child are stored in it while they are evaluated",
@@ -601,6 +662,12 @@ class RuntimeSpec(Record):
     mlflow_uri: str = Field("sqlite:///.puzzle/mlflow.db", description="MLflow tracking URI")
     mlflow_experiment: str = Field("puzzle", description="Name of the MLflow experiment")
     workers: Positive | None = Field(None, description="Number of parallel tasks; default one per core or GPU")
+    bld_side_by_side: Positive | None = Field(
+        None,
+        description="Trainings of BLD under way at a time; unset: all variants of a layer, which then read its states "
+        "once. Fewer need less memory: a training keeps 16 bytes per parameter of its variant on its device",
+        exclude_if=lambda trainings: trainings is None,
+    )
     task_runner: Literal["threads", "dask"] = Field(
         "threads", description="Task runner of BLD, scores and evaluations: threads of the run, or processes under Dask"
     )
@@ -663,6 +730,13 @@ class RuntimeSpec(Record):
         return self
 
 
+class SplitSize(NamedTuple):
+    """How many tokens a split needs, and tokens per window."""
+
+    tokens: int
+    sequence_length: int
+
+
 COMPUTING_PARTS = ("bld", "scoring", "gkd", "evaluation")
 """The parts with a type of matrix products."""
 
@@ -700,6 +774,25 @@ class RunSpec(Record):
     def scenarios(self) -> tuple[ScenarioSpec, ...]:
         """All scenarios, the main one first."""
         return self.request.scenarios
+
+    @property
+    def splits(self) -> dict[str, SplitSize]:
+        """The splits of the texts by name; those of a training or of held-out texts in the order of their packing."""
+        gkd = zip(GKD_SPLITS, self.gkd.trainings, strict=False)
+        stages: dict[str, Any] = {"calibration": self.importance, "bld": self.bld, **dict(gkd)}
+        stages |= {"scoring": self.scoring, "evaluation": self.evaluation}
+        lengths = {name: getattr(stage, "sequence_length", None) for name, stage in stages.items()}
+        return {
+            name: SplitSize(stage.tokens, lengths[name] or self.data.sequence_length) for name, stage in stages.items()
+        }
+
+    @property
+    def sequence_lengths(self) -> dict[str, int]:
+        """Tokens per window, by the fields that set them."""
+        parts: dict[str, Any] = {"data": self.data, "bld": self.bld, "gkd": self.gkd, "gkd.long": self.gkd.long}
+        parts |= {"scoring": self.scoring, "evaluation": self.evaluation}
+        lengths = {f"{name}.sequence_length": getattr(part, "sequence_length", None) for name, part in parts.items()}
+        return {field: length for field, length in lengths.items() if length}
 
     def with_dtype(self, auto: Dtype) -> "RunSpec":
         """The same specification with this type in place of every `auto`."""
@@ -742,16 +835,30 @@ class RunSpec(Record):
         return self
 
     @model_validator(mode="after")
+    def _check_source(self) -> "RunSpec":
+        if self.bld.source == "streamed" and self.runtime.task_runner == "dask":
+            raise ValueError(
+                "bld.source is streamed and runtime.task_runner is dask: variants share the parent's states within a "
+                "process, and under Dask every one has a process of its own: set task_runner to threads, or bld.source "
+                "to stored"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_batches(self) -> "RunSpec":
-        window = self.data.sequence_length
-        batches = {"bld.batch_tokens": self.bld.batch_tokens, "gkd.batch_tokens": self.gkd.batch_tokens}
-        if self.gkd.micro_batch_tokens:
-            batches["gkd.micro_batch_tokens"] = self.gkd.micro_batch_tokens
-            if self.gkd.batch_tokens % self.gkd.micro_batch_tokens:
-                raise ValueError("gkd.batch_tokens must be a multiple of gkd.micro_batch_tokens")
-        for name, tokens in batches.items():
-            if tokens % window:
-                raise ValueError(f"{name} is {tokens}, not a multiple of data.sequence_length ({window})")
+        lengths = self.sequence_lengths
+        trainings: dict[str, Any] = {
+            "bld": self.bld,
+            **dict(zip(("gkd", "gkd.long"), self.gkd.trainings, strict=False)),
+        }
+        for name, training in trainings.items():
+            field = f"{name}.sequence_length" if f"{name}.sequence_length" in lengths else "data.sequence_length"
+            batch, micro = training.batch_tokens, getattr(training, "micro_batch_tokens", None)
+            if micro and batch % micro:
+                raise ValueError(f"{name}.batch_tokens must be a multiple of {name}.micro_batch_tokens")
+            for part, tokens in {"batch_tokens": batch, "micro_batch_tokens": micro or batch}.items():
+                if tokens % lengths[field]:
+                    raise ValueError(f"{name}.{part} is {tokens}, not a multiple of {field} ({lengths[field]})")
         return self
 
 

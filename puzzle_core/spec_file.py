@@ -12,7 +12,7 @@ from puzzle_core.yaml_file import read_keys, resolve_path
 
 
 def load_spec(path: Path, overrides: tuple[str, ...] = ()) -> RunSpec:
-    """Read a spec from YAML, with `key.path=value` overrides.
+    """Read a spec from YAML, with `part.field=value` overrides.
 
     `target` may be the path of a target file (puzzle_core/target.py). Relative paths of the parent, texts,
     benchmarks and target start at the file's directory; those in overrides start at the working directory.
@@ -32,7 +32,7 @@ def load_spec(path: Path, overrides: tuple[str, ...] = ()) -> RunSpec:
 def _apply_override(content: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
-        raise SpecError(f"--set {override!r}: write key.path=value, for instance --set parent.path=/models/mine")
+        raise SpecError(f"--set {override!r}: write part.field=value, for instance --set parent.path=/models/mine")
     *parents, last = key.split(".")
     place = content
     for part in parents:

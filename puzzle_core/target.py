@@ -19,8 +19,8 @@ ComputeDtype = Literal["float32", "bfloat16", "auto"]
 """`auto` is bfloat16 where the machine has fast products of it (`device.fast_dtype`); a plan has no `auto` left."""
 Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
 _NAME = r"^[A-Za-z0-9]([A-Za-z0-9 ._+-]*[A-Za-z0-9_+-])?"
-Name = Annotated[str, Field(pattern=_NAME + "$", json_schema_extra={"pattern": _NAME + r"(?![\s\S])"})]
-"""Becomes part of names of runs, models and files: no slash, no newline, no dot or space at an end."""
+Name = Annotated[str, Field(pattern=_NAME + "$", max_length=100, json_schema_extra={"pattern": _NAME + r"(?![\s\S])"})]
+"""Becomes part of names of runs, models and files: short, no slash, no newline, no dot or space at an end."""
 Positive = Annotated[int, Field(gt=0, le=10**15)]
 Count = Annotated[int, Field(gt=0, le=10**9)]
 Share = Annotated[float, Field(gt=0, le=1)]

@@ -4,6 +4,7 @@ A `Work` is complete: its digest is the key of the stage's artifact (DESIGN rule
 keys. A `Record` is the result of the stage; the artifact holds its tensors in separate files.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -24,7 +25,11 @@ from puzzle_core.spec import (
 
 
 class TokensWork(Work):
-    """One split of packed windows; `earlier_splits` are the splits that are packed before it."""
+    """One split of packed windows.
+
+    `earlier_splits` are the splits that are packed before it, with their tokens; `earlier_lengths` are their tokens per
+    window, where not all have this split's. With `documents`, the artifact says which document each token is of.
+    """
 
     stage: ClassVar[str] = "tokens"
     version: ClassVar[int] = 2
@@ -32,20 +37,47 @@ class TokensWork(Work):
     split: str
     tokens: int
     earlier_splits: tuple[tuple[str, int], ...]
+    earlier_lengths: tuple[int, ...] = Field((), exclude_if=lambda lengths: not lengths)
     sequence_length: int
     seed: int
     cut_documents: bool
     document_start: str
+    documents: bool = Field(False, exclude_if=lambda kept: not kept)
     texts: str
     tokenizer: str
 
+    @property
+    def before(self) -> "TokensWork | None":
+        """The split that is packed before this one."""
+        if not self.earlier_splits:
+            return None
+        *earlier, (split, tokens) = self.earlier_splits
+        *lengths, length = self.earlier_lengths or [self.sequence_length] * len(self.earlier_splits)
+        return self.after([(*pair, size) for pair, size in zip(earlier, lengths, strict=True)], split, tokens, length)
+
+    def after(self, earlier: Sequence[tuple[str, int, int]], split: str, tokens: int, length: int) -> "TokensWork":
+        """Another split of the same texts: `tokens` in windows of `length`, after earlier ones, given likewise."""
+        lengths = tuple(size for *_, size in earlier)
+        changes = {
+            "split": split,
+            "tokens": tokens,
+            "sequence_length": length,
+            "earlier_splits": tuple((name, count) for name, count, _ in earlier),
+            "earlier_lengths": lengths if {*lengths} - {length} else (),
+        }
+        return self.model_copy(update=changes)
+
 
 class TokensRecord(Record):
-    """Size of a packed split."""
+    """Size of a packed split.
+
+    `end` is where the next split starts (`puzzle_core.data.Place`); artifacts from before it was recorded have none.
+    """
 
     windows: int
     tokens: int
     bytes_per_token: float
+    end: tuple[int, int] | None = None
 
 
 class ImportanceWork(Work):
@@ -226,7 +258,7 @@ class ChildRecord(Record):
 
 
 class GkdWork(Work):
-    """The global distillation of one child; `seed` is that of the order of the windows."""
+    """The global distillation of one child, assembled or distilled before; `seed` is of the order of the windows."""
 
     stage: ClassVar[str] = "gkd"
     version: ClassVar[int] = 2
@@ -329,7 +361,7 @@ class SearchWork(Work):
     """
 
     stage: ClassVar[str] = "search"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     parent: str
     shape: ModelShape
@@ -384,7 +416,10 @@ class ReportedModel(Record):
 
 
 class ReportWork(Work):
-    """Everything that a report shows, by key. `spec` is `Plan.spec_of_content`, which has no paths."""
+    """Everything that a report shows, by key. `spec` is `Plan.spec_of_content`, which has no paths.
+
+    `gkd` is the distillation that gave the child, `first_gkd` the one before it where there are two.
+    """
 
     stage: ClassVar[str] = "report"
     version: ClassVar[int] = 4
@@ -397,5 +432,11 @@ class ReportWork(Work):
     refine: str | None
     costs: str | None
     gkd: str
+    first_gkd: str | None = Field(None, exclude_if=lambda key: key is None)
     timing: TimingWork | None
     models: tuple[ReportedModel, ...]
+
+    @property
+    def trainings(self) -> tuple[str, ...]:
+        """The keys of all distillations of the child, in their order."""
+        return (self.first_gkd, self.gkd) if self.first_gkd else (self.gkd,)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from puzzle_core import data, evaluation, fisher, scoring
 from puzzle_core.benchmark_items import digest_items, read_items
+from puzzle_core.chats import as_texts, check_template
 from puzzle_core.cost import roofline
 from puzzle_core.cost.engine_module import cost_module
 from puzzle_core.cost.measuring import hardware_name
@@ -33,11 +34,12 @@ from puzzle_core.search.run_search import check_feasible, find_architecture
 from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.search.table_files import read_costs
 from puzzle_core.search.tables import CostTable, ScoreTable
-from puzzle_core.spec import DataSpec, EvaluationSpec, TargetSpec
+from puzzle_core.spec import BldSource, DataSpec, EvaluationSpec, TargetSpec
 from puzzle_core.target import ComputeDtype
 from puzzle_core.text_sources import Texts, read_texts
 from puzzle_core.work import (
     AssembleWork,
+    BldRecord,
     BldWork,
     CostRecord,
     CostWork,
@@ -54,10 +56,11 @@ from puzzle_core.work import (
     ScoreWork,
     SearchWork,
     TimingWork,
+    TokensRecord,
     TokensWork,
 )
 from tasks.runtime.context import RunContext
-from tasks.runtime.digest_cache import check_texts_disjoint, parent_digest, texts_digest
+from tasks.runtime.digest_cache import check_texts_disjoint, named_chat, parent_digest, texts_digest
 from tasks.runtime.locks import gpu_lock, machine_lock
 from tasks.runtime.named_inputs import (
     digest_folder,
@@ -69,7 +72,7 @@ from tasks.runtime.named_inputs import (
 from tasks.runtime.opened_parent import hub_commit
 from tasks.runtime.produce import produce
 from tasks.stage_progress import StageProgress
-from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs
+from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs, with_shared_gpu
 from tasks.tracking.live_curve import HELD_BACK_KL, LiveCurve
 from tasks.tracking.tracked_run import TrackedRun
 
@@ -87,7 +90,15 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec, evalua
     parent = context.open_parent()
     tokenizer, train, held_out = parent.tokenizer(), texts.train, texts.held_out
     start = data.document_start(tokenizer, texts.document_start)
-    check_rows(tokenizer, parent.shape.vocabulary, start, lambda: [*read_texts(train), *read_texts(held_out)])
+    for texts_of in (train, held_out):
+        if chat := named_chat(texts_of, context.scratch):
+            check_template(tokenizer, chat)
+    check_rows(
+        tokenizer,
+        parent.shape.vocabulary,
+        start,
+        lambda: as_texts([*read_texts(train), *read_texts(held_out)], tokenizer),
+    )
     if evaluation.lm_eval.chat_template and not tokenizer.chat_template:
         raise SpecError(
             f"evaluation.lm_eval.chat_template is set, but the tokenizer of {context.parent.path} has no chat "
@@ -130,10 +141,12 @@ def for_target(inputs: Inputs, target: TargetSpec) -> Inputs:
 
 @stage_task("tokens", "tokens {work.split}")
 def pack_tokens(work: TokensWork, texts: Texts, context: RunContext) -> str:
-    """Pack one split of the texts."""
-    tokenizer = context.open_parent().tokenizer()
+    """Pack one split of the texts, from where the split before it ended if the store has that one."""
+    tokenizer, store, before = context.open_parent().tokenizer(), context.store(), work.before
+    end = store.record(TokensRecord, before.key).end if before and store.has(before.key) else None
+    place = data.Place(*end) if end else None
     return produce(
-        work, context, lambda out: data.pack_split(work, read_named_documents(work.texts, texts), tokenizer, out)
+        work, context, lambda out: data.pack_split(work, read_named_documents(work.texts, texts), tokenizer, out, place)
     )
 
 
@@ -151,7 +164,7 @@ def measure_importance(work: ImportanceWork, context: RunContext) -> str:
 
 
 @stage_task("capture layer", "capture layer {layer} ({tokens})", cached=False)
-@with_gpu
+@with_shared_gpu
 def capture_layer(
     parent: str,
     tokens: str,
@@ -174,7 +187,8 @@ def capture_layer(
     """
     use_threads(context.threads_per_task)
     activations = context.activations(parent, tokens, dtype, base)
-    with machine_lock("shared"), _dropped_if_parent_changes(parent, activations.directory, context):
+    unchanged = _dropped_if_parent_changes(parent, activations.directory, context)
+    with machine_lock("shared"), unchanged, context.compute_slot:
         if layer == 0 and not activations.has_layer_input(0):
             activations.capture_embedding()
         activations.capture_layer(layer, keep_post_attention)
@@ -210,13 +224,18 @@ def drop_activations(directory: Path, layer: int | None = None) -> None:
 
 
 @stage_task("bld", "bld layer {work.layer} {work.variant}")
-@with_gpu
-def train_variant(work: BldWork, context: RunContext) -> str:
-    """Blockwise local distillation of one variant of one layer."""
+@with_shared_gpu
+def train_variant(work: BldWork, context: RunContext, source: BldSource = "stored") -> str:
+    """Blockwise local distillation of one variant of one layer, on captured states or on those that it computes."""
     use_threads(context.threads_per_task)
     activations, checkpoints = context.activations(work.parent, work.tokens, work.spec.dtype), context.checkpoints(work)
     contributions = context.store().fetch(work.contributions) if work.contributions else None
-    return produce(work, context, lambda out: bld.train_variant(work, activations, contributions, out, checkpoints))
+    slot = context.compute_slot
+
+    def train(out: Path) -> BldRecord:
+        return bld.train_variant(work, activations, contributions, out, checkpoints, slot=slot, source=source)
+
+    return produce(work, context, train)
 
 
 @stage_task("gradients", "gradients")
@@ -229,17 +248,22 @@ def measure_gradients(work: GradientsWork, context: RunContext) -> str:
 
 
 @stage_task("score", "score layer {work.layer} {work.block}")
-@with_gpu
+@with_shared_gpu
 def score_block(work: ScoreWork, context: RunContext) -> str:
     """Replace-1-block score of one block variant in one layer: exact, or estimated where it names gradients."""
     use_threads(context.threads_per_task)
     subblocks = ((str(work.block.attention), work.attention), (str(work.block.ffn), work.ffn))
     weights = {variant: load_weights(context.store().fetch(key)) for variant, key in subblocks if key}
     activations = context.activations(work.parent, work.tokens, work.dtype, work.base)
-    if work.gradients:
-        gradients = context.store().fetch(work.gradients)
-        return produce(work, context, lambda _: fisher.estimate_score(work, activations, weights, gradients))
-    return produce(work, context, lambda _: scoring.score_block(work, activations, weights))
+    gradients = context.store().fetch(work.gradients) if work.gradients else None
+
+    def score(_: Path) -> ScoreRecord:
+        if gradients is None:
+            return scoring.score_block(work, activations, weights, context.compute_slot)
+        with context.compute_slot:
+            return fisher.estimate_score(work, activations, weights, gradients)
+
+    return produce(work, context, score)
 
 
 @stage_task("cost", "cost {work.target.name} batch {work.traffic.batch_size}", tags=["measuring"])
@@ -326,13 +350,17 @@ def assemble_child(work: AssembleWork, label: str, context: RunContext) -> str:
     return produce(work, context, lambda out: child.assemble(work, context.open_parent(), directories, out))
 
 
-@stage_task("gkd", "gkd")
+@stage_task("gkd", "{label}")
 @with_pinned_inputs
-def distil_child(work: GkdWork, run: TrackedRun, context: RunContext) -> str:
-    """Global knowledge distillation (GKD) of the child, on all cores or on `runtime.gkd_processes` GPUs."""
+def distil_child(work: GkdWork, run: TrackedRun, context: RunContext, label: str = "gkd") -> str:
+    """Global knowledge distillation (GKD) of the child, on all cores or on `runtime.gkd_processes` GPUs.
+
+    `label` is the split that it reads, and names its losses in MLflow.
+    """
     parent, checkpoints = context.open_parent(), context.checkpoints(work)
     child_dir, tokens_dir = context.store().fetch(work.child), context.store().fetch(work.tokens)
-    shown, curve = StageProgress("gkd", f"child {_short(work.key)}", shows_end=True), LiveCurve(run, "gkd")
+    shown = StageProgress(label, f"child {_short(work.key)}", shows_end=True)
+    curve = LiveCurve(run, label)
 
     def report_progress(progress: Progress) -> None:
         shown.show(progress.step, progress.steps, f"loss {progress.loss:.4f}")

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
@@ -15,7 +16,8 @@ from prefect.tasks import exponential_backoff
 from puzzle_core.device import on_first
 from puzzle_core.errors import LostProcessError, MeasurementError
 from puzzle_core.records import Work
-from tasks.runtime.locks import gpu_lock
+from tasks.runtime.context import RunContext
+from tasks.runtime.locks import gpu_lock, shared_gpu
 from tasks.store.cache import pin_entries
 
 RETRIES = 3
@@ -79,6 +81,19 @@ def with_gpu(act: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(act)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         with pin_entries(), gpu_lock() as numbers, on_first(numbers):
+            return act(*args, **kwargs)
+
+    return run
+
+
+def with_shared_gpu(act: Callable[P, T]) -> Callable[P, T]:
+    """As `with_gpu`, for tasks that go side by side: those of one process share the GPUs of `context.workers` tasks."""
+    parameters = inspect.signature(act)
+
+    @functools.wraps(act)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        context: RunContext = parameters.bind(*args, **kwargs).arguments["context"]
+        with pin_entries(), shared_gpu(context.workers) as numbers, on_first(numbers):
             return act(*args, **kwargs)
 
     return run

@@ -34,7 +34,7 @@ from tests.pico import PICOS, SIZES, write_pico
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
-pytest_plugins = ["tests.workflow", "tests.s3", "tests.faults"]
+pytest_plugins = ["tests.workflow", "tests.s3", "tests.faults", "tests.hub"]
 
 CPU = torch.device("cpu")
 LONGEST_FILES = ("test_deploy.py", "test_store_s3.py", "test_dask_cluster.py", "test_puzzle.py")

@@ -47,6 +47,33 @@ def _rope(kind: str, **settings: float) -> Pico:
     return Pico(config={"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0, **settings}})
 
 
+def _kinds(kinds: str) -> list[str]:
+    """`layer_types` by initials: full, sliding."""
+    return [{"f": "full_attention", "s": "sliding_attention"}[kind] for kind in kinds]
+
+
+_BY_KIND = {
+    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+_ALPHA = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 1.0, "alpha": 50.0}
+_BY_POSITION = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 4,
+    "llama_4_scaling_beta": 0.5,
+}
+_PARTIAL = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+GRANITE_SCALARS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.25,
+    "attention_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
+_WINDOWS = {"sliding_window": 6, "layer_types": _kinds("sfssf")}
+_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 4, "final_logit_softcapping": 2.0, **_WINDOWS}
+
 PICOS = {
     "llama": Pico(),
     "mistral": Pico("mistral", {"sliding_window": None}),
@@ -54,6 +81,23 @@ PICOS = {
     "qwen3": Pico("qwen3", {"head_dim": 8}),
     "smollm3": Pico("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0]}),
     "seed_oss": Pico("seed_oss", {"head_dim": 16, "attention_bias": False, "attention_out_bias": True}),
+    "arcee": Pico("arcee", {"mlp_bias": True}),
+    "ernie4_5": Pico("ernie4_5", {"head_dim": 8, "use_bias": True}),
+    "exaone4": Pico("exaone4", _WINDOWS),
+    "gemma2": Pico("gemma2", {"attn_logit_softcapping": 0.5, **_GEMMA}),
+    "gemma3_text": Pico("gemma3_text", {"rope_parameters": _BY_KIND, **_GEMMA}),
+    "glm": Pico("glm", {"head_dim": 8}),
+    "glm4": Pico("glm4", {"head_dim": 8, "attention_bias": False}),
+    "granite": Pico("granite", GRANITE_SCALARS),
+    "helium": Pico("helium", {"head_dim": 4, "attention_bias": True}),
+    "hunyuan_v1_dense": Pico("hunyuan_v1_dense", {"head_dim": 8, "rope_parameters": _ALPHA}),
+    "ministral3": Pico("ministral3", {"head_dim": 8, "rope_parameters": _BY_POSITION}),
+    "olmo2": Pico("olmo2", {"attention_bias": True}),
+    "olmo3": Pico("olmo3", {"rope_parameters": _BY_KIND, **_WINDOWS}),
+    "phi3": Pico("phi3", {"rope_parameters": _PARTIAL}),
+    "phi4": Pico("phi3"),
+    "mistral-window": Pico("mistral", {"sliding_window": 6}),
+    "qwen2-windows": Pico("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
     "tied": Pico(config={"tie_word_embeddings": True}),
     "attention-bias": Pico(config={"attention_bias": True}),
     "mlp-bias": Pico(config={"mlp_bias": True}),

@@ -58,12 +58,12 @@ def describe_plan(spec: RunSpec) -> str:
     check_packages(spec, context)
     plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target, spec.evaluation))
     shape, needed, store = plan.inputs.shape, resources(plan), context.store()
-    for last in ("calibration", "gkd", "evaluation"):
+    for last in ("calibration", plan.gkd_splits[-1], "evaluation"):
         if not store.has(plan.tokens(last).key):
             check_texts_enough(plan.tokens(last), plan.texts(last), context.open_parent(), context.scratch)
     gradients = plan.gradients()
     stages: dict[str, Sequence[Work]] = {
-        "tokens": [plan.tokens(split) for split in ("calibration", "bld", "gkd", "scoring", "evaluation")],
+        "tokens": [plan.tokens(split) for split in plan.splits],
         "importance": [plan.importance()],
         "costs": list(plan.costs().values()),
         "BLD": plan.all_bld(),

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
+from prefect import tags
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.runtime import flow_run as present_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Cancelling, Crashed
 
@@ -38,6 +40,16 @@ def label_process(flow: object, flow_run: FlowRun, state: object) -> None:
     if flow_run.parent_task_run_id is None and (process := this_process()):
         with get_client(sync_client=True) as client:
             client.update_flow_run_labels(flow_run.id, {PROCESS: process})
+
+
+@contextmanager
+def inherited_tags() -> Iterator[None]:
+    """Give the tags of the present flow run to the runs within it, which Prefect does not; decorates a flow's function.
+
+    An automation finds runs by their tags (deployments/automations/dead-runs.yaml).
+    """
+    with tags(*present_run.get_tags()):
+        yield
 
 
 def cancel_runs(api: str, seconds: float) -> list[UUID]:

@@ -11,10 +11,10 @@ from puzzle_core.spec import RunSpec
 from tasks.runtime.context import RunContext
 
 
-def task_runner(context: RunContext) -> TaskRunner[Any]:  # Any: each runner has its own type of future
-    """The task runner that the run's specification names."""
+def task_runner(context: RunContext, tasks: int = 0) -> TaskRunner[Any]:  # Any: each runner has its own type of future
+    """The task runner that the run's specification names; threads for at least `tasks` tasks at a time."""
     if context.runtime.task_runner == "threads":
-        return CancellableThreadTaskRunner(max_workers=context.workers)  # type: ignore[return-value]
+        return CancellableThreadTaskRunner(max_workers=max(tasks, context.workers))  # type: ignore[return-value]
     from flows.task_runners.dask_cluster import ClusterTaskRunner
 
     return ClusterTaskRunner.of(context)

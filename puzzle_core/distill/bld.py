@@ -8,7 +8,6 @@ Legend: B batch, T tokens, D hidden width, I intermediate width.
 """
 
 import logging
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,21 +15,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from puzzle_core.data import batch_rows
+from puzzle_core.compute_slots import ComputeSlot
+from puzzle_core.distill.batches import Batch, Batches
 from puzzle_core.distill.importance import load_contribution
-from puzzle_core.distill.loop import MicroBatch, Progress, micro_batches, train
+from puzzle_core.distill.loop import MicroBatch, Progress, train
 from puzzle_core.distill.losses import normalised_mse, token_normalised_mse
 from puzzle_core.distill.training_checkpoint import Checkpoints
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model.activations import Activations
+from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock
 from puzzle_core.model.surgery import WEIGHTS, variant_block
-from puzzle_core.sizes import held_back_windows
+from puzzle_core.spec import BldSource
 from puzzle_core.state_dict import State
 from puzzle_core.work import BldRecord, BldWork
 
 log = logging.getLogger("puzzle")
-LOSSES = {"tensor": normalised_mse, "token": token_normalised_mse}
-"""By the name of `bld.loss`."""
 DIVERGED_LOSS = 0.05
 """A final loss below this is no divergence, whatever the initial loss was; an output of zeros has loss 1."""
 
@@ -42,48 +41,64 @@ def train_variant(
     out_dir: Path,
     checkpoints: Checkpoints | None = None,
     report: Callable[[Progress], None] | None = None,
+    slot: ComputeSlot | None = None,
+    source: BldSource = "stored",
 ) -> BldRecord:
     """Train the variant and write `weights.safetensors` (float32, names within the layer).
+
+    Trainings of the same layer in other threads of this process share what they read, or, if `source` is `streamed`,
+    all trainings share what the parent computes. Each computes while it has a compute slot: `slot`, by default of a
+    device where one thread computes at a time.
 
     Raises:
         NonFiniteError: the training diverged; the message names the layer and the variant.
     """
-    parent, spec = activations.parent, work.spec
+    slot = slot or ComputeSlot(str(activations.device), most=1)
+    with Batches(work, activations, slot, source) as batches:
+        return _train(work, activations, contributions_dir, out_dir, checkpoints, report, batches)
+
+
+def _train(
+    work: BldWork,
+    activations: Activations,
+    contributions_dir: Path | None,
+    out_dir: Path,
+    checkpoints: Checkpoints | None,
+    report: Callable[[Progress], None] | None,
+    batches: Batches,
+) -> BldRecord:
+    spec, schedule = work.spec, batches.schedule
     state = initial_state(activations, work, contributions_dir)
-    block = variant_block(parent, work.layer, work.variant, state, torch.float32, activations.device)
+    block = variant_block(activations.parent, work.layer, work.variant, state, torch.float32, activations.device)
     parameters = {name: parameter.requires_grad_(True) for name, parameter in block.named_parameters()}
-    frozen = parent.block(work.layer, activations.dtype, activations.device)
-    is_attention, context = work.variant.subblock == "attn", activations.context()
-    inputs = activations.layer_input(work.layer) if is_attention else activations.post_attention(work.layer)
-    targets, device = activations.layer_input(work.layer + 1), activations.device
-    windows, length = activations.ids_NT.shape
-    held_back = held_back_windows(windows)
-    batch, training_windows = spec.batch_tokens // length, windows - held_back
-    steps = max(1, windows * spec.epochs // batch)
+    compute, before = _forward(work, activations, block), len(schedule.measuring)
 
-    def loss_of(rows: list[int]) -> torch.Tensor:
-        input_BTD, target_BTD = inputs[rows].to(device), targets[rows].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
-            output_BTD = frozen.feed(block.attend(input_BTD, **context)) if is_attention else block.feed(input_BTD)
-        return LOSSES[spec.loss](target_BTD, output_BTD)
+    def losses_at(position: int) -> list[MicroBatch]:
+        parts = batches.at(position)
+        mean_square = _mean_square(parts) if spec.loss == "tensor" and len(parts) > 1 else None
 
-    def losses(step: int) -> dict[str, torch.Tensor]:
-        return {"loss": loss_of(batch_rows(step, batch, training_windows, work.seed))}
+        def loss(part: Callable[[], Batch]) -> dict[str, torch.Tensor]:
+            batch = part()
+            output_BTD = compute(batch.entering, batch.rows)
+            if spec.loss == "token":
+                return {"loss": batch.share * token_normalised_mse(batch.target, output_BTD)}
+            return {"loss": batch.share * normalised_mse(batch.target, output_BTD, mean_square)}
+
+        return [partial(loss, part) for part in parts]
 
     @torch.no_grad()
-    def held_back_loss() -> float:
-        first = training_windows if held_back else 0
-        total = sum(float(loss_of(rows)) * len(rows) for rows in micro_batches(range(first, windows), batch))
-        return total / (windows - first)
+    def held_back_loss(first: int) -> float:
+        total, windows = 0.0, 0
+        for position, rows in enumerate(schedule.measuring, first):
+            total += sum(part()["loss"].item() for part in losses_at(position)) * len(rows)
+            windows += len(rows)
+        return total / windows
 
-    def whole_batch(step: int) -> list[MicroBatch]:
-        return [partial(losses, step)]
-
-    started, label = time.monotonic(), f"BLD of layer {work.layer} {work.variant}"
-    initial = held_back_loss()
+    label, steps = f"BLD of layer {work.layer} {work.variant}", schedule.steps
+    initial = held_back_loss(0)
     untrained = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
-    past = train(label, parameters, whole_batch, steps, spec.optimizer, checkpoints, report)
-    final, rate = held_back_loss(), spec.optimizer.learning_rate
+    past = train(label, parameters, lambda step: losses_at(before + step), steps, spec.optimizer, checkpoints, report)
+    final, rate = held_back_loss(before + steps), spec.optimizer.learning_rate
     if final > max(2 * initial, DIVERGED_LOSS):
         raise NonFiniteError(
             f"{label} diverged: its loss went from {initial:.4g} to {final:.4g} in {steps} steps; lower "
@@ -105,8 +120,37 @@ def train_variant(
         final_loss=min(initial, final),
         curve=tuple(terms["loss"] for terms in past.curve),
         tokens=steps * spec.batch_tokens,
-        seconds=time.monotonic() - started,
+        seconds=batches.computed_s,
     )
+
+
+def _forward(
+    work: BldWork, activations: Activations, block: PuzzleBlock
+) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
+    """The layer's output as a function of what enters the variant in which windows.
+
+    An attention goes through the parent's FFN.
+    """
+    device, feed = activations.device, block.feed
+    is_attention = work.variant.subblock == "attn"
+    if is_attention:
+        feed = activations.parent.block(work.layer, activations.dtype, device).feed
+
+    def forward(input_BTD: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=work.spec.dtype == "bfloat16"):
+            if is_attention:
+                input_BTD = block.attend(input_BTD, **activations.contexts(rows)[work.layer])
+            output_BTD = feed(input_BTD)
+        assert isinstance(output_BTD, torch.Tensor)
+        return output_BTD
+
+    return forward
+
+
+def _mean_square(parts: list[Callable[[], Batch]]) -> torch.Tensor:
+    """The mean square of the parent's output over all micro-batches of a batch."""
+    batches = (part() for part in parts)
+    return torch.stack([b.share * b.target.float().square().mean() for b in batches]).sum()
 
 
 def initial_state(activations: Activations, work: BldWork, contributions_dir: Path | None) -> State:

@@ -4,16 +4,18 @@ C_i = mean over tokens of |x_i| * ||W_down[:, i]||_2, where x is the input of th
 Legend: L layers, I intermediate width, N windows, T tokens, D hidden width.
 """
 
+import copy
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from puzzle_core.data import read_windows
+from puzzle_core.data import read_positions, read_windows
 from puzzle_core.device import default_device
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.families.family import FAMILIES
-from puzzle_core.model.activations import FORWARD_TOKENS, block_context
+from puzzle_core.model.activations import FORWARD_TOKENS, block_contexts
 from puzzle_core.model.parent import Parent
 from puzzle_core.progress import Report, no_report
 from puzzle_core.work import ImportanceRecord, ImportanceWork
@@ -35,27 +37,36 @@ def measure_contributions(
     rows = max(1, FORWARD_TOKENS // ids_NT.shape[1])
     embed = parent.outside(dtype, device).model.embed
     hidden = [embed(batch.long().to(device)) for batch in torch.split(ids_NT, rows)]
-    context = block_context(parent, ids_NT.shape[1], dtype, device)
-    names = FAMILIES[parent.shape.family].ffn_names
+    positions_NT = read_positions(tokens_dir)
+    same = block_contexts(parent, torch.arange(ids_NT.shape[1])[None], dtype, device)
+    down = FAMILIES[parent.shape.family].ffn_names.down
     contributions: dict[str, torch.Tensor] = {}
     for layer in range(parent.shape.layers):
         block, total_I = parent.block(layer, dtype, device), torch.zeros(parent.shape.ffn_width, dtype=torch.float64)
-        ffn = block.ffn_subblock
-        gate, up, down = (getattr(ffn, name) for name in (names.gate, names.up, names.down))
+        channels_of = _without(block.ffn_subblock, down)
         for batch, input_BTD in enumerate(hidden):
-            post_attention = block.attend(input_BTD, **context)
-            ffn_input = block.normalise_ffn_input(post_attention)
-            x = ffn.act_fn(gate(ffn_input)) * up(ffn_input)
+            contexts = same
+            if positions_NT is not None:
+                contexts = block_contexts(parent, positions_NT[batch * rows : (batch + 1) * rows], dtype, device)
+            post_attention = block.attend(input_BTD, **contexts[layer])
+            x = channels_of(block.normalise_ffn_input(post_attention))
             total_I += x.abs().sum((0, 1), dtype=torch.float64).cpu()
             hidden[batch] = block.feed(post_attention)
             report(layer * len(hidden) + batch + 1, parent.shape.layers * len(hidden))
-        norms_I = down.weight.double().norm(dim=0).cpu()
+        norms_I = getattr(block.ffn_subblock, down).weight.double().norm(dim=0).cpu()
         contribution_I = (total_I / ids_NT.numel() * norms_I).float()
         if not torch.isfinite(contribution_I).all():
             raise NonFiniteError(f"channel contributions of layer {layer} are not finite: is the parent damaged?")
         contributions[f"layer.{layer}"] = contribution_I
     save_file(contributions, out_dir / "contributions.safetensors")
     return ImportanceRecord(layers=parent.shape.layers, tokens=ids_NT.numel())
+
+
+def _without(ffn: nn.Module, projection: str) -> nn.Module:
+    """The same FFN, which stays as it is, without one of its projections: what enters it comes out."""
+    changed = copy.copy(ffn)
+    changed._modules = {**ffn._modules, projection: nn.Identity()}
+    return changed
 
 
 def load_contribution(directory: Path, layer: int) -> torch.Tensor:

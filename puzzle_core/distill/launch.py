@@ -81,9 +81,13 @@ class Launch(Record):
         """Variables that keep the processes of one machine off the network."""
         if self.machines > 1:
             return {}
-        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-        interfaces = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
+        interfaces = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), loopback_interface())
         return interfaces | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def loopback_interface() -> str:
+    """The name of this machine's loopback interface."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
 def _rendezvous_path(request: Path) -> Path:

@@ -7,10 +7,17 @@ import torch
 from torch.nn import functional as F
 
 
-def normalised_mse(parent_BTD: torch.Tensor, child_BTD: torch.Tensor) -> torch.Tensor:
-    """MSE(o_parent, o_child) / MSE(o_parent, 0): one scalar per block (Puzzle paper, section 3)."""
+def normalised_mse(
+    parent_BTD: torch.Tensor, child_BTD: torch.Tensor, mean_square: float | torch.Tensor | None = None
+) -> torch.Tensor:
+    """MSE(o_parent, o_child) / MSE(o_parent, 0): one scalar per block (Puzzle paper, section 3).
+
+    A micro-batch is given the denominator of its whole batch, `mean_square`.
+    """
     parent_BTD = parent_BTD.float()
-    return F.mse_loss(child_BTD.float(), parent_BTD) / parent_BTD.square().mean()
+    return F.mse_loss(child_BTD.float(), parent_BTD) / (
+        parent_BTD.square().mean() if mean_square is None else mean_square
+    )
 
 
 def token_normalised_mse(parent_BTD: torch.Tensor, child_BTD: torch.Tensor) -> torch.Tensor:

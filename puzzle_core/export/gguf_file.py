@@ -23,7 +23,6 @@ from puzzle_core.errors import ExportError, NonFiniteError
 from puzzle_core.export.gguf_tokenizer import GgufVocabulary, gguf_vocabulary
 from puzzle_core.export.lowering import ZERO_WIDTH, LoweredLayer, PlacedSubblock, biased, lower
 from puzzle_core.export.source import ExportRecord, Source, WrittenTensor, refuse, shared_reasons
-from puzzle_core.families.family import FAMILIES
 from puzzle_core.model.remote.modeling_puzzle import family_class
 
 KINDS: dict[GgufType, tuple[Kind, LlamaFileType]] = {
@@ -154,7 +153,7 @@ def _describe_tokenizer(writer: GGUFWriter, tokenizer: Any, vocabulary: GgufVoca
 
 def _rotary(source: Source) -> _Rotary:
     """The parent's rotary scaling, computed from the frequencies of Hugging Face's own module, whatever its rule."""
-    family = FAMILIES[source.shape.family].description()
+    family = source.family.description()
     rotary = family_class(family, "RotaryEmbedding")(config=source.config)
     inverse, width = rotary.inv_freq.double(), source.shape.head_dim
     if 2 * len(inverse) != width:
@@ -168,7 +167,7 @@ def _rotary(source: Source) -> _Rotary:
 
 
 def _outside(source: Source) -> list[WrittenTensor]:
-    final_norm = f"model.{FAMILIES[source.shape.family].final_norm}.weight"
+    final_norm = f"model.{source.family.final_norm}.weight"
     names = {"model.embed_tokens.weight": "token_embd.weight", final_norm: "output_norm.weight"}
     names |= {} if source.shape.tied_embeddings else {"lm_head.weight": "output.weight"}
     return [source.tensor(name)._replace(name=written) for name, written in names.items()]
@@ -187,7 +186,7 @@ def _layer_tensors(source: Source, layers: list[LoweredLayer]) -> list[WrittenTe
 def _attention_tensors(source: Source, subblock: PlacedSubblock) -> list[WrittenTensor]:
     if subblock.layer is None:
         return _zero_attention(source, subblock)
-    prefix, family = f"model.layers.{subblock.layer}", FAMILIES[source.shape.family]
+    prefix, family = f"model.layers.{subblock.layer}", source.family
     norms = family.attention_norms if subblock.variant.subblock == "attn" else family.ffn_norms
     tensors = [source.tensor(f"{prefix}.{norms.before}.weight")._replace(name="attn_norm.weight")]
     if subblock.variant.row.linear_bias is not None:
@@ -204,7 +203,7 @@ def _attention_tensors(source: Source, subblock: PlacedSubblock) -> list[Written
 def _ffn_tensors(source: Source, layer: LoweredLayer) -> list[WrittenTensor]:
     if layer.ffn.layer is None:
         return _zero_ffn(source, layer.attention)
-    prefix, family = f"model.layers.{layer.ffn.layer}", FAMILIES[source.shape.family]
+    prefix, family = f"model.layers.{layer.ffn.layer}", source.family
     tensors = [source.tensor(f"{prefix}.{family.ffn_norms.before}.weight")._replace(name="ffn_norm.weight")]
     for part, written in FFN_PROJECTIONS.items():
         for end in ("weight", "bias"):
@@ -241,7 +240,7 @@ def _zero_ffn(source: Source, before: PlacedSubblock | None) -> list[WrittenTens
 
 
 def _linear(source: Source, subblock: PlacedSubblock) -> str:
-    family, attends = FAMILIES[source.shape.family], subblock.variant.subblock == "attn"
+    family, attends = source.family, subblock.variant.subblock == "attn"
     part = f"{family.attention_names.module}.linear_attn" if attends else f"{family.ffn_names.module}.linear_mlp"
     return f"model.layers.{subblock.layer}.{part}"
 

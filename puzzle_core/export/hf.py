@@ -19,7 +19,7 @@ from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.export import deci_remote
 from puzzle_core.export.source import ExportRecord, Source, WrittenTensor, refuse, shared_reasons
-from puzzle_core.families.family import FAMILIES, FfnNames
+from puzzle_core.families.family import FfnNames
 from puzzle_core.formats.block_configs import BlockConfig, block_config, to_block_configs
 from puzzle_core.formats.decilm_config import published_config
 from puzzle_core.model.checkpoint import write_checkpoint
@@ -69,7 +69,7 @@ def export_hf(source: Source, out_dir: Path, *, widths: Widths = "grid", dtype: 
     config = _config(source, architecture)
     config["torch_dtype"] = str(weights).removeprefix("torch.")
     tokens = source.unusable_tokens if tokenizer_files(source.directory) else {}
-    names = FAMILIES[source.shape.family].ffn_names
+    names = source.family.ffn_names
     counted: Counter[str] = Counter()
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:

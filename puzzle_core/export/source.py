@@ -11,8 +11,10 @@ from transformers import PreTrainedConfig
 
 from puzzle_core.architecture import Architecture
 from puzzle_core.errors import ArtifactError, ExportError, reason
-from puzzle_core.families.family import FAMILIES
+from puzzle_core.export.separation import Rows, separated
+from puzzle_core.families.family import FAMILIES, Family
 from puzzle_core.formats.block_configs import block_config, from_block_configs
+from puzzle_core.formats.llama_blocks import unlike_llama
 from puzzle_core.model.checkpoint import Checkpoint
 from puzzle_core.model.child_config import child_config, read_child_config
 from puzzle_core.model.parent import Parent, tensor_shapes
@@ -55,7 +57,7 @@ class Source:
         self.directory = directory.resolve()
         self.config: PreTrainedConfig
         self._open(directory)
-        self.names: Collection[str] = self.checkpoint.headers.keys()
+        self.shapes = {name: header.shape for name, header in self.checkpoint.headers.items()}
 
     def _open(self, directory: Path) -> None:
         if _model_type(directory) != PuzzleConfig.model_type:
@@ -119,19 +121,42 @@ class Source:
         listed = ", ".join(f"{text!r} ({number})" for text, number in tokens.items())
         return [f"tokens left out, as the embedding with its {self.shape.vocabulary:,} rows lacks them: {listed}"]
 
+    @cached_property
+    def family(self) -> Family:
+        """The family, with the names that tensors have here: joint projections are taken apart."""
+        return FAMILIES[self.shape.family].separate
+
+    @cached_property
+    def _separated(self) -> dict[str, Rows]:
+        return separated(self.shapes, self.architecture, self.shape)
+
+    @cached_property
+    def names(self) -> Collection[str]:
+        """The names of all tensors."""
+        joint = {rows.name for rows in self._separated.values()}
+        return dict.fromkeys([*(name for name in self.shapes if name not in joint), *self._separated])
+
     def tensors(self) -> Iterator[WrittenTensor]:
-        """All tensors by their names in the checkpoint, without a head that is tied to the embedding."""
+        """All tensors, without a head that is tied to the embedding."""
         for name in self.names:
             if name != "lm_head.weight" or not self.shape.tied_embeddings:
                 yield self.tensor(name)
 
     def tensor(self, name: str) -> WrittenTensor:
         """One tensor."""
-        return WrittenTensor(name, self.checkpoint.headers[name].shape, lambda: self.checkpoint.tensor(name))
+        if name not in self._separated:
+            return WrittenTensor(name, self.shapes[name], lambda: self._make(name))
+        stored, start, stop = self._separated[name]
+        return WrittenTensor(
+            name, (stop - start, *self.shapes[stored][1:]), lambda: self._make(stored)[start:stop].clone()
+        )
+
+    def _make(self, name: str) -> torch.Tensor:
+        return self.checkpoint.tensor(name)
 
     def without_rotary(self) -> list[int]:
         """Layers that attend without rotary positions (SmolLM3 has such layers)."""
-        key = FAMILIES[self.shape.family].rotary_layers_key
+        key = self.family.rotary_layers_key
         rotary = getattr(self.config, key) if key else [1] * self.shape.layers
         kept = enumerate(block.attention.kv_heads > 0 for block in self.architecture.layers)
         return [layer for layer, attends in kept if attends and not rotary[layer]]
@@ -152,14 +177,13 @@ class RandomSource(Source):
         super().__init__(like)
         self.architecture = architecture or Architecture.of_parent(self.shape)
         blocks = [block_config(block) for block in self.architecture.layers]
-        self._shapes = tensor_shapes(child_config(self.config, blocks))
-        self.names = self._shapes.keys()
+        self.shapes = tensor_shapes(child_config(self.config, blocks))
 
-    def tensor(self, name: str) -> WrittenTensor:
-        """One tensor, random at every call: norms and biases near 1, matrices scaled to keep the size of states."""
-        shape = self._shapes[name]
+    def _make(self, name: str) -> torch.Tensor:
+        """Random at every call: norms and biases near 1, matrices scaled to keep the size of states."""
+        shape = self.shapes[name]
         scale, middle = (shape[-1] ** -0.5, 0.0) if len(shape) > 1 else (0.1, 1.0)
-        return WrittenTensor(name, shape, lambda: torch.randn(shape) * scale + middle)
+        return torch.randn(shape) * scale + middle
 
 
 def refuse(source: Source, form: str, reasons: list[str]) -> None:
@@ -174,21 +198,18 @@ def refuse(source: Source, form: str, reasons: list[str]) -> None:
 
 def shared_reasons(source: Source) -> list[str]:
     """The reasons why neither format can hold a child: parts that Llama's block does not have."""
-    reasons = []
-    if fields := FAMILIES[source.shape.family].unlike_llama:
-        reasons.append(f"its family {source.shape.family} has {', '.join(fields)}, which the format has no place for")
-    if source.shape.qk_norm:
-        reasons.append(
-            f"its family {source.shape.family} normalises queries and keys, which the format has no place for"
-        )
+    reasons = unlike_llama(source.shape)
     numbered = enumerate(source.architecture.layers)
     unknown = [f"layer {n} {v}" for n, block in numbered for v in block.subblocks if v.row.published_entry is None]
     if unknown:
         reasons.append(f"the format has no place for {', '.join(unknown)}")
+    if (source.config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
+        reasons.append("its rotary positions turn a part of every head, which the format has no place for")
     if layers := source.without_rotary():
         reasons.append(f"layers {layers} attend without rotary positions, which the format cannot describe")
-    if source.config.hidden_act not in ("silu", "swish"):
-        reasons.append(f"its FFN's activation is {source.config.hidden_act!r}, where engines take silu")
+    activation = getattr(source.config, "hidden_act", None) or source.config.hidden_activation
+    if activation not in ("silu", "swish"):
+        reasons.append(f"its FFN's activation is {activation!r}, where engines take silu")
     return reasons
 
 

@@ -8,8 +8,9 @@ artifacts.
 Legend: N windows, T tokens per window, B windows of a batch, D hidden width, V vocabulary.
 """
 
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import StorageError
 from puzzle_core.model.parent import Parent
 from puzzle_core.model.predictions import Chunk, chunks, from_states
-from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
+from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM, attention_kinds
 from puzzle_core.model.surgery import Subblocks, load_subblocks
 from puzzle_core.sizes import LARGEST_LOG_PROBABILITIES_BYTES
 from puzzle_core.state_dict import State
@@ -32,24 +33,73 @@ LOG_PROBABILITIES = "log-probabilities"
 class Activations:
     """The captured states of one set of windows, in a directory that only this class writes."""
 
-    def __init__(self, directory: Path, parent: Parent, ids_NT: torch.Tensor, dtype: torch.dtype, device: torch.device):
-        """States of `ids_NT` under `parent`, computed and stored in `dtype`."""
+    def __init__(
+        self,
+        directory: Path,
+        parent: Parent,
+        ids_NT: torch.Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+        positions_NT: torch.Tensor | None = None,
+    ):
+        """States of `ids_NT` under `parent`, computed and stored in `dtype`.
+
+        Where `positions_NT` (`puzzle_core.data.read_positions`) start again, attention does not reach back.
+        """
         self.directory, self.parent, self.ids_NT, self.dtype, self.device = directory, parent, ids_NT, dtype, device
+        self.positions_NT = positions_NT
         windows, tokens = ids_NT.shape
         self._shape = (windows, tokens, parent.shape.hidden)
         self.rows = max(1, FORWARD_TOKENS // tokens)
 
     def layer_input(self, layer: int) -> torch.Tensor:
         """What enters a layer, mapped, (N, T, D); for `layer == shape.layers` what leaves the last layer."""
-        return self._open(_layer_input_name(layer))
+        return self._open(layer_input_name(layer))
 
     def post_attention(self, layer: int) -> torch.Tensor:
         """What leaves the attention subblock of a layer, mapped, (N, T, D)."""
-        return self._open(_post_attention_name(layer))
+        return self._open(post_attention_name(layer))
+
+    def states(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """These windows of a captured file, read: (B, T, D) in the order of `rows`."""
+        return self._open(name)[list(rows)]
+
+    @torch.no_grad()
+    def compute(self, rows: Sequence[int], names: Collection[str]) -> dict[str, torch.Tensor]:
+        """What `states` reads, computed from the tokens instead: by name, (B, T, D) in the order of `rows`.
+
+        As in a capture, `self.rows` windows go through a layer at a time; a last part of fewer is filled up, since
+        products of other sizes may be rounded otherwise.
+        """
+        size, found = min(self.rows, len(self.ids_NT)), dict[str, torch.Tensor]()
+        filled = [*rows, *[rows[0]] * (-len(rows) % size)]
+        parts = [filled[first : first + size] for first in range(0, len(filled), size)]
+        hidden = [self.outside().model.embed(self.ids_NT[part].long().to(self.device)) for part in parts]
+        contexts = [self.contexts(part) for part in parts]
+
+        def keep(name: str, states: list[torch.Tensor]) -> None:
+            if name in names:
+                found[name] = torch.cat(states)[: len(rows)].to(device="cpu", dtype=self.dtype)
+
+        keep(layer_input_name(0), hidden)
+        for layer in range(self.parent.shape.layers):
+            if len(found) == len(names):
+                break
+            block = self.block(layer)
+            hidden = [block.attend(states_BTD, **c[layer]) for states_BTD, c in zip(hidden, contexts, strict=True)]
+            keep(post_attention_name(layer), hidden)
+            hidden = [block.feed(hidden_BTD) for hidden_BTD in hidden]
+            keep(layer_input_name(layer + 1), hidden)
+        return found
 
     def block(self, layer: int) -> Subblocks:
         """The block that runs as this layer."""
         parent_block = self.parent.block(layer, self.dtype, self.device)
+        return Subblocks(parent_block, parent_block)
+
+    def load_block(self, layer: int) -> Subblocks:
+        """The block that runs as this layer, read anew: nothing keeps it but its user."""
+        parent_block = self.parent.load_block(layer, self.dtype, self.device)
         return Subblocks(parent_block, parent_block)
 
     def attention(self, layer: int) -> Variant:
@@ -58,13 +108,13 @@ class Activations:
 
     def has_layer_input(self, layer: int) -> bool:
         """Whether `layer_input(layer)` was captured."""
-        return self._path(_layer_input_name(layer)).exists()
+        return self._path(layer_input_name(layer)).exists()
 
     @torch.no_grad()
     def capture_embedding(self) -> None:
         """Embed the tokens, which gives `layer-input-0`."""
         outside = self.outside()
-        with _Writer(self, _layer_input_name(0)) as embedded:
+        with _Writer(self, layer_input_name(0)) as embedded:
             for rows in self.batches():
                 embedded.put(rows, outside.model.embed(self.ids_NT[rows].long().to(self.device)))
 
@@ -75,16 +125,15 @@ class Activations:
         Raises:
             StorageError: the scratch disk has no room for the states.
         """
-        names = [_post_attention_name(layer)] * keep_post_attention + [_layer_input_name(layer + 1)]
+        names = [post_attention_name(layer)] * keep_post_attention + [layer_input_name(layer + 1)]
         if all(self._path(name).exists() for name in names):
             return
-        block, context = self.block(layer), self.context()
-        layer_input = self.layer_input(layer)
+        block, layer_input = self.block(layer), self.layer_input(layer)
         with ExitStack() as files:
             attended = files.enter_context(_Writer(self, names[0])) if keep_post_attention else None
             layer_output = files.enter_context(_Writer(self, names[-1]))
             for rows in self.batches():
-                post_attention_BTD = block.attend(layer_input[rows].to(self.device), **context)
+                post_attention_BTD = block.attend(layer_input[rows].to(self.device), **self.contexts(rows)[layer])
                 if attended:
                     attended.put(rows, post_attention_BTD)
                 layer_output.put(rows, block.feed(post_attention_BTD))
@@ -123,9 +172,18 @@ class Activations:
         for start in range(0, len(self.ids_NT), self.rows):
             yield slice(start, start + self.rows)
 
-    def context(self) -> dict[str, Any]:
-        """The keyword arguments of `PuzzleBlock.attend`: positions, and the causal mask that is the default."""
-        return block_context(self.parent, self.ids_NT.shape[1], self.dtype, self.device)
+    def contexts(self, rows: slice | Sequence[int] = slice(None)) -> list[dict[str, Any]]:
+        """By layer, the keyword arguments of `PuzzleBlock.attend` for these windows: positions and mask.
+
+        Without `positions_NT`, all windows have the same.
+        """
+        if self.positions_NT is None:
+            return self._contexts_of_all
+        return block_contexts(self.parent, self.positions_NT[rows], self.dtype, self.device)
+
+    @functools.cached_property
+    def _contexts_of_all(self) -> list[dict[str, Any]]:
+        return block_contexts(self.parent, torch.arange(self.ids_NT.shape[1])[None], self.dtype, self.device)
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.bin"
@@ -136,7 +194,7 @@ class Activations:
 
 def drop_layer(directory: Path, layer: int) -> None:
     """Delete the files in a directory of `Activations` that only tasks of this layer read."""
-    for name in (_layer_input_name(layer), _post_attention_name(layer)):
+    for name in (layer_input_name(layer), post_attention_name(layer)):
         (directory / f"{name}.bin").unlink(missing_ok=True)
 
 
@@ -151,15 +209,18 @@ class ChildActivations(Activations):
         weights: Callable[[int], dict[Variant, State]],
     ):
         """`weights` gives the trained weights of a layer's variants."""
-        super().__init__(directory, parents.parent, parents.ids_NT, parents.dtype, parents.device)
+        super().__init__(directory, parents.parent, parents.ids_NT, parents.dtype, parents.device, parents.positions_NT)
         self._parents, self._architecture, self._weights = parents, architecture, weights
         self._blocks: dict[int, Subblocks] = {}
 
     def block(self, layer: int) -> Subblocks:
         if layer not in self._blocks:
-            block, weights = self._architecture.layers[layer], self._weights(layer)
-            self._blocks[layer] = load_subblocks(self.parent, layer, block, weights, self.dtype, self.device)
+            self._blocks[layer] = self.load_block(layer)
         return self._blocks[layer]
+
+    def load_block(self, layer: int) -> Subblocks:
+        block, weights = self._architecture.layers[layer], self._weights(layer)
+        return load_subblocks(self.parent, layer, block, weights, self.dtype, self.device)
 
     def attention(self, layer: int) -> Variant:
         return self._architecture.layers[layer].attention
@@ -168,16 +229,14 @@ class ChildActivations(Activations):
         return self._parents.predictions(rows)
 
 
-def block_context(parent: Parent, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The keyword arguments of `PuzzleBlock.attend` for windows of `tokens` without padding or cache."""
-    outside = parent.outside(dtype, device)
-    positions = torch.arange(tokens, device=device).unsqueeze(0)
-    embedded = torch.empty(1, tokens, parent.shape.hidden, dtype=dtype, device=device)
-    return {
-        "position_embeddings": outside.model.rotary_emb(embedded, position_ids=positions),
-        "position_ids": positions,
-        "attention_mask": None,
-    }
+def block_contexts(
+    parent: Parent, positions_BT: torch.Tensor, dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Any]]:
+    """By layer, the keyword arguments of `PuzzleBlock.attend` for windows without padding or cache."""
+    model = parent.outside(dtype, device).model
+    like_BT1 = torch.empty(1, dtype=dtype, device=device).expand(*positions_BT.shape, 1)
+    contexts = model.contexts(like_BT1, positions_BT.to(device))
+    return [contexts[kind] for kind in attention_kinds(model.parent_config)]
 
 
 def state_bytes(windows: int, tokens: int, hidden: int, dtype: torch.dtype) -> int:
@@ -225,11 +284,13 @@ class _Writer:
             self._temporary.replace(self._path)
 
 
-def _layer_input_name(layer: int) -> str:
+def layer_input_name(layer: int) -> str:
+    """Name of the file of what enters a layer."""
     return f"layer-input-{layer:03d}"
 
 
-def _post_attention_name(layer: int) -> str:
+def post_attention_name(layer: int) -> str:
+    """Name of the file of what leaves a layer's attention subblock."""
     return f"post-attention-{layer:03d}"
 
 

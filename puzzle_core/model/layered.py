@@ -26,8 +26,9 @@ GROUP_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 class Batch(NamedTuple):
     """Tokens of a forward pass; all are (B, T).
 
-    Positions count from 0 and every token sees those before it, unless positions and segments are given. Then a token
-    sees those before it in segment 0 and in its own segment; segment -1 is padding.
+    Positions count from 0 and every token sees those before it, unless positions are given: where they do not go on,
+    another document begins, whose tokens see none before it. With segments, a token sees those before it in segment 0
+    and in its own segment; segment -1 is padding.
     """
 
     ids: torch.Tensor
@@ -58,11 +59,11 @@ class LayeredModel:
         total, done = self.layers * sum(batch.ids.numel() for batch in batches), 0
         for group in self._groups(batches):
             states = [self.outside.model.embed(batch.ids.long().to(self.device)) for batch in group]
-            contexts = [self._context(batch) for batch in group]
+            contexts = [self._contexts(batch) for batch in group]
             for layer in range(self.layers):
                 block = self.block(layer)
                 for number, batch in enumerate(group):
-                    states[number] = block(states[number], **contexts[number])
+                    states[number] = block(states[number], **contexts[number][block.attention_kind])
                     done += batch.ids.numel()
                     report(done, total)
             for number in range(len(group)):
@@ -84,16 +85,25 @@ class LayeredModel:
         if group:
             yield group
 
-    def _context(self, batch: Batch) -> dict[str, Any]:
-        """The keyword arguments of the blocks."""
-        given, device = batch.positions, self.device
+    def _contexts(self, batch: Batch) -> dict[str, dict[str, Any]]:
+        """The keyword arguments of the blocks, by kind of attention."""
+        model, given = self.outside.model, batch.positions
         positions = torch.arange(batch.ids.shape[1]).unsqueeze(0) if given is None else given
-        positions, like = positions.to(device), self.outside.lm_head.weight[:1, :1]
-        return {
-            "position_embeddings": self.outside.model.rotary_emb(like, position_ids=positions),
-            "position_ids": positions,
-            "attention_mask": None if batch.segments is None else _visible(batch.segments).to(device),
-        }
+        weight = self.outside.lm_head.weight
+        like_BTD = weight.new_empty(*positions.shape, weight.shape[1])
+        contexts: dict[str, dict[str, Any]] = model.contexts(like_BTD, positions.to(self.device))
+        if batch.segments is not None:
+            config, visible = model.parent_config, _visible(batch.segments)
+            distance_BTT = positions[:, :, None] - positions[:, None, :]
+            for kind, context in contexts.items():
+                sliding = kind == "sliding_attention"
+                mask = (visible & (distance_BTT < config.sliding_window)[:, None] if sliding else visible).to(
+                    self.device
+                )
+                if config._attn_implementation == "eager":  # it adds its mask to the logits
+                    mask = torch.zeros_like(mask, dtype=weight.dtype).masked_fill_(~mask, torch.finfo(weight.dtype).min)
+                context["attention_mask"] = mask
+        return contexts
 
 
 def _visible(segments_BT: torch.Tensor) -> torch.Tensor:

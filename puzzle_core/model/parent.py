@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import copy
 import hashlib
 import math
 import threading
@@ -44,6 +45,7 @@ from puzzle_core.model.tokenizer import (
     tokenizer_files,
 )
 from puzzle_core.records import canonical_json, digest_file, digest_files
+from puzzle_core.sizes import LAYER_CACHE_BYTES
 from puzzle_core.spec import Dtype, ParentSpec
 from puzzle_core.target import ComputeDtype
 
@@ -58,7 +60,7 @@ class Parent:
             feature, a missing or truncated shard, or tensors that do not match the config.
     """
 
-    def __init__(self, spec: ParentSpec, directory: Path | None = None, *, cached_bytes: int = 4 * 2**30):
+    def __init__(self, spec: ParentSpec, directory: Path | None = None, *, cached_bytes: int = LAYER_CACHE_BYTES):
         """Open `spec.path`, keeping at most `cached_bytes` of layer weights in memory.
 
         Args:
@@ -164,10 +166,7 @@ class Parent:
 
     def block(self, layer: int, dtype: torch.dtype, device: torch.device) -> PuzzleBlock:
         """One layer, frozen, from a bounded cache."""
-        config = self.puzzle_config
-        module = self._cached(
-            f"layer {layer}", dtype, device, lambda: load_block(config(), self.checkpoint, layer, dtype, device)
-        )
+        module = self._cached(f"layer {layer}", dtype, device, lambda: self.load_block(layer, dtype, device))
         assert isinstance(module, PuzzleBlock)
         return module
 
@@ -177,6 +176,15 @@ class Parent:
         module = self._cached("outside", dtype, device, lambda: load_outside(config(), self.checkpoint, dtype, device))
         assert isinstance(module, PuzzleForCausalLM)
         return module
+
+    def fits_cache(self, dtype: torch.dtype) -> bool:
+        """Whether `block` reads every layer once: all weights, on all devices, are within the bound of the cache."""
+        parameters = sum(math.prod(header.shape) for header in self.checkpoint.headers.values())
+        return parameters * dtype.itemsize * max(1, torch.cuda.device_count()) <= self._cached_bytes
+
+    def load_block(self, layer: int, dtype: torch.dtype, device: torch.device) -> PuzzleBlock:
+        """One layer, frozen, read anew; it does not enter the cache."""
+        return load_block(self.puzzle_config(), self.checkpoint, layer, dtype, device)
 
     def runnable_config(self) -> PreTrainedConfig:
         """The parent's config with the attention implementation that its modules use."""
@@ -256,9 +264,9 @@ def load_outside(
 
 def _runnable(config: PuzzleConfig) -> PreTrainedConfig:
     """The parent's config within that of a model, with the attention implementation that its modules use."""
-    parent = config.parent()
-    parent._attn_implementation = "sdpa"
-    return parent
+    runnable = copy.copy(config)
+    runnable._attn_implementation = "sdpa"
+    return runnable.parent()
 
 
 def fill(

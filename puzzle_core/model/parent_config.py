@@ -15,8 +15,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from puzzle_core.architecture import ModelShape
 from puzzle_core.errors import ParentError, PuzzleError, reason
 from puzzle_core.families.family import FAMILIES, Family, flag
+from puzzle_core.families.missing import missing_of
 from puzzle_core.installed_file import local_path
 from puzzle_core.model.checkpoint import INDEX, SINGLE
+from puzzle_core.model.remote.modeling_puzzle import attention_kinds
 from puzzle_core.model.tokenizer import MORE_TEMPLATES, TOKENIZER_FILES
 from puzzle_core.spec import ParentSpec
 
@@ -53,7 +55,9 @@ def fetch(spec: ParentSpec) -> Path:
     try:
         wanted = [*OTHER_FILES, *TOKENIZER_FILES, f"{MORE_TEMPLATES}/*.jinja"]
         wanted += ["*.py"] if spec.allow_remote_code else []
-        fetched = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=wanted))
+        fetched = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=[*wanted, SINGLE]))
+        if (fetched / SINGLE).is_file():  # counts before an index and its shards, which may be older
+            return fetched
         commit = fetched.name if fetched.parent.name == "snapshots" else spec.revision
         return Path(snapshot_download(spec.path, revision=commit, allow_patterns=[*wanted, *_weight_names(fetched)]))
     except Exception as error:
@@ -95,9 +99,7 @@ def read_config(directory: Path) -> PreTrainedConfig:
     except Exception as error:
         raise ParentError(f"{directory / 'config.json'} is not valid: {reason(error)}") from error
     _check_attention_kinds(config, family, directory)
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type") in STATE_DEPENDENT_ROPE:
-        raise ParentError(f"{directory} uses rope type {rope['rope_type']!r}, which is not supported")
+    _check_rope(config.rope_parameters or {}, family, directory)
     return config
 
 
@@ -119,9 +121,11 @@ def _family_of(content: dict[str, Any], directory: Path) -> Family:
     """The family of a config.json: its `model_type`, confirmed by the class that wrote the checkpoint."""
     model_type = str(content.get("model_type"))
     if model_type not in FAMILIES:
+        missing = missing_of(content)
         raise ParentError(
-            f"{directory} is of family {content.get('model_type')!r}, which is not supported; supported: "
-            f"{', '.join(sorted(FAMILIES))}"
+            f"{directory} is of family {content.get('model_type')!r}, which is not supported"
+            + (f", for it has {missing}" if missing else "")
+            + f"; supported: {', '.join(sorted(FAMILIES))}"
         )
     family, architectures = FAMILIES[model_type], content.get("architectures")
     if architectures and f"{family.class_prefix}ForCausalLM" not in architectures:
@@ -144,15 +148,35 @@ def _check_keys(content: dict[str, Any], family: Family, directory: Path) -> Non
 
 
 def _check_attention_kinds(config: PreTrainedConfig, family: Family, directory: Path) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ()) - set(family.attention_kinds)
-    window = family.window_key if family.window_key and getattr(config, family.window_key, None) else None
-    if window or "sliding_attention" in kinds:
+    kinds = attention_kinds(config)
+    if unknown := set(kinds) - set(family.attention_kinds):
         raise ParentError(
-            f"{directory} uses sliding-window attention, which is not supported yet"
-            + (f": set {window} to null if its contexts never reach it" if window else "")
+            f"{directory} uses attention of kind {min(unknown)!r}, which family {family.model_type!r} does not have "
+            f"here; it has {', '.join(family.attention_kinds)}"
         )
-    if kinds:
-        raise ParentError(f"{directory} uses attention of kind {min(kinds)!r}, which is not supported")
+    window = getattr(config, "sliding_window", None)
+    if family.window_key and {"full_attention" if window is None else "sliding_attention"} != set(kinds):
+        raise ParentError(
+            f"{directory / 'config.json'} says {family.window_key} = {window} and layer_types = {kinds}: family "
+            f"{family.model_type!r} has one window for all layers, or none; remove layer_types"
+        )
+    if "sliding_attention" in kinds and not window:
+        raise ParentError(
+            f"{directory / 'config.json'} gives layers sliding-window attention by layer_types, and no sliding_window"
+        )
+
+
+def _check_rope(parameters: dict[str, Any], family: Family, directory: Path) -> None:
+    """Refuse rotary positions that depend on what was seen, or lack what the family's attention reads."""
+    for rope in [by_kind for by_kind in parameters.values() if isinstance(by_kind, dict)] or [parameters]:
+        fixed = family.fixed_rope_key is not None and rope.get(family.fixed_rope_key)
+        if rope.get("rope_type") in STATE_DEPENDENT_ROPE and not fixed:
+            raise ParentError(f"{directory} uses rope type {rope['rope_type']!r}, which is not supported")
+        if lacking := [key for key in family.rope_keys if rope.get(key) is None]:
+            raise ParentError(
+                f"{directory / 'config.json'} is not valid: rope_parameters of family {family.model_type!r} need "
+                f"{', '.join(lacking)}"
+            )
 
 
 def _check_sizes(content: dict[str, Any], directory: Path) -> None:
@@ -208,4 +232,8 @@ def shape_of(config: PreTrainedConfig, directory: Path) -> ModelShape:
         mlp_bias=flag(family.mlp_bias, config),
         qk_norm=family.qk_norm,
         max_positions=config.max_position_embeddings,
+        qk_norm_whole=family.qk_norm_whole,
+        gated=family.ffn_names.gate is not None,
+        norms=len(family.attention_norms.names),
+        windows="sliding_attention" in attention_kinds(config),
     )

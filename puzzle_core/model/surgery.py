@@ -4,6 +4,7 @@ A block variant runs as two subblocks, an attention and an FFN, each either the 
 Swapping a subblock is choosing another module, so there is nothing to restore.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,13 +67,18 @@ def load_subblocks(
     weights: dict[Variant, State],
     dtype: torch.dtype,
     device: torch.device,
+    parent_block: Callable[[], PuzzleBlock] | None = None,
 ) -> Subblocks:
-    """The subblocks of a block variant, frozen; `weights` holds the trained variants among them."""
-    parent_block = parent.shape.parent_block
+    """The subblocks of a block variant, frozen.
+
+    Args:
+        weights: the trained variants among them.
+        parent_block: gives the parent's own block; by default it comes from the parent's cache.
+    """
 
     def subblock(variant: Variant) -> PuzzleBlock:
-        if variant in parent_block.subblocks:
-            return parent.block(layer, dtype, device)
+        if variant in parent.shape.parent_block.subblocks:
+            return parent_block() if parent_block else parent.block(layer, dtype, device)
         state = {} if variant.is_empty else weights[variant]
         return variant_block(parent, layer, variant, state, dtype, device).requires_grad_(False)
 

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from puzzle_core.errors import ParentError
 from puzzle_core.records import write_text_atomic
-from puzzle_core.text_sources import Document
+from puzzle_core.text_files import Document
 
 log = logging.getLogger("puzzle")
 

@@ -52,7 +52,8 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]], parent
     scores, of_search = ([record(ScoreRecord, key) for key in keys] for keys in (work.scores, search.exact_scores))
     exact = {(score.layer, score.block): score for score in of_search}
     timing = work.timing.key if work.timing else None
-    artifacts = {"search": work.search, "costs": work.costs, "gkd": work.gkd, "timing": timing}
+    artifacts = {"search": work.search, "costs": work.costs, "first gkd": work.first_gkd, "gkd": work.gkd}
+    artifacts |= {"timing": timing}
     return ReportInputs(
         spec=work.spec,
         parent_name=Path(parent_path).name,
@@ -62,7 +63,8 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]], parent
         scores=tuple(exact.get((score.layer, score.block), score) for score in scores),
         costs=costs,
         refine=refine,
-        gkd=record(GkdRecord, work.gkd),
+        gkd=record(GkdRecord, work.trainings[0]),
+        long_gkd=record(GkdRecord, work.gkd) if work.first_gkd else None,
         models=tuple(models),
         artifacts={name: key for name, key in artifacts.items() if key},
     )

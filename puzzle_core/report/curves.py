@@ -68,22 +68,21 @@ def bld_figure(records: tuple[BldRecord, ...]) -> Figure:
     return figure
 
 
-def gkd_figure(record: GkdRecord) -> Figure:
-    """The loss and its terms, faint as they were and strong when smoothed; KL on held-back windows as points."""
+def gkd_figure(records: Sequence[GkdRecord]) -> Figure:
+    """The loss and its terms, faint as they were and strong when smoothed; KL on held-back windows as points.
+
+    Trainings of the same child follow one another on the axis of tokens.
+    """
     figure = new_figure(8.5, 4.2)
     axes = figure.add_subplot()
-    for name in record.curve[0]:
-        label, colour = TERMS.get(name, (name, PURPLE))
-        values = [terms[name] for terms in record.curve]
-        tokens = [record.tokens * (step + 1) / len(values) for step in range(len(values))]
-        axes.plot(tokens, values, color=colour, alpha=0.22, linewidth=0.8)
-        _draw_curve(axes, values, record.tokens, colour, label)
-    kls = [point.kl_nats_per_token for point in record.held_back]
-    if kls:
-        tokens = [record.tokens * point.step / len(record.curve) for point in record.held_back]
-        label = "KL on held-back windows, without a weight"
-        axes.plot(tokens, kls, color=VERMILLION, linestyle="none", marker="o", markersize=4, label=label)
-    if all(value > 0 for value in [*kls, *(value for terms in record.curve for value in terms.values())]):
+    begin = 0
+    for record in records:
+        if begin:
+            axes.axvline(begin, color=BLACK, linewidth=0.8, linestyle=":")
+        _draw_training(axes, record, begin)
+        begin += record.tokens
+    kls = [point.kl_nats_per_token for record in records for point in record.held_back]
+    if all(value > 0 for value in [*kls, *(v for record in records for terms in record.curve for v in terms.values())]):
         axes.set_yscale("log")
         log_ticks(axes.yaxis)
     label_axes(axes, "Global knowledge distillation", "tokens", "weighted loss")
@@ -91,10 +90,30 @@ def gkd_figure(record: GkdRecord) -> Figure:
     return figure
 
 
+def _draw_training(axes: Axes, record: GkdRecord, begin: int) -> None:
+    """One training, which starts at token `begin`; only the first one has labels."""
+    for name in record.curve[0]:
+        label, colour = TERMS.get(name, (name, PURPLE))
+        values = [terms[name] for terms in record.curve]
+        tokens = [begin + record.tokens * (step + 1) / len(values) for step in range(len(values))]
+        axes.plot(tokens, values, color=colour, alpha=0.22, linewidth=0.8)
+        _draw_curve(axes, values, record.tokens, colour, "" if begin else label, begin)
+    if record.held_back:
+        tokens = [begin + record.tokens * point.step / len(record.curve) for point in record.held_back]
+        kls = [point.kl_nats_per_token for point in record.held_back]
+        label = "" if begin else "KL on held-back windows, without a weight"
+        axes.plot(tokens, kls, color=VERMILLION, linestyle="none", marker="o", markersize=4, label=label)
+
+
 def _draw_curve(
-    axes: Axes, curve: Sequence[float], tokens: int, colour: str | tuple[float, ...], label: str = ""
+    axes: Axes,
+    curve: Sequence[float],
+    tokens: int,
+    colour: str | tuple[float, ...],
+    label: str = "",
+    begin: int = 0,
 ) -> None:
     steps, means = smoothed(curve)
-    marker = "" if len(means) > 2 else "."
-    axes.plot(steps * (tokens / len(curve)), means, color=colour, linewidth=1.2, marker=marker, label=label or None)
+    marker, places = "" if len(means) > 2 else ".", begin + steps * (tokens / len(curve))
+    axes.plot(places, means, color=colour, linewidth=1.2, marker=marker, label=label or None)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))

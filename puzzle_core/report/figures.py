@@ -49,8 +49,8 @@ def all_figures(inputs: ReportInputs) -> dict[str, Figure]:
         figures["scores"] = scores_figure(inputs)
     if inputs.bld:
         figures["bld"] = bld_figure(inputs.bld)
-    if inputs.gkd:
-        figures["gkd"] = gkd_figure(inputs.gkd)
+    if inputs.trainings:
+        figures["gkd"] = gkd_figure(inputs.trainings)
     return figures
 
 

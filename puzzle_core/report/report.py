@@ -134,8 +134,9 @@ def making_table(inputs: ReportInputs) -> report_tables.Table:
             f"{inputs.search.objective}, {ended}, {duration_text(chosen.seconds)}, {derived.method_name(chosen)}",
         ),
     ]
-    if inputs.gkd:
-        rows.append(("GKD", _gkd_text(inputs.gkd)))
+    rows += [
+        (name, _gkd_text(record)) for name, record in zip(("GKD", "GKD, long windows"), inputs.trainings, strict=False)
+    ]
     rows.append(("evaluation", f"{count_text(inputs.child.evaluation.tokens)} held-out tokens"))
     return report_tables.Table("How it was made", ("", ""), tuple(rows), text_columns=2)
 

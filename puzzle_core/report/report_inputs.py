@@ -35,6 +35,9 @@ class ReportInputs(Record):
     costs: CostRecord | None = Field(description="Of the batch size that the search chose; none of an imported table")
     refine: RefineRecord | None = None
     gkd: GkdRecord | None
+    long_gkd: GkdRecord | None = Field(
+        None, description="The second training, on longer windows", exclude_if=lambda record: record is None
+    )
     models: tuple[ModelResult, ...]
     artifacts: dict[str, str] = Field(description="Store keys by name")
 
@@ -49,6 +52,11 @@ class ReportInputs(Record):
                     f"{model.name} has {len(model.architecture.layers)} layers, its parent {self.shape.layers}"
                 )
         return self
+
+    @property
+    def trainings(self) -> tuple[GkdRecord, ...]:
+        """The global distillations of the child, in their order."""
+        return tuple(record for record in (self.gkd, self.long_gkd) if record)
 
     @property
     def parent(self) -> ModelResult:

@@ -14,7 +14,7 @@ from puzzle_core.search.effort import BY_NODES, Effort
 from puzzle_core.search.highs import lower_bound
 from puzzle_core.search.infeasible import explain_infeasible
 from puzzle_core.search.mip import solve_or_none
-from puzzle_core.search.problem import Problem, Solution
+from puzzle_core.search.problem import Problem, Solution, describe
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -27,11 +27,13 @@ class Alternative:
         bound: no choice within its limits scores less; infinite where none fits.
         solution: its best choice; None where the bound was enough to leave it out, or the effort ended without one.
         infeasible: why no choice fits; None where one may.
+        undecided: whether it may have a better choice than the answer: the effort ended before that was known.
     """
 
     bound: float
     solution: Solution | None = None
     infeasible: InfeasibleError | None = None
+    undecided: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Best(Generic[Key]):
 
     Attributes:
         key: the problem it is the answer to.
+        solution: its best choice; bound and proof hold for all problems.
         alternatives: what is known of every problem, this one too, in the caller's order.
     """
 
@@ -78,10 +81,12 @@ def solve_best(problems: Mapping[Key, Problem], *, effort: Effort = BY_NODES, re
         error = InfeasibleError(f"none of {len(problems)} problems has an answer:\n{lines}")
         error.conflicts = tuple(conflict for reason in infeasible.values() for conflict in reason.conflicts)
         raise error
+    undecided = race.undecided(winner)
     alternatives = {
-        key: Alternative(race.bounds[key], race.solutions.get(key), infeasible.get(key)) for key in problems
+        key: Alternative(race.bounds[key], race.solutions.get(key), infeasible.get(key), key in undecided)
+        for key in problems
     }
-    return Best(winner, race.solutions[winner], alternatives)
+    return Best(winner, race.answer(winner), alternatives)
 
 
 class BoundedRace(Generic[Key]):
@@ -128,6 +133,22 @@ class BoundedRace(Generic[Key]):
         return next(
             (key for key in self.problems if key in self.solutions and self.solutions[key].objective <= good), None
         )
+
+    def answer(self, winner: Key) -> Solution:
+        """The winner's solution, with a bound and a proof that hold for all problems."""
+        solution = self.solutions[winner]
+        undecided = self.undecided(winner)
+        if not undecided:
+            return solution
+        bound = min(solution.bound, *(self.bounds[key] for key in undecided))
+        return describe(
+            self.problems[winner], solution.choice, method=solution.method, seconds=solution.seconds, bound=bound
+        )
+
+    def undecided(self, winner: Key) -> list[Key]:
+        """The other problems that have no proof and may have a better choice than the winner's."""
+        proven = {key for key, solution in self.solutions.items() if solution.optimal}
+        return [key for key in self.problems if key != winner and key not in proven and self.may_win(key)]
 
     def _tolerance(self, objective: float) -> float:
         """How far two scores may lie apart and count as the same."""

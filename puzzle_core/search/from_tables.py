@@ -87,7 +87,7 @@ def _read_one(path: Path) -> dict[str, Any]:
 
 
 def _row(point: FoundArchitecture) -> dict[str, object]:
-    row: dict[str, object] = {"score": point.score}
+    row: dict[str, object] = {"score": point.score, "bound": point.bound, "proven": point.optimal}
     for scenario, prediction in point.predictions.items():
         row |= {f"{scenario}/batch_size": prediction.batch_size}
         row |= {f"{scenario}/{column}": total for column, total in prediction.totals.items()}

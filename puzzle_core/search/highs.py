@@ -82,7 +82,10 @@ def minimise(
     refining = False
     while kept is not None:
         model, unit = build(problem, extra, kept)
-        scaled = _solve_core(model, effort, deadline, relative_gap, start)
+        known = math.inf
+        if start is not None and problem.feasible(start):
+            known = math.fsum(float(values[index]) for values, index in zip(extra, start, strict=True)) / unit
+        scaled = _solve_core(model, effort, deadline, relative_gap, start, known)
         if scaled is None:
             break
         answer = _confirmed_extra(problem, extra, scaled, unit)
@@ -117,15 +120,20 @@ def above_least(costs: Column) -> tuple[float, Column]:
 
 
 def _solve_core(
-    model: Model, effort: Effort, deadline: float, relative_gap: float, start: Sequence[int] | None
+    model: Model, effort: Effort, deadline: float, relative_gap: float, start: Sequence[int] | None, known: float
 ) -> Minimum | None:
-    """The MIP over the columns of small excess, extended until no other column can improve it. Costs are scaled."""
+    """The MIP over the columns of small excess, extended until no other column can improve it. Costs are scaled.
+
+    `known` is the cost of the start: if few columns can be in a better choice, these are the first that are tried.
+    """
     relaxation = Relaxation(model)
     relaxed = relaxation.solve()
     if relaxed is None:
         return None
     columns = model.cost.size
     size = CORE * model.layers
+    near = int((relaxed.excess <= known - relaxed.bound).sum())
+    size = near if model.layers <= near <= CORE * size else size
     while True:
         window = np.partition(relaxed.excess, size - 1)[size - 1] if size < columns else math.inf
         minimum, outside = _solve_within(model, relaxed, window, effort, deadline, relative_gap, start)
@@ -176,12 +184,11 @@ def _run(
     checked(solver.run(), "solving")
 
     status, info = solver.getModelStatus(), solver.getInfo()
+    effort.count(max(0, int(info.mip_node_count)), status == highspy.HighsModelStatus.kTimeLimit)
     if status in INFEASIBLE:
         return None
     if status not in (highspy.HighsModelStatus.kOptimal, *CUT):
         raise RuntimeError(f"HiGHS ended with {solver.modelStatusToString(status)}")
-    if status == highspy.HighsModelStatus.kTimeLimit:
-        effort.met_time_limit = True
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         raise SolveLimitError(
             f"no architecture within the limits was found in {effort.text}, nor a proof that there is none: "

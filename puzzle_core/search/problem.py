@@ -217,7 +217,8 @@ def describe(
 
 
 def _sum_chosen(column: Column, choice: Sequence[int]) -> float:
-    return math.fsum(float(values[index]) for values, index in zip(column, choice, strict=True))
+    assert len(column) == len(choice), "a choice has one option per layer"
+    return math.fsum(map(np.ndarray.item, column, choice))  # several times as fast as a loop
 
 
 def _check_options(options: tuple[tuple[str, ...], ...], parent: Choice) -> None:

@@ -143,8 +143,8 @@ class ProblemBuilder:
         layers: the options of every layer that the constraints allow, the parent's own first.
 
     Raises (on construction):
-        SpecError: the constraints forbid the parent's own block or name a layer that does not exist, or a limit is on a
-            column that the cost table does not have.
+        SpecError: the constraints forbid the parent's own block or name a layer that does not exist, a limit is on a
+            column that the cost table does not have, or its rows spell a scenario in another way.
     """
 
     request: SearchRequest
@@ -158,6 +158,7 @@ class ProblemBuilder:
     def __post_init__(self) -> None:
         self.constraints = self.request.constraints.for_engines(self.request.engines)
         _check_constraints(self.request, self.constraints, self.scores)
+        self.costs.check_scenarios(scenario.name for scenario in self.request.scenarios)
         parent = Option(self.scores.parent)
         self.layers = tuple(
             (parent, *(option for option in scores if option != parent and self._allowed(layer, option)))

@@ -12,7 +12,7 @@ from puzzle_core.errors import InfeasibleError, SolveLimitError, SpecError
 from puzzle_core.search.baselines import greedy, maximise, random_choice, uniform
 from puzzle_core.search.best_of import Alternative, solve_best
 from puzzle_core.search.effort import Effort
-from puzzle_core.search.frontier import capacity_range, frontier, sweep_frontier, without_free
+from puzzle_core.search.frontier import NODES, capacity_range, frontier, sweep_frontier, traded, without_free
 from puzzle_core.search.infeasible import explain_infeasible
 from puzzle_core.search.messages import batch_text, infeasible_text
 from puzzle_core.search.mip import solve, solve_diverse, solve_or_none
@@ -44,8 +44,12 @@ def find_architecture(builder: ProblemBuilder, on_answer: Callable[[SearchRecord
     points: list[FoundArchitecture] = []
     try:
         points = _frontier(builder, problem, batch_sizes, effort)
-    except (InfeasibleError, SolveLimitError) as error:
+    except InfeasibleError as error:
         omissions["frontier"] = str(error)
+    if unproven := sum(not point.optimal for point in points):
+        omissions[f"the proof of {unproven} of {len(points)} points of the frontier"] = (
+            f"{NODES:,} nodes for all points were not enough: the best score there lies between `bound` and `score`"
+        )
     explained = builder.request.search.explain
     prices, runner_ups = _explanations(builder, problem, best, batch_sizes) if explained else ([], [])
     return answer.model_copy(
@@ -72,7 +76,7 @@ def _answer(builder: ProblemBuilder, effort: Effort) -> tuple[SearchRecord, Batc
     count = max(spec.solutions, spec.shortlist)
     solutions = [best]
     if count > 1:
-        solutions = solve_diverse(problem, count, spec.alpha, effort=effort, relative_gap=RELATIVE_GAP)
+        solutions += solve_diverse(problem, count, spec.alpha, effort=effort, relative_gap=RELATIVE_GAP)[1:]
     answer = SearchRecord(
         objective=builder.scores.objective,
         batch_sizes=dict(batch_sizes),
@@ -120,7 +124,8 @@ def _best_batch_sizes(
     except InfeasibleError as error:
         raise _infeasible(builder, problems, effort) from error
     outcomes = [
-        _outcome(builder, batch_sizes, best.alternatives[number]) for number, batch_sizes in enumerate(combinations)
+        _outcome(builder, batch_sizes, best.alternatives[number], effort)
+        for number, batch_sizes in enumerate(combinations)
     ]
     return combinations[best.key], problems[best.key], best.solution, outcomes
 
@@ -138,10 +143,14 @@ def _infeasible(builder: ProblemBuilder, problems: Mapping[int, Problem], effort
     return InfeasibleError(f"scenario {names} has no architecture within its limits:\n" + "\n".join(lines))
 
 
-def _outcome(builder: ProblemBuilder, batch_sizes: BatchSizes, alternative: Alternative) -> BatchSizeOutcome:
+def _outcome(
+    builder: ProblemBuilder, batch_sizes: BatchSizes, alternative: Alternative, effort: Effort
+) -> BatchSizeOutcome:
     score = alternative.solution.objective if alternative.solution else None
     if alternative.infeasible:
         outcome = f"infeasible: {infeasible_text(alternative.infeasible, builder, batch_sizes)}"
+    elif alternative.undecided:
+        outcome = f"not decided in {effort.text}: it scores {alternative.bound:.6g} at least"
     elif alternative.solution:
         outcome = "solved"
     else:
@@ -227,6 +236,8 @@ def _frontier(
 def _limit_frontier(builder: ProblemBuilder, name: str, effort: Effort) -> list[FoundArchitecture]:
     """Score against a limit of the main scenario, over all batch sizes, other limits held."""
     combinations, label = combinations_of(builder), f"{builder.request.scenario.name}/{name}"
+    count, whole = builder.request.search.frontier_points, effort.part(effort.nodes)
+    share = whole.part(NODES // (2 * len(combinations) + count))
     limits: dict[int, ResolvedLimit] = {}
     problems, ends = {}, []
     for number, batch_sizes in enumerate(combinations):
@@ -234,7 +245,7 @@ def _limit_frontier(builder: ProblemBuilder, name: str, effort: Effort) -> list[
         outside = builder.outside(limit.resource, batch_sizes)
         problem = without_free(builder.problem(batch_sizes), label, outside)
         try:
-            capacities = capacity_range(problem, label, effort=effort, relative_gap=RELATIVE_GAP)
+            capacities = capacity_range(problem, label, effort=share, relative_gap=RELATIVE_GAP)
         except InfeasibleError:
             continue
         limits[number], problems[number] = limit, problem
@@ -242,14 +253,11 @@ def _limit_frontier(builder: ProblemBuilder, name: str, effort: Effort) -> list[
     if not problems:
         return []
     tightest, loosest = (max(ends), min(ends)) if next(iter(limits.values())).tokens else (min(ends), max(ends))
-    terms = np.linspace(tightest, loosest, builder.request.search.frontier_points)
+    terms = np.linspace(tightest, loosest, count)
     sweep = {number: [limit.capacity_of(term) for term in terms] for number, limit in limits.items()}
-    points = sweep_frontier(problems, label, sweep, effort=effort, relative_gap=RELATIVE_GAP)
-    architectures: list[FoundArchitecture] = []
-    for point in points:
-        if point and (not architectures or point.solution.objective < architectures[-1].score):
-            architectures.append(_architecture(builder, point.solution, combinations[point.key]))
-    return architectures
+    left = NODES - whole.spent
+    points = sweep_frontier(problems, label, sweep, effort=effort, relative_gap=RELATIVE_GAP, nodes=left)
+    return [_architecture(builder, point.solution, combinations[point.key]) for point in traded(points)]
 
 
 def _limit_to_sweep(builder: ProblemBuilder, name: str, batch_sizes: BatchSizes) -> ResolvedLimit:

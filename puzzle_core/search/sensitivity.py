@@ -26,7 +26,7 @@ from puzzle_core.search.relaxation import Relaxation, Relaxed
 RELATIVE_STEP = 0.01
 """The default step by which a capacity is relaxed, relative to the capacity."""
 
-EXACT_WORK = 500_000
+EXACT_WORK = 150_000
 """Work of all exact solves together: enough for every layer of a small model, and for none of 80 layers of 54 options,
 where each would take as long as the answer."""
 EXACT_NODES = 200
@@ -34,9 +34,9 @@ EXACT_NODES = 200
 DIGITS = 1e-3
 """An interval this narrow, relative to its upper end, is not worth a solve."""
 
-CHANGES = 300
+CHANGES = 128
 """Options, those of least excess, that are tried as changes of a choice, alone and in pairs."""
-ROUNDS, TRIES, ROUNDINGS = 10, 10, 64
+ROUNDS, TRIES, ROUNDINGS = 10, 4, 16
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,10 @@ class _Variation:
 
     def improve(self, choice: Choice | None) -> bool:
         """Take a choice that scores below the upper bound, and say whether it does."""
-        if choice is None or self.problem.total_score(choice) >= self.high:
+        score = math.inf if choice is None else self.problem.total_score(choice)
+        if score >= self.high:
             return False
-        self.high, self.choice = self.problem.total_score(choice), choice
+        self.high, self.choice = score, choice
         return True
 
 

@@ -7,6 +7,7 @@ several rows have the same column, the most specific row is used.
 
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -118,6 +119,22 @@ class CostTable:
         """All columns."""
         return frozenset(column for row in self.rows for column in row.values)
 
+    def check_scenarios(self, names: Iterable[str]) -> None:
+        """Refuse rows whose scenario is a requested one in another spelling: they would not count.
+
+        Raises:
+            SpecError: names the row and the scenario.
+        """
+        exact = set(names)
+        wanted = {_spelling(name): name for name in exact}
+        for row in self.rows:
+            name = wanted.get(_spelling(row.scenario)) if row.scenario is not None else None
+            if name is not None and row.scenario not in exact:
+                raise SpecError(
+                    f"the costs of {row.place} are for scenario {row.scenario!r}, and the search is for {name!r}: "
+                    "spell the scenario alike in both"
+                )
+
     @functools.cached_property
     def by_layer(self) -> bool:
         """Whether any row holds for one layer only."""
@@ -160,6 +177,15 @@ class CostTable:
             if values is not None and column in values:
                 return values[column]
         return None
+
+
+def _spelling(name: str) -> str:
+    """Equal for names that are the same number, or that differ in case, spaces, dashes and underscores alone."""
+    try:
+        number = float(name)
+    except ValueError:
+        number = math.nan
+    return repr(number) if math.isfinite(number) else re.sub(r"[\s_-]+", "", name).casefold()
 
 
 def _from_most_specific(scenario: str, batch_size: int, layer: int | None) -> Iterable[_Scope]:

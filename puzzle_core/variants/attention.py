@@ -11,6 +11,7 @@ import torch
 from puzzle_core.families.family import FAMILIES
 from puzzle_core.state_dict import State
 from puzzle_core.variants.kinds import ParentShape
+from puzzle_core.variants.projections import attention_rows, read_parts, write_parts
 
 
 def pooled_attention(layer: State, shape: ParentShape, kv_heads: int, contribution_I: None = None) -> State:
@@ -22,27 +23,30 @@ def pooled_attention(layer: State, shape: ParentShape, kv_heads: int, contributi
         contribution_I: of no use here.
     """
     state, names = _attention_tensors(layer, shape), FAMILIES[shape.family].attention_names
-    for projection in (names.path("key"), names.path("value")):
-        for part in ("weight", "bias"):
-            name = f"{projection}.{part}"
-            if name in state:
-                state[name] = mean_pool(state[name], kv_heads, shape.head_dim)
-    return state
+    parts = read_parts(state, names, attention_rows(shape, shape.kv_heads))
+    if shape.qk_norm_whole:
+        parts |= {"key_norm.weight": state[f"{names.path('key_norm')}.weight"]}
+    pooled = {
+        name: mean_pool(tensor, kv_heads, shape.head_dim) if name.startswith(("key", "value")) else tensor
+        for name, tensor in parts.items()
+    }
+    return state | write_parts(pooled, names)
 
 
 def linear_attention(layer: State, shape: ParentShape, size: int, contribution_I: None = None) -> State:
     """W = W_O . expand(W_V): every token attends to itself alone, so its value goes straight to the output."""
     parent, names = _attention_tensors(layer, shape), FAMILIES[shape.family].attention_names
-    value, output, linear = names.path("value"), names.path("output"), f"{names.module}.linear_attn"
+    parts = read_parts(parent, names, attention_rows(shape, shape.kv_heads))
+    output, linear = names.path("output"), f"{names.module}.linear_attn"
     out_DHd = parent[f"{output}.weight"].float()
     state = {
         **{name: tensor for name, tensor in parent.items() if not name.startswith(f"{names.module}.")},
-        f"{linear}.weight": out_DHd @ _expand(parent[f"{value}.weight"], shape),
+        f"{linear}.weight": out_DHd @ _expand(parts["value.weight"], shape),
     }
-    if f"{value}.bias" in parent or f"{output}.bias" in parent:
+    if "value.bias" in parts or f"{output}.bias" in parent:
         bias_D = torch.zeros(shape.hidden)
-        if f"{value}.bias" in parent:
-            bias_D = out_DHd @ _expand(parent[f"{value}.bias"], shape)
+        if "value.bias" in parts:
+            bias_D = out_DHd @ _expand(parts["value.bias"], shape)
         state[f"{linear}.bias"] = bias_D + parent.get(f"{output}.bias", torch.zeros(())).float()
     return state
 
@@ -51,7 +55,7 @@ def mean_pool(rows: torch.Tensor, kv_heads: int, head_dim: int) -> torch.Tensor:
     """Average adjacent KV heads until `kv_heads` are left.
 
     Args:
-        rows: (K*d, ...) rows of a K or V projection.
+        rows: (K*d, ...) rows of a K or V projection, or a norm's weights (K*d,) of all keys together.
 
     Returns:
         (kv_heads*d, ...); `rows` itself when there is nothing to merge.

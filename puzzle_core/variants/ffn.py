@@ -10,6 +10,7 @@ import torch
 from puzzle_core.families.family import FAMILIES
 from puzzle_core.state_dict import State
 from puzzle_core.variants.kinds import ParentShape
+from puzzle_core.variants.projections import ffn_rows, read_parts, write_parts
 
 
 def pruned_ffn(layer: State, shape: ParentShape, width: int, contribution_I: torch.Tensor | None = None) -> State:
@@ -22,11 +23,8 @@ def pruned_ffn(layer: State, shape: ParentShape, width: int, contribution_I: tor
     assert contribution_I is not None, f"FFN of width {width}: nothing says which channels to keep"
     state, names = _ffn_tensors(layer, shape), FAMILIES[shape.family].ffn_names
     kept_C = contribution_I.topk(width).indices.sort().values
-    for projection in (names.path("gate"), names.path("up")):
-        for part in ("weight", "bias"):
-            name = f"{projection}.{part}"
-            if name in state:
-                state[name] = state[name][kept_C].contiguous()
+    parts = read_parts(state, names, ffn_rows(names, shape.ffn_width))
+    state |= write_parts({name: tensor[kept_C].contiguous() for name, tensor in parts.items()}, names)
     down = f"{names.path('down')}.weight"
     state[down] = state[down][:, kept_C].contiguous()
     return state
@@ -35,14 +33,15 @@ def pruned_ffn(layer: State, shape: ParentShape, width: int, contribution_I: tor
 def linear_ffn(layer: State, shape: ParentShape, size: int, contribution_I: torch.Tensor | None = None) -> State:
     """W = W_down . W_up, the gate ignored."""
     parent, names = _ffn_tensors(layer, shape), FAMILIES[shape.family].ffn_names
-    up, down, linear = names.path("up"), names.path("down"), f"{names.module}.linear_mlp"
+    parts = read_parts(parent, names, ffn_rows(names, shape.ffn_width))
+    down, linear = names.path("down"), f"{names.module}.linear_mlp"
     down_DI = parent[f"{down}.weight"].float()
     state = {
         **{name: tensor for name, tensor in parent.items() if not name.startswith(f"{names.module}.")},
-        f"{linear}.weight": down_DI @ parent[f"{up}.weight"].float(),
+        f"{linear}.weight": down_DI @ parts["up.weight"].float(),
     }
     if f"{down}.bias" in parent:
-        bias_D = down_DI @ parent[f"{up}.bias"].float()
+        bias_D = down_DI @ parts["up.bias"].float()
         state[f"{linear}.bias"] = bias_D + parent[f"{down}.bias"].float()
     return state
 

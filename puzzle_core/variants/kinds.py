@@ -46,6 +46,10 @@ class ParentShape(Protocol):
     def mlp_bias(self) -> bool: ...
     @property
     def qk_norm(self) -> bool: ...
+    @property
+    def qk_norm_whole(self) -> bool: ...
+    @property
+    def gated(self) -> bool: ...
 
 
 OfShape = Callable[[ParentShape, int], int]
@@ -157,11 +161,13 @@ def _attention_parameters(shape: ParentShape, kv_heads: int) -> int:
     query, key_value = shape.heads * shape.head_dim, kv_heads * shape.head_dim
     weights = 2 * shape.hidden * query + 2 * shape.hidden * key_value
     biases = shape.qkv_bias * (query + 2 * key_value) + shape.attention_out_bias * shape.hidden
-    return weights + biases + shape.qk_norm * 2 * shape.head_dim
+    norms = query + key_value if shape.qk_norm_whole else 2 * shape.head_dim
+    return weights + biases + shape.qk_norm * norms
 
 
 def _ffn_parameters(shape: ParentShape, width: int) -> int:
-    return 3 * shape.hidden * width + shape.mlp_bias * (2 * width + shape.hidden)
+    channels = (1 + shape.gated) * width
+    return shape.hidden * (channels + width) + shape.mlp_bias * (channels + shape.hidden)
 
 
 def _attention_bias(shape: ParentShape) -> bool:

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from puzzle_core.architecture import Variant
-from puzzle_core.data import read_windows
+from puzzle_core.compute_slots import ComputeSlot
+from puzzle_core.data import read_positions, read_windows
 from puzzle_core.device import available_cores, default_device
 from puzzle_core.distill.launch import Launch
 from puzzle_core.distill.training_checkpoint import Checkpoints
@@ -72,6 +73,17 @@ class RunContext(Record):
         return max(1, available_cores() // self.workers)
 
     @property
+    def devices(self) -> int:
+        """How many devices the tasks of this machine compute on: its GPUs, or the CPU."""
+        return max(1, torch.cuda.device_count())
+
+    @property
+    def compute_slot(self) -> ComputeSlot:
+        """A compute slot on the device of the current task: a GPU computes for one task at a time."""
+        device = default_device()
+        return ComputeSlot(str(device), 1 if device.type == "cuda" else self.workers)
+
+    @property
     def launch(self) -> Launch | None:
         """How several processes share GKD; none where a single process does it."""
         runtime = self.runtime
@@ -124,9 +136,11 @@ class RunContext(Record):
         Raises:
             ParentError: the parent is another one.
         """
-        parent, windows = self.parent_of(digest), read_windows(self.store().fetch(tokens))
+        parent, windows = self.parent_of(digest), self.store().fetch(tokens)
         directory = self.activations_directory(digest, tokens, dtype)
-        of_parent = Activations(directory, parent, windows, torch_dtype(dtype), default_device())
+        of_parent = Activations(
+            directory, parent, read_windows(windows), torch_dtype(dtype), default_device(), read_positions(windows)
+        )
         if base is None:
             return of_parent
         library = base.library

@@ -1,4 +1,8 @@
-"""Digests of the parent and of texts, kept in scratch: a file is read again only after its size or times changed."""
+"""Digests of the parent and of texts, kept in scratch: a file is read again only after its size or times changed.
+
+What reads the files counts, too: another transformers may see another config, and other code of this project other
+documents.
+"""
 
 import hashlib
 import json
@@ -11,6 +15,7 @@ from puzzle_core.model.parent import Parent
 from puzzle_core.records import digest_file, write_text_atomic
 from puzzle_core.text_sources import Texts, check_disjoint, digest_documents, read_texts, source_files
 from puzzle_core.work import TokensWork
+from tasks.runtime.software import software
 
 Signature = tuple[tuple[str, tuple[int, int, int, int] | None], ...]
 """By file: size in bytes, time of modification and of change in ns, and inode; none of a file that is not there."""
@@ -60,6 +65,21 @@ def texts_digest(texts: Texts, scratch: Path) -> str:
     return _cached(scratch / "texts", files, lambda: digest_documents(read_texts(texts)), DataError, purpose)
 
 
+def named_chat(texts: Texts, scratch: Path) -> str:
+    """The name of a document of these texts that is a chat; empty if none is.
+
+    Raises:
+        DataError: as `read_texts`, or a file changes meanwhile.
+    """
+
+    def compute() -> str:
+        return next((document.name for document in read_texts(texts) if document.is_chat), "")
+
+    side = "held-out" if texts.held_out else "trained"
+    purpose = f"a chat among the {side} documents of {texts.held_out_share}"
+    return _cached(scratch / "texts", source_files(texts.sources), compute, DataError, purpose)
+
+
 def check_texts_disjoint(train: Texts, held_out: Texts, scratch: Path) -> None:
     """Refuse held-out texts that are among the texts for training.
 
@@ -95,9 +115,10 @@ def check_texts_enough(work: TokensWork, texts: Texts, parent: Parent, scratch: 
 def _cached(
     directory: Path, files: list[Path], compute: Callable[[], str], error: type[PuzzleError], purpose: str = "digest"
 ) -> str:
-    """The digest of these files, computed unless it is known for their signature."""
-    signature = signature_of(files)
-    name = hashlib.sha256(json.dumps([purpose, signature]).encode()).hexdigest()[:16]
+    """The digest of these files, computed unless it is known for their signature and for what reads them."""
+    signature, own = signature_of(files), software()
+    reader = own.versions["transformers"] if error is ParentError else own.code
+    name = hashlib.sha256(json.dumps([purpose, reader, signature]).encode()).hexdigest()[:16]
     cached = directory / f"{name}.digest"
     if not cached.exists():
         digest = compute()

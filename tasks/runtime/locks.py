@@ -3,7 +3,8 @@
 Runs on one machine do not know of each other. They lock files in a directory that all runs of a user share. Ordinary
 tasks hold the machine lock in shared mode, a measurement holds it in exclusive mode. A waiting measurement blocks tasks
 that arrive after it, so it is not starved. Each GPU has a lock, and tasks queue for them; a task takes its GPUs before
-its artifact and before the machine. The artifact lock makes the second of two equal runs wait for the first.
+its artifact and before the machine. Tasks of one process that go side by side share a GPU's
+lock. The artifact lock makes the second of two equal runs wait for the first.
 
 The kernel holds the locks and releases them when a process ends, however it ends. No server takes part.
 """
@@ -16,6 +17,7 @@ import os
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Literal
@@ -28,6 +30,9 @@ log = logging.getLogger("puzzle")
 POLL_SECONDS = 0.05
 LockMode = Literal["shared", "exclusive"]
 _thread = threading.local()
+_sharing = threading.Lock()
+_shared: dict[int, contextlib.ExitStack] = {}  # the locks of the GPUs that tasks of this process share, by number
+_users: Counter[int] = Counter()
 
 
 def lock_directory() -> Path:
@@ -85,6 +90,45 @@ def gpu_lock(count: int = 1) -> Iterator[list[int]]:
     with contextlib.ExitStack() as locks:
         numbers = _wait_for_gpus(names, count, locks) if names else []
         yield numbers
+
+
+@contextlib.contextmanager
+def shared_gpu(most: int) -> Iterator[list[int]]:
+    """Wait for a GPU and hold it together with other tasks of this process: its number, or none on a machine without.
+
+    A new task takes a free GPU while the process shares fewer than `most`, then the one with the fewest tasks. It waits
+    behind the tasks of other runs that wait for a GPU.
+    """
+    names = gpu_names()
+    if not names:
+        yield []
+        return
+    number = _share_gpu(names, most)
+    try:
+        yield [number]
+    finally:
+        with _sharing:
+            _users[number] -= 1
+            if not _users[number]:
+                _shared.pop(number).close()
+
+
+def _share_gpu(names: list[str], most: int) -> int:
+    with _open("gpu-queue") as queue:
+        _wait(queue, fcntl.LOCK_EX, "other tasks in the queue for a GPU")
+        while True:
+            with _sharing:
+                others = [number for number in range(len(names)) if number not in _shared]
+                for number in others if len(_shared) < most else ():
+                    locks = contextlib.ExitStack()
+                    if _try_gpu(names[number], locks):
+                        _shared[number] = locks
+                        break
+                if _shared:
+                    number = min(_shared, key=lambda number: (_users[number], number))
+                    _users[number] += 1
+                    return number
+            time.sleep(POLL_SECONDS)
 
 
 def _open(name: str) -> IO[bytes]:

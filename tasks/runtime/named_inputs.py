@@ -12,7 +12,8 @@ from puzzle_core.records import Work, digest_file, digest_files
 from puzzle_core.search.table_files import read_costs
 from puzzle_core.search.tables import CostTable
 from puzzle_core.spec import EvaluationSpec
-from puzzle_core.text_sources import Document, Texts, digest_documents, read_texts
+from puzzle_core.text_files import Document
+from puzzle_core.text_sources import Texts, digest_documents, read_texts
 from puzzle_core.work import (
     AssembleWork,
     BldWork,

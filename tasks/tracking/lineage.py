@@ -27,7 +27,7 @@ from tasks.tracking.lineage_steps import (
     gkd_curve,
     uri_of,
 )
-from tasks.tracking.tracked_models import TrackedModel, Version, allowed_name
+from tasks.tracking.tracked_models import TrackedModel, Version, alias_of, allowed_name
 from tasks.tracking.tracked_run import TextsInput, TrackedRun
 from tasks.tracking.tracking import current_run, track_use
 
@@ -117,8 +117,8 @@ def record_child(plan: Plan, context: RunContext, run: TrackedRun, work: ReportW
     run.metrics([("perplexity", quality.perplexity, 0), ("top1_accuracy", quality.top1_accuracy, 0)])
     run.metrics([(name, value, 0) for name, value in numbers.items()])
     run.metrics([(name, value, 0) for name, value in _benchmarks(inputs).items()])
-    keys = _child_keys(plan, work)
-    run.reads(_texts(plan, context, "gkd", "evaluation"))
+    keys, trainings = _child_keys(plan, work), dict(zip(plan.gkd_splits, work.trainings, strict=True))
+    run.reads(_texts(plan, context, *plan.gkd_splits, "evaluation"))
     run.text(artifact_table(context.store(), keys), TABLE)
     run.uses(*steps.all())
     child = TrackedModel(
@@ -129,7 +129,11 @@ def record_child(plan: Plan, context: RunContext, run: TrackedRun, work: ReportW
         headline=headline,
         about={"uri": uri_of(context.store(), work.gkd), "store": context.runtime.store} | steps.descent,
         files=lambda: {TABLE: artifact_table(context.store(), keys), CARD: _card(steps, work, inputs, context)},
-        curve=lambda: gkd_curve(context.store().record(GkdRecord, work.gkd)),
+        curve=lambda: [
+            point
+            for split, key in trainings.items()
+            for point in gkd_curve(split, context.store().record(GkdRecord, key))
+        ],
     )
     run.makes(child, _version(plan, child, numbers))
 
@@ -142,7 +146,7 @@ def record_report(plan: Plan, context: RunContext, run: TrackedRun, work: Report
     run.artifacts(context.store().fetch(work.key), "report")
     timing = [work.timing.key] if work.timing else []
     run.text(artifact_table(context.store(), ancestors(context.store(), [work.key, *timing])), TABLE)
-    run.reads(_texts(plan, context, "calibration", "bld", "gkd", "scoring", "evaluation"))
+    run.reads(_texts(plan, context, *plan.splits))
 
 
 def record_export(uri: str, scratch: str, child: str, directory: Path, about: dict[str, object], headline: str) -> bool:
@@ -191,7 +195,8 @@ def _child_keys(plan: Plan, work: ReportWork) -> tuple[str, ...]:
     """Artifacts of this child alone: its training, its evaluation and its timing."""
     evaluations = [plan.evaluate(key).key for key in (None, work.gkd)]
     timing = [work.timing.key] if work.timing else []
-    return (plan.tokens("gkd").key, work.gkd, plan.tokens("evaluation").key, *evaluations, *timing)
+    tokens = [plan.tokens(split).key for split in (*plan.gkd_splits, "evaluation")]
+    return (*tokens[:-1], *work.trainings, tokens[-1], *evaluations, *timing)
 
 
 def _card(steps: Steps, work: ReportWork, inputs: ReportInputs, context: RunContext) -> str:
@@ -201,7 +206,7 @@ def _card(steps: Steps, work: ReportWork, inputs: ReportInputs, context: RunCont
     from tasks.store.provenance import child_provenance
 
     child, headline = inputs.child, report.headline_sentence(inputs)
-    provenance = child_provenance(context.store().manifest(work.gkd), child.evaluation, inputs.parent.evaluation)
+    provenance = child_provenance(context.store(), work.gkd, child.evaluation, inputs.parent.evaluation)
     return child_card(f"child-{work.spec.name}", headline, child.architecture, provenance, steps.descent)
 
 
@@ -214,7 +219,7 @@ def _version(plan: Plan, child: TrackedModel, numbers: dict[str, float]) -> Vers
     return Version(
         name=f"puzzle-{family}",
         about_name=f"Children of {spec.parent.path}. Aliases name a target and a scenario: the newest child for these.",
-        alias=allowed_name(f"{spec.target.name}-{spec.scenario.name}"),
+        alias=alias_of(spec.target.name, spec.scenario.name),
         description="\n".join(lines),
         tags=tags | {f"puzzle.{name}": f"{value:.6g}" for name, value in numbers.items()},
     )

@@ -171,11 +171,11 @@ def bld_curve(trained: BldRecord) -> Values:
     return [(name, trained.curve[step - 1], step) for step in range(steps, 0, -every)][::-1]
 
 
-def gkd_curve(distilled: GkdRecord) -> Values:
-    """GKD loss and its terms by step, and KL on held-back windows."""
+def gkd_curve(label: str, distilled: GkdRecord) -> Values:
+    """GKD loss and its terms by step, and KL on held-back windows; `label` is the split that it read."""
     curve = enumerate(distilled.curve, start=1)
-    values = [(f"gkd/{name}", value, step) for step, terms in curve for name, value in terms.items()]
-    return values + [(f"gkd/{HELD_BACK_KL}", point.kl_nats_per_token, point.step) for point in distilled.held_back]
+    values = [(f"{label}/{name}", value, step) for step, terms in curve for name, value in terms.items()]
+    return values + [(f"{label}/{HELD_BACK_KL}", point.kl_nats_per_token, point.step) for point in distilled.held_back]
 
 
 def _digest(keys: list[str]) -> str:

@@ -5,6 +5,7 @@ edges of the lineage, from a parent to exported files. Every function may be cal
 adds only what is missing.
 """
 
+import hashlib
 import json
 import re
 import tempfile
@@ -24,6 +25,8 @@ WHOLE_TAG = "puzzle.whole"
 """Of a model that has all its files and its curve."""
 NOTE_TAG = "mlflow.note.content"
 MOST_LINKS = 50
+LONGEST_ALIAS = 200
+"""MLflow takes 255 characters, and 250 in the name of the tag that says which answer a version was."""
 Values = list[tuple[str, float, int]]
 """Metrics: name, value, step."""
 OLDEST_FIRST = [{"field_name": "creation_timestamp", "ascending": True}]
@@ -175,6 +178,22 @@ def products_of(models: dict[str, LoggedModel]) -> dict[str, list[str]]:
 def allowed_name(text: str) -> str:
     """The text with characters replaced that MLflow does not take in names of models and aliases; never empty."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "unnamed"
+
+
+def alias_of(target: str, scenario: str) -> str:
+    """The alias of a target and a scenario, `TARGET-SCENARIO`: no two pairs of names have the same.
+
+    MLflow takes letters, digits, `_` and `-`. Other characters, `_` itself, and `-` of a scenario are written as `_`
+    and two hex digits, so the last `-` is what joins the names.
+    """
+    alias = f"{_escaped(target, '-')}-{_escaped(scenario)}"
+    if len(alias) <= LONGEST_ALIAS:
+        return alias
+    return f"{alias[: LONGEST_ALIAS - 42]}_x{hashlib.sha256(alias.encode()).hexdigest()[:40]}"
+
+
+def _escaped(name: str, kept: str = "") -> str:
+    return re.sub(rf"[^A-Za-z0-9{kept}]", lambda found: f"_{ord(found[0]):02x}", name)
 
 
 def _versions(client: MlflowClient, name: str, key: str) -> list[ModelVersion]:

@@ -99,6 +99,27 @@ def test_at_most_three_layers_lie_in_scratch_and_none_afterwards(spec_of, prefec
     assert not list((scratch / "activations").rglob("*.bin*"))
 
 
+def test_streamed_states_give_the_same_library_and_leave_scratch_empty(finished, again, prefect_server):
+    spec = again(bld={"source": "streamed"}, runtime={"bld_side_by_side": 5})
+    before = artifacts(spec.runtime.store)
+    for key in of_stage(before, "bld"):
+        shutil.rmtree(Path(spec.runtime.store) / key)
+    recorded = Recorded()
+    build_library(spec)
+    after = artifacts(spec.runtime.store)
+    assert after.keys() == before.keys()
+    assert changed(before, after) == of_stage(before, "bld")
+    for key in of_stage(after, "bld"):
+        stores = spec.runtime.store, finished.content["runtime"]["store"]
+        one, other = (load_file(Path(store) / key / WEIGHTS) for store in stores)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items()), key
+    assert not list(Path(spec.runtime.scratch).rglob("*.bin"))
+    names = recorded.computed(at_least=TRAINED)
+    assert len([name for name in names if name.startswith("bld layer ")]) == TRAINED
+    assert not [name for name in names if name.startswith("capture")]
+
+
 def test_states_are_dropped_without_their_parent(spec_of, copy_of, prefect_server):
     spec = spec_of(parent={"path": str(copy_of("llama"))})
     plan, context = plan_of(spec)
@@ -120,11 +141,11 @@ def test_states_are_dropped_without_their_parent(spec_of, copy_of, prefect_serve
 def test_a_diverged_variant_fails_by_name_once_and_the_others_are_in_the_store(spec_of, prefect_server, monkeypatch):
     spec, run = spec_of(), bld.train_variant
 
-    def reckless(work, *arguments):
+    def reckless(work, *arguments, **options):
         if (work.layer, str(work.variant)) == (3, "ffn:i24"):
             optimizer = work.spec.optimizer.model_copy(update={"learning_rate": 1e6})
             work = work.model_copy(update={"spec": work.spec.model_copy(update={"optimizer": optimizer})})
-        return run(work, *arguments)
+        return run(work, *arguments, **options)
 
     monkeypatch.setattr(bld, "train_variant", reckless)
     recorded = Recorded()

@@ -1,8 +1,10 @@
 """The whole flow on a pico parent: what it makes, what a second run leaves alone, and what a change sets off."""
 
 import json
+import platform
 import shutil
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from mlflow import MlflowClient
@@ -11,11 +13,14 @@ from flows.build_library import build_library
 from flows.puzzle import puzzle
 from flows.search_architecture import search_architecture
 from flows.train_child import train_child
+from puzzle_core.device import default_device, device_name
 from puzzle_core.errors import DataError, InfeasibleError
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.report.report_tables import format_final_table
 from puzzle_core.search.search_record import SearchRecord
 from tasks.runtime.context import RunContext
+from tasks.runtime.software import software
+from tasks.store.provenance import stored_provenance
 from tests.workflow import SCORED, TRAINED, Recorded, artifacts, changed, check_whole, of_stage, plan_of, publish_costs
 
 CHILD_STAGES = ("search", "child", "gkd", "evaluation", "timing", "report")
@@ -53,6 +58,26 @@ def test_a_whole_run_leaves_one_artifact_per_work_and_nothing_else(finished):
     assert not list(store.rglob(".staging/*"))
     assert not list((store.parent / "scratch").rglob("*.bin"))
     assert not list((store.parent / "scratch" / "checkpoints").glob("*/*/*"))
+
+
+def test_every_artifact_says_what_made_it_and_mlflow_has_the_commit_in_its_own_tag(finished):
+    context = RunContext.model_validate({"parent": finished.content["parent"], "runtime": finished.content["runtime"]})
+    manifests = context.store().manifests(context.store().keys()).values()
+    made = {manifest.key: manifest.origin for manifest in manifests if manifest.made_by != "a test"}
+    assert len(made) >= TRAINED + SCORED
+    tracking = MlflowClient(finished.content["runtime"]["mlflow_uri"])
+    task_runs = {run.id: run for run in finished.recorded.task_runs()}
+    for key, origin in made.items():
+        assert origin.software == software()
+        assert (origin.host, origin.device) == (platform.node(), device_name(default_device()))
+        assert (origin.parent, origin.parent_commit) == (finished.content["parent"]["path"], None)
+        task_run = task_runs[UUID(origin.prefect_task_run)]
+        assert task_run.flow_run_id == UUID(origin.prefect_flow_run), key
+        tags = tracking.get_run(origin.mlflow_run).data.tags
+        assert tags["mlflow.source.git.commit"] == software().commit
+        assert (tags["puzzle.dirty"], tags["puzzle.code"]) == (str(software().dirty).lower(), software().code)
+    assert software().commit
+    assert software().lock
 
 
 def test_a_whole_run_opens_its_inputs_once(finished):
@@ -106,6 +131,32 @@ def test_a_new_scenario_searches_and_trains_a_new_child_and_leaves_the_library(a
     computed = recorded.computed(at_least=15)
     assert {"search smaller on this-machine", "gkd", "report"} <= set(computed)
     assert not [name for name in computed if name.startswith(("bld ", "score ", "capture ", "tokens ", "importance"))]
+
+
+def test_a_second_gkd_trains_the_first_ones_child_on_longer_windows(again):
+    spec = again(gkd={"long": {"sequence_length": 64, "tokens": 128, "batch_tokens": 64}})
+    before, recorded = artifacts(spec.runtime.store), Recorded()
+    puzzle(spec)
+    made = changed(before, artifacts(spec.runtime.store))
+    assert sorted(key.split("/")[0] for key in made) == ["evaluation", "gkd", "report", "tokens"]
+    assert {"tokens gkd-long", "gkd-long", "report"} <= set(recorded.computed(at_least=15))
+    plan, context = plan_of(spec)
+    first, second = plan.trainings(chosen(spec).architecture).values()
+    assert {second.key, plan.tokens("gkd-long").key, plan.evaluate(second.key).key} < made
+    assert first.key in before
+    (report,) = of_stage(made, "report")
+    inputs = ReportInputs.read(Path(spec.runtime.store) / report / "report.json")
+    assert [record.tokens for record in inputs.trainings] == [256, 128]
+    assert stored_provenance(context.store(), second.key).distilled_tokens == 256 + 128
+    client = MlflowClient(spec.runtime.mlflow_uri)
+    experiment = client.get_experiment_by_name(spec.runtime.mlflow_experiment)
+    (run,) = client.search_runs([experiment.experiment_id], "metrics.`gkd-long/loss` > 0")
+    assert run.data.metrics.keys() > {"gkd-long/loss", "gkd/loss"}
+    assert sorted(tag.value for used in run.inputs.dataset_inputs for tag in used.tags) == [
+        "evaluation",
+        "gkd",
+        "gkd-long",
+    ]
 
 
 def write_items(file: Path, right: int) -> dict[str, str | int]:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from puzzle_core.credentials import SCHEMA_PATTERN, has_credentials, redact_logs, redacted
-from puzzle_core.errors import SpecError
+from puzzle_core.errors import InfeasibleError, PuzzleError, SpecError
 from puzzle_core.spec import RunSpec, parse_spec
 
 SECRET = "hunter2"
@@ -27,6 +27,12 @@ HOLD = [
     f"https://host/file?api_key={SECRET}",
     f"s3://bucket/text?X-Amz-Signature={SECRET}&x=1",
     f"host=db user=me password={SECRET}",
+    f"password={SECRET} host=db user=me",
+    f"https://account.blob.host/texts/a.parquet?sv=2024-11-04&sig={SECRET}",
+    f"https://host/model#access_token={SECRET}",
+    f"https://host/model?JWT={SECRET}",
+    f"hf://{SECRET}@org/name",
+    f"mysql+pymysql://user:{SECRET}@host/db?charset=utf8",
 ]
 HOLD_NONE = [
     "python-stdlib:train",
@@ -40,6 +46,9 @@ HOLD_NONE = [
     "/texts/a?b.txt",
     "tcp://10.0.0.5:8786",
     "node-0:29500",
+    "/data/tokens/lang=en/part-0.parquet",
+    "tokens/split=train",
+    "s3://bucket/design=2/a",
     "60%",
     "6000 tok/s",
     "NVIDIA L40S, 48 GB, data sheet of 2024: p. 3 (https://host/doc.pdf#page=3)",
@@ -103,6 +112,27 @@ def test_a_spec_with_credentials_is_refused_without_repeating_them(text, place):
     with pytest.raises(SpecError) as error:
         parse_spec(content, "test")
     assert SECRET not in str(error.value)
+
+
+def test_a_header_and_a_setting_in_a_log_are_redacted():
+    for text in (
+        f"headers: {{'Authorization': 'Bearer {SECRET}'}}",
+        f"Authorization: Basic {SECRET}",
+        f"'password={SECRET}'",
+        f"HTTP_PROXY=http://me:{SECRET}@proxy:3128 is set",
+    ):
+        assert SECRET not in redacted(text)
+        assert redacted(redacted(text)) == redacted(text)
+
+
+@pytest.mark.parametrize("text", HOLD)
+def test_no_error_shows_credentials(text):
+    for error in (PuzzleError, SpecError, InfeasibleError):
+        said = str(error(f"cannot reach {text}, try again"))
+        assert SECRET not in said
+        assert said.startswith("cannot reach ")
+    plain = "bld.tokens=512 is not prompt_tokens=128: see 'evaluation.tokens=1'"
+    assert str(SpecError(plain)) == plain
 
 
 def test_no_log_shows_credentials_of_any_logger_nor_in_a_traceback():

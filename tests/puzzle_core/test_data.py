@@ -4,17 +4,20 @@ import bz2
 import gzip
 import json
 import lzma
+from random import Random
 
 import pandas
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from puzzle_core import data, text_sources
-from puzzle_core.data import batch_rows, check_enough, document_start, pack
+from puzzle_core.chats import as_text, as_texts
+from puzzle_core.data import Place, Split, batch_rows, check_enough, document_start
 from puzzle_core.errors import DataError
 from puzzle_core.spec import DataSpec
+from puzzle_core.text_files import Document
 from puzzle_core.text_sources import (
-    Document,
     Texts,
     check_disjoint,
     digest_documents,
@@ -32,6 +35,12 @@ SPLITS = {"calibration": 40, "bld": 120, "gkd": 80}
 @pytest.fixture
 def tokenizer(parent):
     return parent.tokenizer()
+
+
+def pack(documents, tokenizer, length, tokens, seed, **options):
+    """The windows of splits by name; `tokens` has how many each needs."""
+    splits = [Split(name, count, length) for name, count in tokens.items()]
+    return dict(zip(tokens, (p.windows for p in data.pack(splits, documents, tokenizer, seed, **options)), strict=True))
 
 
 def numbers(windows, tokenizer):
@@ -67,8 +76,8 @@ def test_every_document_starts_with_the_begin_of_text_token(tokenizer):
 
 def test_too_few_tokens_say_what_was_asked_and_what_is_there(tokenizer):
     message = (
-        r"split 'gkd' needs 800 tokens \(100 windows of 8\), but the 200 documents of the texts gave only \d+ "
-        r"after serving bld"
+        r"split 'gkd' needs 800 tokens \(100 windows of 8\), but the 200 documents of the texts gave only 760 after "
+        r"the splits before it: ask for fewer tokens or add texts"
     )
     with pytest.raises(DataError, match=message):
         pack(DOCUMENTS, tokenizer, 8, {"bld": 40, "gkd": 800}, seed=0)
@@ -93,13 +102,62 @@ def test_stage_writes_one_split_as_if_all_were_packed(tokenizer, tmp_path):
     assert (record.windows, record.tokens, record.bytes_per_token) == (15, 120, 0.75)
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_split_goes_on_where_the_one_before_it_ended(tokenizer, tmp_path, cut):
+    documents = [Document(str(n), f"{n:03d} " * (n % 7)) for n in range(60)]
+    work = WORK.model_copy(update={"cut_documents": cut})
+    place = Place(*data.pack_split(work.before, documents, tokenizer, tmp_path).end)
+    whole = data.pack_split(work, documents, tokenizer, tmp_path)
+    windows, tokenized = data.read_windows(tmp_path), []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, texts, **options):
+            tokenized.extend(texts)
+            return tokenizer(texts, **options)
+
+    assert data.pack_split(work, documents, Counting(), tmp_path, place) == whole
+    assert torch.equal(data.read_windows(tmp_path), windows)
+    assert not {text for text in tokenized if len(text) > 4} & packed_before(documents, place)
+
+
+def packed_before(documents, place):
+    """The texts of the documents that end before a place."""
+    order = list(range(len(documents)))
+    Random(WORK.seed).shuffle(order)
+    return {documents[number].text for number in order[: place.document]}
+
+
+def test_documents_are_numbered_beside_the_tokens_where_the_work_asks(tokenizer, tmp_path):
+    data.pack_split(WORK, DOCUMENTS, tokenizer, tmp_path)
+    assert data.read_positions(tmp_path) is None
+    place = Place(*data.pack_split(WORK.before, DOCUMENTS, tokenizer, tmp_path).end)
+    data.pack_split(WORK.model_copy(update={"documents": True}), DOCUMENTS, tokenizer, tmp_path, place)
+    documents = load_file(tmp_path / "tokens.safetensors")["documents"].flatten()
+    starts = data.read_windows(tmp_path).flatten() == tokenizer.bos_token_id
+    assert documents[0] == place.document + int(starts[0])
+    assert torch.equal(documents.diff() == 1, starts[1:])
+    assert data.read_positions(tmp_path)[0].tolist() == [0, 1, 2, 3] * 2
+
+
+def test_a_split_knows_the_ones_before_it_and_their_lengths():
+    splits = [("calibration", 40, 8), ("bld", 120, 4), ("gkd", 80, 8)]
+    works = [WORK.after(splits[:n], *splits[n]) for n in range(3)]
+    assert [work.before for work in works] == [None, *works[:2]]
+    assert works[1].earlier_lengths == (8,)
+    assert "earlier_lengths" not in WORK.model_dump()
+    assert WORK.before.key == works[0].key
+
+
 def test_too_few_tokens_are_found_without_tokenizing_many(tokenizer):
     check_enough(WORK, DOCUMENTS, tokenizer)
     with pytest.raises(DataError, match=r"split 'bld' needs 800 tokens .* the 200 documents of the texts gave only"):
         check_enough(WORK.model_copy(update={"tokens": 800}), DOCUMENTS, tokenizer)
     book = [Document("book", "0123 " * 2000)]
     check_enough(WORK, book, lambda *texts, **options: pytest.fail("tokenized"))
-    with pytest.raises(DataError, match=r"the 1 documents of the texts gave only 0 after serving calibration"):
+    with pytest.raises(DataError, match=r"the 1 documents of the texts gave only 0 after the splits before it"):
         check_enough(WORK.model_copy(update={"cut_documents": False}), book, tokenizer)
 
 
@@ -222,7 +280,7 @@ def stdlib(tmp_path, monkeypatch):
 
 
 def test_held_out_standard_library_shares_no_module_with_the_rest(stdlib):
-    train, held_out = ({name for name, _ in stdlib_documents(split)} for split in (False, True))
+    train, held_out = ({document.name for document in stdlib_documents(split)} for split in (False, True))
     assert train | held_out == stdlib
     assert not train & held_out
     assert 10 < len(held_out) < 40
@@ -230,7 +288,7 @@ def test_held_out_standard_library_shares_no_module_with_the_rest(stdlib):
 
 
 def test_test_modules_of_the_standard_library_are_there_for_the_asking(stdlib):
-    names = {name for split in (False, True) for name, _ in stdlib_documents(split, include_tests=True)}
+    names = {d.name for split in (False, True) for d in stdlib_documents(split, include_tests=True)}
     assert names == stdlib | {"test/test_ast.py"}
 
 
@@ -242,7 +300,7 @@ def test_one_long_document_serves_every_split_and_no_token_twice(tokenizer):
         served
         == pack([Document("book", text)], tokenizer, 8, {"all": sum(SPLITS.values())}, seed=0)["all"].flatten().tolist()
     )
-    with pytest.raises(DataError, match=r"the 1 documents of the texts gave only 0 after serving calibration"):
+    with pytest.raises(DataError, match=r"the 1 documents of the texts gave only 0 after the splits before it"):
         pack([Document("book", text)], tokenizer, 8, SPLITS, seed=0, cut_documents=False)
 
 
@@ -332,11 +390,72 @@ def test_a_parquet_file_is_read_by_its_text_column_and_refused_without_one(tmp_p
     pandas.DataFrame({"text": ["one", "two"], "url": "u"}).to_parquet(tmp_path / "train-00000-of-00001.parquet")
     assert [document.text for document in read_documents([str(tmp_path)])] == ["one", "two"]
     pandas.DataFrame({"content": ["one"]}).to_parquet(tmp_path / "other.parquet")
-    with pytest.raises(DataError, match=r"other\.parquet is a Parquet file without a column 'text' \(it has content\)"):
+    with pytest.raises(
+        DataError, match=r"other\.parquet is a Parquet file without a column 'text' or 'messages' \(it has content"
+    ):
         read_documents([str(tmp_path)])
     (tmp_path / "other.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"other\.parquet is not a whole Parquet file"):
         read_documents([str(tmp_path)])
+
+
+CHAT_ROWS = [
+    [{"role": "user", "content": "one"}, {"role": "assistant", "content": "é"}],
+    [{"role": "user", "content": "2"}],
+]
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("name", ["chats.parquet", "chats.jsonl", "chats.txt", "chats.json"])
+def test_chats_are_texts_through_the_tokenizers_template(tmp_path, tokenizer, name):
+    file = tmp_path / name
+    if name.endswith(".parquet"):
+        pandas.DataFrame({"id": [0, 1], "messages": CHAT_ROWS}).to_parquet(file)
+    elif name == "chats.json":
+        file.write_text(json.dumps([{"messages": rows} for rows in CHAT_ROWS]))
+    else:
+        file.write_text("".join(json.dumps({"id": 0, "messages": rows}) + "\n" for rows in CHAT_ROWS))
+    chats = read_documents([str(file)])
+    with pytest.raises(DataError, match=rf"{name}#0 is a chat \('messages'\), and the parent's tokenizer has no chat"):
+        as_texts(chats, tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    assert [document.text for document in as_texts(chats, tokenizer)] == [
+        "<s><user>one\n<assistant>é\n",
+        "<s><user>2\n",
+    ]
+    windows = pack(chats[1:], tokenizer, 8, {"all": 8}, seed=0)["all"]
+    assert tokenizer.decode(windows.flatten().tolist()).count("<s>") == 1  # the template's own
+    assert digest_documents(chats) != digest_documents([document._replace(is_chat=False) for document in chats])
+
+
+def test_a_template_that_writes_the_date_gives_equal_texts_on_every_day(tokenizer):
+    chat = Document("chat", json.dumps(CHAT_ROWS[1]), is_chat=True)
+    tokenizer.chat_template = "\n{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %} {{ day() }} " + TEMPLATE
+    assert as_text(chat, tokenizer).strip().startswith("26 Jul 2024")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], r"entry 0: 'messages' is no list of messages"),
+        ("hello", r"entry 0: 'messages' is no list of messages"),
+        (["hello"], r"entry 0, message 0 is \"hello\": every message is an object whose 'role' and 'content'"),
+        ([{"role": "user"}], r"entry 0, message 0 is .*: every message is an object whose 'role' and 'content'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"entry 0, message 0 is .*: every message is an object"),
+        ([{"from": "human", "value": "a"}], r"entry 0, message 0 has from, value beside 'role' and 'content'"),
+        ([{"role": "tool", "content": "a", "tool_calls": [1]}], r"message 0 has tool_calls beside 'role' and"),
+    ],
+)
+def test_rows_that_are_no_messages_are_refused_by_entry(tmp_path, messages, message):
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}))
+    with pytest.raises(DataError, match=message):
+        read_documents([str(tmp_path)])
+
+
+def test_a_chat_that_the_template_refuses_is_named(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"template refuses chats#3 \(roles must alternate\)"):
+        as_text(Document("chats#3", json.dumps(CHAT_ROWS[0]), is_chat=True), tokenizer)
 
 
 def test_a_directory_of_a_hub_is_read_without_what_describes_it(tmp_path):

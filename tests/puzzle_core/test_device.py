@@ -15,6 +15,27 @@ def test_threads_are_at_most_the_cores(asked, given, monkeypatch):
     assert seen == [given]
 
 
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [
+        ("max 100000\n", 8),
+        ("200000 100000\n", 2),
+        ("250000 100000", 3),
+        ("5000 100000", 1),
+        ("9000000 100000", 8),
+        ("", 8),
+        (None, 8),
+    ],
+)
+def test_cores_are_those_that_the_process_may_use(quota, cores, monkeypatch, tmp_path):
+    """A container with a quota sees all cores of its machine."""
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(device, "CPU_QUOTA", tmp_path / "cpu.max")
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota)
+    assert device.available_cores() == cores
+
+
 def test_there_is_at_least_one_core():
     assert device.available_cores() >= 1
 

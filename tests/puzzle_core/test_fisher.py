@@ -39,11 +39,17 @@ def measured(activations, tmp_path):
 
 
 @pytest.fixture
-def model(checkpoint_of):
+def model_of(checkpoint_of):
     """Transformers' own, with an attention that can be differentiated twice."""
-    return AutoModelForCausalLM.from_pretrained(
-        checkpoint_of("llama"), dtype=torch.float32, attn_implementation="eager"
+    return lambda name: AutoModelForCausalLM.from_pretrained(
+        checkpoint_of(name), dtype=torch.float32, attn_implementation="eager"
     )
+
+
+@pytest.fixture
+def model(model_of):
+    """That of the plain parent."""
+    return model_of("llama")
 
 
 def work(layer, block):
@@ -61,11 +67,11 @@ def of_layer(directory, layer):
     return load_file(directory / f"layer-{layer:03d}.safetensors")["gradients"]
 
 
-@pytest.mark.parametrize("layer", [0, 2, LAST])
-def test_gradients_are_those_of_the_whole_model(layer, measured, model, ids_NT):
+@pytest.mark.parametrize(("name", "layer"), [("llama", 0), ("llama", 2), ("llama", LAST), ("gemma3_text", 1)])
+def test_gradients_are_those_of_the_whole_model(name, layer, measured, model_of, activations_of, ids_NT):
     draws_NST = fisher.uniform_draws(gradients_work(), *ids_NT.shape)
-    expected = torch.stack(list(reference_gradients(model, ids_NT, draws_NST, layer)))
-    found = of_layer(measured(), layer)
+    expected = torch.stack(list(reference_gradients(model_of(name), ids_NT, draws_NST, layer)))
+    found = of_layer(measured(activations=activations_of(name)), layer)
     assert found.shape == (*draws_NST.shape, 32)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 

@@ -28,18 +28,20 @@ def keys(plan):
     """Every key of a plan, by stage."""
     architecture = Architecture.parse(MIXED)
     return {
-        "tokens": [plan.tokens(split).key for split in ("calibration", "bld", "gkd", "scoring", "evaluation")],
+        "tokens": [plan.tokens(split).key for split in plan.splits],
         "importance": [plan.importance().key],
         "bld": [work.key for work in plan.all_bld()],
         "scores": [work.key for work in plan.all_scores()],
         "costs": [work.key for work in plan.costs().values()],
         "search": [plan.search().key],
-        "gkd": [plan.gkd(architecture).key],
+        "gkd": [work.key for work in plan.trainings(architecture).values()],
         "evaluation": [plan.evaluate("child").key],
         "timing": [plan.timing({"child": architecture}, 1).key],
     }
 
 
+LENGTHS = ("bld", "gkd", "scoring", "evaluation")
+LATER = ("tokens", "importance", "bld", "scores", "search", "gkd", "evaluation")
 CHANGES = {
     "nothing": ({}, set()),
     "where it runs": ({"runtime": {"workers": 7, "store": "elsewhere", "task_runner": "dask"}}, set()),
@@ -57,6 +59,13 @@ CHANGES = {
     "estimates": ({"scoring": {"method": "fisher"}}, {"scores", "search"}),
     "labels without estimates": ({"scoring": {"label_samples": 4}}, set()),
     "bld": ({"bld": {"epochs": 2}}, {"bld", "scores", "search", "gkd"}),
+    "lengths that are the default": ({stage: {"sequence_length": 16} for stage in LENGTHS}, set()),
+    "length of bld": ({"bld": {"sequence_length": 32}}, {"tokens", "bld", "scores", "search", "gkd"}),
+    "length of scoring": ({"scoring": {"sequence_length": 32}}, {"tokens", "scores", "search", "evaluation"}),
+    "length of gkd": ({"gkd": {"sequence_length": 32}}, {"tokens", "gkd"}),
+    "length of evaluation": ({"evaluation": {"sequence_length": 32}}, {"tokens", "evaluation"}),
+    "documents": ({"data": {"sequence_length": 16, "document_mask": True}}, set(LATER)),
+    "a second gkd": ({"gkd": {"long": {"sequence_length": 64, "tokens": 128}}}, {"tokens", "gkd"}),
 }
 
 
@@ -92,6 +101,31 @@ def test_a_child_has_its_parents_dtype_if_the_spec_names_none(plan, of_parent, o
     assert found.spec_of_content() == named.spec_of_content()
 
 
+def test_every_stage_has_windows_of_its_length_and_no_other_ones_tokens(plan):
+    found = plan(bld={"sequence_length": 32}, evaluation={"sequence_length": 8})
+    lengths = {split: found.tokens(split).sequence_length for split in found.splits}
+    assert lengths == {"calibration": 16, "bld": 32, "gkd": 16, "scoring": 16, "evaluation": 8}
+    assert found.tokens("gkd").before == found.tokens("bld")
+    assert found.tokens("evaluation").before == found.tokens("scoring")
+    assert found.tokens("scoring") == plan().tokens("scoring")
+
+
+def test_a_second_gkd_goes_on_from_the_child_of_the_first_one(plan):
+    long = {"sequence_length": 64, "tokens": 1280, "batch_tokens": 128, "learning_rate": 1e-5}
+    once, twice = plan(), plan(gkd={"long": long})
+    architecture = Architecture.parse(MIXED)
+    first, second = twice.trainings(architecture).values()
+    assert first == once.gkd(architecture)
+    assert second == twice.gkd(architecture)
+    assert (second.child, second.tokens) == (first.key, twice.tokens("gkd-long").key)
+    assert twice.tokens("gkd-long").before == once.tokens("gkd")
+    assert (second.spec.batch_tokens, second.spec.optimizer.learning_rate) == (128, 1e-5)
+    assert second.spec.optimizer.betas == first.spec.optimizer.betas
+    assert second.spec.cosine_weight == first.spec.cosine_weight
+    assert resources(twice).gkd_tokens == resources(once).gkd_tokens + 1280
+    assert resources(twice).gkd_flops > resources(once).gkd_flops * (1 + 1280 / 524_288)  # longer windows take more
+
+
 def test_every_trained_half_of_a_score_has_its_training(plan):
     trained = {work.key for work in plan().all_bld()}
     used = {key for work in plan().all_scores() for key in (work.attention, work.ffn) if key}
@@ -103,6 +137,15 @@ def test_pairs_are_scored_whole_and_subblocks_alone(plan):
     assert len(plan().scored(0)) == 4 * 4 - 1
     alone = plan(scoring={"composition": "subblocks"}).scored(0)
     assert len(alone) == 3 + 3
+
+
+def test_the_source_of_states_is_in_no_key_and_micro_batches_are(plan):
+    streamed, in_parts = plan(bld={"source": "streamed"}), plan(bld={"micro_batch_tokens": 2048})
+    assert [work.key for work in streamed.all_bld()] == [work.key for work in plan().all_bld()]
+    assert streamed.spec_of_content() == plan().spec_of_content()
+    assert not {work.key for work in in_parts.all_bld()} & {work.key for work in plan().all_bld()}
+    assert (resources(streamed).bld_scratch_bytes, resources(plan()).bld_scratch_bytes > 0) == (0, True)
+    assert resources(streamed).bld_flops > resources(plan()).bld_flops
 
 
 def test_only_pruned_ffns_wait_for_contributions(plan):
@@ -151,6 +194,8 @@ def test_what_is_done_takes_nothing_more(plan):
         ({"variants": {"layers": [{"first_layer": 4, "last_layer": 5}]}}, "the parent has layers 0 to 4"),
         ({"variants": {"kv_heads": [3]}}, "3 KV heads do not divide"),
         ({"data": {"sequence_length": 256}}, "data.sequence_length is 256, but the parent's context holds 128"),
+        ({"bld": {"sequence_length": 256}}, "bld.sequence_length is 256, but the parent's context holds 128"),
+        ({"gkd": {"long": {"sequence_length": 256, "tokens": 9}}}, "gkd.long.sequence_length is 256, but the parent's"),
         ({"scenario": SPEC["scenario"] | {"prompt_tokens": 121}}, "scenario chatbot is 129"),
     ],
 )

@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from puzzle_core import evaluation, fisher, resources, scoring
 from puzzle_core.architecture import Architecture, BlockVariant, Variant
 from puzzle_core.distill import bld, gkd
-from puzzle_core.model.activations import Activations
+from puzzle_core.model.activations import Activations, layer_input_name
 from puzzle_core.plan import Inputs, Plan
+from puzzle_core.sizes import variant_size
 from puzzle_core.spec import parse_spec
 from tests.conftest import CPU, MIXED
 
@@ -61,6 +62,26 @@ def test_bld(variant, plan, counted, activations, contributions_of, tmp_path):
     counts = counted(lambda: bld.train_variant(work, activations, contributions, tmp_path))
     counts -= counted(lambda: bld.initial_state(activations, work, contributions))
     assert 192 * resources.bld_flops(plan, work) == pytest.approx(counts, rel=CLOSE)
+
+
+def test_streamed_bld_has_passes_of_the_parent_up_to_each_groups_last_layer(plan, counted, activations):
+    streamed = plan.spec.bld.model_copy(update={"source": "streamed"})
+    runtime = plan.spec.runtime.model_copy(update={"bld_side_by_side": 8})
+    plan = Plan(plan.spec.model_copy(update={"bld": streamed, "runtime": runtime}), plan.inputs)
+    groups = resources.streamed_groups(plan, 0)  # four variants a layer
+    assert groups == [range(2), range(2, 4), range(4, 5)]
+    names = {layer_input_name(layer) for layer in (2, 4, 5)}
+    counts = sum(counted(lambda name=name: activations.compute(range(6), [name])) for name in names)
+    passes = 2 + 2 / 6  # two epochs, and twice the held-back one of six windows
+    expected = 192 * resources.stream_flops(plan, groups, plan.all_bld())
+    assert expected == pytest.approx(passes * counts, rel=CLOSE)
+    assert resources.resources(plan).bld_scratch_bytes == 0
+
+
+def test_groups_of_a_streamed_bld_fill_half_of_the_devices_memory(plan):
+    a_layer = sum(16 * variant_size(plan.inputs.shape, variant).parameters for variant in plan.trained(0))
+    for layers, expected in ((0, 5), (1, 5), (2, 3), (4.9, 2), (5, 1)):
+        assert len(resources.streamed_groups(plan, 2 * layers * a_layer)) == expected
 
 
 @pytest.mark.parametrize("block", ["attn:kv4+ffn:no_op", "attn:no_op+ffn:i48", "attn:no_op+ffn:no_op"])

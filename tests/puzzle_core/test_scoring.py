@@ -1,16 +1,24 @@
 """Replace-1-block scores: those of a copied model that is run whole, and exactly zero for the parent's own block."""
 
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from puzzle_core import scoring
 from puzzle_core.architecture import BlockVariant
+from puzzle_core.compute_slots import ComputeSlot
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model import activations as activations_module
 from puzzle_core.model.activations import Activations
+from puzzle_core.model.child import load_child
+from puzzle_core.model.parent import Parent
+from puzzle_core.spec import ParentSpec
 from puzzle_core.work import ScoreWork
-from tests.conftest import CPU
+from tests.conftest import CPU, trained_variants
 from tests.reference.quality import comparison, with_attention, with_ffn
 
 LAST = 4
@@ -42,10 +50,10 @@ def weights_of(initial_state):
 def score(activations, weights_of):
     """Score a block variant in a layer of the plain parent."""
 
-    def run(layer, block, activations=activations, weights=None):
+    def run(layer, block, activations=activations, weights=None, slot=None):
         variants = BlockVariant.parse(block)
         work = ScoreWork(parent="p", layer=layer, block=variants, attention=None, ffn=None, tokens="t", dtype="float32")
-        return scoring.score_block(work, activations, weights_of(layer, block) if weights is None else weights)
+        return scoring.score_block(work, activations, weights_of(layer, block) if weights is None else weights, slot)
 
     return run
 
@@ -63,6 +71,26 @@ def test_scores_are_those_of_a_changed_copy_run_whole(layer, block, score, weigh
     assert found.kl_nats_per_token == pytest.approx(expected["kl"], rel=1e-4)
     assert found.lm_loss_increase_nats_per_token == pytest.approx(expected["loss_increase"], rel=1e-3, abs=1e-6)
     assert found.top1_agreement == expected["agreement"]
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "olmo3", "phi3"])
+@pytest.mark.parametrize("block", ["attn:kv1+ffn:i48", "attn:kv4+ffn:i12", "attn:linear+ffn:no_op"])
+def test_scores_are_those_of_a_child_run_whole_in_every_family(
+    name, block, activations_of, initial_state, assemble, checkpoint_of, ids_NT
+):
+    """Windows, norms behind subblocks and rotary positions by kind hold in the layers after the block, too."""
+    activations, layer = activations_of(name), 1
+    variants = BlockVariant.parse(block)
+    weights = {v: initial_state(name, layer, v) for v in trained_variants(variants, activations.parent.shape)}
+    work = ScoreWork(parent="p", layer=layer, block=variants, attention=None, ffn=None, tokens="t", dtype="float32")
+    blocks = tuple(block if number == layer else "attn:kv4+ffn:i48" for number in range(LAST + 1))
+    parent = AutoModelForCausalLM.from_pretrained(checkpoint_of(name), dtype=torch.float32)
+    with torch.no_grad():
+        models = (parent, load_child(assemble(name, blocks), torch.float32, CPU))
+        expected = comparison(*(model(input_ids=ids_NT.long()).logits for model in models), ids_NT.long())
+    found = scoring.score_block(work, activations, weights)
+    assert found.kl_nats_per_token > 0.001
+    assert found.kl_nats_per_token == pytest.approx(expected["kl"], rel=1e-4)
 
 
 @pytest.mark.parametrize("layer", [0, 2, LAST])
@@ -109,3 +137,71 @@ def test_a_weight_that_is_not_finite_names_layer_and_variant(score, weights_of):
     weights["attn:kv1"]["self_attn.q_proj.weight"][0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"layer 3 attn:kv1\+ffn:i48 is not finite"):
         score(3, "attn:kv1+ffn:i48", weights=weights)
+
+
+@pytest.fixture
+def beyond_memory(checkpoint_of, ids_NT, tmp_path):
+    """Captured states of the plain parent, of which a process keeps no layer."""
+    small = Parent(ParentSpec(path=str(checkpoint_of("llama"))), cached_bytes=1)
+    activations = Activations(tmp_path / "beyond", small, ids_NT, torch.float32, CPU)
+    activations.capture_embedding()
+    for layer in range(LAST + 1):
+        activations.capture_layer(layer)
+    return activations
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """How often each layer of a parent is loaded."""
+    counts, load = Counter(), Parent.load_block
+
+    def count(self, layer, *arguments):
+        counts[layer] += 1
+        return load(self, layer, *arguments)
+
+    monkeypatch.setattr(Parent, "load_block", count)
+    return counts
+
+
+@pytest.mark.parametrize("state_bytes", [2**30, 1])
+def test_scores_side_by_side_load_each_layer_once_for_all_of_them(
+    state_bytes, score, beyond_memory, loads, weights_of, monkeypatch
+):
+    blocks = [f"attn:{attention}+ffn:{ffn}" for attention in ("kv4", "kv1", "no_op") for ffn in ("i48", "i12", "no_op")]
+    places = [(1, block) for block in blocks[1:]] + [(2, blocks[1])]
+    expected = [score(*place) for place in places]
+    assert loads.keys() <= {1, 2, 3, LAST}  # from the cache of the shared parent, at most once each
+    assert set(loads.values()) <= {1}
+    loads.clear()
+    monkeypatch.setattr(scoring, "COMPARED_TOKENS", 32)
+    in_batches = [score(*place) for place in places]
+    monkeypatch.setattr(scoring, "STATE_BYTES", {"cpu": state_bytes})
+    loads.clear()
+    barrier, load_subblocks = threading.Barrier(3, timeout=30), scoring.load_subblocks
+
+    def wait(*arguments):  # a score is under way with the others
+        barrier.wait()
+        return load_subblocks(*arguments)
+
+    monkeypatch.setattr(scoring, "load_subblocks", wait)
+    weights = [weights_of(*place) for place in places]  # the works are three groups of three
+
+    def run(number):
+        return score(*places[number], beyond_memory, weights[number], ComputeSlot("cpu", most=3))
+
+    found = []
+    for first in range(0, len(places), 3):
+        with ThreadPoolExecutor(3) as pool:
+            found += pool.map(run, range(first, first + 3))
+    assert found == in_batches
+    assert [record.kl_nats_per_token for record in found] == pytest.approx([e.kl_nats_per_token for e in expected])
+    chunks = 1 if state_bytes > 1 else 3
+    assert {layer: loads[layer] for layer in (3, LAST)} == {3: 3 * chunks, LAST: 3 * chunks}
+    assert loads[2] == 3 * chunks
+    assert loads[1] <= 3  # groups with a block that keeps a subblock of the parent
+
+
+def test_one_after_the_other_loads_each_layer_for_each_score(score, beyond_memory, loads):
+    for block in ("attn:kv1+ffn:i12", "attn:no_op+ffn:no_op"):
+        score(1, block, beyond_memory)
+    assert loads == {2: 2, 3: 2, LAST: 2}

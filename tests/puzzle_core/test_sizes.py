@@ -13,7 +13,19 @@ from puzzle_core.sizes import (
 )
 from tests.pico import PICOS
 
-BIASED = ["llama", "qwen2", "qwen3", "attention-bias", "mlp-bias", "wide-heads", "tied"]
+SIZED = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "attention-bias",
+    "mlp-bias",
+    "wide-heads",
+    "tied",
+    "arcee",
+    "glm4",
+    "olmo2",
+    "phi3",
+]
 VARIANTS = ["attn:kv4", "attn:kv2", "attn:kv1", "attn:linear", "ffn:i48", "ffn:i20", "ffn:linear"]
 
 
@@ -24,7 +36,7 @@ def test_the_parents_blocks_and_what_lies_outside_are_all_its_parameters(name, p
     assert architecture_parameters(shape, Architecture.of_parent(shape)) == model.num_parameters()
 
 
-@pytest.mark.parametrize("name", BIASED)
+@pytest.mark.parametrize("name", SIZED)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parameters_of_a_variant_are_those_of_its_tensors(name, variant, parent_of, initial_state):
     tensors = initial_state(name, 1, variant).values()

@@ -52,7 +52,7 @@ def test_the_least_spec_is_enough():
         ),
         ({"scenario": {"limits": {"memry": "1GB"}}}, "scenario.limits.memry: unknown key; did you mean 'memory'?"),
         ({"variants": {"layers": [{"first_layer": 0, "last_layer": 1, "kv_head": [1]}]}}, "did you mean 'kv_heads'?"),
-        ({"gkd": {"zzz": 1}}, "gkd.zzz: unknown key; known keys here: tokens, epochs, batch_tokens"),
+        ({"gkd": {"zzz": 1}}, "gkd.zzz: unknown key; known keys here: tokens, sequence_length, epochs"),
         ({"form": {"linear": False}}, "form: `form` is now `constraints`"),
         ({"scenario": {"form": {}}}, "scenario.form: unknown key; known keys here"),
     ],
@@ -86,6 +86,12 @@ def test_a_share_of_block_time_has_no_absolute_value():
         ({"gkd": {"patience": 2, "held_back_checks": 0}}, "patience is 2 and held_back_checks is 0, so nothing is"),
         ({"bld": {"batch_tokens": 100}}, "bld.batch_tokens is 100, not a multiple of data.sequence_length (256)"),
         ({"gkd": {"batch_tokens": 512, "micro_batch_tokens": 768}}, "must be a multiple of gkd.micro_batch_tokens"),
+        ({"bld": {"sequence_length": 8192}}, "bld.batch_tokens is 4096, not a multiple of bld.sequence_length (8192)"),
+        (
+            {"gkd": {"long": {"sequence_length": 8192, "tokens": 1}}},
+            "gkd.long.batch_tokens is 4096, not a multiple of gkd.long.sequence_length (8192)",
+        ),
+        ({"gkd": {"long": {"tokens": 1}}}, "gkd.long.sequence_length: Field required"),
         ({"name": "../up"}, "name: "),
         (
             {"variants": {"layers": [{"first_layer": 3, "last_layer": 2}]}},
@@ -99,6 +105,11 @@ def test_a_share_of_block_time_has_no_absolute_value():
         ),
         ({"target": {"dtype": "float16"}}, "target.dtype: "),
         ({"runtime": {"dask_address": "tcp://10.0.0.5:8786"}}, "set task_runner to 'dask'"),
+        (
+            {"bld": {"source": "streamed"}, "runtime": {"task_runner": "dask"}},
+            "bld.source is streamed and runtime.task_runner is dask",
+        ),
+        ({"bld": {"micro_batch_tokens": 1536}}, "bld.batch_tokens must be a multiple of bld.micro_batch_tokens"),
         ({"runtime": {"task_runner": "dask", "dask_address": "10.0.0.5"}}, "runtime.dask_address: "),
         ({"runtime": {"gkd_machines": 2}}, "set gkd_rendezvous to this machine's name and a free port"),
     ],
@@ -157,8 +168,8 @@ def test_credentials_in_the_address_of_a_cluster_are_refused_and_not_repeated():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("bld.tokens", "write key.path=value"),
-        ("=1", "write key.path=value"),
+        ("bld.tokens", "write part.field=value"),
+        ("=1", "write part.field=value"),
         ("parent.path.x=1", "'path' holds a value, not keys"),
         ("bld.token=1", "bld.token: unknown key; did you mean 'tokens'"),
         ("bld.tokens=[1", "the value is not YAML"),

@@ -50,10 +50,16 @@ class PuzzleConfig(PreTrainedConfig):
         )
 
     def parent(self) -> PreTrainedConfig:
-        """The parent's configuration as an object."""
+        """The parent's configuration as an object, with the attention implementation that its modules use.
+
+        PyTorch's own attention (sdpa) caps no logits, so a parent that caps them attends in plain operations.
+        """
         values = {k: v for k, v in self.parent_config.items() if k != "model_type"}
         config = CONFIG_MAPPING[self.parent_config["model_type"]](**values)
-        config._attn_implementation = self._attn_implementation
+        softcap_key = (self.family or {}).get("attention_softcap_key")
+        capped = softcap_key is not None and getattr(config, softcap_key) is not None
+        implementation = self._attn_implementation
+        config._attn_implementation = "eager" if capped and implementation == "sdpa" else implementation
         return config
 
     def of_layer(self, parent: PreTrainedConfig, layer: int) -> PreTrainedConfig:

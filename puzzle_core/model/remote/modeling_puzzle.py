@@ -15,20 +15,28 @@ import inspect
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_puzzle import PuzzleConfig
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """The name of the KV cache in transformers: `past_key_values` before 5.24, `cache` since."""
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+"""What makes the mask of every kind of attention."""
 
 
 def family_class(family: dict, part: str) -> type[nn.Module]:
     """Hugging Face's class of a family's `Attention`, `MLP`, `RMSNorm` or `RotaryEmbedding`."""
-    model_type = family["model_type"]
-    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    name = family.get("module") or family["model_type"]
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     return getattr(module, family["class_prefix"] + part)
+
+
+def attention_kinds(parent) -> list[str]:
+    """The kind of every layer's attention; without `layer_types` in the config, a window is that of all layers."""
+    same = "sliding_attention" if getattr(parent, "sliding_window", None) else "full_attention"
+    return getattr(parent, "layer_types", None) or [same] * parent.num_hidden_layers
 
 
 def has_bias(family: dict, projections: str, parent) -> bool:
@@ -60,7 +68,7 @@ class LinearAttention(nn.Module):
 
 
 class LinearMLP(nn.Module):
-    """One linear layer in the place of a gated FFN."""
+    """One linear layer in the place of an FFN."""
 
     def __init__(self, hidden_size: int, bias: bool):
         super().__init__()
@@ -80,6 +88,7 @@ class PuzzleBlock(nn.Module):
         self.attention_norms, self.ffn_norms = family["attention_norms"], family["ffn_norms"]
         self.attention_name, self.ffn_name = module_name(family, "attention"), module_name(family, "ffn")
         self.residual_scale = scalar(family, "residual_scale", parent)
+        self.attention_kind = attention_kinds(parent)[layer]
         attention = ffn = None
 
         self._add_norms(self.attention_norms, parent, family, absent=block["attention"]["no_op"])
@@ -155,6 +164,13 @@ class PuzzlePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """As in transformers, which fills rotary rates after loading, and here rates by kind of attention, too."""
+        super()._init_weights(module)
+        if isinstance(getattr(module, "rope_type", None), dict):
+            for name, rates in type(module)(config=module.config).named_buffers():
+                getattr(module, name).copy_(rates)
+
 
 class PuzzleModel(PuzzlePreTrainedModel):
     """Embedding, heterogeneous blocks, final norm."""
@@ -162,6 +178,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
     def __init__(self, config: PuzzleConfig):
         super().__init__(config)
         parent, family = config.parent(), config.family
+        self.parent_config = parent
         self.embedding_scale = scalar(family, "embedding_scale", parent)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList()
@@ -185,6 +202,26 @@ class PuzzleModel(PuzzlePreTrainedModel):
     def normalise(self, final_BTD: torch.Tensor) -> torch.Tensor:
         """What the head sees of what leaves the last layer."""
         return getattr(self, self.final_norm_name)(final_BTD)
+
+    def contexts(
+        self,
+        hidden_BTD: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> dict[str, dict]:
+        """By kind of attention, its mask and positions; some families rotate channels of each kind at other rates."""
+        parent, contexts = self.parent_config, {}
+        masked = {"config": parent, "inputs_embeds": hidden_BTD, "attention_mask": attention_mask}
+        masked |= {"position_ids": position_ids, CACHE: cache}
+        for kind in dict.fromkeys(attention_kinds(parent)):
+            rates = {"layer_type": kind} if kind in (parent.rope_parameters or {}) else {}
+            contexts[kind] = {
+                "attention_mask": MASKS[kind](**masked),
+                "position_ids": position_ids,
+                "position_embeddings": self.rotary_emb(hidden_BTD, position_ids=position_ids, **rates),
+            }
+        return contexts
 
     def forward(
         self,
@@ -213,18 +250,11 @@ class PuzzleModel(PuzzlePreTrainedModel):
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + past).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE: cache},
-        )
-        context |= {"attention_mask": mask, "position_ids": position_ids, CACHE: cache}
-        context["position_embeddings"] = self.rotary_emb(hidden, position_ids=position_ids)
+        contexts = self.contexts(hidden, position_ids, attention_mask, cache)
+        context |= {CACHE: cache}
         states = []
         for block in self.layers:
-            hidden = block(hidden, **context)
+            hidden = block(hidden, **context | contexts[block.attention_kind])
             states.append(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=self.normalise(hidden),

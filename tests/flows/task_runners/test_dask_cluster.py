@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from distributed import Client, LocalCluster
 from prefect import flow, task
@@ -20,6 +21,7 @@ from puzzle_core.model.checkpoint import SINGLE
 from tasks.runtime import opened_parent, software
 from tasks.runtime.context import RunContext
 from tasks.store.store import Store
+from tests.sockets import listening
 from tests.workflow import SCORED, TRAINED, Recorded, artifacts, of_stage, plan_of
 
 
@@ -73,6 +75,19 @@ def test_a_cluster_of_processes_makes_the_same_bits(finished, again, address, pr
     assert len({pid for pid, _ in worked.values()} - {os.getpid()}) == 2
     assert all(parents for _, parents in worked.values())
     assert not list(Path(spec.runtime.scratch).glob("activations/*/*"))
+
+
+def test_a_cluster_of_its_own_listens_on_loopback_alone(spec_of):
+    """The scheduler is in this process, in which other tests may have left sockets open."""
+    context = RunContext.of(spec_of(runtime={"task_runner": "dask", "workers": 2}))
+    here = psutil.Process()
+    before, children = listening([here]), {child.pid for child in here.children(recursive=True)}
+    with dask_cluster.ClusterTaskRunner.of(context) as runner:
+        runner.client.wait_for_workers(2)
+        started = [child for child in here.children(recursive=True) if child.pid not in children]
+        opened = (listening([here]) - before) | listening(started)
+    assert len(opened) >= 3, "a scheduler and two workers"
+    assert {address.ip for address in opened} == {"127.0.0.1"}
 
 
 def overwrite(directory, factor):

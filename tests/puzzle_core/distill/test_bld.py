@@ -25,21 +25,23 @@ VARIANTS = ["attn:kv1", "attn:linear", "ffn:i12", "ffn:linear"]
 def distil(activations, contributions_of, tmp_path):
     """Train a variant of the plain parent's layer 1; half of the windows in a batch if not said."""
 
-    def run(variant, spec=None, activations=activations, seed=0, **options):
+    def run(variant, spec=None, activations=activations, seed=0, name="llama", **options):
         spec = BldSpec(**({"batch_tokens": 48, "epochs": 10} | (spec or {})))
         work = BldWork(
             parent="p", layer=LAYER, variant=Variant.parse(variant), tokens="t", contributions="c", seed=seed, spec=spec
         )
-        return bld.train_variant(work, activations, contributions_of("llama"), tmp_path, **options)
+        return bld.train_variant(work, activations, contributions_of(name), tmp_path, **options)
 
     return run
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo3", "phi3"])
 @pytest.mark.parametrize("variant", ["attn:kv4", "ffn:i48"])
-def test_the_parents_own_variant_starts_and_stays_at_zero(variant, distil, parent, tmp_path):
-    record = distil(variant, {"batch_tokens": 96, "optimizer": {"weight_decay": 0}})
+def test_the_parents_own_variant_starts_and_stays_at_zero(name, variant, distil, activations_of, tmp_path):
+    activations, settings = activations_of(name), {"batch_tokens": 96, "optimizer": {"weight_decay": 0}}
+    record = distil(variant, settings, activations, name=name)
     assert record.curve == (0.0,) * 10
-    own = parent.layer_tensors(LAYER)
+    own = activations.parent.layer_tensors(LAYER)
     assert all(torch.equal(tensor, own[name]) for name, tensor in load_weights(tmp_path).items())
 
 
@@ -60,7 +62,8 @@ def test_the_initial_loss_is_that_of_the_initial_weights_on_the_held_back_window
         activations.parent, LAYER, Variant.parse(variant), initial_state("llama", LAYER, variant), torch.float32, CPU
     )
     entered, left = activations.layer_input(LAYER)[-1:], activations.layer_input(LAYER + 1)[-1:]
-    post_attention = (swapped if variant.startswith("attn") else block).attend(entered, **activations.context())
+    context = activations.contexts()[LAYER]
+    post_attention = (swapped if variant.startswith("attn") else block).attend(entered, **context)
     output = (block if variant.startswith("attn") else swapped).feed(post_attention)
     expected = (output - left).square().mean() / left.square().mean()
     assert distil(variant, {"batch_tokens": 96}).initial_loss == pytest.approx(expected.item(), rel=1e-5)

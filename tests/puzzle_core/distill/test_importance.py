@@ -14,7 +14,7 @@ from tests.reference.variants import contributions
 WORK = ImportanceWork(parent="p", tokens="t")
 
 
-@pytest.mark.parametrize("name", ["llama", "mlp-bias", "smollm3", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "mlp-bias", "smollm3", "bfloat16", "arcee", "phi3", "gemma3_text"])
 def test_contributions_are_those_of_hooks_on_every_down_projection(name, contributions_of, checkpoint_of, ids_NT):
     for layer, expected in enumerate(contributions(checkpoint_of(name), ids_NT)):
         torch.testing.assert_close(importance.load_contribution(contributions_of(name), layer), expected)

@@ -17,6 +17,7 @@ from puzzle_core.model.surgery import WEIGHTS
 from puzzle_core.spec import ParentSpec
 from puzzle_core.work import AssembleWork
 from tests.conftest import CPU, trained_variants
+from tests.pico import PICOS
 
 STDLIB = Path(__file__).parents[3] / "deployments" / "parents" / "stdlib-2m"
 OWN = "attn:kv4+ffn:i512"
@@ -48,6 +49,9 @@ MIXED = (
     "attn:linear+ffn:no_op",
 )
 CHILDREN |= {"mixed": MIXED, "parent": (OWN,) * 8}
+LIKE_LLAMA = ("llama", "mistral", "qwen2", "seed_oss")
+CARRIED = [name for name, pico in PICOS.items() if pico.family in LIKE_LLAMA and "window" not in name] + ["phi4"]
+"""Pico parents whose children every format holds."""
 ODD_WIDTHS = (OWN,) * 6 + ("attn:kv4+ffn:i100", "attn:kv2+ffn:i384")
 
 

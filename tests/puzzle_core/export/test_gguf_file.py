@@ -11,11 +11,9 @@ from puzzle_core.export.source import Source
 from puzzle_core.model.child import load_child
 from tests.conftest import CPU
 from tests.conftest import MIXED as PICO_MIXED
-from tests.pico import PICOS, edit_tensors
-from tests.puzzle_core.export.conftest import MIXED, ODD_WIDTHS
+from tests.pico import edit_tensors
+from tests.puzzle_core.export.conftest import CARRIED, MIXED, ODD_WIDTHS
 from tests.puzzle_core.export.deci_graph import DeciGraph
-
-CARRIED = [name for name in PICOS if name not in ("qwen3", "smollm3")]
 
 
 @pytest.fixture
@@ -88,7 +86,13 @@ def test_rows_that_q8_0_cannot_hold_are_f16(stdlib_child, graph_of, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("qwen3", "normalises queries and keys"), ("smollm3", r"layers \[1\] attend without rotary")]
+    ("name", "reason"),
+    [
+        ("qwen3", "normalises queries and keys"),
+        ("smollm3", r"layers \[1\] attend without rotary"),
+        ("arcee", "family arcee has ffn_names.*its FFN's activation is 'relu2'"),
+        ("gemma3_text", "family gemma3_text has attention_norms.*; its layers attend within a sliding window"),
+    ],
 )
 def test_what_deci_lacks_is_refused_before_any_work(name, reason, assemble, tmp_path):
     with pytest.raises(ExportError, match=reason):

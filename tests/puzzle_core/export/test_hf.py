@@ -18,10 +18,8 @@ from puzzle_core.formats.block_configs import from_block_configs
 from puzzle_core.model.child import load_child
 from tests.conftest import CPU
 from tests.conftest import MIXED as PICO_MIXED
-from tests.pico import PICOS, edit_config, edit_tensors
-from tests.puzzle_core.export.conftest import CHILDREN, MIXED, ODD_WIDTHS, OWN
-
-CARRIED = [name for name in PICOS if name not in ("qwen3", "smollm3")]
+from tests.pico import edit_config, edit_tensors
+from tests.puzzle_core.export.conftest import CARRIED, CHILDREN, MIXED, ODD_WIDTHS, OWN
 
 
 def exported(source, out_dir, **options):
@@ -74,7 +72,8 @@ def test_every_option_of_a_parent_is_carried(name, assemble, ids_NT, tmp_path):
     directory = assemble(name, PICO_MIXED)
     model, _ = exported(Source(directory), tmp_path, widths="any")
     expected = load_child(directory, torch.float32, CPU)(input_ids=ids_NT.long()).logits
-    assert torch.equal(model(input_ids=ids_NT.long()).logits, expected)
+    error = 1e-4 if name == "phi4" else 0  # a joint projection is one product in the child, and several here
+    torch.testing.assert_close(model(input_ids=ids_NT.long()).logits, expected, rtol=0, atol=error)
 
 
 @pytest.mark.parametrize("name", ["llama", "mlp-bias"])
@@ -105,11 +104,18 @@ def test_widths_as_they_are_have_no_ffn_mult(stdlib_child, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("qwen3", "normalises queries and keys"), ("smollm3", r"layers \[1\] attend without rotary")]
+    ("name", "reason"),
+    [
+        ("qwen3", "normalises queries and keys"),
+        ("smollm3", r"layers \[1\] attend without rotary"),
+        ("phi3", "its rotary positions turn a part of every head"),
+        ("gemma3_text", "family gemma3_text has attention_norms.*; its layers attend within a sliding window"),
+    ],
 )
 def test_what_a_llama_block_lacks_is_refused(name, reason, assemble, tmp_path):
     with pytest.raises(ExportError, match=reason):
         export_hf(Source(assemble(name, PICO_MIXED)), tmp_path, widths="any")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_layer_without_positions_may_lose_its_attention(assemble, ids_NT, tmp_path):

@@ -22,11 +22,10 @@ from puzzle_core.export.source import Source
 from puzzle_core.model.child import load_child
 from tests.conftest import CPU
 from tests.conftest import MIXED as PICO_MIXED
-from tests.pico import PICOS, Pico, write_pico
-from tests.puzzle_core.export.conftest import CHILDREN, MIXED, ODD_WIDTHS, STDLIB
+from tests.pico import Pico, write_pico
+from tests.puzzle_core.export.conftest import CARRIED, CHILDREN, MIXED, ODD_WIDTHS, STDLIB
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make engines")
-CARRIED = [name for name in PICOS if name not in ("qwen3", "smollm3")]
 HARD_TEXTS = [
     "",
     " ",

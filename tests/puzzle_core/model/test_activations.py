@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from puzzle_core.errors import StorageError
+from puzzle_core.families.family import FAMILIES
 from puzzle_core.model import activations as activations_module
 from puzzle_core.model.activations import Activations, drop_layer
 from puzzle_core.model.child import load_parent
@@ -28,10 +29,11 @@ def fresh(parent, ids_NT, tmp_path):
 def test_states_are_those_that_hooks_see_in_transformers(name, activations_of, checkpoint_of, ids_NT):
     model = AutoModelForCausalLM.from_pretrained(checkpoint_of(name), dtype=torch.float32)
     entered, middle, left = {}, {}, {}
+    row = FAMILIES[PICOS[name].family]
     for number, layer in enumerate(model.model.layers):
-        norm = layer.post_attention_layernorm
+        first_of_ffn = getattr(layer, row.ffn_norms.before or row.ffn_names.module)
         layer.register_forward_pre_hook(lambda _, args, number=number: entered.update({number: args[0]}))
-        norm.register_forward_pre_hook(lambda _, args, number=number: middle.update({number: args[0]}))
+        first_of_ffn.register_forward_pre_hook(lambda _, args, number=number: middle.update({number: args[0]}))
         layer.register_forward_hook(lambda *seen, number=number: left.update({number: seen[-1]}))
     with torch.no_grad():
         model(input_ids=ids_NT.long())

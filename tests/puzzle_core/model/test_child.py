@@ -54,6 +54,20 @@ def test_the_child_that_is_all_parent_has_its_logits_bitwise(name, assemble, par
     assert torch.equal(logits, load_parent(parent_of(name), torch.float32, CPU)(input_ids=ids_NT.long()).logits)
 
 
+@pytest.mark.parametrize("name", [name for name, pico in PICOS.items() if pico.family != "llama"])
+def test_a_child_of_every_kind_of_variant_runs_by_its_own_code_with_the_cache_and_without(name, assemble, ids_NT):
+    directory, ids_BT = assemble(name, MIXED), ids_NT[:2].long()
+    expected = load_child(directory, torch.float32, CPU)(input_ids=ids_BT).logits
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids_BT).logits, expected)
+        cache, steps = None, []
+        for start, stop in [(0, 11), (11, 12), (12, 16)]:
+            output = model(input_ids=ids_BT[:, start:stop], use_cache=True, past_key_values=cache)
+            cache, _ = output.past_key_values, steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_mixed_child_has_other_logits(assemble, parent, ids_NT):
     logits = load_child(assemble("llama", MIXED), torch.float32, CPU)(input_ids=ids_NT.long()).logits
     expected = load_parent(parent, torch.float32, CPU)(input_ids=ids_NT.long()).logits

@@ -131,14 +131,8 @@ REFUSED = {
     "activation": ("llama", lambda d: edit_config(d, hidden_act="relux"), "is not valid: no model can .*'relux'"),
     "too few entries": ("smollm3", lambda d: edit_config(d, no_rope_layers=[1]), "is not valid: no model can .*range"),
     "family of a wrong kind": ("llama", lambda d: edit_config(d, model_type=["llama"]), "not supported; supported"),
-    "family": ("llama", lambda d: edit_config(d, model_type="gpt2"), "family 'gpt2'.*supported: llama, mistral"),
+    "family": ("llama", lambda d: edit_config(d, model_type="gpt2"), "family 'gpt2'.*supported: arcee, ernie4_5"),
     "quantised": ("llama", lambda d: edit_config(d, quantization_config={"quant_method": "fp8"}), "quantised"),
-    "window": ("mistral", lambda d: edit_config(d, sliding_window=8), "sliding-window.*set sliding_window to null"),
-    "some windows": (
-        "qwen2",
-        lambda d: edit_config(d, use_sliding_window=True, sliding_window=8, max_window_layers=1, layer_types=None),
-        "sliding-window",
-    ),
     "rope": (
         "llama",
         lambda d: edit_config(d, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),

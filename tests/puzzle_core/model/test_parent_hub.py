@@ -1,14 +1,9 @@
 """Parents from a hub: a real client against a small hub of our own, and tokenizers that are code of the checkpoint."""
 
-import hashlib
 import json
-import threading
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+import shutil
 
 import pytest
-from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import dynamic_module_utils
 
@@ -17,9 +12,9 @@ from puzzle_core.errors import ParentError
 from puzzle_core.model.child import write_description
 from puzzle_core.model.parent import Parent
 from puzzle_core.spec import ParentSpec
+from tests.hub import MODEL
+from tests.pico import edit_tensors
 
-COMMIT = "0123456789" * 4
-OWNER = "/pico/llama"
 ALLOWED = "tokenization_reversed.Reversed"
 CODE = """
 from transformers import PreTrainedTokenizerFast
@@ -54,72 +49,26 @@ def own_code_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def hub(coded, tmp_path, monkeypatch):
-    """A hub on loopback with one model; how often each of its files was downloaded, by name."""
-    asked = Counter()
-
-    class Hub(BaseHTTPRequestHandler):
-        def do_GET(self):
-            path = self.path.split("?")[0]
-            if path == f"/api/models{OWNER}/revision/main":
-                self.answer(json.dumps({"id": OWNER[1:], "sha": COMMIT, "siblings": []}).encode())
-            elif path == f"/api/models{OWNER}/tree/{COMMIT}":
-                files = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": ""} for f in coded.iterdir()]
-                self.answer(json.dumps(files).encode())
-            elif path.startswith(f"{OWNER}/resolve/{COMMIT}/") and (file := coded / Path(path).name).is_file():
-                asked[file.name] += self.command == "GET"
-                self.answer(file.read_bytes())
-            else:
-                self.send_error(404)
-
-        do_HEAD = do_GET  # noqa: N815
-
-        def answer(self, body):
-            self.send_response(200)
-            for name, value in {
-                "Content-Length": len(body),
-                "ETag": f'"{hashlib.sha256(body).hexdigest()}"',
-                "X-Repo-Commit": COMMIT,
-            }.items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *_):
-            """Nothing on stderr."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    for name, value in {
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HUGGINGFACE_CO_URL_TEMPLATE": constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint),
-        "ENDPOINT": endpoint,
-    }.items():  # read from the environment on import
-        monkeypatch.setattr(constants, name, value)
-    yield asked
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def hub(hub, coded):
+    """The hub with that parent."""
+    hub.push(coded)
+    return hub
 
 
 def test_a_parent_of_the_hub_is_the_one_in_the_directory(hub, coded):
-    parent = Parent(ParentSpec(path=OWNER[1:]))
+    parent = Parent(ParentSpec(path=MODEL))
     assert parent.digest == Parent(ParentSpec(path=str(coded))).digest
-    assert parent.directory.name == COMMIT
-    assert hub["model.safetensors"] == 1
+    assert parent.directory.name == hub.main
+    assert hub.downloads["model.safetensors"] == 1
 
 
 def test_the_same_weights_in_other_files_stay_on_the_hub(hub, coded):
     others = {"consolidated.safetensors", "params.json", "optimizer.safetensors"}
     for name in others:
         (coded / name).write_bytes(b"x")
-    Parent(ParentSpec(path=OWNER[1:]))
-    assert hub["model.safetensors"] == hub["config.json"] == 1
-    assert not hub.keys() & others
+    Parent(ParentSpec(path=MODEL))
+    assert hub.downloads["model.safetensors"] == hub.downloads["config.json"] == 1
+    assert not hub.downloads.keys() & others
 
 
 def test_the_shards_of_an_index_are_fetched_by_their_names(hub, coded):
@@ -127,21 +76,34 @@ def test_the_shards_of_an_index_are_fetched_by_their_names(hub, coded):
     (coded / "model.safetensors").rename(coded / "weights-a.safetensors")
     index = {"weight_map": dict.fromkeys(names, "weights-a.safetensors")}
     (coded / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert Parent(ParentSpec(path=OWNER[1:])).digest == Parent(ParentSpec(path=str(coded))).digest
-    assert hub["weights-a.safetensors"] == 1
+    assert Parent(ParentSpec(path=MODEL)).digest == Parent(ParentSpec(path=str(coded))).digest
+    assert hub.downloads["weights-a.safetensors"] == 1
+
+
+def test_one_file_of_weights_counts_before_shards_as_it_does_in_a_directory(hub, coded):
+    """A fine-tuned model that was saved into the folder of its base model."""
+    names = load_file(coded / "model.safetensors").keys()
+    shutil.copy(coded / "model.safetensors", coded / "model-00001-of-00001.safetensors")
+    edit_tensors(coded, lambda tensors: tensors["model.norm.weight"].add_(1))
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (coded / "model.safetensors.index.json").write_text(json.dumps(index))
+    parent = Parent(ParentSpec(path=MODEL))
+    assert parent.checkpoint.files == [parent.directory / "model.safetensors"]
+    assert parent.digest == Parent(ParentSpec(path=str(coded))).digest
+    assert hub.downloads["model-00001-of-00001.safetensors"] == 0
 
 
 def test_code_of_the_hub_is_not_even_fetched_unless_it_is_allowed(hub):
-    parent = Parent(ParentSpec(path=OWNER[1:]))
+    parent = Parent(ParentSpec(path=MODEL))
     with pytest.raises(ParentError, match=f"parent.allow_remote_code: {ALLOWED}"):
         parent.tokenizer()
-    assert hub["tokenization_reversed.py"] == 0
+    assert hub.downloads["tokenization_reversed.py"] == 0
 
 
 def test_code_of_the_hub_that_is_allowed_is_fetched_and_runs(hub):
-    tokenizer = Parent(ParentSpec(path=OWNER[1:], allow_remote_code=ALLOWED)).tokenizer()
+    tokenizer = Parent(ParentSpec(path=MODEL, allow_remote_code=ALLOWED)).tokenizer()
     assert tokenizer.decode(tokenizer("def f")["input_ids"]) == "f fed"
-    assert hub["tokenization_reversed.py"] == 1
+    assert hub.downloads["tokenization_reversed.py"] == 1
 
 
 def test_a_model_that_the_hub_does_not_have_is_named(hub):

@@ -16,7 +16,7 @@ from tests.pico import PICOS
 @pytest.mark.parametrize("name", PICOS)
 def test_block_replaced_by_a_copy_of_itself_is_bitwise_the_parents(name, activations_of, initial_state):
     activations = activations_of(name)
-    parent, own, context = activations.parent, activations.parent.shape.parent_block, activations.context()
+    parent, own, contexts = activations.parent, activations.parent.shape.parent_block, activations.contexts()
     for layer in range(parent.shape.layers):
         block = Subblocks(
             *(
@@ -24,21 +24,21 @@ def test_block_replaced_by_a_copy_of_itself_is_bitwise_the_parents(name, activat
                 for variant in own.subblocks
             )
         )
-        assert torch.equal(block(activations.layer_input(layer), **context), activations.layer_input(layer + 1))
+        assert torch.equal(block(activations.layer_input(layer), **contexts[layer]), activations.layer_input(layer + 1))
 
 
 def test_another_layers_weights_would_be_seen(activations, initial_state):
     attention = activations.parent.shape.parent_block.attention
     state = initial_state("llama", 2, str(attention))
     block = variant_block(activations.parent, 1, attention, state, torch.float32, CPU)
-    output = block.attend(activations.layer_input(1), **activations.context())
+    output = block.attend(activations.layer_input(1), **activations.contexts()[1])
     assert not torch.allclose(output, activations.post_attention(1), atol=0.1)
 
 
 def test_no_op_subblocks_add_nothing(activations):
     block = BlockVariant.parse("attn:no_op+ffn:no_op")
     empty = load_subblocks(activations.parent, 0, block, {}, torch.float32, CPU)
-    assert torch.equal(empty(activations.layer_input(0), **activations.context()), activations.layer_input(0))
+    assert torch.equal(empty(activations.layer_input(0), **activations.contexts()[0]), activations.layer_input(0))
 
 
 def test_subblocks_are_the_parents_own_modules_where_nothing_is_swapped(parent):

@@ -20,7 +20,8 @@ from puzzle_core.model.child import write_description
 from puzzle_core.model.parent import Parent
 from puzzle_core.model.tokenizer import check_rows, is_rebuilt
 from puzzle_core.spec import ParentSpec
-from puzzle_core.text_sources import Document, stdlib_documents
+from puzzle_core.text_files import Document
+from puzzle_core.text_sources import stdlib_documents
 
 END = "<|endoftext|>"
 DIGITS = pre_tokenizers.Digits(individual_digits=True)

@@ -78,7 +78,7 @@ def test_a_panel_per_variant_and_a_line_per_layer(inputs: ReportInputs) -> None:
 
 def test_gkd_terms(inputs: ReportInputs) -> None:
     assert inputs.gkd
-    figure = gkd_figure(inputs.gkd)
+    figure = gkd_figure(inputs.trainings)
     assert len(figure.axes[0].lines) == 2 * 3 + 1
     assert legend_of(figure) == {
         "loss, all terms",
@@ -90,6 +90,15 @@ def test_gkd_terms(inputs: ReportInputs) -> None:
     assert points[:, 0].tolist() == [4096 * point.step for point in inputs.gkd.held_back]
     assert points[:, 1].tolist() == [point.kl_nats_per_token for point in inputs.gkd.held_back]
     assert figure.axes[0].get_xlim()[1] >= inputs.gkd.tokens * 0.98
+
+
+def test_a_second_gkd_is_drawn_after_the_first_one_in_its_colours(inputs: ReportInputs) -> None:
+    assert inputs.gkd
+    once, twice = (gkd_figure([inputs.gkd] * times) for times in (1, 2))
+    assert legend_of(twice) == legend_of(once)
+    assert len(twice.axes[0].lines) == 2 * len(once.axes[0].lines) + 1
+    first, second = (figure.axes[0].lines[-1].get_xydata() for figure in (once, twice))
+    assert (second[:, 0] - first[:, 0]).tolist() == [inputs.gkd.tokens] * len(first)
 
 
 def test_smoothing_keeps_the_mean() -> None:

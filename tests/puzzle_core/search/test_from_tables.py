@@ -246,6 +246,33 @@ def test_the_parent_of_a_distance_scores_0(tmp_path):
         read_scores(tmp_path / "scores.csv", distance=True, maximise=True)
 
 
+@pytest.mark.parametrize(
+    ("asked", "written", "alike"),
+    [
+        ("1024", "1024.0", True),  # as pandas writes a column that has an empty cell
+        ("1000", "1e3", True),
+        ("chat", "Chat", True),
+        ("long-chat", "long chat", True),
+        ("long_chat", "long-chat", True),
+        ("chat", "chat2", False),
+        ("1024", "2048", False),
+        ("nan", "NaN", True),
+    ],
+)
+def test_rows_of_a_scenario_in_another_spelling_are_refused_and_not_left_out(tmp_path, asked, written, alike):
+    """A row for all scenarios would be taken in their place, in silence."""
+    named = [f"{row}," for row in COSTS.splitlines()]
+    special = named[-1].split(",")
+    special[-1] = written
+    costs = "\n".join([named[0] + "scenario", *named[1:], ",".join(special)])
+    scores, table, scenario = write(tmp_path, costs=costs, name=asked)
+    if alike:
+        with pytest.raises(SpecError, match=f"for scenario '{written}', and the search is for '{asked}'"):
+            search_tables(scores, table, read_request([scenario]), tmp_path / "out")
+    else:
+        search_tables(scores, table, read_request([scenario]), tmp_path / "out")
+
+
 def test_a_scenario_called_mix_is_a_scenario(tmp_path: Path) -> None:
     rows = [line for line in COSTS.splitlines() if "," in line]
     named = [rows[0] + ",scenario", *(f"{row}," for row in rows[1:])]

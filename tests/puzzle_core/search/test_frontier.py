@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from puzzle_core.errors import InfeasibleError, SpecError
+from puzzle_core.errors import InfeasibleError, SolveLimitError, SpecError
 from puzzle_core.search import best_of
 from puzzle_core.search.best_of import solve_best
+from puzzle_core.search.effort import Effort
 from puzzle_core.search.frontier import capacity_range, frontier, sweep_frontier
 from puzzle_core.search.mip import solve
 from puzzle_core.search.problem import Limit, Problem
@@ -119,6 +120,59 @@ def test_a_sweep_solves_little_of_what_it_could(random_problem: Callable, monkey
     assert all(point is not None for point in found)
     assert {point.key for point in found if point} == {0}, "the cheapest of ten alike"
     assert len(solved) <= 40, "of 200"
+
+
+def wide(layers: int, options: int) -> Problem:
+    """Two limits at 60 % of the parent's use; few options are beaten by another."""
+    random = np.random.default_rng(11)
+    weight = np.linspace(1.0, 0.0, options)
+    score = tuple((1.0 - weight) * np.exp(random.normal()) * random.uniform(0.7, 1.3, options) for _ in range(layers))
+    columns = {name: tuple(weight * random.uniform(0.9, 1.1, options) for _ in score) for name in ("GB", "ms")}
+    limits = tuple(Limit(n, n, 0.6 * sum(float(x[0]) for x in column), n) for n, column in columns.items())
+    return Problem((tuple(f"v{j}" for j in range(options)),) * layers, score, (0,) * layers, columns, limits)
+
+
+def test_all_points_share_their_nodes_and_one_without_proof_is_an_interval_that_holds() -> None:
+    problem = wide(20, 12)
+    effort, exact = Effort(), frontier(problem, "ms", 7, nodes=10**6)
+    assert all(solution.optimal for solution in exact)
+    found = frontier(problem, "ms", 7, effort=effort, nodes=8)
+    assert effort.spent <= 8 + 9, "a point has one node at least"
+    again = frontier(problem, "ms", 7, nodes=8)
+    assert [(point.choice, point.bound) for point in again] == [(point.choice, point.bound) for point in found]
+    assert any(not point.optimal for point in found)
+    objectives = [point.objective for point in found]
+    assert objectives == sorted(objectives, reverse=True)
+    for point in found:
+        alone = solve(moved(problem, "ms", point.used["ms"] + point.slack["ms"]))
+        assert alone.optimal
+        assert point.bound - 1e-9 <= alone.objective <= point.objective + 1e-9
+        assert point.optimal is False or point.objective == pytest.approx(alone.objective, rel=1e-6)
+
+
+def test_a_problem_that_is_not_decided_leaves_no_proof_to_the_others(
+    pair: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two problems, the better of which ends without a choice."""
+    worse = pair.with_limits([Limit("memory", "bytes", 9.0, "GB")])
+    better = pair.with_limits([Limit("memory", "bytes", 16.0, "GB")])
+    solve_or_none = best_of.solve_or_none
+
+    def give_up(problem: Problem, **settings: object) -> object:
+        if problem.limits[0].capacity == 16.0:
+            raise SolveLimitError("no nodes left")
+        return solve_or_none(problem, **settings)  # type: ignore[arg-type]
+
+    whole = solve_best({"better": better, "worse": worse})
+    assert (whole.key, whole.solution.optimal) == ("better", True)
+    monkeypatch.setattr(best_of, "solve_or_none", give_up)
+    best = solve_best({"better": better, "worse": worse})
+    assert (best.key, best.solution.optimal) == ("worse", False)
+    assert best.solution.bound <= whole.solution.objective < best.solution.objective
+    assert {key: alternative.undecided for key, alternative in best.alternatives.items()} == {
+        "better": True,
+        "worse": False,
+    }
 
 
 def test_what_cannot_be_swept(pair: Problem) -> None:

@@ -8,7 +8,7 @@ from puzzle_core.model.surgery import variant_block
 from puzzle_core.variants.ffn import linear_ffn, pruned_ffn
 from tests.conftest import CPU
 
-FFNS = ["llama", "qwen2", "mlp-bias"]
+FFNS = ["llama", "qwen2", "mlp-bias", "arcee"]
 CONTRIBUTIONS = torch.arange(48).mul(29).remainder(48).float()  # every value once, in no order
 KEPT = [channel for channel in range(48) if CONTRIBUTIONS[channel] >= 48 - 20]
 
@@ -30,7 +30,15 @@ def test_pruning_keeps_the_channels_that_contribute_most_in_their_order_bitwise(
             assert torch.equal(tensor, own[tensor_name])
 
 
-@pytest.mark.parametrize("name", FFNS)
+def test_channels_of_one_projection_leave_the_gate_and_the_others(parent_of):
+    own = parent_of("phi3").layer_tensors(1)
+    pruned = pruned_ffn(own, parent_of("phi3").shape, 20, CONTRIBUTIONS)
+    gate, up = own["mlp.gate_up_proj.weight"].chunk(2)
+    assert torch.equal(pruned["mlp.gate_up_proj.weight"], torch.cat([gate[KEPT], up[KEPT]]))
+    assert torch.equal(pruned["mlp.down_proj.weight"], own["mlp.down_proj.weight"][:, KEPT])
+
+
+@pytest.mark.parametrize("name", [*FFNS, "phi3", "glm4", "gemma2", "olmo2"])
 def test_pruned_ffn_is_the_dense_one_without_the_other_channels(name, activations_of):
     parent, middle = activations_of(name).parent, activations_of(name).post_attention(1)
     narrow, dense = Variant("ffn", "sized", 20), parent.shape.parent_block.ffn
@@ -62,7 +70,7 @@ def test_linear_ffn_is_up_then_down(name, activations_of):
     expected = middle + dense.mlp.down_proj(dense.mlp.up_proj(dense.post_attention_layernorm(middle)))
     state = linear_ffn(parent.layer_tensors(1), parent.shape, 0)
     torch.testing.assert_close(ffn_output(parent, linear, state, middle), expected)
-    assert ("mlp.linear_mlp.bias" in state) == (name == "mlp-bias")
+    assert ("mlp.linear_mlp.bias" in state) == (name in ("mlp-bias", "arcee"))
 
 
 def test_no_op_keeps_nothing(parent):

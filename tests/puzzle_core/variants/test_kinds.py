@@ -56,7 +56,7 @@ def test_ids_round_trip(row):
         assert Variant.parse(str(variant)) == variant
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mlp-bias"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mlp-bias", "arcee", "gemma3_text", "olmo3", "phi3"])
 @pytest.mark.parametrize("row", ROWS, ids=row_id)
 def test_parameters_and_kv_entries_are_those_of_the_real_module(row, name, parent_of, initial_state, activations_of):
     parent, variant, activations = parent_of(name), a_variant(row), activations_of(name)
@@ -65,7 +65,7 @@ def test_parameters_and_kv_entries_are_those_of_the_real_module(row, name, paren
     size, cache = variant_size(parent.shape, variant), DynamicCache()
     assert sum(parameter.numel() for parameter in block.parameters()) == size.parameters
     with torch.no_grad():
-        block(activations.layer_input(1)[:1], **activations.context() | {"past_key_values": cache})
+        block(activations.layer_input(1)[:1], **activations.contexts()[1] | {"past_key_values": cache})
     entries = sum(part.numel() for layer in cache.layers for part in (layer.keys, layer.values))
     assert entries == size.kv_entries_per_token * activations.ids_NT.shape[1]
     assert variant.is_empty == (size.parameters == 0)

@@ -7,7 +7,9 @@ from puzzle_core.errors import DataError, NonFiniteError
 from puzzle_core.model.parent import Parent
 from puzzle_core.spec import ParentSpec
 from puzzle_core.text_sources import Texts
+from tasks.runtime import digest_cache
 from tasks.runtime.digest_cache import parent_digest, texts_digest
+from tasks.runtime.software import software
 from tests.pico import edit_tensors
 
 
@@ -55,3 +57,18 @@ def test_texts_are_read_once_and_again_when_they_change(context_of, tmp_path, mo
             digest_of_texts(context_of(), texts)
     with pytest.raises(DataError, match="does not exist"):
         digest_of_texts(context_of(), tmp_path / "nothing")
+
+
+def test_what_another_version_has_seen_is_looked_at_again(context_of, tmp_path, monkeypatch):
+    """Another transformers may see another config, and other code of this project other documents."""
+    text = tmp_path / "a.txt"
+    text.write_text("one")
+    context, own = context_of(), software()
+    seen = digest_of_parent(context), digest_of_texts(context, text)
+    monkeypatch.setattr(text_sources, "read_documents", lambda _: [text_sources.Document("a", "read in another way")])
+    monkeypatch.setitem(vars(context.open_parent()), "digest", "of another config")
+    assert (digest_of_parent(context), digest_of_texts(context, text)) == seen
+    other = own.model_copy(update={"code": "other", "versions": own.versions | {"transformers": "other"}})
+    monkeypatch.setattr(digest_cache, "software", lambda: other)
+    assert digest_of_parent(context) == "of another config"
+    assert digest_of_texts(context, text) != seen[1]

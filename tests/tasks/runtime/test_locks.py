@@ -16,7 +16,7 @@ from puzzle_core.device import default_device, visible_gpus
 from puzzle_core.errors import SpecError
 from tasks import stage_tasks
 from tasks.runtime import locks
-from tasks.runtime.locks import artifact_lock, gpu_lock, lock_directory, machine_lock
+from tasks.runtime.locks import artifact_lock, gpu_lock, lock_directory, machine_lock, shared_gpu
 from tasks.stage_tasks import find_costs
 from tasks.store.store import Store
 from tasks.task_policies import with_gpu
@@ -166,6 +166,32 @@ def test_a_task_computes_on_its_gpu_and_comes_back_to_it(three_gpus):
         seen = [future.result() for future in [pool.submit(twice) for _ in range(3)]]
     assert sorted(first for first, _ in seen) == [("cuda", 0), ("cuda", 1), ("cuda", 2)]
     assert sorted(second for _, second in seen) == [("cuda", 0), ("cuda", 1), ("cuda", 2)]
+
+
+class SharingTask(GpuTask):
+    """A task that shares a GPU with others of this process, until it is let go."""
+
+    def run(self):
+        with shared_gpu(self.count) as self.numbers:
+            self.inside.set()
+            self.leave.wait(LONG_SECONDS)
+
+
+def test_tasks_side_by_side_share_gpus_and_wait_behind_those_of_other_runs(three_gpus, hold):
+    tasks = [SharingTask(2) for _ in range(3)]
+    assert all(task.gets_in() for task in tasks)
+    assert sorted(task.numbers for task in tasks) == [[0], [0], [1]]
+    other = GpuTask(2)
+    wait_until_held("gpu-queue")
+    late = SharingTask(2)
+    assert not late.gets_in(0.4)
+    next(task for task in tasks if task.numbers == [1]).leave.set()
+    assert other.gets_in()
+    assert sorted(other.numbers) == [1, 2]
+    assert late.gets_in()
+    assert late.numbers == [0]
+    for task in (*tasks, other, late):
+        task.leave.set()
 
 
 def test_every_task_that_computes_is_on_a_gpu(three_gpus, spec_of, monkeypatch):

@@ -18,12 +18,21 @@ import yaml
 from mlflow import MlflowClient
 
 from flows.train_child import train_child
-from puzzle_core.spec import RuntimeSpec, ScenarioSpec, parse_spec
+from puzzle_core.spec import RuntimeSpec, ScenarioSpec, TargetSpec, parse_spec
 from tasks.runtime.process import this_process
 from tasks.tracking import lineage_tree, outbox
 from tasks.tracking.lineage_steps import TABLE
 from tasks.tracking.mlflow_client import PROCESS_TAG, end_orphaned_runs, mlflow_client
-from tasks.tracking.tracked_models import FROM_TAG, KEY_TAG, NOTE_TAG, TrackedModel, Version, note_model, registered
+from tasks.tracking.tracked_models import (
+    FROM_TAG,
+    KEY_TAG,
+    NOTE_TAG,
+    TrackedModel,
+    Version,
+    alias_of,
+    note_model,
+    registered,
+)
 from tasks.tracking.tracking import tracked
 from tests.workflow import SCORED, TRAINED, artifacts, of_stage, placed
 
@@ -265,6 +274,24 @@ def test_a_child_is_one_version_and_an_alias_names_the_newest_answer(tracked_spe
     made = client.get_run(version.run_id).outputs.model_outputs[0].model_id
     assert f"/models/{made})" in version.description
     assert "#/models/puzzle-family/versions/2" in client.get_logged_model(made).tags[NOTE_TAG]
+
+
+def test_two_pairs_of_names_never_share_an_alias_and_mlflow_takes_each(tmp_path):
+    names = ["a", "b", "a-b", "a--b", "a-", "a_b", "a_2db", "a b", "a.b", "a+b", "A", "latest", "v1", "7b v2.1"]
+    names += ["x" * 99, "x" * 100, ("-" * 50).join("ab"), ("." * 98).join("ab"), (" " * 98).join("ab")]
+    pairs = [(target, scenario) for target in names for scenario in names]
+    for name in names:
+        assert (TargetSpec(name=name).name, ScenarioSpec(name=name).name) == (name, name)
+    aliases = {alias_of(*pair): pair for pair in pairs}
+    assert len(aliases) == len(pairs)
+    assert alias_of("this-machine", "chatbot") == "this-machine-chatbot"
+    client = mlflow_client(f"sqlite:///{tmp_path}/mlflow.db")
+    client.create_registered_model("puzzle-family")
+    version = client.create_model_version("puzzle-family", str(tmp_path)).version
+    for alias in (*list(aliases)[:: len(names) + 1], max(aliases, key=len)):
+        client.set_registered_model_alias("puzzle-family", alias, version)
+        client.set_model_version_tag("puzzle-family", version, f"puzzle.answer.{alias}", "yes")
+        assert str(client.get_model_version_by_alias("puzzle-family", alias).version) == str(version)
 
 
 def test_the_outermost_run_has_the_spec_as_a_file_and_what_the_machine_did(tracked_spec, client, monkeypatch):
