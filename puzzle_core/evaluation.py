@@ -97,7 +97,9 @@ def _compare_with_parent(
     kl = loss = correct = agreed = 0.0
     measure: Measure
     if model:
-        states = model.normalised_states([Batch(ids_NT[rows]) for rows in windows], report)
+        positions_NT = activations.positions_NT
+        batches = [Batch(ids_NT[rows], None if positions_NT is None else positions_NT[rows]) for rows in windows]
+        states = model.normalised_states(batches, report)
         head, measure = model.outside, _comparison
     else:
         final_NTD = activations.layer_input(last)

@@ -96,16 +96,12 @@ def _fill_through(
     layer: int, entering_NSTD: torch.Tensor, leaving_NSTD: torch.Tensor, activations: Activations
 ) -> None:
     """Write the gradients at a layer's input, from those at its output."""
-    block, context, layer_input = (
-        activations.block(layer),
-        activations.contexts()[layer],
-        activations.layer_input(layer),
-    )
+    block, layer_input = activations.block(layer), activations.layer_input(layer)
     samples = leaving_NSTD.shape[1]
     for rows in activations.batches():
         input_BTD = layer_input[rows].to(activations.device).detach().requires_grad_()
         with torch.enable_grad():
-            output_BTD = block(input_BTD, **context)
+            output_BTD = block(input_BTD, **activations.contexts(rows)[layer])
         for sample in range(samples):
             leaving_BTD = leaving_NSTD[rows, sample].to(activations.device)
             (entering_BTD,) = torch.autograd.grad(output_BTD, input_BTD, leaving_BTD, retain_graph=sample + 1 < samples)
@@ -128,11 +124,11 @@ def estimate_score(
     """
     trained = {v: weights[str(v)] for v in (work.block.attention, work.block.ffn) if str(v) in weights}
     block = load_subblocks(activations.parent, work.layer, work.block, trained, activations.dtype, activations.device)
-    context, output, total = activations.contexts()[work.layer], activations.layer_input(work.layer + 1), 0.0
+    output, total = activations.layer_input(work.layer + 1), 0.0
     with safe_open(_file(gradients_dir, work.layer), framework="pt") as file:
         gradients = file.get_slice(GRADIENTS)
         for rows in activations.batches():
-            changed_BTD = block_output(work, activations, block, rows, context).float()
+            changed_BTD = block_output(work, activations, block, rows).float()
             change_BTD = changed_BTD - output[rows].to(activations.device).float()
             gradient_BSTD = gradients[rows].to(activations.device).float()
             effect_BS = torch.einsum("bstd,btd->bs", gradient_BSTD, change_BTD).double()

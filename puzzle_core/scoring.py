@@ -18,7 +18,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -68,11 +68,12 @@ def _score(work: ScoreWork, activations: Activations, weights: dict[str, State],
     parent, dtype, device = activations.parent, activations.dtype, activations.device
     trained = {v: weights[str(v)] for v in (work.block.attention, work.block.ffn) if str(v) in weights}
     block = load_subblocks(parent, work.layer, work.block, trained, dtype, device, suffix.parent_block)
-    contexts, comparison = activations.contexts(), _TokenComparison()
+    comparison = _TokenComparison()
     for number, chunk in enumerate(suffix.chunks):
-        hidden = [block_output(work, activations, block, rows, contexts[work.layer]) for rows in chunk]
-        for following_block, context in zip(suffix.blocks(number), contexts[work.layer + 1 :], strict=True):
-            hidden = [following_block(hidden_BTD, **context) for hidden_BTD in hidden]
+        hidden = [block_output(work, activations, block, rows) for rows in chunk]
+        contexts = [activations.contexts(rows) for rows in chunk]
+        for layer, following_block in enumerate(suffix.blocks(number), work.layer + 1):
+            hidden = [following_block(h_BTD, **c[layer]) for h_BTD, c in zip(hidden, contexts, strict=True)]
         for rows, final_BTD in zip(chunk, hidden, strict=True):
             comparison.add(activations, rows, final_BTD)
     return _record(work, activations, comparison)
@@ -134,13 +135,12 @@ def _window_batches(activations: Activations) -> list[slice]:
     return [slice(first, first + windows) for first in range(0, len(activations.ids_NT), windows)]
 
 
-def block_output(
-    work: ScoreWork, activations: Activations, block: Subblocks, rows: slice, context: dict[str, Any]
-) -> torch.Tensor:
+def block_output(work: ScoreWork, activations: Activations, block: Subblocks, rows: slice) -> torch.Tensor:
     """What leaves the replaced block, (B, T, D), for some windows of the stored states."""
     if work.block.attention == activations.attention(work.layer):
         return block.feed(activations.post_attention(work.layer)[rows].to(activations.device))
-    return block(activations.layer_input(work.layer)[rows].to(activations.device), **context)
+    input_BTD = activations.layer_input(work.layer)[rows].to(activations.device)
+    return block(input_BTD, **activations.contexts(rows)[work.layer])
 
 
 class _TokenComparison:

@@ -74,17 +74,18 @@ class Schedule(NamedTuple):
 class Batch(NamedTuple):
     """Some windows: what enters the trained subblock, and what leaves the parent's layer, (B, T, D).
 
-    `share` is the share that these windows have in the batch of their position.
+    `rows` are the windows, and `share` the share that they have in the batch of their position.
     """
 
     entering: torch.Tensor
     target: torch.Tensor
     share: float
+    rows: list[int]
 
     def copied_to(self, device: torch.device) -> "Batch":
         """The same on a device; the copy may still be under way."""
         input_BTD, target_BTD = (states_BTD.to(device, non_blocking=True) for states_BTD in self[:2])
-        return Batch(input_BTD, target_BTD, self.share)
+        return Batch(input_BTD, target_BTD, self.share, self.rows)
 
 
 class Batches:
@@ -131,22 +132,23 @@ class Batches:
         number, place = divmod(position, self._together)
         if self._item[0] != number:
             self._item = number, self._reader.take(number)
-        parts = self._parts(self._item[1], place)
+        parts = self._parts(self._item[1], place, position)
 
         def get(part: int) -> Batch:
             here = self._copies.finish((position, part), parts[part])
             if part + 1 < len(parts):
                 self._copies.start((position, part + 1), parts[part + 1])
             elif self._together == 1 and (following := self._reader.peek(number + 1)):
-                self._copies.start((position + 1, 0), self._parts(following, 0)[0])
+                self._copies.start((position + 1, 0), self._parts(following, 0, position + 1)[0])
             return here
 
         return [partial(get, part) for part in range(len(parts))]
 
-    def _parts(self, item: dict[str, States], place: int) -> list[Batch]:
-        entering_BTD, target_BTD = (item[name][place] for name in self._names)
-        parts = zip(*(torch.split(states, self._part_windows) for states in (entering_BTD, target_BTD)), strict=True)
-        return [Batch(entering, target, len(entering) / len(entering_BTD)) for entering, target in parts]
+    def _parts(self, item: dict[str, States], place: int, position: int) -> list[Batch]:
+        states, rows = [item[name][place] for name in self._names], self.schedule.rows(position)
+        parts = zip(*(torch.split(states_BTD, self._part_windows) for states_BTD in states), strict=True)
+        windows = micro_batches(rows, self._part_windows)
+        return [Batch(*part, len(own) / len(rows), own) for part, own in zip(parts, windows, strict=True)]
 
 
 def _stored(activations: Activations, schedule: Schedule) -> SharedSequence[States]:

@@ -79,7 +79,7 @@ def _train(
 
         def loss(part: Callable[[], Batch]) -> dict[str, torch.Tensor]:
             batch = part()
-            output_BTD = compute(batch.entering)
+            output_BTD = compute(batch.entering, batch.rows)
             if spec.loss == "token":
                 return {"loss": batch.share * token_normalised_mse(batch.target, output_BTD)}
             return {"loss": batch.share * normalised_mse(batch.target, output_BTD, mean_square)}
@@ -124,16 +124,23 @@ def _train(
     )
 
 
-def _forward(work: BldWork, activations: Activations, block: PuzzleBlock) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The layer's output as a function of what enters the variant; an attention goes through the parent's FFN."""
-    device, feed, context = activations.device, block.feed, activations.contexts()[work.layer]
+def _forward(
+    work: BldWork, activations: Activations, block: PuzzleBlock
+) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
+    """The layer's output as a function of what enters the variant in which windows.
+
+    An attention goes through the parent's FFN.
+    """
+    device, feed = activations.device, block.feed
     is_attention = work.variant.subblock == "attn"
     if is_attention:
         feed = activations.parent.block(work.layer, activations.dtype, device).feed
 
-    def forward(input_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(input_BTD: torch.Tensor, rows: list[int]) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=work.spec.dtype == "bfloat16"):
-            output_BTD = feed(block.attend(input_BTD, **context)) if is_attention else feed(input_BTD)
+            if is_attention:
+                input_BTD = block.attend(input_BTD, **activations.contexts(rows)[work.layer])
+            output_BTD = feed(input_BTD)
         assert isinstance(output_BTD, torch.Tensor)
         return output_BTD
 

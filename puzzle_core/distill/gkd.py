@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from puzzle_core.data import batch_rows, read_windows
+from puzzle_core.data import batch_rows, read_positions, read_windows
 from puzzle_core.device import default_device
 from puzzle_core.distill.held_back import Watch
 from puzzle_core.distill.loop import MicroBatch, Progress, micro_batches, train
@@ -85,7 +85,7 @@ def distil(
         if recompute:
             recompute_blocks(child)
     parameters = dict(child.named_parameters())
-    windows_NT = read_windows(tokens_dir)
+    windows_NT, positions_NT = read_windows(tokens_dir), read_positions(tokens_dir)
     windows, length = windows_NT.shape
     batch = spec.batch_tokens // length
     micro = (spec.micro_batch_tokens or spec.batch_tokens) // length
@@ -96,8 +96,9 @@ def distil(
 
     def micro_batch(terms: GkdSpec, rows: list[int], weight: float) -> dict[str, torch.Tensor]:
         ids_BT = windows_NT[rows].long().to(device)
+        positions_BT = None if positions_NT is None else positions_NT[rows].long().to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
-            losses = loss_terms(parent_model, child, ids_BT, terms)
+            losses = loss_terms(parent_model, child, ids_BT, terms, positions_BT)
         return {name: loss * (weight * len(ids_BT)) for name, loss in losses.items()}
 
     def mean_over(rows: Sequence[int], terms: GkdSpec) -> list[MicroBatch]:
@@ -139,13 +140,21 @@ def distil(
 
 
 def loss_terms(
-    parent_model: PuzzleForCausalLM, child: PuzzleForCausalLM, ids_BT: torch.Tensor, spec: GkdSpec
+    parent_model: PuzzleForCausalLM,
+    child: PuzzleForCausalLM,
+    ids_BT: torch.Tensor,
+    spec: GkdSpec,
+    positions_BT: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Compute the weighted loss terms of one batch, each a scalar; a term of weight 0 is skipped."""
-    no_logits = torch.empty(0, dtype=torch.long, device=ids_BT.device)
+    """Compute the weighted loss terms of one batch, each a scalar; a term of weight 0 is skipped.
+
+    Where positions are given and start again, attention does not reach back.
+    """
+    given = {"input_ids": ids_BT, "position_ids": positions_BT, "output_hidden_states": True}
+    given["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=ids_BT.device)
     with torch.no_grad():
-        target = parent_model(input_ids=ids_BT, output_hidden_states=True, logits_to_keep=no_logits)
-    output = child(input_ids=ids_BT, output_hidden_states=True, logits_to_keep=no_logits)
+        target = parent_model(**given)
+    output = child(**given)
     terms: dict[str, torch.Tensor] = {}
     if spec.cosine_weight:
         pairs = zip(target.hidden_states, output.hidden_states, strict=True)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from puzzle_core.data import read_windows
+from puzzle_core.data import read_positions, read_windows
 from puzzle_core.device import default_device
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.families.family import FAMILIES
@@ -37,13 +37,17 @@ def measure_contributions(
     rows = max(1, FORWARD_TOKENS // ids_NT.shape[1])
     embed = parent.outside(dtype, device).model.embed
     hidden = [embed(batch.long().to(device)) for batch in torch.split(ids_NT, rows)]
-    contexts = block_contexts(parent, ids_NT.shape[1], dtype, device)
+    positions_NT = read_positions(tokens_dir)
+    same = block_contexts(parent, torch.arange(ids_NT.shape[1])[None], dtype, device)
     down = FAMILIES[parent.shape.family].ffn_names.down
     contributions: dict[str, torch.Tensor] = {}
     for layer in range(parent.shape.layers):
         block, total_I = parent.block(layer, dtype, device), torch.zeros(parent.shape.ffn_width, dtype=torch.float64)
         channels_of = _without(block.ffn_subblock, down)
         for batch, input_BTD in enumerate(hidden):
+            contexts = same
+            if positions_NT is not None:
+                contexts = block_contexts(parent, positions_NT[batch * rows : (batch + 1) * rows], dtype, device)
             post_attention = block.attend(input_BTD, **contexts[layer])
             x = channels_of(block.normalise_ffn_input(post_attention))
             total_I += x.abs().sum((0, 1), dtype=torch.float64).cpu()

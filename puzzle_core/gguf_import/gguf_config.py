@@ -20,10 +20,15 @@ FACTORS = "rope_freqs.weight"
 
 
 class GgufArchitecture(NamedTuple):
-    """A model family under llama.cpp's name; `interleaved`: rows of queries and keys are in llama.cpp's order."""
+    """A model family under llama.cpp's name.
+
+    `interleaved`: rows of queries and keys are in llama.cpp's order. `one_in_norms`: norms multiply by their weights,
+    where transformers' multiply by one more.
+    """
 
     family: str
     interleaved: bool
+    one_in_norms: bool = False
 
 
 ARCHITECTURES = {
@@ -32,6 +37,7 @@ ARCHITECTURES = {
     "mistral": GgufArchitecture("mistral", True),
     "qwen2": GgufArchitecture("qwen2", False),
     "qwen3": GgufArchitecture("qwen3", False),
+    "gemma3": GgufArchitecture("gemma3_text", False, one_in_norms=True),
 }
 """By `general.architecture`. llama.cpp writes Mistral as `llama`. `deci`, as this project exports, has to have equal
 layers."""
@@ -40,6 +46,9 @@ _KNOWN_NAMES = """
     attention.layer_norm_rms_epsilon attention.key_length attention.value_length rope.freq_base rope.dimension_count
     rope.scaling.type rope.scaling.factor rope.scaling.finetuned vocab_size
 """
+_GEMMA3_NAMES = "attention.sliding_window rope.freq_base_swa"
+_GEMMA3_FULL_EVERY, _GEMMA3_LARGEST = 6, 62
+"""One layer in so many attends to all tokens. The model of so many layers scales attention by hidden / heads."""
 _LLAMA3_BANDS = 1.0, 4.0
 """Low and high frequency factor of every published Llama 3."""
 
@@ -89,9 +98,30 @@ def gguf_config(source: GgufFile) -> dict[str, Any]:
             config[name] = f"blk.0.{tensor}.bias" in source.tensors
     if family.window_key:
         config[family.window_key] = None
+    if source.architecture == "gemma3":
+        config |= _gemma3(source, config)
+        del config["hidden_act"]
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{name}_token_id"] = source.get(f"tokenizer.ggml.{key}_token_id", int)
     return config
+
+
+def _gemma3(source: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    """What Gemma 3 has beside a Llama; llama.cpp's graph knows it and files do not say it (src/models/gemma3.cpp)."""
+    layers, width = config["num_hidden_layers"], config["head_dim"]
+    largest = layers == _GEMMA3_LARGEST
+    full = [number % _GEMMA3_FULL_EVERY == 0 for number in range(1, layers + 1)]
+    within_window = shortest(source.get(f"{source.architecture}.rope.freq_base_swa", float, 10_000.0))
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"] if largest else width,
+        "sliding_window": source.size("attention.sliding_window"),
+        "layer_types": ["full_attention" if attends_to_all else "sliding_attention" for attends_to_all in full],
+        "rope_parameters": {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": within_window},
+        },
+    }
 
 
 def shortest(value: float) -> float:
@@ -106,6 +136,7 @@ def _has(source: GgufFile, name: str) -> bool:
 def _refuse_unknown(source: GgufFile) -> None:
     """Refuse metadata of the architecture that nothing here reads, unless its value changes nothing."""
     prefix, known = f"{source.architecture}.", _KNOWN_NAMES.split()
+    known += _GEMMA3_NAMES.split() if source.architecture == "gemma3" else []
     names = [name for name in source.names if name.startswith(prefix) and name.removeprefix(prefix) not in known]
     unknown = {name: value for name in names if not is_neutral(name, value := source.value(name))}
     if unknown:

@@ -55,6 +55,7 @@ def gguf_name(name: str, family: Family) -> str:
     if stem.startswith("model.layers."):
         _, _, layer, part = stem.split(".", 3)
         names = {family.attention_norms.before: "attn_norm", family.ffn_norms.before: "ffn_norm"}
+        names |= {family.attention_norms.after: "post_attention_norm", family.ffn_norms.after: "post_ffw_norm"}
         names |= {family.attention_names.path(field): name for field, name in _ATTENTION.items()}
         names |= {family.ffn_names.path(field): name for field, name in FFN_PROJECTIONS.items()}
         return f"blk.{layer}.{names[part]}.{end}"
@@ -76,6 +77,7 @@ def _imported(
 
     def make() -> torch.Tensor:
         values = _values(source, tensor).reshape(shape)
+        values = values - 1 if architecture.one_in_norms and name.endswith("norm.weight") else values
         return halves(values, head_dim) if turned else values
 
     return StreamedTensor(name, shape, FLOATS.get(tensor.tensor_type, torch.float32), make)

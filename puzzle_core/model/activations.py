@@ -8,6 +8,7 @@ artifacts.
 Legend: N windows, T tokens per window, B windows of a batch, D hidden width, V vocabulary.
 """
 
+import functools
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
@@ -32,9 +33,21 @@ LOG_PROBABILITIES = "log-probabilities"
 class Activations:
     """The captured states of one set of windows, in a directory that only this class writes."""
 
-    def __init__(self, directory: Path, parent: Parent, ids_NT: torch.Tensor, dtype: torch.dtype, device: torch.device):
-        """States of `ids_NT` under `parent`, computed and stored in `dtype`."""
+    def __init__(
+        self,
+        directory: Path,
+        parent: Parent,
+        ids_NT: torch.Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+        positions_NT: torch.Tensor | None = None,
+    ):
+        """States of `ids_NT` under `parent`, computed and stored in `dtype`.
+
+        Where `positions_NT` (`puzzle_core.data.read_positions`) start again, attention does not reach back.
+        """
         self.directory, self.parent, self.ids_NT, self.dtype, self.device = directory, parent, ids_NT, dtype, device
+        self.positions_NT = positions_NT
         windows, tokens = ids_NT.shape
         self._shape = (windows, tokens, parent.shape.hidden)
         self.rows = max(1, FORWARD_TOKENS // tokens)
@@ -58,10 +71,11 @@ class Activations:
         As in a capture, `self.rows` windows go through a layer at a time; a last part of fewer is filled up, since
         products of other sizes may be rounded otherwise.
         """
-        size, contexts, found = min(self.rows, len(self.ids_NT)), self.contexts(), dict[str, torch.Tensor]()
+        size, found = min(self.rows, len(self.ids_NT)), dict[str, torch.Tensor]()
         filled = [*rows, *[rows[0]] * (-len(rows) % size)]
-        parts = [self.ids_NT[filled[first : first + size]].long() for first in range(0, len(filled), size)]
-        hidden = [self.outside().model.embed(ids_BT.to(self.device)) for ids_BT in parts]
+        parts = [filled[first : first + size] for first in range(0, len(filled), size)]
+        hidden = [self.outside().model.embed(self.ids_NT[part].long().to(self.device)) for part in parts]
+        contexts = [self.contexts(part) for part in parts]
 
         def keep(name: str, states: list[torch.Tensor]) -> None:
             if name in names:
@@ -72,7 +86,7 @@ class Activations:
             if len(found) == len(names):
                 break
             block = self.block(layer)
-            hidden = [block.attend(hidden_BTD, **contexts[layer]) for hidden_BTD in hidden]
+            hidden = [block.attend(states_BTD, **c[layer]) for states_BTD, c in zip(hidden, contexts, strict=True)]
             keep(post_attention_name(layer), hidden)
             hidden = [block.feed(hidden_BTD) for hidden_BTD in hidden]
             keep(layer_input_name(layer + 1), hidden)
@@ -114,13 +128,12 @@ class Activations:
         names = [post_attention_name(layer)] * keep_post_attention + [layer_input_name(layer + 1)]
         if all(self._path(name).exists() for name in names):
             return
-        block, context = self.block(layer), self.contexts()[layer]
-        layer_input = self.layer_input(layer)
+        block, layer_input = self.block(layer), self.layer_input(layer)
         with ExitStack() as files:
             attended = files.enter_context(_Writer(self, names[0])) if keep_post_attention else None
             layer_output = files.enter_context(_Writer(self, names[-1]))
             for rows in self.batches():
-                post_attention_BTD = block.attend(layer_input[rows].to(self.device), **context)
+                post_attention_BTD = block.attend(layer_input[rows].to(self.device), **self.contexts(rows)[layer])
                 if attended:
                     attended.put(rows, post_attention_BTD)
                 layer_output.put(rows, block.feed(post_attention_BTD))
@@ -159,9 +172,18 @@ class Activations:
         for start in range(0, len(self.ids_NT), self.rows):
             yield slice(start, start + self.rows)
 
-    def contexts(self) -> list[dict[str, Any]]:
-        """By layer, the keyword arguments of `PuzzleBlock.attend`: positions and mask."""
-        return block_contexts(self.parent, self.ids_NT.shape[1], self.dtype, self.device)
+    def contexts(self, rows: slice | Sequence[int] = slice(None)) -> list[dict[str, Any]]:
+        """By layer, the keyword arguments of `PuzzleBlock.attend` for these windows: positions and mask.
+
+        Without `positions_NT`, all windows have the same.
+        """
+        if self.positions_NT is None:
+            return self._contexts_of_all
+        return block_contexts(self.parent, self.positions_NT[rows], self.dtype, self.device)
+
+    @functools.cached_property
+    def _contexts_of_all(self) -> list[dict[str, Any]]:
+        return block_contexts(self.parent, torch.arange(self.ids_NT.shape[1])[None], self.dtype, self.device)
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.bin"
@@ -187,7 +209,7 @@ class ChildActivations(Activations):
         weights: Callable[[int], dict[Variant, State]],
     ):
         """`weights` gives the trained weights of a layer's variants."""
-        super().__init__(directory, parents.parent, parents.ids_NT, parents.dtype, parents.device)
+        super().__init__(directory, parents.parent, parents.ids_NT, parents.dtype, parents.device, parents.positions_NT)
         self._parents, self._architecture, self._weights = parents, architecture, weights
         self._blocks: dict[int, Subblocks] = {}
 
@@ -207,12 +229,13 @@ class ChildActivations(Activations):
         return self._parents.predictions(rows)
 
 
-def block_contexts(parent: Parent, tokens: int, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
-    """By layer, the keyword arguments of `PuzzleBlock.attend` for windows of `tokens` without padding or cache."""
+def block_contexts(
+    parent: Parent, positions_BT: torch.Tensor, dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Any]]:
+    """By layer, the keyword arguments of `PuzzleBlock.attend` for windows without padding or cache."""
     model = parent.outside(dtype, device).model
-    positions = torch.arange(tokens, device=device).unsqueeze(0)
-    embedded = torch.empty(1, tokens, parent.shape.hidden, dtype=dtype, device=device)
-    contexts = model.contexts(embedded, positions)
+    like_BT1 = torch.empty(1, dtype=dtype, device=device).expand(*positions_BT.shape, 1)
+    contexts = model.contexts(like_BT1, positions_BT.to(device))
     return [contexts[kind] for kind in attention_kinds(model.parent_config)]
 
 

@@ -26,8 +26,9 @@ GROUP_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 class Batch(NamedTuple):
     """Tokens of a forward pass; all are (B, T).
 
-    Positions count from 0 and every token sees those before it, unless positions and segments are given. Then a token
-    sees those before it in segment 0 and in its own segment; segment -1 is padding.
+    Positions count from 0 and every token sees those before it, unless positions are given: where they do not go on,
+    another document begins, whose tokens see none before it. With segments, a token sees those before it in segment 0
+    and in its own segment; segment -1 is padding.
     """
 
     ids: torch.Tensor

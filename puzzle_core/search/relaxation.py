@@ -27,8 +27,10 @@ SETTINGS: dict[str, bool | int | float | str] = {
     "mip_heuristic_run_feasibility_jump": False,
     "mip_allow_restart": False,
 }
-"""HiGHS ignores improvements below its tolerances, also in presolve, so all are well below its defaults. Feasibility
-jump and restarts of the tree took a third of the time of these solves, and more of small ones."""
+"""HiGHS ignores improvements below its tolerances, also in presolve, so all are well below its defaults.
+
+Without feasibility jump and restarts of the tree, most of these solves take less time, small ones a third.
+"""
 
 INFEASIBLE = (highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible)
 

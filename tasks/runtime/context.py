@@ -14,7 +14,7 @@ import torch
 
 from puzzle_core.architecture import Variant
 from puzzle_core.compute_slots import ComputeSlot
-from puzzle_core.data import read_windows
+from puzzle_core.data import read_positions, read_windows
 from puzzle_core.device import available_cores, default_device
 from puzzle_core.distill.launch import Launch
 from puzzle_core.distill.training_checkpoint import Checkpoints
@@ -136,9 +136,11 @@ class RunContext(Record):
         Raises:
             ParentError: the parent is another one.
         """
-        parent, windows = self.parent_of(digest), read_windows(self.store().fetch(tokens))
+        parent, windows = self.parent_of(digest), self.store().fetch(tokens)
         directory = self.activations_directory(digest, tokens, dtype)
-        of_parent = Activations(directory, parent, windows, torch_dtype(dtype), default_device())
+        of_parent = Activations(
+            directory, parent, read_windows(windows), torch_dtype(dtype), default_device(), read_positions(windows)
+        )
         if base is None:
             return of_parent
         library = base.library

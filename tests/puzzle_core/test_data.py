@@ -9,6 +9,7 @@ from random import Random
 import pandas
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from puzzle_core import data, text_sources
 from puzzle_core.chats import as_text, as_texts
@@ -127,6 +128,18 @@ def packed_before(documents, place):
     order = list(range(len(documents)))
     Random(WORK.seed).shuffle(order)
     return {documents[number].text for number in order[: place.document]}
+
+
+def test_documents_are_numbered_beside_the_tokens_where_the_work_asks(tokenizer, tmp_path):
+    data.pack_split(WORK, DOCUMENTS, tokenizer, tmp_path)
+    assert data.read_positions(tmp_path) is None
+    place = Place(*data.pack_split(WORK.before, DOCUMENTS, tokenizer, tmp_path).end)
+    data.pack_split(WORK.model_copy(update={"documents": True}), DOCUMENTS, tokenizer, tmp_path, place)
+    documents = load_file(tmp_path / "tokens.safetensors")["documents"].flatten()
+    starts = data.read_windows(tmp_path).flatten() == tokenizer.bos_token_id
+    assert documents[0] == place.document + int(starts[0])
+    assert torch.equal(documents.diff() == 1, starts[1:])
+    assert data.read_positions(tmp_path)[0].tolist() == [0, 1, 2, 3] * 2
 
 
 def test_a_split_knows_the_ones_before_it_and_their_lengths():

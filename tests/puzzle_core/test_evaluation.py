@@ -45,7 +45,7 @@ def test_the_parent_runs_once_and_leaves_its_last_states_alone(states, monkeypat
         assert evaluation.evaluate(WORK, states, evaluated).tokens == states.ids_NT.numel()
 
 
-@pytest.mark.parametrize("name", ["llama", "tied", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "tied", "qwen3", "mistral-window", "gemma2"])
 def test_numbers_are_bitwise_those_of_whole_models(name, parent_of, assemble, ids_NT, tmp_path):
     activations = Activations(tmp_path / "states", parent_of(name), ids_NT, torch.float32, CPU)
     evaluation.capture_parent(activations)

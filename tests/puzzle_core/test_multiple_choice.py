@@ -68,7 +68,7 @@ def test_a_parent_has_the_answers_of_plain_loops(parent, tokenizer, checkpoint_o
     assert result.standard_error == pytest.approx(math.sqrt(share * (1 - share) / (len(ITEMS) - 1)))
 
 
-@pytest.mark.parametrize("name", ["llama", "smollm3", "rope-yarn", "qwen3", "tied"])
+@pytest.mark.parametrize("name", ["llama", "smollm3", "rope-yarn", "qwen3", "tied", "mistral-window", "gemma2"])
 def test_likelihoods_are_those_of_one_choice_at_a_time(name, parent_of, checkpoint_of):
     """A choice that saw its neighbour, or stood at another position, would have another likelihood."""
     parent = parent_of(name)

@@ -41,6 +41,7 @@ def keys(plan):
 
 
 LENGTHS = ("bld", "gkd", "scoring", "evaluation")
+LATER = ("tokens", "importance", "bld", "scores", "search", "gkd", "evaluation")
 CHANGES = {
     "nothing": ({}, set()),
     "where it runs": ({"runtime": {"workers": 7, "store": "elsewhere", "task_runner": "dask"}}, set()),
@@ -63,6 +64,7 @@ CHANGES = {
     "length of scoring": ({"scoring": {"sequence_length": 32}}, {"tokens", "scores", "search", "evaluation"}),
     "length of gkd": ({"gkd": {"sequence_length": 32}}, {"tokens", "gkd"}),
     "length of evaluation": ({"evaluation": {"sequence_length": 32}}, {"tokens", "evaluation"}),
+    "documents": ({"data": {"sequence_length": 16, "document_mask": True}}, set(LATER)),
     "a second gkd": ({"gkd": {"long": {"sequence_length": 64, "tokens": 128}}}, {"tokens", "gkd"}),
 }
 

@@ -26,19 +26,19 @@ def interleaved(rows, head_dim):
 
 @pytest.fixture
 def write_gguf(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """Write a pico parent as a GGUF file of an architecture.
+    """Write a pico parent, by name or by directory, as a GGUF file of an architecture.
 
     `kind` is the type of matrices; `changes` replaces metadata, and removes those that are none; `tensors` likewise.
     """
 
     def write(
-        name: str,
+        name: str | Path,
         architecture: str,
         kind: Kind = Kind.F32,
         changes: dict[str, Any] | None = None,
         tensors: dict[str, Any] | None = None,
     ) -> Path:
-        source = Source(checkpoint_of(name))
+        source = Source(checkpoint_of(name) if isinstance(name, str) else name)
         shape, config = source.shape, source.config
         values = {
             "block_count": shape.layers,
@@ -50,7 +50,7 @@ def write_gguf(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Callable
             "attention.key_length": shape.head_dim,
             "attention.value_length": shape.head_dim,
             "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-            "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+            "rope.freq_base": float(config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"]),
         }
         metadata = {f"{architecture}.{key}": value for key, value in values.items()}
         metadata |= {f"tokenizer.ggml.{key}": value for key, value in TOKENS.items()} | (changes or {})
@@ -65,6 +65,8 @@ def write_gguf(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Callable
             array = source.checkpoint.tensor(hf_name).float().numpy()
             if known and known.interleaved and hf_name.split(".")[-2] in ("q_proj", "k_proj"):
                 array = interleaved(array, shape.head_dim)
+            if known and known.one_in_norms and hf_name.endswith("norm.weight"):
+                array = array + 1
             stored[gguf_name(hf_name, FAMILIES[shape.family])] = array
         for tensor, array in (stored | (tensors or {})).items():
             if array is None:

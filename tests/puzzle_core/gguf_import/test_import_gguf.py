@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from transformers import AutoModelForCausalLM
 
 from puzzle_core.errors import ParentError
 from puzzle_core.export.gguf_file import export_gguf
@@ -12,6 +13,7 @@ from puzzle_core.export.source import Source
 from puzzle_core.gguf_import.import_gguf import import_gguf
 from puzzle_core.model.parent import Parent
 from puzzle_core.spec import ParentSpec
+from tests.pico import Pico, write_pico
 
 EXPORTED = ["llama", "mistral", "tied", "attention-bias", "mlp-bias", "wide-heads", "rope-llama3", "rope-linear"]
 CONVERTED = [("llama", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3"), ("mistral", "mistral"), ("tied", "llama")]
@@ -53,6 +55,23 @@ def test_a_converted_file_of_every_architecture(name, architecture, parent_of, w
     assert_same_parent(opened(tmp_path / "parent"), parent_of(name))
 
 
+def test_gemma_3_comes_with_its_windows_norms_and_two_rotations(write_gguf, ids_NT, tmp_path):
+    """Norms are stored with one added, which float32 does not undo to the last bit."""
+    rope = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    config = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6, "rope_parameters": rope}
+    original = write_pico(tmp_path / "original", Pico("gemma3_text", config | {"num_hidden_layers": 6}))
+    file = write_gguf(original, "gemma3", changes={"gemma3.attention.sliding_window": 6})
+    import_gguf(file, tmp_path / "parent")
+    logits = [
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(input_ids=ids_NT.long()).logits
+        for directory in (original, tmp_path / "parent")
+    ]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    imported = opened(tmp_path / "parent")
+    assert imported.config.layer_types == ["sliding_attention"] * 5 + ["full_attention"]
+    assert imported.shape == opened(original).shape
+
+
 def test_rows_of_queries_are_in_halves_of_each_head(write_gguf, tmp_path):
     weights = np.arange(32 * 32, dtype=np.float32).reshape(32, 32)
     import_gguf(write_gguf("llama", "llama", tensors={"blk.0.attn_q.weight": weights}), tmp_path / "parent")
@@ -74,7 +93,7 @@ def test_types_are_kept_or_dequantised(kind, write_gguf, parent_of, tmp_path):
 
 
 WRONG = {
-    "another architecture": ("phi3", {}, {}, "architecture 'phi3', which cannot be imported; known: deci, llama"),
+    "another architecture": ("phi3", {}, {}, "architecture 'phi3', which cannot be imported; known: deci, gemma3, ll"),
     "missing key": ("llama", {"llama.block_count": None}, {}, "lacks the metadata llama.block_count"),
     "wrong kind": ("llama", {"llama.block_count": "five"}, {}, "block_count is 'five', where a whole number"),
     "unknown key": ("llama", {"llama.expert_count": 8}, {}, "no place for here: llama.expert_count = 8"),

@@ -66,7 +66,7 @@ def test_what_another_version_has_seen_is_looked_at_again(context_of, tmp_path, 
     context, own = context_of(), software()
     seen = digest_of_parent(context), digest_of_texts(context, text)
     monkeypatch.setattr(text_sources, "read_documents", lambda _: [text_sources.Document("a", "read in another way")])
-    monkeypatch.setattr(Parent, "digest", "of another config")
+    monkeypatch.setitem(vars(context.open_parent()), "digest", "of another config")
     assert (digest_of_parent(context), digest_of_texts(context, text)) == seen
     other = own.model_copy(update={"code": "other", "versions": own.versions | {"transformers": "other"}})
     monkeypatch.setattr(digest_cache, "software", lambda: other)
