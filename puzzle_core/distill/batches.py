@@ -145,10 +145,10 @@ class Batches:
         return [partial(get, part) for part in range(len(parts))]
 
     def _parts(self, item: dict[str, States], place: int, position: int) -> list[Batch]:
-        states, rows = [item[name][place] for name in self._names], self.schedule.rows(position)
-        parts = zip(*(torch.split(states_BTD, self._part_windows) for states_BTD in states), strict=True)
-        windows = micro_batches(rows, self._part_windows)
-        return [Batch(*part, len(own) / len(rows), own) for part, own in zip(parts, windows, strict=True)]
+        rows = self.schedule.rows(position)
+        entering, target = (torch.split(item[name][place], self._part_windows) for name in self._names)
+        parts = zip(entering, target, micro_batches(rows, self._part_windows), strict=True)
+        return [Batch(entering_BTD, target_BTD, len(own) / len(rows), own) for entering_BTD, target_BTD, own in parts]
 
 
 def _stored(activations: Activations, schedule: Schedule) -> SharedSequence[States]:
