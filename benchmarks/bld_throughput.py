@@ -8,6 +8,9 @@ block itself written out in torch, without transformers' modules. All have the s
 and batches, so they must end at the same weights: the largest difference is printed. The ratio is tokens per second
 against the plain loop in the same round (issue: at least 0.95).
 
+`--together` trains the variants one after the other and then side by side, as the tasks of a layer do, and prints what
+each way reads of the captured states.
+
 Legend: B windows of a batch, T tokens, D hidden width, H heads, d head width.
 """
 
@@ -16,7 +19,9 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -26,6 +31,7 @@ from torch.nn import functional as F
 from benchmarks.parents import EXAMPLE, capture, open_parent
 from benchmarks.rounds import ratio, take_turns
 from puzzle_core.architecture import Variant
+from puzzle_core.compute_slots import ComputeSlot
 from puzzle_core.data import batch_rows
 from puzzle_core.distill import bld
 from puzzle_core.distill.training_checkpoint import Checkpoints
@@ -156,6 +162,46 @@ def compare(activations: Activations, layer: int, variant: Variant, spec: BldSpe
     )
 
 
+def compare_together(
+    activations: Activations, layer: int, variants: list[Variant], spec: BldSpec, place: Path
+) -> Table:
+    """The variants of a layer one after the other, and side by side, two at a time."""
+    contributions = place / "contributions"
+    contributions.mkdir(exist_ok=True)
+    random = {f"layer.{layer}": torch.rand(activations.parent.shape.ffn_width)}
+    save_file(random, contributions / "contributions.safetensors")
+    read, states = {"bytes": 0, "cpu_s": 0.0}, activations.states
+
+    def watched(name: str, rows: Sequence[int]) -> torch.Tensor:
+        start = time.thread_time()
+        found = states(name, rows)
+        read["cpu_s"] += time.thread_time() - start
+        read["bytes"] += found.numel() * found.element_size()
+        return found
+
+    def train(variant: Variant) -> None:
+        torch.set_num_threads(1)
+        out = place / str(variant)
+        out.mkdir(exist_ok=True)
+        work = BldWork(parent="", layer=layer, variant=variant, tokens="", contributions="", seed=SEED, spec=spec)
+        bld.train_variant(work, activations, contributions, out, slot=ComputeSlot("cpu", most=2))
+
+    activations.states = watched  # type: ignore[method-assign]
+    rows = []
+    for name, threads in (("one after the other", 1), ("side by side", len(variants))):
+        read |= {"bytes": 0, "cpu_s": 0.0}
+        start = time.process_time()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(train, variants))
+        cpu_s = time.process_time() - start
+        rows.append((name, f"{read['bytes'] / 2**20:,.0f}", f"{read['cpu_s']:.2f}", f"{cpu_s:.1f}"))
+    return Table(
+        title=f"BLD of {len(variants)} variants of layer {layer}: {activations.ids_NT.numel():,} tokens each",
+        columns=("", "MiB read", "CPU s of reading", "CPU s in all"),
+        rows=tuple(rows),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parent", type=Path, help="Hugging Face directory (default the example parent)")
@@ -167,6 +213,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of one training (default as the spec says)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--together", action="store_true", help="the variants side by side")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     spec = load_spec(options.spec).bld.model_copy(update={"epochs": 1})
@@ -174,7 +221,12 @@ def main() -> None:
         parent = open_parent(options.parent, Path(place))
         whole_batches = (options.tokens or spec.tokens) // spec.batch_tokens * spec.batch_tokens
         activations = capture(parent, whole_batches, options.layer, Path(place) / "states")
-        for variant in map(Variant.parse, options.variants):
+        variants = [Variant.parse(variant) for variant in options.variants]
+        if options.together:
+            table = compare_together(activations, options.layer, variants, spec, Path(place))
+            sys.stdout.write(f"{format_text(table)}\n")
+            return
+        for variant in variants:
             table = compare(activations, options.layer, variant, spec, options.rounds, Path(place))
             sys.stdout.write(f"{format_text(table)}\n\n")
             sys.stdout.flush()

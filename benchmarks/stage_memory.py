@@ -36,7 +36,8 @@ from puzzle_core.spec import BldSpec, GkdSpec, ParentSpec
 from puzzle_core.work import AssembleWork, BldWork, EvaluateWork, GkdWork, ImportanceWork, ScoreWork
 
 COLUMNS = ("stage", "s", "at start, MiB", "peak, MiB", "anonymous, MiB")
-STEPS = 3
+STEPS = 2
+"""Of a training: all of its memory is taken in the second step, which has the optimizer's moments."""
 LAYER = 1
 
 
@@ -165,6 +166,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=6_144)
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="in this order; default all")
     chosen = parser.parse_args(arguments)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -172,7 +174,7 @@ def main(arguments: list[str]) -> int:
         if directory.is_file():
             import_gguf(directory, place / "parent")
             directory = place / "parent"
-        for name in STAGES:
+        for name in chosen.stages:
             sys.stderr.write(f"{name} ...\n")
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 rows.append(pool.apply(measure, (name, directory, place, chosen.tokens, chosen.length, chosen.threads)))

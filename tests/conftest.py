@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
@@ -112,6 +113,20 @@ def ticking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a pico parent by name; shared, so never changed."""
     return functools.cache(lambda name: write_pico(tmp_path_factory.mktemp(name), PICOS[name]))
+
+
+@pytest.fixture(scope="session")
+def reference_logits(checkpoint_of: Callable[[str], Path], ids_NT: torch.Tensor) -> Callable[[str], torch.Tensor]:
+    """Logits (N, T, V) of `ids_NT` by a pico parent's name, from transformers' own model."""
+
+    @functools.cache
+    def run(name: str) -> torch.Tensor:
+        with torch.no_grad():
+            model = AutoModelForCausalLM.from_pretrained(checkpoint_of(name), dtype=torch.float32)
+            logits: torch.Tensor = model(input_ids=ids_NT.long()).logits
+        return logits
+
+    return run
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from puzzle_core.model.child import load_child, load_parent, write_description
 from puzzle_core.model.child_config import read_child_config
 from puzzle_core.model.parent import Parent, torch_dtype
 from puzzle_core.model.predictions import Chunk, from_states, per_token
-from puzzle_core.model.recompute import recompute_blocks
+from puzzle_core.model.recompute import computed_again, recompute_blocks
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.sizes import watched_windows
 from puzzle_core.spec import GkdSpec
@@ -158,7 +158,8 @@ def loss_terms(
     terms: dict[str, torch.Tensor] = {}
     if spec.cosine_weight:
         pairs = zip(target.hidden_states, output.hidden_states, strict=True)
-        terms["cosine"] = spec.cosine_weight * torch.stack([cosine_distance(p, c) for p, c in pairs]).sum()
+        distances = [computed_again(cosine_distance, p, c) for p, c in pairs]
+        terms["cosine"] = spec.cosine_weight * torch.stack(distances).sum()
     if spec.kl_weight or spec.lm_weight:
         predicted = from_states(parent_model, parent_model.model.normalise(target.hidden_states[-1]))
         normalised_BTD = child.model.normalise(output.hidden_states[-1])

@@ -20,7 +20,7 @@ _TRAINING_AND_BOOKKEEPING = """
 _GENERATION = """
     do_sample temperature top_k top_p typical_p min_p max_length min_length max_new_tokens num_beams num_beam_groups
     num_return_sequences length_penalty repetition_penalty diversity_penalty no_repeat_ngram_size early_stopping
-    output_attentions output_hidden_states output_scores return_dict_in_generate
+    output_attentions output_hidden_states output_scores return_dict_in_generate cache_implementation
 """  # older versions of transformers wrote them into config.json
 COMMON_KEYS = frozenset(f"{_READ_BY_EVERY_ROW} {_TRAINING_AND_BOOKKEEPING} {_GENERATION}".split())
 HARMLESS_PREFIXES = ("_", "unsloth")

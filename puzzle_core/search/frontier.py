@@ -22,7 +22,7 @@ from puzzle_core.search.infeasible import explain_infeasible
 from puzzle_core.search.mip import solve
 from puzzle_core.search.problem import Limit, Problem, Solution, describe
 
-NODES = 2_000
+NODES = 10_000
 """Nodes of branch and bound of all points together."""
 
 

@@ -2,18 +2,20 @@
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from flows.build_library import build_library, score_variants, train_variants
+from flows.build_library import build_library, score_variants, scores_at_a_time, train_variants
 from flows.search_architecture import search_architecture
-from flows.submit import ensure_tokens, plan_run
+from flows.submit import ensure, ensure_tokens, plan_run, side_by_side
 from puzzle_core.distill import bld
 from puzzle_core.errors import PuzzleError
 from puzzle_core.model.activations import Activations
+from puzzle_core.model.parent import Parent
 from puzzle_core.model.surgery import WEIGHTS
 from puzzle_core.resources import resources
 from puzzle_core.spec import ParentSpec
@@ -26,7 +28,6 @@ from tests.workflow import SCORED, TRAINED, Recorded, artifacts, changed, of_sta
 
 def train(spec):
     """The part of the library flow that trains, with the tokens it needs."""
-    from flows.submit import ensure, ensure_tokens, side_by_side
     from tasks.stage_tasks import measure_importance
 
     plan, context = plan_of(spec)
@@ -168,18 +169,23 @@ def test_a_learning_rate_that_is_too_high_fails_the_run_by_layer_and_variant(spe
     assert not of_stage(artifacts(spec.runtime.store), "score")
 
 
-def test_results_do_not_depend_on_the_number_of_workers(finished, again, prefect_server):
-    results = []
+def test_results_do_not_depend_on_the_workers_nor_on_what_a_process_keeps(finished, again, prefect_server, monkeypatch):
+    """The second time, scores go through the layers side by side, as in a parent that does not fit into memory."""
+    results, loads, load_block = [], Counter(), Parent.load_block
     for workers in (1, 2):
+        if workers == 2:
+            monkeypatch.setattr(Parent, "fits_cache", lambda *_: False)
+            monkeypatch.setattr("flows.build_library.LAYER_CACHE_BYTES", 0)
+            monkeypatch.setattr(
+                Parent, "load_block", lambda self, layer, *of: loads.update([layer]) or load_block(self, layer, *of)
+            )
         spec = again(runtime={"workers": workers})
         for key in artifacts(spec.runtime.store):
             if key.startswith(("bld/", "score/")):
                 shutil.rmtree(Path(spec.runtime.store) / key)
         plan, context = plan_of(spec)
-        from flows.submit import side_by_side
-
         side_by_side(train_variants, context)(plan, context)
-        side_by_side(score_variants, context)(plan, context)
+        side_by_side(score_variants, context, scores_at_a_time(plan, context))(plan, context)
         store = context.store()
         trained = {
             (work.layer, str(work.variant), name): tensor
@@ -187,6 +193,7 @@ def test_results_do_not_depend_on_the_number_of_workers(finished, again, prefect
             for name, tensor in load_file(store.fetch(work.key) / WEIGHTS).items()
         }
         results.append((trained, [ScoreRecord.model_validate(store.manifest(w.key).record) for w in plan.all_scores()]))
+    assert loads[4] > 1  # from the cache it is loaded once
     (one, scores_of_one), (two, scores_of_two) = results
     assert one.keys() == two.keys()
     assert len(one) > TRAINED

@@ -9,16 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from puzzle_core import scoring
-from puzzle_core.architecture import BlockVariant
+from puzzle_core.architecture import Architecture, BlockVariant, Variant
 from puzzle_core.compute_slots import ComputeSlot
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model import activations as activations_module
-from puzzle_core.model.activations import Activations
+from puzzle_core.model.activations import Activations, ChildActivations
 from puzzle_core.model.child import load_child
 from puzzle_core.model.parent import Parent
 from puzzle_core.spec import ParentSpec
 from puzzle_core.work import ScoreWork
-from tests.conftest import CPU, trained_variants
+from tests.conftest import CPU, MIXED, trained_variants
 from tests.reference.quality import comparison, with_attention, with_ffn
 
 LAST = 4
@@ -199,6 +199,44 @@ def test_scores_side_by_side_load_each_layer_once_for_all_of_them(
     assert {layer: loads[layer] for layer in (3, LAST)} == {3: 3 * chunks, LAST: 3 * chunks}
     assert loads[2] == 3 * chunks
     assert loads[1] <= 3  # groups with a block that keeps a subblock of the parent
+
+
+def test_scores_in_a_child_share_its_layers_too(beyond_memory, weights_of, tmp_path, monkeypatch):
+    architecture = Architecture.parse(MIXED)
+
+    def library(layer):
+        return {Variant.parse(v): weights for v, weights in weights_of(layer, MIXED[layer]).items() if weights}
+
+    def captured():
+        child = ChildActivations(tmp_path / "child", beyond_memory, architecture, library)
+        child.capture_embedding()
+        for layer in range(LAST + 1):
+            child.capture_layer(layer)
+        return child
+
+    works = [
+        ScoreWork(
+            parent="p",
+            layer=layer,
+            block=BlockVariant.parse(block),
+            attention=None,
+            ffn=None,
+            tokens="t",
+            dtype="float32",
+        )
+        for layer, block in ((1, "attn:kv1+ffn:i48"), (1, "attn:kv4+ffn:no_op"), (3, "attn:no_op+ffn:linear"))
+    ]
+
+    def run(work):
+        slot = ComputeSlot("cpu", most=2)
+        return scoring.score_block(work, captured(), weights_of(work.layer, str(work.block)), slot)
+
+    captured()
+    with ThreadPoolExecutor(3) as pool:
+        shared = list(pool.map(run, works))
+    monkeypatch.setattr(Parent, "fits_cache", lambda *_: True)
+    assert shared == [run(work) for work in works]
+    assert len({score.kl_nats_per_token for score in shared}) == 3
 
 
 def test_one_after_the_other_loads_each_layer_for_each_score(score, beyond_memory, loads):

@@ -21,20 +21,14 @@ def transformers_logits(directory, ids_NT, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", PICOS)
-def test_whole_parent_has_the_logits_of_transformers_bitwise(name, parent_of, checkpoint_of, ids_NT):
-    model = load_parent(parent_of(name), torch.float32, CPU)
-    assert torch.equal(model(input_ids=ids_NT.long()).logits, transformers_logits(checkpoint_of(name), ids_NT))
-
-
-@pytest.mark.parametrize("name", PICOS)
 def test_layer_by_layer_the_parent_has_the_logits_of_transformers_bitwise(
-    name, activations_of, parent_of, checkpoint_of, ids_NT
+    name, activations_of, parent_of, reference_logits
 ):
     outside, final = (
         parent_of(name).outside(torch.float32, CPU),
         activations_of(name).layer_input(SIZES["num_hidden_layers"]),
     )
-    assert torch.equal(outside.head(outside.model.normalise(final)), transformers_logits(checkpoint_of(name), ids_NT))
+    assert torch.equal(outside.head(outside.model.normalise(final)), reference_logits(name))
 
 
 def test_layers_in_another_order_give_other_logits(parent, checkpoint_of, ids_NT):

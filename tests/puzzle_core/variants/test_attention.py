@@ -54,7 +54,7 @@ def test_pooling_keeps_the_type():
 @pytest.mark.parametrize("name", [*ATTENTIONS, "phi3", "granite", "ministral3"])
 def test_linear_attention_is_attention_where_every_token_sees_itself_alone(name, linear_block, activations_of):
     activations = activations_of(name)
-    tokens, context = activations.layer_input(1).flatten(0, 1).unsqueeze(1), activations.contexts()[1]
+    tokens, context = activations.layer_input(1).flatten(0, 1).unsqueeze(1), dict(activations.contexts()[1])
     context["position_embeddings"] = tuple(part[:, :1] for part in context["position_embeddings"])
     context |= {"position_ids": context["position_ids"][:, :1], "attention_mask": None}
     alone = activations.parent.block(1, torch.float32, CPU).attend(tokens, **context)
