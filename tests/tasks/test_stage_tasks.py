@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from puzzle_core import data
 from puzzle_core.architecture import Architecture
@@ -16,7 +17,7 @@ from puzzle_core.errors import DataError, LostProcessError, MeasurementError, No
 from puzzle_core.search import highs
 from puzzle_core.sizes import outside_parameters
 from puzzle_core.spec import TargetSpec
-from puzzle_core.work import ScoreRecord
+from puzzle_core.work import ScoreRecord, TokensRecord
 from tasks import stage_tasks
 from tasks.task_policies import can_pass
 from tests import toy_engine
@@ -44,6 +45,23 @@ def pack(spec_of, monkeypatch):
         return task(work=plan.tokens("calibration"), texts=spec.data.train, context=context, return_state=True), left
 
     return packing
+
+
+def test_a_split_goes_on_from_the_stored_end_of_the_one_before_it(spec_of, monkeypatch):
+    spec, places, run = spec_of(data={"document_mask": True}), [], data.pack_split
+    plan, context = plan_of(spec)
+    monkeypatch.setattr(data, "pack_split", lambda *arguments: places.append(arguments[-1]) or run(*arguments))
+    packed = []
+    for split in ("gkd", "bld", "gkd"):  # the first time the store lacks BLD's split
+        key = stage_tasks.pack_tokens.fn(plan.tokens(split), spec.data.train, context)
+        packed.append(load_file(context.store().fetch(key) / "tokens.safetensors"))
+        if len(packed) == 1:
+            context.store().delete(key)
+    end = context.store().record(TokensRecord, plan.tokens("bld").key).end
+    assert places == [None, None, data.Place(*end)]
+    assert all(torch.equal(packed[0][name], packed[2][name]) for name in ("tokens", "documents"))
+    states = context.activations(plan.inputs.parent, key, "float32")
+    assert torch.equal(states.positions_NT, data.positions_in(packed[2]["documents"]))
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("lost"), TimeoutError(), MeasurementError("too noisy")])

@@ -8,9 +8,10 @@ from puzzle_core.model.parent import Parent
 from puzzle_core.spec import ParentSpec
 from puzzle_core.text_sources import Texts
 from tasks.runtime import digest_cache
-from tasks.runtime.digest_cache import parent_digest, texts_digest
+from tasks.runtime.digest_cache import named_chat, parent_digest, texts_digest
 from tasks.runtime.software import software
 from tests.pico import edit_tensors
+from tests.workflow import plan_of
 
 
 def digest_of_parent(context):
@@ -72,3 +73,13 @@ def test_what_another_version_has_seen_is_looked_at_again(context_of, tmp_path, 
     monkeypatch.setattr(digest_cache, "software", lambda: other)
     assert digest_of_parent(context) == "of another config"
     assert digest_of_texts(context, text) != seen[1]
+
+
+def test_chats_are_refused_before_any_work_where_the_tokenizer_has_no_template(spec_of, context_of, tmp_path):
+    chats, plain = tmp_path / "chats.jsonl", tmp_path / "plain.jsonl"
+    plain.write_text('{"text": "one"}\n')
+    chats.write_text('{"text": "one"}\n{"messages": [{"role": "user", "content": "two"}]}\n')
+    found = [named_chat(Texts(sources=(str(file),)), context_of().scratch) for file in (plain, chats)]
+    assert found == ["", f"{chats}#1"]
+    with pytest.raises(DataError, match=r"chats\.jsonl#1 is a chat \('messages'\), and the parent's tokenizer has no"):
+        plan_of(spec_of(data={"held_out_texts": [str(chats)]}))
