@@ -207,12 +207,8 @@ def test_scores_in_a_child_share_its_layers_too(beyond_memory, weights_of, tmp_p
     def library(layer):
         return {Variant.parse(v): weights for v, weights in weights_of(layer, MIXED[layer]).items() if weights}
 
-    def captured():
-        child = ChildActivations(tmp_path / "child", beyond_memory, architecture, library)
-        child.capture_embedding()
-        for layer in range(LAST + 1):
-            child.capture_layer(layer)
-        return child
+    def opened():
+        return ChildActivations(tmp_path / "child", beyond_memory, architecture, library)
 
     works = [
         ScoreWork(
@@ -229,9 +225,12 @@ def test_scores_in_a_child_share_its_layers_too(beyond_memory, weights_of, tmp_p
 
     def run(work):
         slot = ComputeSlot("cpu", most=2)
-        return scoring.score_block(work, captured(), weights_of(work.layer, str(work.block)), slot)
+        return scoring.score_block(work, opened(), weights_of(work.layer, str(work.block)), slot)
 
-    captured()
+    child = opened()
+    child.capture_embedding()
+    for layer in range(LAST + 1):
+        child.capture_layer(layer)
     with ThreadPoolExecutor(3) as pool:
         shared = list(pool.map(run, works))
     monkeypatch.setattr(Parent, "fits_cache", lambda *_: True)

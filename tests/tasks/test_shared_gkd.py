@@ -11,6 +11,7 @@ import pytest
 
 from flows.services.prefect_server import free_port
 from puzzle_core.work import GkdRecord
+from tasks import stage_progress
 from tasks.stage_tasks import distil_child
 from tasks.tracking.tracking import tracked
 from tests.workflow import artifacts, changed, of_stage, plan_of
@@ -18,7 +19,8 @@ from tests.workflow import artifacts, changed, of_stage, plan_of
 ROOT = Path(__file__).parents[2]
 
 
-def test_two_machines_make_the_artifact_that_one_process_makes(finished, again, prefect_server, caplog):
+def test_two_machines_make_the_artifact_that_one_process_makes(finished, again, prefect_server, caplog, monkeypatch):
+    monkeypatch.setattr(stage_progress, "LEAST_SECONDS", 0)
     meeting = {"gkd_machines": 2, "gkd_rendezvous": f"localhost:{free_port()}"}
     spec = again(runtime=meeting)
     plan, context = plan_of(spec)
@@ -51,7 +53,7 @@ def test_two_machines_make_the_artifact_that_one_process_makes(finished, again, 
     for one, other in zip(alone.curve, shared.curve, strict=True):
         assert other == pytest.approx(one, rel=1e-5)
     assert not list((Path(spec.runtime.scratch) / "checkpoints").rglob("*.json"))
-    assert any("GKD: step 2 of 2" in record.message for record in caplog.records)
+    assert any("gkd: 2 of 2, 100" in record.message for record in caplog.records)
 
 
 def _asked(caplog):
