@@ -85,7 +85,7 @@ def compare(spec_file: Path, overrides: tuple[str, ...]) -> str:
 
     spec = load_spec(spec_file, overrides)
     context = RunContext.of(spec)
-    plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target, spec.evaluation))
+    plan = Plan(spec, open_inputs.fn(context, spec))
     found = found_of(plan, context.store())
     expected = resources(plan, found.architecture)
     rows = [(name, f"{expected._asdict()[name]:,}", f"{count:,}") for name, count in found.counts.items()]

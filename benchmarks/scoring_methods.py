@@ -58,7 +58,7 @@ def timed(act: Callable[[], T]) -> tuple[T, float]:
 def opened(spec: RunSpec) -> tuple[Plan, RunContext]:
     """The plan of a spec, and where its artifacts are."""
     context = RunContext.of(spec)
-    return Plan(spec, open_inputs.fn(context, spec.data, spec.target, spec.evaluation)), context
+    return Plan(spec, open_inputs.fn(context, spec)), context
 
 
 def captured(plan: Plan, context: RunContext, place: Path) -> Activations:

@@ -67,7 +67,7 @@ def refine_planned_search(plan: Plan, context: RunContext) -> None:
             with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
                 side_by_side(score_variants, context, scores_at_a_time(plan, context))(plan, context, base)
             search = plan.search(base, first.batch_sizes)
-            ensure(stage_tasks.search_architecture, search, context, target=spec.target)
+            ensure(stage_tasks.choose_architecture, search, context, target=spec.target)
             measured = _measured(number, _search_record(context, search.key), plan, context, best.measured_kl)
             candidates += measured
             best_of_round = min(measured, key=_kl)

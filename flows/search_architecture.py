@@ -64,7 +64,7 @@ def search_planned_architecture(plan: Plan, context: RunContext) -> None:
                 f"{missing[0].layer} {missing[0].block}: run `puzzle build-library` with this spec first"
             )
         key = ensure(
-            stage_tasks.search_architecture,
+            stage_tasks.choose_architecture,
             plan.search(),
             context,
             target=spec.target,

@@ -43,7 +43,7 @@ def plan_run(spec: RunSpec) -> tuple[Plan, RunContext]:
     """
     context = RunContext.of(spec)
     check_packages(spec, context)
-    plan = Plan(spec, open_inputs(context, spec.data, spec.target, spec.evaluation))
+    plan = Plan(spec, open_inputs(context, spec))
     _log_auto_dtype(spec, plan, context)
     context = context.at_commit(plan.inputs.parent_commit)
     context.drop_finished_checkpoints()

@@ -34,7 +34,7 @@ from puzzle_core.search.run_search import check_feasible, find_architecture
 from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.search.table_files import read_costs
 from puzzle_core.search.tables import CostTable, ScoreTable
-from puzzle_core.spec import BldSource, DataSpec, EvaluationSpec, TargetSpec
+from puzzle_core.spec import BldSource, EvaluationSpec, RunSpec, TargetSpec
 from puzzle_core.target import ComputeDtype
 from puzzle_core.text_sources import Texts, read_texts
 from puzzle_core.work import (
@@ -81,15 +81,15 @@ NO_BENCHMARKS = EvaluationSpec()
 
 
 @stage_task("open inputs", "open inputs", cached=False)
-def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec, evaluation: EvaluationSpec) -> Inputs:
+def open_inputs(context: RunContext, spec: RunSpec) -> Inputs:
     """Open parent, texts and benchmarks, and return their digests, the parent's shape and the hardware.
 
     Raises:
         PuzzleError: the parent, the texts, a benchmark, the target's device, engine or cost table cannot be used.
     """
-    parent = context.open_parent()
-    tokenizer, train, held_out = parent.tokenizer(), texts.train, texts.held_out
-    start = data.document_start(tokenizer, texts.document_start)
+    parent, evaluation = context.open_parent(), spec.evaluation
+    tokenizer, train, held_out = parent.tokenizer(), spec.data.train, spec.data.held_out
+    start = data.document_start(tokenizer, spec.data.document_start)
     for texts_of in (train, held_out):
         if chat := named_chat(texts_of, context.scratch):
             check_template(tokenizer, chat)
@@ -118,7 +118,7 @@ def open_inputs(context: RunContext, texts: DataSpec, target: TargetSpec, evalua
         lm_eval_folder=digest_folder(Path(folder)) if (folder := evaluation.lm_eval.task_folder) else None,
         parent_commit=hub_commit(context.parent, parent),
     )
-    return for_target(inputs, target)
+    return for_target(inputs, spec.target)
 
 
 def for_target(inputs: Inputs, target: TargetSpec) -> Inputs:
@@ -306,7 +306,7 @@ def ask_for_scores(work: SearchWork, target: TargetSpec, context: RunContext, ex
 
 
 @stage_task("search", "search {work.request.scenario.name} on {work.target}")
-def search_architecture(work: SearchWork, target: TargetSpec, context: RunContext, exact: tuple[str, ...] = ()) -> str:
+def choose_architecture(work: SearchWork, target: TargetSpec, context: RunContext, exact: tuple[str, ...] = ()) -> str:
     """Solve the mixed-integer program, and compute the baselines that its solution is compared with.
 
     Args:

@@ -275,7 +275,7 @@ def plan_of(spec: RunSpec) -> tuple[Any, Any]:
     from tasks.stage_tasks import open_inputs
 
     context = RunContext.of(spec)
-    return Plan(spec, open_inputs.fn(context, spec.data, spec.target, spec.evaluation)), context
+    return Plan(spec, open_inputs.fn(context, spec)), context
 
 
 def write_spec(spec: RunSpec | dict[str, Any], file: Path) -> Path:

@@ -23,7 +23,7 @@ def describe_targets(spec: RunSpec, directory: Path) -> str:
         PuzzleError: the specification, the parent or the texts are invalid, or there are no target files.
     """
     context = RunContext.of(spec)
-    plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target, spec.evaluation))
+    plan = Plan(spec, open_inputs.fn(context, spec))
     rows = []
     for search in find_searches(plan, context, directory):
         if search.plan is None:
@@ -56,7 +56,7 @@ def describe_plan(spec: RunSpec) -> str:
     """
     context = RunContext.of(spec)
     check_packages(spec, context)
-    plan = Plan(spec, open_inputs.fn(context, spec.data, spec.target, spec.evaluation))
+    plan = Plan(spec, open_inputs.fn(context, spec))
     shape, needed, store = plan.inputs.shape, resources(plan), context.store()
     for last in ("calibration", plan.gkd_splits[-1], "evaluation"):
         if not store.has(plan.tokens(last).key):

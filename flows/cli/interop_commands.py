@@ -117,7 +117,7 @@ def export_library(
 
     run_spec = load_spec(spec, overrides)
     context = RunContext.of(run_spec)
-    inputs = open_inputs.fn(context, run_spec.data, run_spec.target, run_spec.evaluation)
+    inputs = open_inputs.fn(context, run_spec)
     plan, store = Plan(run_spec, inputs), context.store()
     stored_keys = store.keys("bld") | store.keys("score")
     manifests = store.manifests(key for key in library_keys(plan) if key in stored_keys)

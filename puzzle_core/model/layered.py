@@ -94,12 +94,10 @@ class LayeredModel:
         contexts: dict[str, dict[str, Any]] = model.contexts(like_BTD, positions.to(self.device))
         if batch.segments is not None:
             config, visible = model.parent_config, _visible(batch.segments)
-            distance_BTT = positions[:, :, None] - positions[:, None, :]
+            distance_B1TT = (positions[:, :, None] - positions[:, None, :])[:, None]
             for kind, context in contexts.items():
-                sliding = kind == "sliding_attention"
-                mask = (visible & (distance_BTT < config.sliding_window)[:, None] if sliding else visible).to(
-                    self.device
-                )
+                near = distance_B1TT < config.sliding_window if kind == "sliding_attention" else True
+                mask = (visible & near).to(self.device)
                 if config._attn_implementation == "eager":  # it adds its mask to the logits
                     mask = torch.zeros_like(mask, dtype=weight.dtype).masked_fill_(~mask, torch.finfo(weight.dtype).min)
                 context["attention_mask"] = mask

@@ -181,7 +181,7 @@ def searched(spec_of):
                 store.publish(work, record, staged, made_by="a test")
         work = plan.search()
         try:
-            return stage_tasks.search_architecture.fn(work, spec.target, context), work.key, store
+            return stage_tasks.choose_architecture.fn(work, spec.target, context), work.key, store
         except SolveLimitError as error:
             return error, work.key, store
 

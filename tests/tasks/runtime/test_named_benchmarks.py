@@ -6,11 +6,11 @@ import pytest
 
 from puzzle_core.benchmark_items import digest_items, read_items
 from puzzle_core.errors import DataError, SpecError
-from puzzle_core.spec import DataSpec, EvaluationSpec, HarnessSpec, MultipleChoiceSpec, TargetSpec
+from puzzle_core.spec import EvaluationSpec, HarnessSpec, MultipleChoiceSpec
 from puzzle_core.work import EvaluateWork, MultipleChoiceWork
+from tasks.runtime.context import RunContext
 from tasks.runtime.named_inputs import digest_folder, named_task_folder, read_named_benchmarks
 from tasks.stage_tasks import open_inputs
-from tests.workflow import TINY
 
 ITEM = {"query": "a", "choices": ["b", "c"], "label": 0}
 
@@ -41,7 +41,7 @@ def test_a_folder_of_tasks_that_changes_is_refused(tmp_path):
         named_task_folder(work, spec)
 
 
-def test_a_chat_form_is_refused_where_the_tokenizer_has_no_template(context_of):
-    chat = EvaluationSpec(lm_eval_tasks=("own",), lm_eval=HarnessSpec(chat_template=True))
+def test_a_chat_form_is_refused_where_the_tokenizer_has_no_template(spec_of):
+    spec = spec_of(evaluation={"lm_eval_tasks": ["own"], "lm_eval": {"chat_template": True}})
     with pytest.raises(SpecError, match="has no chat template"):
-        open_inputs.fn(context_of(), DataSpec.model_validate(TINY["data"]), TargetSpec(), chat)
+        open_inputs.fn(RunContext.of(spec), spec)
