@@ -19,7 +19,7 @@ import torch
 
 from puzzle_core.architecture import Architecture, Variant
 from puzzle_core.errors import StorageError
-from puzzle_core.model.parent import Parent
+from puzzle_core.model.parent import Parent, contexts_by_kind
 from puzzle_core.model.predictions import Chunk, chunks, from_states
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM, attention_kinds
 from puzzle_core.model.surgery import Subblocks, load_subblocks
@@ -233,10 +233,9 @@ def block_contexts(
     parent: Parent, positions_BT: torch.Tensor, dtype: torch.dtype, device: torch.device
 ) -> list[dict[str, Any]]:
     """By layer, the keyword arguments of `PuzzleBlock.attend` for windows without padding or cache."""
-    model = parent.outside(dtype, device).model
-    like_BT1 = torch.empty(1, dtype=dtype, device=device).expand(*positions_BT.shape, 1)
-    contexts = model.contexts(like_BT1, positions_BT.to(device))
-    return [contexts[kind] for kind in attention_kinds(model.parent_config)]
+    outside = parent.outside(dtype, device)
+    contexts = contexts_by_kind(outside, positions_BT)
+    return [contexts[kind] for kind in attention_kinds(outside.model.parent_config)]
 
 
 def state_bytes(windows: int, tokens: int, hidden: int, dtype: torch.dtype) -> int:

@@ -15,7 +15,7 @@ import torch
 from puzzle_core.errors import ArtifactError
 from puzzle_core.model.checkpoint import Checkpoint
 from puzzle_core.model.child_config import read_child_config
-from puzzle_core.model.parent import Parent, load_block, load_outside, tensor_shapes
+from puzzle_core.model.parent import Parent, contexts_by_kind, load_block, load_outside, tensor_shapes
 from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock, PuzzleForCausalLM
 from puzzle_core.progress import Report, no_report
 
@@ -87,19 +87,17 @@ class LayeredModel:
 
     def _contexts(self, batch: Batch) -> dict[str, dict[str, Any]]:
         """The keyword arguments of the blocks, by kind of attention."""
-        model, given = self.outside.model, batch.positions
-        positions = torch.arange(batch.ids.shape[1]).unsqueeze(0) if given is None else given
-        weight = self.outside.lm_head.weight
-        like_BTD = weight.new_empty(*positions.shape, weight.shape[1])
-        contexts: dict[str, dict[str, Any]] = model.contexts(like_BTD, positions.to(self.device))
+        positions = torch.arange(batch.ids.shape[1])[None] if batch.positions is None else batch.positions
+        contexts = contexts_by_kind(self.outside, positions)
         if batch.segments is not None:
-            config, visible = model.parent_config, _visible(batch.segments)
+            config, visible = self.outside.model.parent_config, _visible(batch.segments)
+            dtype = self.outside.lm_head.weight.dtype
             distance_B1TT = (positions[:, :, None] - positions[:, None, :])[:, None]
             for kind, context in contexts.items():
                 near = distance_B1TT < config.sliding_window if kind == "sliding_attention" else True
                 mask = (visible & near).to(self.device)
                 if config._attn_implementation == "eager":  # it adds its mask to the logits
-                    mask = torch.zeros_like(mask, dtype=weight.dtype).masked_fill_(~mask, torch.finfo(weight.dtype).min)
+                    mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
                 context["attention_mask"] = mask
         return contexts
 

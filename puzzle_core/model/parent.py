@@ -5,7 +5,6 @@
 """
 
 import contextlib
-import copy
 import hashlib
 import math
 import threading
@@ -186,10 +185,6 @@ class Parent:
         """One layer, frozen, read anew; it does not enter the cache."""
         return load_block(self.puzzle_config(), self.checkpoint, layer, dtype, device)
 
-    def runnable_config(self) -> PreTrainedConfig:
-        """The parent's config with the attention implementation that its modules use."""
-        return _runnable(self.puzzle_config())
-
     def _cached(self, what: str, dtype: torch.dtype, device: torch.device, load: Callable[[], nn.Module]) -> nn.Module:
         key = (what, str(dtype), str(device))
         with self._lock:
@@ -247,8 +242,7 @@ def load_block(
     config: PuzzleConfig, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, device: torch.device
 ) -> PuzzleBlock:
     """One layer of the model in a checkpoint, in evaluation mode, as `load_model` loads weights."""
-    with torch.device("meta"):
-        block = PuzzleBlock(config, _runnable(config), layer)
+    block = empty_block(config, layer)
     block.load_state_dict(checkpoint.tensors(f"model.layers.{layer}."), assign=True)
     return served_as(block, dtype, device)
 
@@ -262,11 +256,11 @@ def load_outside(
     return load_model(without_layers, checkpoint, names, dtype, device)
 
 
-def _runnable(config: PuzzleConfig) -> PreTrainedConfig:
-    """The parent's config within that of a model, with the attention implementation that its modules use."""
-    runnable = copy.copy(config)
-    runnable._attn_implementation = "sdpa"
-    return runnable.parent()
+def contexts_by_kind(outside: PuzzleForCausalLM, positions_BT: torch.Tensor) -> dict[str, dict[str, Any]]:
+    """By kind of attention, the keyword arguments of a model's blocks for windows without padding or cache."""
+    like_BT1 = outside.lm_head.weight.new_empty(1).expand(*positions_BT.shape, 1)
+    contexts: dict[str, dict[str, Any]] = outside.model.contexts(like_BT1, positions_BT.to(like_BT1.device))
+    return contexts
 
 
 def fill(
@@ -290,6 +284,13 @@ def empty_model(config: PuzzleConfig) -> PuzzleForCausalLM:
     config._attn_implementation = "sdpa"
     with _BUILDING, torch.device("meta"):
         return PuzzleForCausalLM(config).eval()
+
+
+def empty_block(config: PuzzleConfig, layer: int) -> PuzzleBlock:
+    """One layer on the meta device: its weights take no memory."""
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        return PuzzleBlock(config, config.parent(), layer)
 
 
 def served_as(module: Module, dtype: torch.dtype, device: torch.device) -> Module:

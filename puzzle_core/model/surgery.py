@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from puzzle_core.architecture import EMPTY_BLOCK, BlockVariant, Variant
 from puzzle_core.formats.block_configs import block_config
-from puzzle_core.model.parent import Parent
+from puzzle_core.model.parent import Parent, empty_block
 from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock
 from puzzle_core.state_dict import State
 
@@ -49,8 +49,7 @@ def variant_block(
     """
     config = parent.puzzle_config()
     config.block_configs = [block_config(EMPTY_BLOCK.with_variant(variant))] * parent.shape.layers
-    with torch.device("meta"):
-        block = PuzzleBlock(config, parent.runnable_config(), layer)
+    block = empty_block(config, layer)
     block.load_state_dict({name: t.to(device=device, dtype=dtype) for name, t in state.items()}, assign=True)
     return block.eval()
 
