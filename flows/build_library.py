@@ -105,10 +105,10 @@ def scores_at_a_time(plan: Plan, context: RunContext) -> int:
 def train_variants(plan: Plan, context: RunContext) -> None:
     """Blockwise local distillation of the variants that the store lacks, layer by layer.
 
-    The variants of a layer train side by side, from one read of its states. The
-    parent's states are captured one layer ahead of the training, and a layer's states are dropped when its last
-    variant is trained. So scratch holds the states of at most three layers, and the output of the last of these. No
-    layer after the last one with a missing variant is captured.
+    The variants of a layer train side by side, from one read of its states. The parent's states are captured one layer
+    ahead of the training, and a layer's states are dropped when its last variant is trained. So scratch holds the
+    states of at most three layers, and the output of the last of these. No layer after the last one with a missing
+    variant is captured.
     """
     (missing, done), total = _missing_variants(plan, context), len(plan.all_bld())
     untrained_layers = [layer for layer in plan.layers if missing[layer]]

@@ -22,7 +22,7 @@ from puzzle_core.distill.launch import GkdRequest, launch
 from puzzle_core.distill.loop import Progress
 from puzzle_core.errors import PuzzleError, SolveLimitError, SpecError
 from puzzle_core.model import child
-from puzzle_core.model.activations import drop_layer
+from puzzle_core.model.activations import Activations, drop_layer
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.model.tokenizer import check_rows
 from puzzle_core.plan import Inputs
@@ -90,7 +90,7 @@ def open_inputs(context: RunContext, spec: RunSpec) -> Inputs:
     parent, evaluation = context.open_parent(), spec.evaluation
     tokenizer, train, held_out = parent.tokenizer(), spec.data.train, spec.data.held_out
     start = data.document_start(tokenizer, spec.data.document_start)
-    for texts_of in (train, held_out):
+    for texts_of in () if tokenizer.chat_template else (train, held_out):
         if chat := named_chat(texts_of, context.scratch):
             check_template(tokenizer, chat)
     check_rows(
@@ -185,10 +185,7 @@ def capture_layer(
         context: the run's places.
         base: the child whose layer it is; the parent's where it is none.
     """
-    use_threads(context.threads_per_task)
-    activations = context.activations(parent, tokens, dtype, base)
-    unchanged = _dropped_if_parent_changes(parent, activations.directory, context)
-    with machine_lock("shared"), unchanged, context.compute_slot:
+    with _capturing(parent, tokens, dtype, context, base) as activations, context.compute_slot:
         if layer == 0 and not activations.has_layer_input(0):
             activations.capture_embedding()
         activations.capture_layer(layer, keep_post_attention)
@@ -198,9 +195,7 @@ def capture_layer(
 @with_gpu
 def capture_log_probabilities(parent: str, tokens: str, dtype: ComputeDtype, context: RunContext) -> None:
     """Store the parent's log-probabilities, which scores compare with, where they are small enough."""
-    use_threads(context.threads_per_task)
-    activations = context.activations(parent, tokens, dtype)
-    with machine_lock("shared"), _dropped_if_parent_changes(parent, activations.directory, context):
+    with _capturing(parent, tokens, dtype, context) as activations:
         activations.capture_log_probabilities()
 
 
@@ -208,9 +203,7 @@ def capture_log_probabilities(parent: str, tokens: str, dtype: ComputeDtype, con
 @with_gpu
 def capture_parent(parent: str, tokens: str, dtype: ComputeDtype, context: RunContext) -> None:
     """Run the parent on tokens, and store what evaluations of all models compare with."""
-    use_threads(context.threads_per_task)
-    activations = context.activations(parent, tokens, dtype)
-    with machine_lock("shared"), _dropped_if_parent_changes(parent, activations.directory, context):
+    with _capturing(parent, tokens, dtype, context) as activations:
         evaluation.capture_parent(activations, StageProgress("parent's states", _short(tokens)).show)
 
 
@@ -435,18 +428,25 @@ def write_report(work: ReportWork, context: RunContext) -> str:
 
 
 @contextlib.contextmanager
-def _dropped_if_parent_changes(digest: str, directory: Path, context: RunContext) -> Iterator[None]:
-    """Remove the captured activations of a directory where the parent is no longer the one of this digest.
+def _capturing(
+    parent: str, tokens: str, dtype: ComputeDtype, context: RunContext, base: AssembleWork | None = None
+) -> Iterator[Activations]:
+    """Activations to capture, by the arguments of `capture_layer`, beside other tasks of the machine.
+
+    They are removed where the parent is no longer the one of this digest.
 
     Raises:
         ParentError: the parent changed within the block.
     """
-    yield
-    try:
-        context.parent_of(digest)
-    except PuzzleError:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
+    use_threads(context.threads_per_task)
+    activations = context.activations(parent, tokens, dtype, base)
+    with machine_lock("shared"):
+        yield activations
+        try:
+            context.parent_of(parent)
+        except PuzzleError:
+            shutil.rmtree(activations.directory, ignore_errors=True)
+            raise
 
 
 def _hardware(target: TargetSpec) -> str:

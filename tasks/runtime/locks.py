@@ -3,8 +3,8 @@
 Runs on one machine do not know of each other. They lock files in a directory that all runs of a user share. Ordinary
 tasks hold the machine lock in shared mode, a measurement holds it in exclusive mode. A waiting measurement blocks tasks
 that arrive after it, so it is not starved. Each GPU has a lock, and tasks queue for them; a task takes its GPUs before
-its artifact and before the machine. Tasks of one process that go side by side share a GPU's
-lock. The artifact lock makes the second of two equal runs wait for the first.
+its artifact and before the machine. Tasks of one process that go side by side share a GPU's lock. The artifact lock
+makes the second of two equal runs wait for the first.
 
 The kernel holds the locks and releases them when a process ends, however it ends. No server takes part.
 """
