@@ -16,7 +16,6 @@ Legend: B windows of a batch, T tokens, D hidden width, H heads, d head width.
 
 import argparse
 import math
-import statistics
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from benchmarks.parents import EXAMPLE, capture, open_parent
-from benchmarks.rounds import ratio, take_turns
+from benchmarks.rounds import take_turns, throughput_table
 from puzzle_core.architecture import Variant
 from puzzle_core.compute_slots import ComputeSlot
 from puzzle_core.data import batch_rows
@@ -144,22 +143,9 @@ def compare(activations: Activations, layer: int, variant: Variant, spec: BldSpe
     if parent.shape.family == "llama" and not (parent.shape.mlp_bias or parent.shape.attention_out_bias):
         contestants["own block"] = lambda: plain(True)
     times, tokens = take_turns(contestants, rounds), inputs_NTD[..., 0].numel()
-    ends["puzzle"], reference = load_weights(place), ends["plain loop"]
-    rows = [
-        (
-            name,
-            f"{tokens / statistics.median(took.wall_s):,.0f}",
-            ratio(times["plain loop"].wall_s, took.wall_s),
-            ratio(times["plain loop"].cpu_s, took.cpu_s),
-            f"{max(float((ends[name][n] - reference[n]).abs().max()) for n in reference):.1e}",
-        )
-        for name, took in times.items()
-    ]
-    return Table(
-        title=f"BLD of layer {layer} {variant}: {tokens:,} tokens in batches of {spec.batch_tokens:,}, {rounds} rounds",
-        columns=("", "tok/s, median", "speed ratio [least, most]", "the same in CPU time", "largest weight difference"),
-        rows=tuple(rows),
-    )
+    ends["puzzle"] = load_weights(place)
+    title = f"BLD of layer {layer} {variant}: {tokens:,} tokens in batches of {spec.batch_tokens:,}, {rounds} rounds"
+    return throughput_table(title, tokens, times, ends)
 
 
 def compare_together(

@@ -13,7 +13,6 @@ Legend: B windows of a micro-batch, T tokens, V vocabulary.
 
 import argparse
 import math
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from benchmarks.parents import open_parent
-from benchmarks.rounds import ratio, take_turns
+from benchmarks.rounds import take_turns, throughput_table
 from puzzle_core.architecture import Architecture, BlockVariant
 from puzzle_core.data import batch_rows
 from puzzle_core.device import default_device
@@ -105,23 +104,9 @@ def compare(parent: Parent, spec: GkdSpec, steps: int, rounds: int, threads: int
         ends["plain loop"] = {name: p.detach().cpu() for name, p in child.named_parameters()}
 
     times, tokens = take_turns({"plain loop": plain, "puzzle": puzzle}, rounds), ids_NT.numel()
-    reference = ends["plain loop"]
-    rows = [
-        (
-            name,
-            f"{tokens / statistics.median(took.wall_s):,.0f}",
-            ratio(times["plain loop"].wall_s, took.wall_s),
-            ratio(times["plain loop"].cpu_s, took.cpu_s),
-            f"{max(float((ends[name][n] - reference[n]).abs().max()) for n in reference):.1e}",
-        )
-        for name, took in times.items()
-    ]
-    return Table(
-        title=f"GKD in {spec.dtype}: {tokens:,} tokens in batches of {spec.batch_tokens:,}, micro-batches of "
-        f"{spec.micro_batch_tokens or spec.batch_tokens:,}, {threads} threads, {rounds} rounds",
-        columns=("", "tok/s, median", "speed ratio [least, most]", "the same in CPU time", "largest weight difference"),
-        rows=tuple(rows),
-    )
+    title = f"GKD in {spec.dtype}: {tokens:,} tokens in batches of {spec.batch_tokens:,}, micro-batches of "
+    title += f"{spec.micro_batch_tokens or spec.batch_tokens:,}, {threads} threads, {rounds} rounds"
+    return throughput_table(title, tokens, times, ends)
 
 
 def main() -> None:
