@@ -38,6 +38,7 @@ from puzzle_core.work import AssembleWork, BldWork, EvaluateWork, GkdWork, Impor
 COLUMNS = ("stage", "s", "at start, MiB", "peak, MiB", "anonymous, MiB")
 STEPS = 2
 """Of a training: all of its memory is taken in the second step, which has the optimizer's moments."""
+BLD_BATCH_TOKENS, GKD_BATCH_TOKENS = 4096, 2048
 LAYER = 1
 
 
@@ -83,7 +84,7 @@ def run_capture(place: Place) -> None:
 def run_bld(place: Place) -> None:
     """A few steps of an FFN variant of half the width."""
     variant = Variant.parse(f"ffn:i{place.parent.shape.ffn_width // 2}")
-    spec = BldSpec(tokens=4096 * STEPS, batch_tokens=4096)
+    spec = BldSpec(tokens=BLD_BATCH_TOKENS * STEPS, batch_tokens=BLD_BATCH_TOKENS)
     work = BldWork(parent="p", layer=LAYER, variant=variant, tokens="t", contributions="c", seed=0, spec=spec)
     bld.train_variant(work, place.activations(), place.place / "importance", place.out("bld"))
 
@@ -106,11 +107,11 @@ def run_assemble(place: Place) -> None:
 
 def run_gkd(place: Place) -> None:
     """A few steps of the child, in micro-batches of 512 tokens, with activations computed again."""
-    spec = GkdSpec(tokens=2048 * STEPS, batch_tokens=2048, micro_batch_tokens=512)
+    spec = GkdSpec(tokens=GKD_BATCH_TOKENS * STEPS, batch_tokens=GKD_BATCH_TOKENS, micro_batch_tokens=512)
     architecture = Architecture.of_parent(place.parent.shape)
     work = GkdWork(parent="p", child="c", architecture=architecture, tokens="t", dtype="float32", seed=0, spec=spec)
     few = place.out("few-tokens")
-    windows_NT = read_windows(place.tokens_dir)[: 2048 * STEPS // place.length]
+    windows_NT = read_windows(place.tokens_dir)[: GKD_BATCH_TOKENS * STEPS // place.length]
     save_file({"tokens": windows_NT}, few / "tokens.safetensors")
     gkd.distil(work, place.parent, place.place / "child", few, place.out("gkd"), recompute=True)
 
@@ -163,11 +164,13 @@ def main(arguments: list[str]) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parent", help="a parent's directory, GGUF file, or python-package:NAME/FILE")
-    parser.add_argument("--tokens", type=int, default=6_144)
+    parser.add_argument("--tokens", type=int, default=BLD_BATCH_TOKENS * STEPS, help="default %(default)s")
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="in this order; default all")
     chosen = parser.parse_args(arguments)
+    if chosen.tokens < BLD_BATCH_TOKENS * STEPS:
+        parser.error(f"--tokens is {chosen.tokens}: {STEPS} steps of a training need {BLD_BATCH_TOKENS * STEPS}")
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         place, directory = Path(temporary), Path(local_path(chosen.parent))
