@@ -28,7 +28,7 @@ import numpy as np
 from puzzle_core.errors import SolveLimitError
 from puzzle_core.search.effort import BY_NODES, Effort
 from puzzle_core.search.milp import Model, build, keep_useful, program
-from puzzle_core.search.problem import Choice, Column, Problem
+from puzzle_core.search.problem import Choice, Column, Problem, sum_chosen
 from puzzle_core.search.relaxation import INFEASIBLE, Relaxation, Relaxed, checked, new_solver, work_of
 from puzzle_core.search.rules import drop_broken
 
@@ -84,7 +84,7 @@ def minimise(
         model, unit = build(problem, extra, kept)
         known = math.inf
         if start is not None and problem.feasible(start):
-            known = math.fsum(float(values[index]) for values, index in zip(extra, start, strict=True)) / unit
+            known = sum_chosen(extra, start) / unit
         scaled = _solve_core(model, effort, deadline, relative_gap, start, known)
         if scaled is None:
             break
@@ -205,7 +205,7 @@ def _confirmed_extra(problem: Problem, extra: Column, scaled: Minimum, unit: flo
     Raises:
         RuntimeError: a check fails.
     """
-    answer = math.fsum(float(values[index]) for values, index in zip(extra, scaled.choice, strict=True))
+    answer = sum_chosen(extra, scaled.choice)
     if abs(answer - scaled.cost * unit) > 1e-5 * unit:
         raise RuntimeError(f"HiGHS reports a cost of {scaled.cost * unit!r}, and its choice costs {answer!r}")
     if not problem.feasible(scaled.choice):

@@ -71,11 +71,11 @@ class Problem:
 
     def total(self, resource: str, choice: Sequence[int]) -> float:
         """Use of a resource, summed over layers."""
-        return _sum_chosen(self.resources[resource], choice)
+        return sum_chosen(self.resources[resource], choice)
 
     def total_score(self, choice: Sequence[int]) -> float:
         """Score, summed over layers."""
-        return _sum_chosen(self.score, choice)
+        return sum_chosen(self.score, choice)
 
     def use(self, choice: Sequence[int]) -> dict[str, float]:
         """Use of every limit's resource, by the name of the limit and in its unit."""
@@ -216,7 +216,8 @@ def describe(
     )
 
 
-def _sum_chosen(column: Column, choice: Sequence[int]) -> float:
+def sum_chosen(column: Column, choice: Sequence[int]) -> float:
+    """The sum over layers of the chosen options' values."""
     assert len(column) == len(choice), "a choice has one option per layer"
     return math.fsum(map(np.ndarray.item, column, choice))  # several times as fast as a loop
 
