@@ -3,13 +3,14 @@
 import logging
 
 from prefect import flow
-from prefect.futures import PrefectFuture
+from prefect.futures import PrefectFuture, wait
 
 from flows.permissions import permitted
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
 from puzzle_core.device import device_memory_bytes
+from puzzle_core.errors import PuzzleError
 from puzzle_core.plan import Plan
 from puzzle_core.resources import streamed_groups
 from puzzle_core.scoring import SIDE_BY_SIDE
@@ -108,7 +109,7 @@ def train_variants(plan: Plan, context: RunContext) -> None:
     The variants of a layer train side by side, from one read of its states. The parent's states are captured one layer
     ahead of the training, and a layer's states are dropped when its last variant is trained. So scratch holds the
     states of at most three layers, and the output of the last of these. No layer after the last one with a missing
-    variant is captured.
+    variant is captured. Where a variant fails, those of the next layer that are under way end first.
     """
     (missing, done), total = _missing_variants(plan, context), len(plan.all_bld())
     untrained_layers = [layer for layer in plan.layers if missing[layer]]
@@ -130,14 +131,18 @@ def train_variants(plan: Plan, context: RunContext) -> None:
         return done + len(futures)
 
     capture = capture_layer.submit(parent, tokens, dtype, 0, bool(missing[0]), context)
-    for layer in range(last + 1):
-        capture.result()
-        if layer < last:
-            capture = capture_layer.submit(parent, tokens, dtype, layer + 1, bool(missing[layer + 1]), context)
-        running[layer] = [submit(train_variant, work, context) for work in missing[layer]]
-        if layer:
-            done = finish(layer - 1)
-    finish(last)
+    try:
+        for layer in range(last + 1):
+            capture.result()
+            if layer < last:
+                capture = capture_layer.submit(parent, tokens, dtype, layer + 1, bool(missing[layer + 1]), context)
+            running[layer] = [submit(train_variant, work, context) for work in missing[layer]]
+            if layer:
+                done = finish(layer - 1)
+        finish(last)
+    except PuzzleError:
+        wait([future for futures in running.values() for future in futures])  # else the end of the flow stops them
+        raise
     drop_activations(states)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,8 @@ def test_a_diverged_variant_fails_by_name_once_and_the_others_are_in_the_store(s
         if (work.layer, str(work.variant)) == (3, "ffn:i24"):
             optimizer = work.spec.optimizer.model_copy(update={"learning_rate": 1e6})
             work = work.model_copy(update={"spec": work.spec.model_copy(update={"optimizer": optimizer})})
+        if work.layer == 4:
+            time.sleep(1)  # it is under way when layer 3 fails
         return run(work, *arguments, **options)
 
     monkeypatch.setattr(bld, "train_variant", reckless)
