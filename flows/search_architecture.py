@@ -61,7 +61,7 @@ def search_planned_architecture(plan: Plan, context: RunContext) -> None:
         if missing:
             raise CoverageError(
                 f"{len(missing)} scores are not in the store {spec.runtime.store}, the first being layer "
-                f"{missing[0].layer} {missing[0].block}: run `puzzle build-library` with this spec first"
+                f"{missing[0].layer} {missing[0].option}: run `puzzle build-library` with this spec first"
             )
         key = ensure(
             stage_tasks.choose_architecture,
@@ -90,7 +90,7 @@ def _score_for_answer(plan: Plan, context: RunContext) -> tuple[str, ...]:
     tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
     with context.lock_activations(tokens, dtype):
         while asked := stage_tasks.ask_for_scores(search, plan.spec.target, context, keys):
-            works = [plan.exact_score(layer, block) for layer, block in asked]
+            works = [plan.exact_score(layer, option) for layer, option in asked]
             side_by_side(score_exactly, context, scores_at_a_time(plan, context))(plan, context, works)
             keys += tuple(work.key for work in works)
         stage_tasks.drop_activations(context.activations_directory(plan.inputs.parent, tokens, dtype))

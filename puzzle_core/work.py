@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, VariantId
+from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Option, TrainedId, VariantId
 from puzzle_core.records import Record, Work
 from puzzle_core.spec import (
     BldSpec,
@@ -98,18 +98,28 @@ class ImportanceRecord(Record):
 
 
 class BldWork(Work):
-    """The training of one variant of one layer; `seed` is that of the order of the windows."""
+    """The training of one variant of one layer, or of both halves of an option together, whose first layer it is.
+
+    `halves` are the library keys of the attention and of the FFN that an option starts from; None for the parent's own
+    and for no-ops. `seed` is that of the order of the windows.
+    """
 
     stage: ClassVar[str] = "bld"
     version: ClassVar[int] = 3
 
     parent: str
     layer: int
-    variant: VariantId
+    variant: TrainedId
     tokens: str
     contributions: str | None
+    halves: tuple[str | None, str | None] | None = Field(None, exclude_if=lambda keys: keys is None)
     seed: int
     spec: BldSpec
+
+    @property
+    def last_layer(self) -> int:
+        """The layer whose output is the target."""
+        return self.layer + self.variant.span - 1 if isinstance(self.variant, Option) else self.layer
 
 
 class BldRecord(Record):
@@ -120,7 +130,7 @@ class BldRecord(Record):
     """
 
     layer: int
-    variant: VariantId
+    variant: TrainedId
     initial_loss: float
     final_loss: float
     curve: tuple[float, ...]
@@ -129,7 +139,7 @@ class BldRecord(Record):
 
 
 class AssembleWork(Work):
-    """One architecture; `library` has the keys of the trained variants of each layer, by variant id."""
+    """One architecture; `library` has the keys of what was trained of each layer, by the id of a variant or option."""
 
     stage: ClassVar[str] = "child"
     version: ClassVar[int] = 1
@@ -164,8 +174,9 @@ class GradientsRecord(Record):
 class ScoreWork(Work):
     """The score of one block variant in one layer.
 
-    `attention` and `ffn` are library keys of trained variants, None for the parent's own variant and for no-ops. The
-    block replaces a block of the parent, or of the child `base`. A score that is estimated names its `gradients`.
+    `attention` and `ffn` are library keys of trained variants, None for the parent's own variant and for no-ops;
+    `whole` is that of a block whose halves were trained together. The block replaces `span` layers of the parent, or a
+    block of the child `base`. A score that is estimated names its `gradients`.
     """
 
     stage: ClassVar[str] = "score"
@@ -174,12 +185,27 @@ class ScoreWork(Work):
     parent: str
     layer: int
     block: BlockVariant
+    span: int = Field(1, exclude_if=lambda span: span == 1)
     attention: str | None
     ffn: str | None
+    whole: str | None = Field(None, exclude_if=lambda key: key is None)
     tokens: str
     dtype: Dtype
     base: AssembleWork | None = None
     gradients: str | None = Field(None, exclude_if=lambda key: key is None)
+
+    @property
+    def option(self) -> Option:
+        """The block and the layers that it replaces."""
+        return Option(self.block, self.span)
+
+    @property
+    def trained(self) -> dict[str, str]:
+        """The library keys of what the block is made of, by the id of a variant or option."""
+        if self.whole:
+            return {str(self.option): self.whole}
+        keys = zip(self.block.subblocks, (self.attention, self.ffn), strict=True)
+        return {str(variant): key for variant, key in keys if key}
 
 
 class ScoreRecord(Record):
@@ -187,11 +213,17 @@ class ScoreRecord(Record):
 
     layer: int
     block: BlockVariant
+    span: int = Field(1, exclude_if=lambda span: span == 1)
     kl_nats_per_token: float
     lm_loss_increase_nats_per_token: float | None = None
     top1_agreement: float | None = None
     tokens: int
     method: ScoringMethod = "exact"
+
+    @property
+    def option(self) -> Option:
+        """The block and the layers that it replaces."""
+        return Option(self.block, self.span)
 
 
 class Traffic(Record):
@@ -361,7 +393,7 @@ class SearchWork(Work):
     """
 
     stage: ClassVar[str] = "search"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     parent: str
     shape: ModelShape

@@ -219,14 +219,17 @@ def drop_activations(directory: Path, layer: int | None = None) -> None:
 @stage_task("bld", "bld layer {work.layer} {work.variant}")
 @with_shared_gpu
 def train_variant(work: BldWork, context: RunContext, source: BldSource = "stored") -> str:
-    """Blockwise local distillation of one variant of one layer, on captured states or on those that it computes."""
+    """Blockwise local distillation of one variant or option, on captured states or on those that it computes."""
     use_threads(context.threads_per_task)
     activations, checkpoints = context.activations(work.parent, work.tokens, work.spec.dtype), context.checkpoints(work)
-    contributions = context.store().fetch(work.contributions) if work.contributions else None
+    inputs = (work.contributions, *(work.halves or (None, None)))
+    contributions, *halves = (context.store().fetch(key) if key else None for key in inputs)
     slot = context.compute_slot
 
     def train(out: Path) -> BldRecord:
-        return bld.train_variant(work, activations, contributions, out, checkpoints, slot=slot, source=source)
+        return bld.train_variant(
+            work, activations, contributions, out, checkpoints, slot=slot, source=source, halves=(halves[0], halves[1])
+        )
 
     return produce(work, context, train)
 
@@ -240,13 +243,12 @@ def measure_gradients(work: GradientsWork, context: RunContext) -> str:
     return produce(work, context, lambda out: fisher.measure_gradients(work, activations, out))
 
 
-@stage_task("score", "score layer {work.layer} {work.block}")
+@stage_task("score", "score layer {work.layer} {work.option}")
 @with_shared_gpu
 def score_block(work: ScoreWork, context: RunContext) -> str:
     """Replace-1-block score of one block variant in one layer: exact, or estimated where it names gradients."""
     use_threads(context.threads_per_task)
-    subblocks = ((str(work.block.attention), work.attention), (str(work.block.ffn), work.ffn))
-    weights = {variant: load_weights(context.store().fetch(key)) for variant, key in subblocks if key}
+    weights = {name: load_weights(context.store().fetch(key)) for name, key in work.trained.items()}
     activations = context.activations(work.parent, work.tokens, work.dtype, work.base)
     gradients = context.store().fetch(work.gradients) if work.gradients else None
 
@@ -293,7 +295,7 @@ def check_limits(work: SearchWork, target: TargetSpec, context: RunContext) -> N
 def ask_for_scores(work: SearchWork, target: TargetSpec, context: RunContext, exact: tuple[str, ...]) -> list[Place]:
     """The blocks that a search over estimates should score exactly next, with these exact scores so far."""
     known = context.store().records(ScoreRecord, exact).values()
-    places = {(score.layer, score.block) for score in known}
+    places = {(score.layer, score.option) for score in known}
     scores, costs = _scores(work, context, exact), _costs(work, target, context)
     return next_to_score(work.request, scores, costs, work.composition, places)
 

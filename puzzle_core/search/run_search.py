@@ -306,11 +306,10 @@ def _explanations(
 def _architecture(builder: ProblemBuilder, solution: Solution, batch_sizes: BatchSizes) -> FoundArchitecture:
     """A solution as an architecture; the layers that a spanning block covers are empty."""
     options = builder.options_of(solution.choice)
-    architecture = Architecture(layers=tuple(option.block if option else EMPTY_BLOCK for option in options))
+    architecture = Architecture.of_options(option for option in options if option)
     return FoundArchitecture(
         method=solution.method,
         architecture=architecture,
-        spans={layer: option.span for layer, option in enumerate(options) if option and option.span > 1},
         score=solution.objective,
         bound=solution.bound,
         gap=solution.gap,
