@@ -7,7 +7,7 @@ from prefect import flow
 from flows.build_library import build_planned_library
 from flows.permissions import permitted
 from flows.refine_search import refine_planned_search
-from flows.search_architecture import measure_target, search_planned_architecture
+from flows.search_architecture import answering_plan, measure_target, search_planned_architecture
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, retry_after_damage
 from flows.train_child import report_work, train_planned_child
@@ -52,6 +52,7 @@ def _from_parent_to_report(plan: Plan, context: RunContext) -> str:
         measure_target(plan, context)
         build_planned_library(plan, context)
         search_planned_architecture(plan, context)
+        plan = answering_plan(plan, context)
         if plan.refine():
             refine_planned_search(plan, context)
         train_planned_child(plan, context)

@@ -4,12 +4,14 @@ import logging
 
 from prefect import flow
 
-from flows.build_library import score_exactly, scores_at_a_time
+from flows.build_library import build_planned_library, score_exactly, scores_at_a_time
 from flows.permissions import permitted
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side
 from puzzle_core.errors import CoverageError
 from puzzle_core.plan import Plan
+from puzzle_core.search.picked import picked_variants
+from puzzle_core.search.search_record import SearchRecord
 from puzzle_core.spec import RunSpec
 from puzzle_core.work import ScoreWork
 from tasks import stage_tasks
@@ -51,7 +53,30 @@ def search_architecture(spec: RunSpec) -> None:
     validate_parameters=False,
 )
 def search_planned_architecture(plan: Plan, context: RunContext) -> None:
-    """As `search_architecture`, with the plan of the run that it is part of."""
+    """As `search_architecture`, with the plan of the run that it is part of.
+
+    Where the specification asks for it, the pairs of the variants that the answer picks are trained and searched next.
+    """
+    _search(plan, context)
+    answering = answering_plan(plan, context)
+    if answering != plan:
+        build_planned_library(answering, context)
+        _search(answering, context)
+
+
+def answering_plan(plan: Plan, context: RunContext) -> Plan:
+    """The plan whose search gives the architecture: that of the second stage, where coupled BLD has one.
+
+    Raises:
+        ArtifactError: the store lacks the search of the first stage.
+    """
+    if plan.spec.bld.coupled != "shortlist":
+        return plan
+    first = context.store().record(SearchRecord, plan.search().key)
+    return plan.coupled_in(picked_variants(first, plan.variants, plan.inputs.shape))
+
+
+def _search(plan: Plan, context: RunContext) -> None:
     spec = plan.spec
     with tracked("search", spec) as run:
         show_tracked(plan, run)

@@ -107,6 +107,16 @@ class Plan:
         """The part of the search space that the engines of the spec can run."""
         return self.spec.served_variants(self.inputs.shape)
 
+    def coupled_in(self, variants: VariantsSpec) -> "Plan":
+        """The second stage of coupled BLD: every pair of these variants is trained, scored and searched as a whole."""
+        bld, scoring = self.spec.bld, self.spec.scoring
+        changes = {
+            "variants": variants,
+            "bld": bld.model_copy(update={"coupled": "all"}),
+            "scoring": scoring.model_copy(update={"composition": "pairs"}),
+        }
+        return Plan(self.spec.model_copy(update=changes), self.inputs)
+
     @cached_property
     def target(self) -> TargetSpec:
         """The target, with a dtype: that of the spec, or the parent's."""
@@ -432,7 +442,7 @@ class Plan:
             update={
                 "parent": ParentSpec(path=inputs.parent),
                 "data": spec.data.model_copy(update=texts),
-                "bld": self._bld_of_content,
+                "bld": self._bld_of_content.model_copy(update={"coupled": spec.bld.coupled}),
                 "target": self.target.model_copy(update={"table": inputs.cost_table}),
                 "evaluation": spec.evaluation.model_copy(update={"tasks": benchmarks, "lm_eval": self._harness}),
                 "runtime": RuntimeSpec(),

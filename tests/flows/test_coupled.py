@@ -1,4 +1,4 @@
-"""Options whose halves are trained together, from the library to the child: coupled blocks, and blocks that span layers."""
+"""Options whose halves are trained together, from the library to the child: coupled blocks, and those that span layers."""
 
 import json
 from pathlib import Path
