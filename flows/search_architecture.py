@@ -88,6 +88,7 @@ def _search(plan: Plan, context: RunContext) -> None:
                 f"{len(missing)} scores are not in the store {spec.runtime.store}, the first being layer "
                 f"{missing[0].layer} {missing[0].option}: run `puzzle build-library` with this spec first"
             )
+        _measure_influence(plan, context)
         key = ensure(
             stage_tasks.choose_architecture,
             plan.search(),
@@ -97,6 +98,19 @@ def _search(plan: Plan, context: RunContext) -> None:
         )
         record_architecture(plan, context, run, key)
         show_architecture(plan, context, key)
+
+
+def _measure_influence(plan: Plan, context: RunContext) -> None:
+    """Ensure what baselines drop layers by, where the specification names such."""
+    work = plan.influence()
+    if work is None or context.store().has(work.key):
+        return
+    ensure_tokens(plan, context, "scoring")
+    with context.lock_activations(work.tokens, work.dtype):
+        for layer in plan.layers:
+            stage_tasks.capture_layer(work.parent, work.tokens, work.dtype, layer, False, context)
+        ensure(stage_tasks.measure_influence, work, context)
+        stage_tasks.drop_activations(context.activations_directory(work.parent, work.tokens, work.dtype))
 
 
 def _score_for_answer(plan: Plan, context: RunContext) -> tuple[str, ...]:

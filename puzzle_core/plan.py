@@ -14,6 +14,7 @@ from puzzle_core.errors import SpecError
 from puzzle_core.formats.llama_blocks import unlike_llama
 from puzzle_core.records import Record
 from puzzle_core.spec import (
+    DEPTH,
     GKD_SPLITS,
     BldSpec,
     HarnessSpec,
@@ -34,6 +35,7 @@ from puzzle_core.work import (
     GkdWork,
     GradientsWork,
     ImportanceWork,
+    InfluenceWork,
     MultipleChoiceWork,
     RefineWork,
     ScoreWork,
@@ -341,7 +343,15 @@ class Plan:
             request=request,
             base=self.assemble(base) if base else None,
             exact=() if base else self._exact_keys,
+            influence=influence.key if (influence := self.influence()) else None,
         )
+
+    def influence(self) -> InfluenceWork | None:
+        """The influence of the parent's layers; None if no baseline drops layers by it."""
+        if DEPTH.isdisjoint(self.spec.search.baselines):
+            return None
+        scoring = self.spec.scoring
+        return InfluenceWork(parent=self.inputs.parent, tokens=self.tokens("scoring").key, dtype=scoring.dtype)
 
     @cached_property
     def _exact_keys(self) -> tuple[str, ...]:

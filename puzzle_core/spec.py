@@ -480,7 +480,11 @@ class ConstraintsSpec(Record):
         return row.fits_devices(variant.size, self.tensor_parallel) and variant.ffn_width % self.ffn_multiple_of == 0
 
 
-Baseline = Literal["mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"]
+Baseline = Literal[
+    "mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters", "depth", "depth_run"
+]
+DEPTH = {"depth", "depth_run"}
+"""The baselines that drop whole layers: those of least influence, or those of the run of least influence."""
 
 
 class SearchSpec(Record):
@@ -522,7 +526,8 @@ class SearchSpec(Record):
     )
     baselines: tuple[Baseline, ...] = Field(
         ("mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"),
-        description="Baseline search methods; their children are assembled and evaluated too",
+        description="Baseline search methods; their children are assembled and evaluated too. Beside the default ones, "
+        "depth and depth_run drop whole layers by their influence, the least ones or a run of them",
     )
 
 

@@ -171,6 +171,24 @@ class GradientsRecord(Record):
     tokens: int
 
 
+class InfluenceWork(Work):
+    """How much the layers of one parent change the hidden state, on one set of tokens."""
+
+    stage: ClassVar[str] = "influence"
+    version: ClassVar[int] = 1
+
+    parent: str
+    tokens: str
+    dtype: Dtype
+
+
+class InfluenceRecord(Record):
+    """`influence[i][n]` is 1 - cos of what enters layer i and what leaves layer i+n, the mean over tokens."""
+
+    influence: tuple[tuple[float, ...], ...]
+    tokens: int
+
+
 class ScoreWork(Work):
     """The score of one block variant in one layer.
 
@@ -389,7 +407,8 @@ class SearchWork(Work):
 
     `costs` are (scenario, batch size, key) of cost records; an imported cost table has the digest of its file instead.
     With a `base`, the scores hold for blocks in that child. `exact` are the exact scores that a search over estimates
-    may use: the estimates alone decide which of them it uses, and in which order it asks for them.
+    may use: the estimates alone decide which of them it uses, and in which order it asks for them. `influence` is what
+    baselines that drop layers choose by.
     """
 
     stage: ClassVar[str] = "search"
@@ -406,6 +425,7 @@ class SearchWork(Work):
     request: SearchRequest
     base: AssembleWork | None = None
     exact: tuple[str, ...] = Field((), exclude_if=lambda keys: not keys)
+    influence: str | None = Field(None, exclude_if=lambda key: key is None)
 
 
 class RefineWork(Work):

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from puzzle_core import data, evaluation, fisher, scoring
+from puzzle_core import data, evaluation, fisher, influence, scoring
 from puzzle_core.benchmark_items import digest_items, read_items
 from puzzle_core.chats import as_texts, check_template
 from puzzle_core.cost import roofline
@@ -50,6 +50,8 @@ from puzzle_core.work import (
     GradientsWork,
     ImportanceRecord,
     ImportanceWork,
+    InfluenceRecord,
+    InfluenceWork,
     RefineWork,
     ReportWork,
     ScoreRecord,
@@ -243,6 +245,15 @@ def measure_gradients(work: GradientsWork, context: RunContext) -> str:
     return produce(work, context, lambda out: fisher.measure_gradients(work, activations, out))
 
 
+@stage_task("influence", "influence")
+@with_gpu
+def measure_influence(work: InfluenceWork, context: RunContext) -> str:
+    """The influence of the parent's layers, which baselines drop layers by."""
+    use_threads(context.threads_per_task)
+    activations = context.activations(work.parent, work.tokens, work.dtype)
+    return produce(work, context, lambda _: influence.measure_influence(work, activations))
+
+
 @stage_task("score", "score layer {work.layer} {work.option}")
 @with_shared_gpu
 def score_block(work: ScoreWork, context: RunContext) -> str:
@@ -314,9 +325,11 @@ def choose_architecture(work: SearchWork, target: TargetSpec, context: RunContex
         SolveLimitError: the clock cut a solve at `search.time_limit_s`; such an answer is not stored.
     """
     scores = _scores(work, context, exact)
+    layers = context.store().record(InfluenceRecord, work.influence).influence if work.influence else None
 
     def find(_: Path) -> SearchRecord:
-        record = find_architecture(ProblemBuilder(work.request, scores, _costs(work, target, context)))
+        builder = ProblemBuilder(work.request, scores, _costs(work, target, context))
+        record = find_architecture(builder, influence=layers)
         record = record.model_copy(update={"exact_scores": exact})
         if record.met_time_limit:
             best = record.best

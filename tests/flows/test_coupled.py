@@ -1,49 +1,52 @@
-"""Options whose halves are trained together, from the library to the child: coupled blocks, and those that span layers."""
+"""Options whose halves train together, from the library to the child: coupled pairs, and blocks for two layers."""
 
 import json
 from pathlib import Path
 
 from flows.puzzle import puzzle
 from flows.refine_search import find_answer
+from flows.search_architecture import answering_plan
+from puzzle_core.architecture import Option
 from puzzle_core.report.library_index import StoredArtifact, library_index, library_keys
-from tests.workflow import Recorded, artifacts, changed, plan_of, publish_costs
+from tests.workflow import Recorded, artifacts, changed, of_stage, plan_of, publish_costs
 
 SPACE = {"kv_heads": [], "spans": [2], "span_blocks": ["attn:kv4+ffn:i48"]}
 
 
-def test_coupled_blocks_and_spans_reach_the_child(again, prefect_server):
+def test_the_pairs_that_a_first_search_picks_are_trained_and_reach_the_child(again, prefect_server):
     spec = again(
         variants=SPACE,
-        bld={"coupled": "linear_and_no_op"},
-        scoring={"composition": "pairs"},
-        scenario={"limits": {"parameters": "60%"}},
+        bld={"coupled": "shortlist"},
+        scenario={"limits": {"parameters": None, "kv_heads": "60%"}},  # so that attentions must go
         search={"baselines": []},
     )
     publish_costs(spec)
     before = artifacts(spec.runtime.store)
     puzzle(spec)
-    plan, context = plan_of(spec)
-    made, store = changed(before, artifacts(spec.runtime.store)), context.store()
-    coupled = {"attn:kv4+ffn:no_op", "attn:no_op+ffn:i24", "attn:no_op+ffn:i48"}
-    trained = [(work.layer, str(work.variant)) for work in plan.all_bld() if work.key in made]
-    expected = {(layer, block) for layer in range(5) for block in coupled}
-    assert {*trained} == expected | {(layer, "attn:kv4+ffn:i48 x2") for layer in range(4)}
+    first, context = plan_of(spec)
+    plan, store = answering_plan(first, context), context.store()
+    made = changed(before, artifacts(spec.runtime.store))
+    whole = {work.key: work for work in plan.all_bld() if isinstance(work.variant, Option)}
+    assert of_stage(made, "bld") == whole.keys()
+    assert {(work.layer, work.last_layer) for work in whole.values() if work.last_layer > work.layer} == {
+        (layer, layer + 1) for layer in range(4)
+    }
+    spaces = [plan.variants.of_layer(layer, plan.inputs.shape) for layer in range(5)]
+    assert all(len(attentions) <= 4 and len(ffns) <= 3 for attentions, ffns in spaces)
+    assert sum(len(attentions) * len(ffns) - 1 for attentions, ffns in spaces) > len(whole) - 4 > 0
 
     chosen = find_answer(plan, context).best.architecture
-    assembling = plan.assemble(chosen)
-    whole = {str(option) for layer, option in chosen.options.items() if plan.library_key(layer, option)}
-    assert whole
-    assert whole == {name for layer in assembling.library for name, _ in layer if "+" in name}
+    changed_options = {str(option) for layer, option in chosen.options.items() if plan.library_key(layer, option)}
+    assert changed_options
+    assert {name for layer in plan.assemble(chosen).library for name, _ in layer} == changed_options
     config = json.loads((store.fetch(plan.gkd(chosen).key) / "config.json").read_text())
     assert len(config["block_configs"]) == config["num_hidden_layers"] == len(chosen.options)
 
     manifests = store.manifests(library_keys(plan))
     stored = {key: StoredArtifact(manifest.record, manifest.size_bytes) for key, manifest in manifests.items()}
-    first = library_index(plan, stored).layers[0]
-    assert {str(variant.variant) for variant in first.variants} == {"ffn:i24", *coupled, "attn:kv4+ffn:i48 x2"}
-    assert [(str(score.attention), str(score.ffn)) for score in first.scores if score.span == 2] == [
-        ("attn:kv4", "ffn:i48")
-    ]
+    index = library_index(plan, stored)
+    assert {variant.key for layer in index.layers for variant in layer.variants} == {w.key for w in plan.all_bld()}
+    assert [score.span for score in index.layers[0].scores].count(2) == 1
 
     before, recorded = artifacts(spec.runtime.store), Recorded()
     puzzle(spec)
