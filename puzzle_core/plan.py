@@ -193,7 +193,7 @@ class Plan:
 
         The base is the parent or a child. A child is also scored unchanged, as its own block in layer 0.
         """
-        base_block = base.layers[layer] if base else self.inputs.shape.parent_block
+        base_block = base.layers[layer] if base else self.inputs.shape.parent_block(layer)
         blocks = self.variants.blocks_of_layer(layer, self.inputs.shape)
         if self.spec.scoring.composition == "subblocks":
             blocks = [

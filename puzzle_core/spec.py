@@ -25,11 +25,12 @@ from puzzle_core.quantities import (
     parse_throughput,
 )
 from puzzle_core.records import Record
+from puzzle_core.sizes import is_cheaper
 from puzzle_core.target import ComputeDtype, Count, Name, Positive, Share
 from puzzle_core.target import Dtype as Dtype
 from puzzle_core.target import TargetSpec as TargetSpec
 from puzzle_core.text_sources import Texts
-from puzzle_core.variants.kinds import KINDS, Subblock, kinds_of
+from puzzle_core.variants.kinds import KINDS, kinds_of
 from puzzle_core.yaml_file import parse_record
 
 Bytes = Annotated[str, BeforeValidator(parse_bytes.check), Field(json_schema_extra=parse_bytes.form)]
@@ -154,7 +155,7 @@ class VariantsSpec(Record):
     )
 
     def of_layer(self, layer: int, shape: ModelShape) -> tuple[list[Variant], list[Variant]]:
-        """Attention variants and FFN variants of one layer, the parent's own first.
+        """Attention variants and FFN variants of one layer: the parent's own, and those that are cheaper.
 
         Raises:
             SpecError: the parent does not support a variant.
@@ -166,10 +167,10 @@ class VariantsSpec(Record):
                 if {"ffn_ratios", "ffn_widths"} & changes.keys():
                     rules |= {"ffn_ratios": (), "ffn_widths": ()}
                 rules |= changes
-        rules["ffn_widths"] = self._widths(rules["ffn_ratios"], rules["ffn_widths"], shape)
+        rules["ffn_widths"] = self._widths(rules["ffn_ratios"], rules["ffn_widths"], shape.of_layer(layer))
         attentions, ffns = (
-            [parent, *sorted(_offered(rules, parent.subblock, shape) - {parent}, key=lambda variant: variant.rank)]
-            for parent in shape.parent_block.subblocks
+            [own, *sorted(_offered(rules, own, layer, shape), key=lambda variant: variant.rank)]
+            for own in shape.parent_block(layer).subblocks
         )
         return attentions, ffns
 
@@ -179,7 +180,10 @@ class VariantsSpec(Record):
         return [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
 
     def served_by(self, engines: tuple[ServingEngine, ...], shape: ModelShape) -> "VariantsSpec":
-        """The same space without the variants that one of these engines supports in no layer."""
+        """The same space without the variants that one of these engines supports in no layer.
+
+        Ratios become widths where an engine has a grid for these, layer by layer where the parent's layers differ.
+        """
         constraints = ConstraintsSpec().for_engines(engines)
         switches = {
             row.spec_field: False
@@ -197,7 +201,15 @@ class VariantsSpec(Record):
             return changes
 
         layers = tuple(exception.model_copy(update=changed(exception)) for exception in self.layers)
+        if shape.blocks and constraints.ffn_multiple_of > 1:
+            layers += tuple(self._on_grid(layer, shape, constraints.ffn_multiple_of) for layer in range(shape.layers))
         return self.model_copy(update=changed(self) | {"layers": layers})
+
+    def _on_grid(self, layer: int, shape: ModelShape, multiple: int) -> VariantRange:
+        """The FFN widths of one layer that are a multiple of this."""
+        widths = {variant.ffn_width for variant in self.of_layer(layer, shape)[1]} - {0}
+        on_grid = tuple(sorted(width for width in widths if not width % multiple))
+        return VariantRange(first_layer=layer, last_layer=layer, ffn_widths=on_grid)
 
     def _widths(self, ratios: tuple[float, ...], widths: tuple[int, ...], shape: ModelShape) -> set[int]:
         """FFN widths in channels, from ratios and from widths."""
@@ -205,20 +217,23 @@ class VariantsSpec(Record):
         return {max(round(r * shape.ffn_width / multiple) * multiple, multiple) for r in ratios} | set(widths)
 
 
-def _offered(rules: Mapping[str, Any], subblock: Subblock, shape: ModelShape) -> set[Variant]:
-    """The variants of one subblock that these fields of a `VariantsSpec` offer.
+def _offered(rules: Mapping[str, Any], own: Variant, layer: int, shape: ModelShape) -> set[Variant]:
+    """The variants cheaper than the parent's own subblock of a layer that these fields of a `VariantsSpec` offer.
 
     Raises:
-        SpecError: the parent does not support a variant.
+        SpecError: the layer does not support a variant, or no layer is large enough for it.
     """
+    subblock, of_layer = own.subblock, shape.of_layer(layer)
     offered = {variant for variant in rules["ids"] if variant.subblock == subblock}
     for row in kinds_of(subblock):
         value = rules[row.spec_field] if row.spec_field else ()
         sizes = value if row.sized else [0] if value else []
         offered |= {Variant(subblock, row.name, size) for size in sizes}
     for variant in sorted(offered, key=lambda variant: variant.rank):
-        shape.check(variant)
-    return offered
+        fits_largest = variant.kv_heads <= shape.kv_heads and variant.ffn_width <= shape.ffn_width
+        if not fits_largest or is_cheaper(of_layer, variant, own):
+            of_layer.check(variant)
+    return {variant for variant in offered if is_cheaper(of_layer, variant, own)}
 
 
 class ImportanceSpec(Record):

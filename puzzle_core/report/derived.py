@@ -7,7 +7,7 @@ from puzzle_core.report.accuracies import kept_in_the_mean
 from puzzle_core.report.report_inputs import ModelResult, ReportInputs
 from puzzle_core.search.record_tables import score_table
 from puzzle_core.search.search_record import FoundArchitecture, Prediction
-from puzzle_core.search.tables import OUTSIDE, Option
+from puzzle_core.search.tables import OUTSIDE
 from puzzle_core.work import Timing
 
 
@@ -129,22 +129,22 @@ def scores(inputs: ReportInputs) -> dict[tuple[int, BlockVariant], float]:
         (layer, option.block): score
         for layer, scores in enumerate(table.layers)
         for option, score in scores.items()
-        if option != Option(table.parent)
+        if option.block != table.parent.layers[layer]
     }
 
 
 def layer_facts(inputs: ReportInputs) -> list[LayerFact]:
     """The child layer by layer."""
-    table, parent = scores(inputs), inputs.shape.parent_block
+    table, own = scores(inputs), inputs.shape.parent_block
     return [
         LayerFact(
             layer=layer,
             block=block,
-            score=0.0 if block == parent else table[layer, block],
+            score=0.0 if block == own(layer) else table[layer, block],
             attention_ms=_variant_ms(inputs, block.attention),
             ffn_ms=_variant_ms(inputs, block.ffn),
-            parent_attention_ms=_variant_ms(inputs, parent.attention),
-            parent_ffn_ms=_variant_ms(inputs, parent.ffn),
+            parent_attention_ms=_variant_ms(inputs, own(layer).attention),
+            parent_ffn_ms=_variant_ms(inputs, own(layer).ffn),
         )
         for layer, block in enumerate(inputs.child.architecture.layers)
     ]

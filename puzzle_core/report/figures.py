@@ -277,7 +277,7 @@ def _identity(axes: Axes, values: list[float]) -> list[float]:
 
 def _scored_blocks(inputs: ReportInputs, layer: int) -> list[BlockVariant]:
     """The scored blocks of the child's layer: the block itself, or one block per scored subblock."""
-    block, parent = inputs.child.architecture.layers[layer], inputs.shape.parent_block
+    block, parent = inputs.child.architecture.layers[layer], inputs.shape.parent_block(layer)
     if inputs.spec.scoring.composition == "pairs":
         return [block]
     return [parent.with_variant(variant) for variant in block.subblocks]

@@ -39,7 +39,7 @@ def score_table(
     base = base or Architecture.of_parent(shape)
     without_loss = objective == "lm_loss" or any(score.lm_loss_increase_nats_per_token is None for score in scores)
     return ScoreTable(
-        parent=shape.parent_block,
+        parent=Architecture.of_parent(shape),
         layers=_layers(scores, composition, objective, variants, shape, base),
         objective=objective,
         lm_loss=None if without_loss else _layers(scores, composition, "lm_loss", variants, shape, base),
@@ -82,7 +82,7 @@ def _layers(
 def unscored_table(variants: VariantsSpec, shape: ModelShape) -> ScoreTable:
     """The space with no scores: enough to ask whether the limits can hold."""
     blocks = [variants.blocks_of_layer(layer, shape) for layer in range(shape.layers)]
-    return ScoreTable(shape.parent_block, tuple({Option(block): 0.0 for block in space} for space in blocks))
+    return ScoreTable(Architecture.of_parent(shape), tuple({Option(block): 0.0 for block in space} for space in blocks))
 
 
 def cost_table(variants: VariantsSpec, shape: ModelShape, costs: Mapping[tuple[str, int], CostRecord]) -> CostTable:
