@@ -122,11 +122,8 @@ BLOCKS = (
     "attn:kv4+ffn:linear",
     "attn:no_op+ffn:no_op",
 )
-UNEQUAL = {
-    f"{name}, unequal": pico._replace(blocks=BLOCKS)
-    for name, pico in PICOS.items()
-    if not pico.saved and "-" not in name
-}
+_WHOLE = [name for name, pico in PICOS.items() if not pico.saved and "-" not in name]
+UNEQUAL = {f"{name}, unequal": PICOS[name]._replace(blocks=BLOCKS) for name in _WHOLE}
 """Parents whose layers differ, one of every family: children of this project with random weights."""
 
 
