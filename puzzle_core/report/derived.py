@@ -46,6 +46,11 @@ class LayerFact(NamedTuple):
         """Prefill and decode that this layer saves; negative where its variants are slower than the parent's."""
         return self.parent_ms - self.attention_ms - self.ffn_ms
 
+    @property
+    def saved_share(self) -> float:
+        """The part of the parent's layer that is saved: nothing of a layer without subblocks."""
+        return self.saved_ms / self.parent_ms if self.parent_ms else 0.0
+
 
 def total_ms(timing: Timing) -> float:
     """Prefill and the whole generation."""

@@ -196,7 +196,7 @@ def layers_table(inputs: ReportInputs) -> Table:
             str(fact.block.ffn),
             number_text(fact.score),
             ms_text(fact.saved_ms),
-            percent_text(fact.saved_ms / fact.parent_ms),
+            percent_text(fact.saved_share),
         )
         for fact in layers
     ]

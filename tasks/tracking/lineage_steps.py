@@ -59,7 +59,9 @@ class Steps:
             name=allowed_name(Path(path).name),
             key=f"parent/{self._plan.inputs.parent}",
             headline=f"{count_text(parameters)} parameters, {shape.layers} layers, {shape.family}: {path}",
-            about={"path": path} | shape.model_dump(),
+            about={"path": path}
+            | shape.model_dump(exclude={"blocks"})
+            | {f"layer.{layer}": str(block) for layer, block in enumerate(shape.blocks)},
         )
 
     @cached_property
