@@ -129,7 +129,8 @@ def scores(inputs: ReportInputs) -> dict[tuple[int, BlockVariant], float]:
     """The score of every layer and block variant, as the search saw it."""
     spec, shape = inputs.spec, inputs.shape
     objective = inputs.search.objective
-    table = score_table(inputs.scores, spec.scoring.composition, objective, spec.served_variants(shape), shape)
+    variants, scored = spec.served_variants(shape), inputs.scored_shape
+    table = score_table(inputs.scores, spec.scoring.composition, objective, variants, scored)
     return {
         (layer, option.block): score
         for layer, scores in enumerate(table.layers)
@@ -140,12 +141,12 @@ def scores(inputs: ReportInputs) -> dict[tuple[int, BlockVariant], float]:
 
 def layer_facts(inputs: ReportInputs) -> list[LayerFact]:
     """The child layer by layer."""
-    table, own = scores(inputs), inputs.shape.parent_block
+    table, own, scored = scores(inputs), inputs.shape.parent_block, inputs.scored_shape.parent_block
     return [
         LayerFact(
             layer=layer,
             block=block,
-            score=0.0 if block == own(layer) else table[layer, block],
+            score=0.0 if block == scored(layer) else table[layer, block],
             attention_ms=_variant_ms(inputs, block.attention),
             ffn_ms=_variant_ms(inputs, block.ffn),
             parent_attention_ms=_variant_ms(inputs, own(layer).attention),

@@ -112,7 +112,8 @@ def quality_figure(inputs: ReportInputs) -> Figure:
 
 def predicted_figure(inputs: ReportInputs) -> Figure:
     """Predicted against measured: times of whole models, and the sum of scores if it is a KL."""
-    with_scores = inputs.search.objective == "kl" and _score_points(inputs)
+    alike = inputs.search.objective == "kl" and not inputs.rounds  # scores of a later round are KL to its own parent
+    with_scores = alike and _score_points(inputs)
     figure = new_figure(10.5 if with_scores else 5.8, 6.4)
     panels = figure.subplots(1, 2 if with_scores else 1, squeeze=False)[0]
     _draw_times(panels[0], inputs)
@@ -190,7 +191,8 @@ def _draw_predicted(axes: Axes, inputs: ReportInputs, scale: float) -> None:
         )
     for (marker, colour), solution in zip(_styles(search.baselines), search.baselines, strict=True):
         _mark(axes, solution.prediction.total_ms / scale, solution.score, marker, colour, derived.method_name(solution))
-    _mark(axes, search.parent.total_ms / scale, 0, "o", BLACK, "parent")
+    if not inputs.rounds:
+        _mark(axes, search.parent.total_ms / scale, 0, "o", BLACK, "parent")
     chosen = search.best
     _mark(axes, chosen.prediction.total_ms / scale, chosen.score, "*", VERMILLION, "child, after assembly")
 
@@ -279,7 +281,7 @@ def _identity(axes: Axes, values: list[float]) -> list[float]:
 
 def _scored_blocks(inputs: ReportInputs, layer: int) -> list[BlockVariant]:
     """The scored blocks of the child's layer: the block itself, or one block per scored subblock."""
-    block, parent = inputs.child.architecture.layers[layer], inputs.shape.parent_block(layer)
+    block, parent = inputs.child.architecture.layers[layer], inputs.scored_shape.parent_block(layer)
     if inputs.spec.scoring.composition == "pairs":
         return [block]
     return [parent.with_variant(variant) for variant in block.subblocks]

@@ -44,7 +44,7 @@ def _rule_text(conflict: Conflict) -> str:
 
 def _reachable(limit: ResolvedLimit, least: float, builder: ProblemBuilder, batch_sizes: BatchSizes) -> str:
     """The least use by blocks as a value of the limit, rounded so that it can be met."""
-    uses = {(use.scenario, use.name): use for use in builder.limit_uses(builder.scores.parent, batch_sizes)}
+    uses = {(use.scenario, use.name): use for use in builder.limit_uses(builder.reference, batch_sizes)}
     value = limit.in_terms(least + limit.outside)
     own = uses[limit.scenario, limit.name].usage
     if value == math.inf:

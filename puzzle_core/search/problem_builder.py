@@ -172,6 +172,11 @@ class ProblemBuilder:
             for scenario in self.request.scenarios:
                 self._check_column(scenario.name, "latency")
 
+    @property
+    def reference(self) -> Architecture:
+        """The architecture whose values shares in limits are of."""
+        return self.scores.reference or self.scores.parent
+
     def problem(self, batch_sizes: BatchSizes) -> Problem:
         """The problem at these batch sizes, with every limit of the request.
 
@@ -294,8 +299,8 @@ class ProblemBuilder:
         outside = self.outside(resource, batch_sizes) if limit_type.outside else 0.0
         quantity = limit_type.parse(text)
         if quantity.relative:
-            own = enumerate(self.scores.parent.layers)
-            blocks = sum(self._resource_of(resource, layer, block, batch_sizes) for layer, block in own)
+            whole = enumerate(self.reference.layers)
+            blocks = sum(self._resource_of(resource, layer, block, batch_sizes) for layer, block in whole)
             if not blocks + outside:
                 unit = f"limit with a unit, or fill in the cost table's {resource.partition('/')[2]}"
                 raise SpecError(

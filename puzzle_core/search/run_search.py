@@ -80,7 +80,7 @@ def _answer(builder: ProblemBuilder, effort: Effort) -> tuple[SearchRecord, Batc
     answer = SearchRecord(
         objective=builder.scores.objective,
         batch_sizes=dict(batch_sizes),
-        parents=builder.predict(builder.scores.parent, batch_sizes),
+        parents=builder.predict(builder.reference, batch_sizes),
         times=builder.times(batch_sizes),
         solutions=tuple(_architecture(builder, solution, batch_sizes) for solution in solutions),
         baselines=(),

@@ -33,6 +33,7 @@ class ScoreTable:
     """The score of every option of every layer, lower is better; the parent's own block is one of them.
 
     `lm_loss` scores the same options by the increase of the next-token loss, if it is known and is not the main score.
+    Shares in limits are of what `reference` takes, the first parent where children became parents; by default `parent`.
 
     Raises (on construction):
         CoverageError: a layer lacks the parent's own block, or an option spans layers beyond the last.
@@ -43,6 +44,7 @@ class ScoreTable:
     layers: tuple[Mapping[Option, float], ...]
     objective: str = "score"
     lm_loss: tuple[Mapping[Option, float], ...] | None = None
+    reference: Architecture | None = None
 
     def __post_init__(self) -> None:
         for layer, scores in enumerate(self.layers):
