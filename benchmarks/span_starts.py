@@ -44,7 +44,7 @@ def start_of(parent: Parent, layer: int, span: int, start: str) -> State:
 
 def trained(plan: Plan, activations: Activations, layer: int, span: int, start: str, place: Path) -> BldRecord:
     """The training of the parent's own block in the place of these layers."""
-    option = Option(plan.inputs.shape.parent_block, span)
+    option = Option(plan.inputs.shape.parent_block(layer), span)
     place.mkdir(parents=True)
     state = start_of(activations.parent, layer, span, start)
     halves = []

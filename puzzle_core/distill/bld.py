@@ -172,7 +172,9 @@ def initial_state(
     if isinstance(variant, Option):
         return _of_halves(parent, work.layer, variant, halves)
     contribution_I = load_contribution(contributions_dir, work.layer) if contributions_dir else None
-    return variant.row.initial_state(parent.layer_tensors(work.layer), parent.shape, variant.size, contribution_I)
+    return variant.row.initial_state(
+        parent.layer_tensors(work.layer), parent.shape.of_layer(work.layer), variant.size, contribution_I
+    )
 
 
 def _of_halves(parent: Parent, layer: int, option: Option, halves: Halves) -> State:

@@ -46,6 +46,11 @@ class LayerFact(NamedTuple):
         """Prefill and decode that this layer saves; negative where its variants are slower than the parent's."""
         return self.parent_ms - self.attention_ms - self.ffn_ms
 
+    @property
+    def saved_share(self) -> float:
+        """The part of the parent's layer that is saved: nothing of a layer without subblocks."""
+        return self.saved_ms / self.parent_ms if self.parent_ms else 0.0
+
 
 def total_ms(timing: Timing) -> float:
     """Prefill and the whole generation."""
@@ -124,27 +129,29 @@ def scores(inputs: ReportInputs) -> dict[tuple[int, Option], float]:
     """The score of every layer and option, as the search saw it."""
     spec, shape = inputs.spec, inputs.shape
     objective = inputs.search.objective
-    table = score_table(inputs.scores, spec.scoring.composition, objective, spec.served_variants(shape), shape)
+    variants, scored = spec.served_variants(shape), inputs.scored_shape
+    table = score_table(inputs.scores, spec.scoring.composition, objective, variants, scored)
     return {
         (layer, option): score
         for layer, scores in enumerate(table.layers)
         for option, score in scores.items()
-        if option != Option(table.parent)
+        if option.block != table.parent.layers[layer]
     }
 
 
 def layer_facts(inputs: ReportInputs) -> list[LayerFact]:
     """The child layer by layer."""
-    table, parent, options = scores(inputs), inputs.shape.parent_block, inputs.child.architecture.options
+    table, own, scored = scores(inputs), inputs.shape.parent_block, inputs.scored_shape.parent_block
+    options = inputs.child.architecture.options
     return [
         LayerFact(
             layer=layer,
             block=block,
-            score=0.0 if block == parent or layer not in options else table[layer, options[layer]],
+            score=0.0 if block == scored(layer) or layer not in options else table[layer, options[layer]],
             attention_ms=_variant_ms(inputs, block.attention),
             ffn_ms=_variant_ms(inputs, block.ffn),
-            parent_attention_ms=_variant_ms(inputs, parent.attention),
-            parent_ffn_ms=_variant_ms(inputs, parent.ffn),
+            parent_attention_ms=_variant_ms(inputs, own(layer).attention),
+            parent_ffn_ms=_variant_ms(inputs, own(layer).ffn),
         )
         for layer, block in enumerate(inputs.child.architecture.layers)
     ]

@@ -9,7 +9,7 @@ better than its optimistic estimate.
 from collections.abc import Container, Sequence
 from statistics import median
 
-from puzzle_core.architecture import Architecture, BlockVariant, Option
+from puzzle_core.architecture import Architecture, Option
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.run_search import find_architecture, find_solutions
 from puzzle_core.search.search_record import FoundArchitecture
@@ -41,13 +41,13 @@ def lazy_scores(estimates: Sequence[ScoreRecord], exact: Sequence[ScoreRecord]) 
 
 
 def not_exact(
-    found: Sequence[FoundArchitecture], composition: str, parent: BlockVariant, exact: Container[Place]
+    found: Sequence[FoundArchitecture], composition: str, parent: Architecture, exact: Container[Place]
 ) -> list[Place]:
     """The blocks of some architectures that have no exact score, in order.
 
     Args:
         composition: `pairs`, or `subblocks`, where each subblock is scored beside the parent's other one.
-        parent: the parent's block, whose score is 0.
+        parent: the parent's own blocks, whose scores are 0.
         exact: the blocks with exact scores.
     """
     used = {place for one in found for place in _used(one.architecture, composition, parent)}
@@ -75,11 +75,11 @@ def next_to_score(
     return not_exact(found.frontier, composition, scores.parent, exact)
 
 
-def _used(architecture: Architecture, composition: str, parent: BlockVariant) -> set[Place]:
+def _used(architecture: Architecture, composition: str, parent: Architecture) -> set[Place]:
     """The blocks whose scores an architecture's score is the sum of."""
-    places = set[Place]()
+    places, own = set[Place](), parent.layers
     for layer, option in architecture.options.items():
         alone = composition == "subblocks" and option.span == 1
-        used = [Option(parent.with_variant(v)) for v in option.block.subblocks] if alone else [option]
-        places |= {(layer, one) for one in used if one != Option(parent)}
+        used = [Option(own[layer].with_variant(v)) for v in option.block.subblocks] if alone else [option]
+        places |= {(layer, one) for one in used if one != Option(own[layer])}
     return places

@@ -22,7 +22,7 @@ def picked_variants(record: SearchRecord, variants: VariantsSpec, shape: ModelSh
     for layer in range(shape.layers):
         weighed = [found[0]] * len(found) + found[1:]  # so that nothing outweighs the best architecture
         picks = [one.options[layer].block for one in weighed if layer in one.options]
-        own = shape.parent_block.subblocks
+        own = shape.parent_block(layer).subblocks
         kept = [variant for subblock in own for variant in _most_frequent(subblock, picks, _runners_up(record, layer))]
         ranges.append(
             VariantRange(

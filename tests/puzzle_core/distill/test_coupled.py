@@ -61,7 +61,7 @@ def half(initial_state, tmp_path):
 def test_the_parents_own_halves_stay_at_zero_and_unchanged(name, distil, activations_of):
     activations = activations_of(name)
     settings = {"batch_tokens": 96, "optimizer": {"weight_decay": 0}}
-    record, weights = distil(str(activations.parent.shape.parent_block), activations, **settings)
+    record, weights = distil(str(activations.parent.shape.parent_block(LAYER)), activations, **settings)
     assert record.curve == (0.0,) * 10
     own = activations.parent.layer_tensors(LAYER)
     assert weights.keys() == own.keys()
@@ -186,7 +186,7 @@ def test_the_score_of_an_option_is_the_kl_of_the_child_that_differs_in_it_alone(
     )  # fmt: skip
     score = scoring.score_block(work, activations, {str(option): state})
     save_file(state, tmp_path / WEIGHTS)
-    blocks = [str(parent.shape.parent_block)] * (5 - option.span)
+    blocks = [str(parent.shape.parent_block(0))] * (5 - option.span)
     blocks.insert(layer, str(option))
     architecture = Architecture.parse(blocks)
     library = [{str(option): tmp_path} if place == layer else {} for place in range(5)]

@@ -22,7 +22,7 @@ def picked(parent, best, *frontier, runner_ups=()):
     space = picked_variants(record.model_copy(update=update), SPACE, parent.shape)
     assert space.spans == SPACE.spans
     attentions, ffns = space.of_layer(0, parent.shape)
-    assert (attentions[0], ffns[0]) == parent.shape.parent_block.subblocks
+    assert (attentions[0], ffns[0]) == parent.shape.parent_block(0).subblocks
     return {str(variant) for variant in (*attentions[1:], *ffns[1:])}
 
 
