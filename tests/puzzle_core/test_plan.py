@@ -238,7 +238,10 @@ def test_what_is_done_takes_nothing_more(plan):
         ({"scenario": SPEC["scenario"] | {"prompt_tokens": 121}}, "scenario chatbot is 129"),
         ({"bld": {"coupled": "all"}, "scoring": {"composition": "subblocks"}}, "set scoring.composition to pairs"),
         ({"variants": {"spans": [2]}, "search": {"iterations": 1}}, "leave out search.iterations or variants.spans"),
-        ({"variants": {"spans": [2]}, "rounds": [{"limits": {"memory": "90%"}}]}, "leave out rounds or variants.spans"),
+        (
+            {"variants": {"spans": [2]}, "rounds": [{"limits": {"memory": "90%"}, "gkd": {"tokens": 8192}}]},
+            "leave out rounds or variants.spans",
+        ),
     ],
 )
 def test_what_the_parent_cannot_have_is_refused_before_any_work(plan, parts, message):

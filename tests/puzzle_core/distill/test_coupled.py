@@ -7,14 +7,14 @@ from safetensors.torch import save_file
 
 from puzzle_core import scoring
 from puzzle_core.architecture import Architecture, Option, Variant
-from puzzle_core.distill import bld
+from puzzle_core.distill import bld, gkd
 from puzzle_core.distill.losses import kl_divergence
 from puzzle_core.model import child
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.child import load_child, load_parent
 from puzzle_core.model.parent import Parent
 from puzzle_core.model.surgery import WEIGHTS, load_weights, variant_block
-from puzzle_core.spec import BldSpec, ParentSpec
+from puzzle_core.spec import BldSpec, GkdSpec, ParentSpec
 from puzzle_core.work import AssembleWork, BldWork, ScoreWork
 from tests.conftest import CPU
 from tests.pico import edit_tensors
@@ -101,7 +101,9 @@ def test_an_ffn_learns_to_do_without_its_attention(distil, activations):
     assert record.final_loss < record.initial_loss
 
 
-def test_a_span_over_a_layer_that_does_nothing_is_the_coupled_pair_bitwise(copy_of, ids_NT, half, distil, tmp_path):
+@pytest.fixture
+def silent_parent(copy_of):
+    """The plain parent with a layer 2 that adds nothing."""
     directory = copy_of("llama")
 
     def silence(tensors):
@@ -109,7 +111,13 @@ def test_a_span_over_a_layer_that_does_nothing_is_the_coupled_pair_bitwise(copy_
             tensors[f"model.layers.{LAYER + 1}.{name}.weight"].zero_()
 
     edit_tensors(directory, silence)
-    states = Activations(tmp_path / "states", Parent(ParentSpec(path=str(directory))), ids_NT, torch.float32, CPU)
+    return Parent(ParentSpec(path=str(directory)))
+
+
+def test_a_span_over_a_layer_that_does_nothing_is_the_coupled_pair_bitwise(
+    silent_parent, ids_NT, half, distil, tmp_path
+):
+    states = Activations(tmp_path / "states", silent_parent, ids_NT, torch.float32, CPU)
     states.capture_embedding()
     for layer in range(LAYER + 2):
         states.capture_layer(layer)
@@ -120,49 +128,59 @@ def test_a_span_over_a_layer_that_does_nothing_is_the_coupled_pair_bitwise(copy_
     assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of_span.items())
 
 
-OPTIONS = ("attn:kv4+ffn:i48", "attn:linear+ffn:i24", "attn:kv1+ffn:i24 x2", "attn:no_op+ffn:no_op")
+OWN = "attn:kv4+ffn:i48"
+OPTIONS = (OWN, "attn:kv1+ffn:i24 x2", "attn:linear+ffn:i24", OWN)
 
 
 @pytest.fixture
-def child_dir(parent, initial_state, tmp_path):
-    """A child of OPTIONS: a coupled pair in layer 1, a block in the place of layers 2 and 3, and an empty layer 4.
+def whole_state(initial_state):
+    """The weights of an option whose halves are one artifact: here the training-free ones of layer 4."""
 
-    Its trained blocks have the training-free weights of layer 4.
-    """
-    architecture, library = Architecture.parse(OPTIONS), [{} for _ in range(5)]
-    for layer in (1, 2):
-        option = architecture.options[layer]
-        directory = tmp_path / str(option)
-        directory.mkdir()
-        state = {}
-        for variant in option.block.subblocks:
-            state |= initial_state("llama", 4, str(variant))
-        save_file(state, directory / WEIGHTS)
-        library[layer] = {str(option): directory}
-    out = tmp_path / "child"
-    out.mkdir()
-    child.assemble(
-        AssembleWork(parent="p", architecture=architecture, library=(), dtype="float32"), parent, library, out
-    )
-    return out
+    def state(name, option):
+        first, second = (initial_state(name, 4, str(variant)) for variant in option.block.subblocks)
+        return first | second
+
+    return state
+
+
+@pytest.fixture
+def child_of(parent_of, whole_state, tmp_path):
+    """The directory of a child of a pico parent, whose options, but the parent's own, are whole artifacts."""
+
+    def write(name, *options):
+        architecture, library = Architecture.parse(options), [{} for _ in range(5)]
+        for layer, option in architecture.options.items():
+            if str(option) != OWN:
+                library[layer] = {str(option): tmp_path / f"{layer} {option}"}
+                library[layer][str(option)].mkdir()
+                save_file(whole_state(name, option), library[layer][str(option)] / WEIGHTS)
+        out = tmp_path / "child"
+        out.mkdir()
+        work = AssembleWork(parent="p", architecture=architecture, library=(), dtype="float32")
+        child.assemble(work, parent_of(name), library, out)
+        return out
+
+    return write
 
 
 @torch.no_grad()
-def test_a_child_with_a_span_equals_the_parents_layers_with_these_blocks(child_dir, parent, initial_state, ids_NT):
+@pytest.mark.parametrize("name", ["llama", "smollm3", "gemma3_text"])
+def test_a_child_with_a_span_equals_the_parents_layers_with_these_blocks(
+    name, child_of, parent_of, whole_state, ids_NT
+):
+    parent, options = parent_of(name), Architecture.parse(OPTIONS).options
     model = load_parent(parent, torch.float32, CPU)
     blocks = list(model.model.layers)
-    for layer in (1, 2):
-        option = Architecture.parse(OPTIONS).options[layer]
-        state = {}
-        for variant in option.block.subblocks:
-            state |= initial_state("llama", 4, str(variant))
-        blocks[layer] = variant_block(parent, layer, option, state, torch.float32, CPU)
+    for layer in (1, 3):
+        blocks[layer] = variant_block(
+            parent, layer, options[layer], whole_state(name, options[layer]), torch.float32, CPU
+        )
     hidden = model.model.embed(ids_NT.long())
     contexts = model.model.contexts(hidden, torch.arange(16)[None])
-    for layer in (0, 1, 2):  # 3 is covered, 4 is empty
+    for layer in (0, 1, 3, 4):
         hidden = blocks[layer](hidden, **contexts[blocks[layer].attention_kind])
     expected = model.head(model.model.normalise(hidden))
-    found, cache, steps = load_child(child_dir, torch.float32, CPU), None, []
+    found, cache, steps = load_child(child_of(name, *OPTIONS), torch.float32, CPU), None, []
     assert found.config.num_hidden_layers == len(found.model.layers) == 4
     assert torch.equal(found(input_ids=ids_NT.long()).logits, expected)
     for start, stop in [(0, 9), (9, 10), (10, 16)]:
@@ -172,30 +190,39 @@ def test_a_child_with_a_span_equals_the_parents_layers_with_these_blocks(child_d
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("layer", [1, 3])
 def test_the_score_of_an_option_is_the_kl_of_the_child_that_differs_in_it_alone(
-    number, parent, activations, initial_state, ids_NT, tmp_path
+    layer, parent, activations, whole_state, child_of, ids_NT
 ):
-    option, layer = Option.parse(OPTIONS[number]), number
-    state = {}
-    for variant in option.block.subblocks:
-        state |= initial_state("llama", 4, str(variant))
+    option = Architecture.parse(OPTIONS).options[layer]
     work = ScoreWork(
         parent="p", layer=layer, block=option.block, span=option.span, attention=None, ffn=None, whole="w", tokens="t",
         dtype="float32",
     )  # fmt: skip
-    score = scoring.score_block(work, activations, {str(option): state})
-    save_file(state, tmp_path / WEIGHTS)
-    blocks = [str(parent.shape.parent_block(0))] * (5 - option.span)
+    score = scoring.score_block(work, activations, {str(option): whole_state("llama", option)})
+    blocks = [OWN] * (5 - option.span)
     blocks.insert(layer, str(option))
-    architecture = Architecture.parse(blocks)
-    library = [{str(option): tmp_path} if place == layer else {} for place in range(5)]
-    out = tmp_path / "child"
-    out.mkdir()
-    child.assemble(
-        AssembleWork(parent="p", architecture=architecture, library=(), dtype="float32"), parent, library, out
-    )
-    models = load_parent(parent, torch.float32, CPU), load_child(out, torch.float32, CPU)
+    models = load_parent(parent, torch.float32, CPU), load_child(child_of("llama", *blocks), torch.float32, CPU)
     log_p, log_q = (model(input_ids=ids_NT.long()).logits.log_softmax(-1) for model in models)
     assert score.kl_nats_per_token == pytest.approx(kl_divergence(log_p, log_q).mean().item(), rel=1e-4)
     assert score.option == option
+
+
+@torch.no_grad()
+def test_distillation_compares_a_span_with_the_last_of_its_layers(silent_parent, ids_NT, tmp_path):
+    """Layer 2 does nothing, so layer 1 in the place of both is the parent, if states are matched as they should."""
+    architecture = Architecture.parse([OWN, f"{OWN} x2", OWN, OWN])
+    library = [{} for _ in range(5)]
+    library[1] = {f"{OWN} x2": tmp_path}
+    save_file(silent_parent.layer_tensors(1), tmp_path / WEIGHTS)
+    out = tmp_path / "child"
+    out.mkdir()
+    work = AssembleWork(parent="p", architecture=architecture, library=(), dtype="float32")
+    child.assemble(work, silent_parent, library, out)
+    models = load_parent(silent_parent, torch.float32, CPU), load_child(out, torch.float32, CPU)
+    imitated = [layer + option.span - 1 for layer, option in architecture.options.items()]
+    terms = gkd.loss_terms(*models, ids_NT.long(), GkdSpec(), imitated=imitated)
+    assert terms["kl"].item() == 0
+    assert terms["cosine"].item() == pytest.approx(0, abs=1e-5)
+    other = gkd.loss_terms(*models, ids_NT.long(), GkdSpec(), imitated=[0, 1, 2, 3])
+    assert other["cosine"].item() > 0.1
