@@ -8,6 +8,7 @@ from flows.puzzle import puzzle
 from puzzle_core.architecture import Architecture
 from puzzle_core.model.parent import Parent
 from puzzle_core.plan import Plan, RoundChild
+from puzzle_core.report.report import making_table
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.report.report_tables import final_table
 from puzzle_core.search.search_record import SearchRecord
@@ -60,6 +61,7 @@ def test_the_child_of_a_round_is_the_next_ones_parent_and_a_second_run_computes_
     assert inputs.child.parameters < inputs.rounds[0].parameters < inputs.parent.parameters
     assert inputs.parent.evaluation.kl_nats_per_token == 0
     assert final_table(inputs).columns[1:3] == ("parent", "child of round 1")
+    assert ("round 1", "at parameters 90%; GKD on 256 tokens") in making_table(inputs).rows
     trained = last.gkd(answer.best.architecture).key
     assert stored_provenance(store, trained).distilled_tokens == 128 + 256
 
