@@ -256,7 +256,7 @@ def publish_costs(spec: RunSpec) -> None:
 
     for work in plan.costs().values():
         times = {str(variant): timing(size(variant)) for variant in work.variants}
-        own = plan.inputs.shape.parent_block
+        own = plan.inputs.shape.largest_block
         block = times[str(own.attention)].prefill_ms + times[str(own.ffn)].prefill_ms
         record = CostRecord(
             source="measured",
