@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator
 
-from puzzle_core.errors import ArtifactError, StorageError
+from puzzle_core.errors import StorageError
 from puzzle_core.records import Record
 from tasks.runtime.process import is_gone, this_process
 from tasks.store.bucket import Bucket, FileStatus
