@@ -1,9 +1,12 @@
 """The block library of a parent and its scores: built once per parent, for all targets (docs/design.md)."""
 
 import logging
+from typing import Annotated
 
 from prefect import flow
 from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
+from pydantic import Field
 
 from flows.permissions import permitted
 from flows.services.orphaned_runs import inherited_tags, label_process
@@ -11,7 +14,7 @@ from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, 
 from puzzle_core.architecture import Architecture, Option
 from puzzle_core.device import device_memory_bytes
 from puzzle_core.errors import PuzzleError
-from puzzle_core.plan import Plan
+from puzzle_core.plan import LAYERS, Plan
 from puzzle_core.resources import streamed_groups
 from puzzle_core.scoring import SIDE_BY_SIDE
 from puzzle_core.sizes import DTYPE_BYTES, LAYER_CACHE_BYTES, architecture_parameters
@@ -33,29 +36,42 @@ from tasks.tracking.tracking import tracked
 from tasks.ui_artifacts import show_cached, show_library, show_tracked
 
 log = logging.getLogger("puzzle")
+Layers = Annotated[str | None, Field(pattern=f"^{LAYERS}$", examples=["0-9"])]
+
+
+def run_name() -> str:
+    """The name of a run of `build_library`."""
+    parameters = flow_run.get_parameters()
+    layers = f", layers {parameters['layers']}" if parameters.get("layers") else ""
+    return f"library of {parameters['spec'].name}{layers}"
 
 
 @flow(
     name="build-library",
-    flow_run_name="library of {spec.name}",
+    flow_run_name=run_name,
     persist_result=False,
     result_serializer="json",
     on_running=[label_process],
 )
 @inherited_tags()
-def build_library(spec: RunSpec) -> None:
+def build_library(spec: RunSpec, layers: Layers = None) -> None:
     """Train every missing variant of every layer (BLD), then score every missing block variant.
 
     Args:
         spec: The run specification; target, scenario, search, GKD and evaluation are not used.
+        layers: The layers to train and score here: the first and the last one (0-9), or one; none for all.
+
+    Raises:
+        SpecError: the parent does not have these layers.
     """
     spec = permitted(spec)
-    build_planned_library.fn(*plan_run(spec))
+    plan, context = plan_run(spec)
+    build_planned_library.fn(plan.of_layers(layers), context)
 
 
 @flow(
     name="build-library",
-    flow_run_name="library of {plan.spec.name}",
+    flow_run_name="library of {plan.name}",
     persist_result=False,
     result_serializer="json",
     validate_parameters=False,
@@ -72,7 +88,8 @@ def build_planned_library(plan: Plan, context: RunContext) -> None:
             side_by_side(train, context, _trainings_at_a_time(plan))(plan, context)
         with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
             side_by_side(score_variants, context, scores_at_a_time(plan, context))(plan, context)
-        record_library(plan, context, run)
+        if plan.part is None:
+            record_library(plan, context, run)
         show_library(plan, context)
 
 
@@ -100,7 +117,7 @@ def scores_at_a_time(plan: Plan, context: RunContext) -> int:
 
 @flow(
     name="train-variants",
-    flow_run_name="BLD of {plan.spec.name}",
+    flow_run_name="BLD of {plan.name}",
     persist_result=False,
     result_serializer="json",
     validate_parameters=False,
@@ -124,7 +141,7 @@ def train_variants(plan: Plan, context: RunContext) -> None:
     parent, tokens, dtype = plan.inputs.parent, plan.tokens("bld").key, plan.spec.bld.dtype
     states = context.activations_directory(parent, tokens, dtype)
     last, running = untrained_layers[-1], dict[int, list[PrefectFuture[str]]]()
-    progress = StageProgress("bld", plan.spec.name, done, shows_end=True)
+    progress = StageProgress("bld", plan.name, done, shows_end=True)
 
     def finish(layer: int) -> int:
         """Wait for a layer's variants, train the options that end there, and return how many trainings are done."""
@@ -158,7 +175,7 @@ def train_variants(plan: Plan, context: RunContext) -> None:
 
 @flow(
     name="train-streamed",
-    flow_run_name="BLD of {plan.spec.name}",
+    flow_run_name="BLD of {plan.name}",
     persist_result=False,
     result_serializer="json",
     validate_parameters=False,
@@ -171,7 +188,7 @@ def train_streamed(plan: Plan, context: RunContext) -> None:
     """
     missing, options, done = _missing_variants(plan, context)
     total = len(plan.all_bld())
-    progress = StageProgress("bld", plan.spec.name, done, shows_end=True)
+    progress = StageProgress("bld", plan.name, done, shows_end=True)
     for whole, untrained in {False: missing, True: options}.items():
         for group in streamed_groups(plan, device_memory_bytes(), whole):
             works = [work for works in untrained.values() for work in works if work.layer in group]
@@ -205,7 +222,7 @@ def _missing_variants(plan: Plan, context: RunContext) -> tuple[Trainings, Train
 
 @flow(
     name="score-variants",
-    flow_run_name="scores of {plan.spec.name}",
+    flow_run_name="scores of {plan.name}",
     persist_result=False,
     result_serializer="json",
     validate_parameters=False,
@@ -226,7 +243,7 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
         return
     tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
     first = min(work.layer for work in missing)
-    capturing = StageProgress("capture", plan.spec.name)
+    capturing = StageProgress("capture", plan.name)
     for layer in plan.layers:
         capture_layer(plan.inputs.parent, tokens, dtype, layer, layer >= first and base is None, context)
         capturing.show(layer + 1, len(plan.layers))
@@ -237,7 +254,7 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
         capture_log_probabilities(plan.inputs.parent, tokens, dtype, context)
     for layer in plan.layers if base else ():
         capture_layer(plan.inputs.parent, tokens, dtype, layer, layer >= first, context, base)
-    progress = StageProgress("scores", plan.spec.name, done, shows_end=True)
+    progress = StageProgress("scores", plan.name, done, shows_end=True)
     futures = [submit(score_block, work, context) for work in missing]
     wait_all("scores", futures, done, len(works), progress)
     for captured in (None, base) if base else (None,):

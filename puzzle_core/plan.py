@@ -3,10 +3,13 @@
 Flows submit the work that the store has no artifact for. `puzzle check` prints the plan without running it.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from puzzle_core.architecture import EMPTY_BLOCK, Architecture, BlockVariant, ModelShape, Option, Variant
 from puzzle_core.engines import ENGINES
@@ -45,6 +48,9 @@ from puzzle_core.work import (
     Traffic,
 )
 
+LAYERS = r"[0-9]+(-[0-9]+)?"
+"""A range of layers in text form."""
+LayerWork = TypeVar("LayerWork", BldWork, ScoreWork)
 HELD_OUT_SPLITS = ("scoring", "evaluation")
 
 
@@ -102,6 +108,13 @@ class Inputs(Record):
         return self.model_copy(update={"parent": child.key, "shape": shape, "before": before})
 
 
+def layer_ranges(layers: int, ranges: int) -> list[str]:
+    """Ranges of almost equal length that cover all layers, as texts: `0-9`; a range per layer at most."""
+    count = min(ranges, layers)
+    starts = [layers * number // count for number in range(count + 1)]
+    return [f"{first}-{end - 1}" for first, end in itertools.pairwise(starts)]
+
+
 @dataclass(frozen=True)
 class Plan:
     """The work of one run. `spec` has no `auto` left, so no key depends on the machine in secret.
@@ -112,6 +125,8 @@ class Plan:
 
     spec: RunSpec
     inputs: Inputs
+    part: range | None = None
+    """The layers that this machine trains and scores; all where it is none."""
 
     def __post_init__(self) -> None:
         spec = self.spec.with_dtype(self.inputs.auto_dtype).of_round(self.round)
@@ -148,6 +163,31 @@ class Plan:
     def is_last(self) -> bool:
         """Whether the child of this plan is the run's answer, and not the parent of a further round."""
         return self.round >= len(self.spec.rounds)
+
+    def of_layers(self, layers: str | None) -> "Plan":
+        """The same plan with the trainings and scores of some layers alone.
+
+        Args:
+            layers: the first and the last one (`10-19`), or one (`7`); none for all.
+
+        Raises:
+            SpecError: this is no range of the parent's layers.
+        """
+        if layers is None:
+            return self
+        ends = layers.split("-") if re.fullmatch(LAYERS, layers) else ("1", "0")
+        part = range(int(ends[0]), int(ends[-1]) + 1)
+        if not part or part[-1] not in self.layers:
+            raise SpecError(
+                f"layers is {layers!r}, but the parent has layers 0 to {self.layers[-1]}: name the first and the last "
+                "layer, such as 0-9, or one"
+            )
+        return dataclasses.replace(self, part=part)
+
+    @property
+    def name(self) -> str:
+        """The name of the specification, and the layers of a plan of some."""
+        return self.spec.name + (f"-layers-{self.part[0]}-{self.part[-1]}" if self.part else "")
 
     @cached_property
     def variants(self) -> VariantsSpec:
@@ -320,12 +360,15 @@ class Plan:
         return self.score(layer, option).model_copy(update={"gradients": None})
 
     def all_bld(self) -> list[BldWork]:
-        """Every training, those of single variants first."""
-        return list(self._library.values())
+        """Every training of this plan's layers, those of single variants first."""
+        return self._of_part(self._library.values())
 
     def all_scores(self, base: Architecture | None = None) -> list[ScoreWork]:
-        """Every score in the parent, or in a child."""
-        return [*self._scores] if base is None else self._scores_in(base)
+        """Every score of this plan's layers in the parent, or in a child."""
+        return self._of_part(self._scores if base is None else self._scores_in(base))
+
+    def _of_part(self, works: Iterable[LayerWork]) -> list[LayerWork]:
+        return [work for work in works if self.part is None or work.layer in self.part]
 
     @cached_property
     def _variants(self) -> dict[tuple[int, Variant | Option], BldWork]:
@@ -377,6 +420,7 @@ class Plan:
 
     def search(self, base: Architecture | None = None, batch_sizes: Mapping[str, int] | None = None) -> SearchWork:
         """The search with scores in the parent or in a child, over all batch sizes or only `batch_sizes`."""
+        assert self.part is None, "a search needs all layers"
         request = self.spec.request
         if batch_sizes:
             request = request.at(batch_sizes)

@@ -4,7 +4,7 @@ import pytest
 
 from puzzle_core.architecture import Architecture, Option, Variant
 from puzzle_core.errors import SpecError
-from puzzle_core.plan import Inputs, Plan
+from puzzle_core.plan import Inputs, Plan, layer_ranges
 from puzzle_core.resources import resources
 from puzzle_core.spec import parse_spec
 from tests.conftest import MIXED
@@ -265,3 +265,22 @@ def test_keys_hold_what_auto_is_on_the_machine(plan, dtype):
 def test_the_type_of_an_evaluation_is_in_its_key_alone(plan):
     other, own = keys(plan(evaluation={"dtype": "bfloat16"})), keys(plan())
     assert {stage for stage in own if own[stage] != other[stage]} == {"evaluation"}
+
+
+def test_ranges_of_layers_are_the_whole_with_the_same_keys(plan):
+    whole = plan()
+    parts = [whole.of_layers(layers) for layers in layer_ranges(len(whole.layers), 2)]
+    assert [part.name for part in parts] == [f"{whole.spec.name}-layers-0-1", f"{whole.spec.name}-layers-2-4"]
+    for works in ("all_bld", "all_scores"):
+        assert [work.key for part in parts for work in getattr(part, works)()] == [
+            work.key for work in getattr(whole, works)()
+        ]
+    assert [work.layer for work in whole.of_layers("3").all_bld()] == [3] * len(whole.trained(3))
+    assert whole.of_layers(None) is whole
+    assert layer_ranges(3, 8) == ["0-0", "1-1", "2-2"]
+
+
+@pytest.mark.parametrize("layers", ["3-5", "5", "4-3", "-2", "1,2", "first"])
+def test_layers_that_the_parent_lacks_are_refused(plan, layers):
+    with pytest.raises(SpecError, match=rf"layers is '{layers}', but the parent has layers 0 to 4"):
+        plan().of_layers(layers)
