@@ -76,6 +76,11 @@ def answering_plan(plan: Plan, context: RunContext) -> Plan:
     return plan.coupled_in(picked_variants(first, plan.variants, plan.inputs.shape))
 
 
+def known_plan(plan: Plan, context: RunContext) -> Plan:
+    """As `answering_plan`, as far as the store says: the first stage's where that has no search yet."""
+    return answering_plan(plan, context) if context.store().has(plan.search().key) else plan
+
+
 def _search(plan: Plan, context: RunContext) -> None:
     spec = plan.spec
     with tracked("search", spec) as run:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flows.research_targets import find_searches
+from flows.search_architecture import known_plan
 from flows.task_runners.choice import check_packages
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work
@@ -56,7 +57,7 @@ def describe_plan(spec: RunSpec) -> str:
     """
     context = RunContext.of(spec)
     check_packages(spec, context)
-    plan = Plan(spec, open_inputs.fn(context, spec))
+    plan = known_plan(Plan(spec, open_inputs.fn(context, spec)), context)
     shape, needed, store = plan.inputs.shape, resources(plan), context.store()
     for last in ("calibration", plan.gkd_splits[-1], "evaluation"):
         if not store.has(plan.tokens(last).key):
