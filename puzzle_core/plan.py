@@ -101,6 +101,19 @@ class Plan:
         for what, tokens in lengths.items():
             if tokens > shape.max_positions:
                 raise SpecError(f"{what} is {tokens}, but the parent's context holds {shape.max_positions} tokens")
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        """Refuse a window as long as what BLD or scores read: it would train and score as the full attention."""
+        attentions = {v for layer in self.layers for v in self.variants.of_layer(layer, self.inputs.shape)[0]}
+        widest = max(attentions, key=lambda variant: variant.window)
+        for split in ("bld", "scoring"):
+            length = self.spec.splits[split].sequence_length
+            if widest.window >= length:
+                raise SpecError(
+                    f"{widest} sees {widest.window} tokens, and {split} reads {length} at a time, in which it is the "
+                    f"full attention: set {split}.sequence_length above {widest.window}"
+                )
 
     @cached_property
     def variants(self) -> VariantsSpec:
@@ -264,16 +277,17 @@ class Plan:
         """The costs of every distinct variant, by scenario and batch size; empty if a table is imported."""
         if self.spec.target.costs == "imported":
             return {}
+        shape = self.inputs.shape
         distinct = {
-            variant
+            shape.in_layer(layer, variant)
             for layer in self.layers
-            for variants in self.variants.of_layer(layer, self.inputs.shape)
+            for variants in self.variants.of_layer(layer, shape)
             for variant in variants
             if not variant.is_empty
         }
         return {
             (scenario.name, batch_size): CostWork(
-                shape=self.inputs.shape.digest(),
+                shape=shape.digest(),
                 variants=tuple(sorted(distinct)),
                 traffic=_traffic(scenario, batch_size),
                 target=self.target,

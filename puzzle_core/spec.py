@@ -29,7 +29,7 @@ from puzzle_core.target import ComputeDtype, Count, Name, Positive, Share
 from puzzle_core.target import Dtype as Dtype
 from puzzle_core.target import TargetSpec as TargetSpec
 from puzzle_core.text_sources import Texts
-from puzzle_core.variants.kinds import KINDS, Subblock, kinds_of
+from puzzle_core.variants.kinds import KINDS, kinds_of
 from puzzle_core.yaml_file import parse_record
 
 Bytes = Annotated[str, BeforeValidator(parse_bytes.check), Field(json_schema_extra=parse_bytes.form)]
@@ -122,6 +122,11 @@ class VariantRange(Record):
     first_layer: int = Field(ge=0, description="Counted from 0")
     last_layer: int = Field(ge=0, description="Inclusive")
     kv_heads: tuple[Positive, ...] | None = Field(None, description="Replaces the value for all layers")
+    windows: tuple[Positive, ...] | None = Field(
+        None,
+        description="Replaces the value for all layers",
+        exclude_if=lambda windows: windows is None,
+    )
     ffn_ratios: tuple[Share, ...] | None = Field(None, description="Replaces the value for all layers")
     ffn_widths: tuple[Positive, ...] | None = Field(None, description="Replaces the value for all layers")
     linear: bool | None = Field(None, description="Offer one linear layer in place of each subblock here")
@@ -141,6 +146,11 @@ class VariantsSpec(Record):
     """The search space: the variants of every layer. The parent's own variant is always among them."""
 
     kv_heads: tuple[Positive, ...] = Field((), description="KV heads of reduced attentions; divisors of the parent's")
+    windows: tuple[Positive, ...] = Field(
+        (),
+        description="Sliding windows in tokens, for the parent's KV heads and for those of kv_heads",
+        exclude_if=lambda windows: not windows,
+    )
     ffn_ratios: tuple[Share, ...] = Field((), description="Widths of reduced FFNs as a share of the parent's")
     ffn_widths: tuple[Positive, ...] = Field((), description="Widths of reduced FFNs in channels")
     ffn_multiple_of: Positive = Field(1, description="Widths from ratios are rounded to a multiple of this")
@@ -168,7 +178,7 @@ class VariantsSpec(Record):
                 rules |= changes
         rules["ffn_widths"] = self._widths(rules["ffn_ratios"], rules["ffn_widths"], shape)
         attentions, ffns = (
-            [parent, *sorted(_offered(rules, parent.subblock, shape) - {parent}, key=lambda variant: variant.rank)]
+            [parent, *sorted(_offered(rules, parent, layer, shape), key=lambda variant: variant.rank)]
             for parent in shape.parent_block.subblocks
         )
         return attentions, ffns
@@ -189,6 +199,8 @@ class VariantsSpec(Record):
 
         def changed(part: "VariantsSpec | VariantRange") -> dict[str, Any]:
             changes: dict[str, Any] = {name: False for name in switches if getattr(part, name)}
+            if part.windows and "no_windows" in restrictions(engines):
+                changes["windows"] = ()
             if part.ids:
                 changes["ids"] = tuple(variant for variant in part.ids if constraints.allows(variant, engines))
             if (multiple := constraints.ffn_multiple_of) > 1 and (part.ffn_ratios, part.ffn_widths) != (None, None):
@@ -205,20 +217,27 @@ class VariantsSpec(Record):
         return {max(round(r * shape.ffn_width / multiple) * multiple, multiple) for r in ratios} | set(widths)
 
 
-def _offered(rules: Mapping[str, Any], subblock: Subblock, shape: ModelShape) -> set[Variant]:
-    """The variants of one subblock that these fields of a `VariantsSpec` offer.
+def _offered(rules: Mapping[str, Any], parent: Variant, layer: int, shape: ModelShape) -> set[Variant]:
+    """The variants of one subblock of a layer that these fields of a `VariantsSpec` offer, beside the parent's own.
+
+    A window that the layer's own is as short as makes no difference, so it is none of them.
 
     Raises:
         SpecError: the parent does not support a variant.
     """
+    subblock, own_window = parent.subblock, shape.window(layer)
     offered = {variant for variant in rules["ids"] if variant.subblock == subblock}
     for row in kinds_of(subblock):
         value = rules[row.spec_field] if row.spec_field else ()
-        sizes = value if row.sized else [0] if value else []
-        offered |= {Variant(subblock, row.name, size) for size in sizes}
+        if row.windowed:
+            sizes = (parent.size, *rules["kv_heads"])
+            offered |= {Variant(subblock, row.name, size, window) for size in sizes for window in value}
+        else:
+            sizes = value if row.sized else [0] if value else []
+            offered |= {Variant(subblock, row.name, size) for size in sizes}
     for variant in sorted(offered, key=lambda variant: variant.rank):
         shape.check(variant)
-    return offered
+    return {variant for variant in offered - {parent} if not 0 < own_window <= variant.window}
 
 
 class ImportanceSpec(Record):

@@ -472,7 +472,8 @@ def _costs(work: SearchWork, target: TargetSpec, context: RunContext) -> CostTab
         return read_named_costs(work.cost_table, Path(target.table))
     store = context.store()
     records = {(scenario, batch): store.record(CostRecord, key) for scenario, batch, key in work.costs}
-    return cost_table(work.variants, work.shape, records)
+    request_tokens = {s.name: s.prompt_tokens + s.generated_tokens for s in work.request.scenarios}
+    return cost_table(work.variants, work.shape, records, request_tokens)
 
 
 def _short(key: str) -> str:
