@@ -106,7 +106,7 @@ class Plan:
     def _check_windows(self) -> None:
         """Refuse a window as long as what BLD or scores read: it would train and score as the full attention."""
         attentions = {v for layer in self.layers for v in self.variants.of_layer(layer, self.inputs.shape)[0]}
-        widest = max(attentions, key=lambda variant: variant.window)
+        widest = max(attentions, key=lambda variant: (variant.window, variant))
         for split in ("bld", "scoring"):
             length = self.spec.splits[split].sequence_length
             if widest.window >= length:
