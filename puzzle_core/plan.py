@@ -15,6 +15,7 @@ from puzzle_core.formats.llama_blocks import unlike_llama
 from puzzle_core.records import Record
 from puzzle_core.spec import (
     GKD_SPLITS,
+    LONG_SCORING_SPLIT,
     BldSpec,
     HarnessSpec,
     ParentSpec,
@@ -43,7 +44,7 @@ from puzzle_core.work import (
     Traffic,
 )
 
-HELD_OUT_SPLITS = ("scoring", "evaluation")
+HELD_OUT_SPLITS = ("scoring", "evaluation", LONG_SCORING_SPLIT)
 
 
 class Inputs(Record):
@@ -107,12 +108,12 @@ class Plan:
         """Refuse a window as long as what BLD or scores read: it would train and score as the full attention."""
         attentions = {v for layer in self.layers for v in self.variants.of_layer(layer, self.inputs.shape)[0]}
         widest = max(attentions, key=lambda variant: (variant.window, variant))
-        for split in ("bld", "scoring"):
+        for part, split in {"bld": "bld", "scoring": self.scoring_splits[-1]}.items():
             length = self.spec.splits[split].sequence_length
             if widest.window >= length:
                 raise SpecError(
-                    f"{widest} sees {widest.window} tokens, and {split} reads {length} at a time, in which it is the "
-                    f"full attention: set {split}.sequence_length above {widest.window}"
+                    f"{widest} sees {widest.window} tokens, and {part} reads {length} at a time, in which it is the "
+                    f"full attention: set {part}.sequence_length above {widest.window}"
                 )
 
     @cached_property
@@ -161,6 +162,11 @@ class Plan:
     def gkd_splits(self) -> tuple[str, ...]:
         """The splits that the trainings of a child read, in their order."""
         return tuple(split for split in GKD_SPLITS if split in self.splits)
+
+    @property
+    def scoring_splits(self) -> tuple[str, ...]:
+        """The splits that scores are made on, in their order."""
+        return tuple(split for split in ("scoring", LONG_SCORING_SPLIT) if split in self.splits)
 
     def texts(self, split: str) -> Texts:
         """The texts of a split."""
@@ -226,7 +232,9 @@ class Plan:
             seed=self.spec.data.seed,
         )
 
-    def score(self, layer: int, block: BlockVariant, base: Architecture | None = None) -> ScoreWork:
+    def score(
+        self, layer: int, block: BlockVariant, base: Architecture | None = None, split: str = "scoring"
+    ) -> ScoreWork:
         """The score of one block variant in the parent, or in a child, where it is always exact.
 
         A child differs from the parent before the block is replaced, so an expansion at the parent does not hold there.
@@ -237,7 +245,7 @@ class Plan:
             block=block,
             attention=self.library_key(layer, block.attention),
             ffn=self.library_key(layer, block.ffn),
-            tokens=self.tokens("scoring").key,
+            tokens=self.tokens(split).key,
             dtype=self.spec.scoring.dtype,
             base=self.assemble(base) if base else None,
             gradients=None if base else self._gradients_key,
@@ -256,9 +264,13 @@ class Plan:
         """Every variant training."""
         return list(self._library.values())
 
-    def all_scores(self, base: Architecture | None = None) -> list[ScoreWork]:
-        """Every score in the parent, or in a child."""
-        return [*self._scores] if base is None else self._scores_in(base)
+    def all_scores(self, base: Architecture | None = None, split: str = "scoring") -> list[ScoreWork]:
+        """Every score in the parent, or in a child, on one of `scoring_splits`."""
+        return [*self._scores] if (base, split) == (None, "scoring") else self._scores_in(base, split)
+
+    def long_scores(self) -> list[ScoreWork]:
+        """Every score on the longer windows; none where the spec does not ask for them."""
+        return [work for split in self.scoring_splits[1:] for work in self.all_scores(split=split)]
 
     @cached_property
     def _library(self) -> dict[tuple[int, Variant], BldWork]:
@@ -268,10 +280,10 @@ class Plan:
 
     @cached_property
     def _scores(self) -> list[ScoreWork]:
-        return self._scores_in(None)
+        return self._scores_in(None, "scoring")
 
-    def _scores_in(self, base: Architecture | None) -> list[ScoreWork]:
-        return [self.score(layer, block, base) for layer in self.layers for block in self.scored(layer, base)]
+    def _scores_in(self, base: Architecture | None, split: str) -> list[ScoreWork]:
+        return [self.score(layer, block, base, split) for layer in self.layers for block in self.scored(layer, base)]
 
     def costs(self) -> dict[tuple[str, int], CostWork]:
         """The costs of every distinct variant, by scenario and batch size; empty if a table is imported."""
@@ -314,6 +326,8 @@ class Plan:
             request=request,
             base=self.assemble(base) if base else None,
             exact=() if base else self._exact_keys,
+            long_scores=tuple(work.key for work in self.long_scores()),
+            long_weight=self.spec.scoring.long.weight if self.spec.scoring.long else 1.0,
         )
 
     @cached_property

@@ -43,6 +43,8 @@ WindowTokens = Annotated[int, Field(ge=8, le=10**9)]
 
 GKD_SPLITS = ("gkd", "gkd-long")
 """The splits of the texts that the trainings of a child read, in their order."""
+LONG_SCORING_SPLIT = "scoring-long"
+"""The split of the second scores."""
 PRODUCTS = "Type of activations and matrix products; auto: bfloat16 where this machine has fast products of it"
 MOST = 1000
 """The most solutions, points of a frontier, rounds and combinations of batch sizes: each is a search of its own."""
@@ -230,8 +232,8 @@ def _offered(rules: Mapping[str, Any], parent: Variant, layer: int, shape: Model
     for row in kinds_of(subblock):
         value = rules[row.spec_field] if row.spec_field else ()
         if row.windowed:
-            sizes = (parent.size, *rules["kv_heads"])
-            offered |= {Variant(subblock, row.name, size, window) for size in sizes for window in value}
+            kv_heads = (parent.size, *rules["kv_heads"])
+            offered |= {Variant(subblock, row.name, size, window) for size in kv_heads for window in value}
         else:
             sizes = value if row.sized else [0] if value else []
             offered |= {Variant(subblock, row.name, size) for size in sizes}
@@ -295,6 +297,14 @@ ScoringMethod = Literal["exact", "fisher"]
 """How one score is made: by the layers after the block, or from gradients of the parent."""
 
 
+class LongScoringSpec(Record):
+    """A second score of every block, on longer windows."""
+
+    tokens: Positive = Field(16_384, description="Held-out tokens per score, after those of the evaluation")
+    sequence_length: WindowTokens = Field(description="Tokens per window: more than those of the first scores")
+    weight: float = Field(1.0, gt=0, description="The score of a block is the first one plus this times the long one")
+
+
 class ScoringSpec(Record):
     """Replace-1-block scores (METHOD section 4)."""
 
@@ -316,6 +326,12 @@ class ScoringSpec(Record):
         8,
         description="Backward passes of an estimate, each on labels drawn from the parent's predictions",
         exclude_if=lambda samples: samples == 8,
+    )
+
+    long: LongScoringSpec | None = Field(
+        None,
+        description="A second score on longer windows, which tells what a variant loses of a long context",
+        exclude_if=lambda long: long is None,
     )
 
 
@@ -800,6 +816,7 @@ class RunSpec(Record):
         gkd = zip(GKD_SPLITS, self.gkd.trainings, strict=False)
         stages: dict[str, Any] = {"calibration": self.importance, "bld": self.bld, **dict(gkd)}
         stages |= {"scoring": self.scoring, "evaluation": self.evaluation}
+        stages |= {LONG_SCORING_SPLIT: self.scoring.long} if self.scoring.long else {}
         lengths = {name: getattr(stage, "sequence_length", None) for name, stage in stages.items()}
         return {
             name: SplitSize(stage.tokens, lengths[name] or self.data.sequence_length) for name, stage in stages.items()
@@ -809,7 +826,7 @@ class RunSpec(Record):
     def sequence_lengths(self) -> dict[str, int]:
         """Tokens per window, by the fields that set them."""
         parts: dict[str, Any] = {"data": self.data, "bld": self.bld, "gkd": self.gkd, "gkd.long": self.gkd.long}
-        parts |= {"scoring": self.scoring, "evaluation": self.evaluation}
+        parts |= {"scoring": self.scoring, "scoring.long": self.scoring.long, "evaluation": self.evaluation}
         lengths = {f"{name}.sequence_length": getattr(part, "sequence_length", None) for name, part in parts.items()}
         return {field: length for field, length in lengths.items() if length}
 
@@ -850,6 +867,25 @@ class RunSpec(Record):
             raise ValueError(
                 f"search.objective is {self.search.objective}, and scoring.method: {self.scoring.method} estimates the "
                 "KL alone: set search.objective to kl, or scoring.method to exact"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_long_scores(self) -> "RunSpec":
+        if (long := self.scoring.long) is None:
+            return self
+        first = self.splits["scoring"].sequence_length
+        if long.sequence_length <= first:
+            raise ValueError(
+                f"scoring.long.sequence_length is {long.sequence_length}, and the first scores read windows of {first} "
+                "tokens: set a larger one, or leave out scoring.long"
+            )
+        if self.scoring.method != "exact":
+            raise ValueError(f"scoring.long is exact, and scoring.method is {self.scoring.method}: set it to exact")
+        if self.search.shortlist > 1 or self.search.iterations:
+            raise ValueError(
+                "search.shortlist and search.iterations measure children on the windows of the first scores alone: "
+                "leave them out, or scoring.long"
             )
         return self
 

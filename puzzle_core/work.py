@@ -357,7 +357,8 @@ class SearchWork(Work):
 
     `costs` are (scenario, batch size, key) of cost records; an imported cost table has the digest of its file instead.
     With a `base`, the scores hold for blocks in that child. `exact` are the exact scores that a search over estimates
-    may use: the estimates alone decide which of them it uses, and in which order it asks for them.
+    may use: the estimates alone decide which of them it uses, and in which order it asks for them. `long_scores` are of
+    the same blocks on longer windows, and count `long_weight` times.
     """
 
     stage: ClassVar[str] = "search"
@@ -374,6 +375,8 @@ class SearchWork(Work):
     request: SearchRequest
     base: AssembleWork | None = None
     exact: tuple[str, ...] = Field((), exclude_if=lambda keys: not keys)
+    long_scores: tuple[str, ...] = Field((), exclude_if=lambda keys: not keys)
+    long_weight: float = Field(1.0, exclude_if=lambda weight: weight == 1)
 
 
 class RefineWork(Work):

@@ -58,7 +58,7 @@ def describe_plan(spec: RunSpec) -> str:
     check_packages(spec, context)
     plan = Plan(spec, open_inputs.fn(context, spec))
     shape, needed, store = plan.inputs.shape, resources(plan), context.store()
-    for last in ("calibration", plan.gkd_splits[-1], "evaluation"):
+    for last in ("calibration", plan.gkd_splits[-1], [*plan.splits][-1]):
         if not store.has(plan.tokens(last).key):
             check_texts_enough(plan.tokens(last), plan.texts(last), context.open_parent(), context.scratch)
     gradients = plan.gradients()
@@ -68,7 +68,7 @@ def describe_plan(spec: RunSpec) -> str:
         "costs": list(plan.costs().values()),
         "BLD": plan.all_bld(),
         **({"gradients": [gradients]} if gradients else {}),
-        "scores": plan.all_scores(),
+        "scores": [*plan.all_scores(), *plan.long_scores()],
         "search": [plan.search()],
     }
     lines = [

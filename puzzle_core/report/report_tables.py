@@ -251,7 +251,7 @@ def bld_table(inputs: ReportInputs) -> Table:
     )
 
 
-def variant_order(variant: Variant) -> tuple[str, int, int, str]:
+def variant_order(variant: Variant) -> tuple[str, int, int, int, str]:
     """Sort key: attention before FFN, the widest variant first, no-op last."""
     return variant.subblock, *variant.rank
 

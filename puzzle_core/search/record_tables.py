@@ -11,11 +11,29 @@ from puzzle_core.work import CostRecord, ScoreRecord, Timing
 
 KV_COLUMN = "kv_bytes_per_token"
 NOTHING = "attn:no_op+ffn:no_op"
+_SUMMED = ("kl_nats_per_token", "lm_loss_increase_nats_per_token", "top1_agreement")
 OBJECTIVES: dict[str, Callable[[ScoreRecord], float | None]] = {
     "kl": lambda score: score.kl_nats_per_token,
     "lm_loss": lambda score: score.lm_loss_increase_nats_per_token,
     "disagreement": lambda score: None if score.top1_agreement is None else 1 - score.top1_agreement,
 }
+
+
+def with_long_scores(scores: Sequence[ScoreRecord], longs: Sequence[ScoreRecord], weight: float) -> list[ScoreRecord]:
+    """Scores to which those of the same blocks on longer windows are added, `weight` times.
+
+    Raises:
+        CoverageError: a block has no score on longer windows.
+    """
+    by_place = {(long.layer, long.block): long for long in longs}
+    added = []
+    for score in scores:
+        if (long := by_place.get((score.layer, score.block))) is None:
+            raise CoverageError(f"layer {score.layer} {score.block} has no score on longer windows: score it again")
+        values = {name: getattr(score, name) + weight * getattr(long, name) for name in _SUMMED}
+        values["top1_agreement"] -= weight  # so that the disagreements add up
+        added.append(score.model_copy(update=values))
+    return added
 
 
 def score_table(
