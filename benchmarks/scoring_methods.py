@@ -100,7 +100,7 @@ def lazily(
 ) -> tuple[Architecture, set[Place]]:
     """The answer of a lazy search, and the blocks that it scored exactly, for the answer or for the frontier too."""
     known: dict[Place, ScoreRecord] = {}
-    composition, own = plan.spec.scoring.composition, plan.inputs.shape.parent_block
+    composition, own = plan.spec.scoring.composition, Architecture.of_parent(plan.inputs.shape)
     while True:
         builder = builder_of(plan, lazy_scores(estimates, list(known.values())), share)
         asked = not_exact(find_solutions(builder).solutions, composition, own, known)

@@ -65,7 +65,7 @@ def deal(parent: Parent) -> list[tuple[int, BlockVariant]]:
 def initial_weights(parent: Parent, layer: int, block: BlockVariant) -> dict[str, State]:
     """Training-free weights of the subblocks that are not the parent's own, by variant id."""
     tensors, shape, contribution_I = parent.layer_tensors(layer), parent.shape, torch.rand(parent.shape.ffn_width)
-    changed = [variant for variant in block.subblocks if variant not in shape.parent_block.subblocks]
+    changed = [variant for variant in block.subblocks if variant not in shape.largest_block.subblocks]
     return {str(v): v.row.initial_state(tensors, shape, v.size, contribution_I) for v in changed}
 
 

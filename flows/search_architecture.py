@@ -101,5 +101,5 @@ def _score_for_answer(plan: Plan, context: RunContext) -> tuple[str, ...]:
 def measure_target(plan: Plan, context: RunContext) -> None:
     """Ensure the costs of all scenarios and batch sizes, and check that an architecture can meet the limits."""
     for work in plan.costs().values():
-        ensure(stage_tasks.find_costs, work, context)
+        ensure(stage_tasks.find_costs, work, context.of_first)
     stage_tasks.check_limits(plan.search(), plan.spec.target, context)

@@ -110,7 +110,7 @@ def ensure_tokens(plan: Plan, context: RunContext, *splits: str) -> None:
         DataError: the texts have fewer tokens than a split needs.
     """
     for split in splits:
-        ensure(pack_tokens, plan.tokens(split), context, texts=plan.texts(split))
+        ensure(pack_tokens, plan.tokens(split), context.of_first, texts=plan.texts(split))
 
 
 def retry_after_damage(spec: RunSpec, act: Callable[[], T]) -> T:

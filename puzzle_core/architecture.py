@@ -145,7 +145,7 @@ class Architecture(Record):
     @classmethod
     def of_parent(cls, shape: "ModelShape") -> Self:
         """The parent's architecture."""
-        return cls(layers=(shape.parent_block,) * shape.layers)
+        return cls(layers=tuple(map(shape.parent_block, range(shape.layers))))
 
     @classmethod
     def parse(cls, options: "list[str] | tuple[str, ...]") -> Self:
@@ -158,7 +158,10 @@ class Architecture(Record):
 
 
 class ModelShape(Record):
-    """The properties of a parent that determine the shapes of its tensors."""
+    """The properties of a parent that determine the shapes of its tensors.
+
+    Where layers differ, `kv_heads` and `ffn_width` are those of the largest layers, and `blocks` has every layer's own.
+    """
 
     family: str = Field(description="Hugging Face model_type")
     layers: int
@@ -185,10 +188,15 @@ class ModelShape(Record):
         description="The sliding window of every layer in tokens, 0 where a layer sees all; empty where all layers do",
         exclude_if=lambda windows: not windows,
     )
+    blocks: tuple[BlockVariant, ...] = Field(
+        (),
+        description="The parent's own block of every layer, where these differ",
+        exclude_if=lambda blocks: not blocks,
+    )
 
     @property
-    def parent_block(self) -> BlockVariant:
-        """The parent's block variant, equal in every layer."""
+    def largest_block(self) -> BlockVariant:
+        """The block of the most KV heads and the widest FFN: that of every layer where these are alike."""
         return BlockVariant(
             attention=Variant("attn", "sized", self.kv_heads), ffn=Variant("ffn", "sized", self.ffn_width)
         )
@@ -204,8 +212,28 @@ class ModelShape(Record):
             return variant
         return replace(variant, kind=kind, window=own)
 
+    def parent_block(self, layer: int) -> BlockVariant:
+        """The parent's own block variant of a layer."""
+        return self.blocks[layer] if self.blocks else self.largest_block
+
+    def with_blocks(self, blocks: tuple[BlockVariant, ...]) -> Self:
+        """This shape with these blocks as the parent's own."""
+        alike = self._of_size(blocks)
+        return alike if set(blocks) == {alike.largest_block} else alike.model_copy(update={"blocks": blocks})
+
+    def of_layer(self, layer: int) -> Self:
+        """This shape with the sizes of one layer; what that layer lacks has the size that the largest layers have."""
+        return self._of_size(self.blocks[layer : layer + 1]) if self.blocks else self
+
+    def _of_size(self, blocks: tuple[BlockVariant, ...]) -> Self:
+        sizes = {
+            "kv_heads": max(block.attention.kv_heads for block in blocks) or self.kv_heads,
+            "ffn_width": max(block.ffn.ffn_width for block in blocks) or self.ffn_width,
+        }
+        return self.model_copy(update=sizes | {"blocks": ()})
+
     def check(self, variant: Variant) -> Variant:
-        """Return the variant if this parent supports it.
+        """Return the variant if a layer of this parent's sizes can have it.
 
         Raises:
             SpecError: the KV heads do not divide the parent's, the FFN is wider than the parent's, or the window is as

@@ -47,12 +47,31 @@ from puzzle_core.work import (
 HELD_OUT_SPLITS = ("scoring", "evaluation", LONG_SCORING_SPLIT)
 
 
+class RoundChild(Record):
+    """The trained child of a round of iterated Puzzle: its key and its architecture."""
+
+    key: str
+    architecture: Architecture
+
+
+class Lineage(Record):
+    """What came before the parent of a later round: the first parent, and the children of the rounds, in their order.
+
+    The last child is the parent of the round.
+    """
+
+    parent: str
+    shape: ModelShape
+    children: tuple[RoundChild, ...] = ()
+
+
 class Inputs(Record):
     """External inputs of a plan: the parent, texts, benchmarks, the machine, and an imported cost table.
 
     The parent, the texts, the table, the benchmarks (by name) and the folder of lm-evaluation-harness are digests.
     `parent_commit` is the hub commit of the parent and is part of no key. `dtype` is the type of a child if the spec
-    names none, `auto_dtype` what `auto` is on this machine for products.
+    names none, `auto_dtype` what `auto` is on this machine for products. In a later round of iterated Puzzle, the
+    parent is the key of the child before, and `before` has the first parent.
     """
 
     parent: str
@@ -67,6 +86,19 @@ class Inputs(Record):
     benchmarks: dict[str, str] = {}
     lm_eval_folder: str | None = None
     parent_commit: str | None = None
+    before: Lineage | None = None
+
+    @property
+    def first(self) -> Lineage:
+        """The first parent, and the children that became parents since."""
+        return self.before or Lineage(parent=self.parent, shape=self.shape)
+
+    def after(self, child: RoundChild) -> "Inputs":
+        """The inputs of the next round, whose parent is this child."""
+        first = self.first
+        before = first.model_copy(update={"children": (*first.children, child)})
+        shape = self.shape.with_blocks(child.architecture.layers)
+        return self.model_copy(update={"parent": child.key, "shape": shape, "before": before})
 
 
 @dataclass(frozen=True)
@@ -81,8 +113,11 @@ class Plan:
     inputs: Inputs
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spec", self.spec.with_dtype(self.inputs.auto_dtype))
-        shape, spec = self.inputs.shape, self.spec
+        spec = self.spec.with_dtype(self.inputs.auto_dtype).of_round(self.round)
+        if self.inputs.before:
+            spec = spec.model_copy(update={"variants": spec.variants.in_widths(self.inputs.first.shape)})
+        object.__setattr__(self, "spec", spec)
+        shape = self.inputs.shape
         for layer in range(shape.layers):
             spec.variants.of_layer(layer, shape)
         for exception in spec.variants.layers:
@@ -106,8 +141,10 @@ class Plan:
 
     def _check_windows(self) -> None:
         """Refuse a window as long as what BLD or scores read: it would train and score as the full attention."""
-        attentions = {v for layer in self.layers for v in self.variants.of_layer(layer, self.inputs.shape)[0]}
-        widest = max(attentions, key=lambda variant: (variant.window, variant))
+        offered = {v for layer in self.layers for v in self.variants.of_layer(layer, self.inputs.shape)[0][1:]}
+        if not (windows := [variant for variant in offered if variant.window]):
+            return
+        widest = max(windows, key=lambda variant: (variant.window, variant))
         for part, split in {"bld": "bld", "scoring": self.scoring_splits[-1]}.items():
             length = self.spec.splits[split].sequence_length
             if widest.window >= length:
@@ -116,10 +153,20 @@ class Plan:
                     f"full attention: set {part}.sequence_length above {widest.window}"
                 )
 
+    @property
+    def round(self) -> int:
+        """The round of iterated Puzzle, counted from 0."""
+        return len(self.inputs.first.children)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the child of this plan is the run's answer, and not the parent of a further round."""
+        return self.round >= len(self.spec.rounds)
+
     @cached_property
     def variants(self) -> VariantsSpec:
         """The part of the search space that the engines of the spec can run."""
-        return self.spec.served_variants(self.inputs.shape)
+        return self.spec.served_variants(self.inputs.first.shape)
 
     @cached_property
     def target(self) -> TargetSpec:
@@ -212,7 +259,7 @@ class Plan:
 
         The base is the parent or a child. A child is also scored unchanged, as its own block in layer 0.
         """
-        base_block = base.layers[layer] if base else self.inputs.shape.parent_block
+        base_block = base.layers[layer] if base else self.inputs.shape.parent_block(layer)
         blocks = self.variants.blocks_of_layer(layer, self.inputs.shape)
         if self.spec.scoring.composition == "subblocks":
             blocks = [
@@ -286,10 +333,13 @@ class Plan:
         return [self.score(layer, block, base, split) for layer in self.layers for block in self.scored(layer, base)]
 
     def costs(self) -> dict[tuple[str, int], CostWork]:
-        """The costs of every distinct variant, by scenario and batch size; empty if a table is imported."""
+        """The costs of every distinct variant, by scenario and batch size; empty if a table is imported.
+
+        They are those of the first parent's variants, so all rounds of iterated Puzzle share them.
+        """
         if self.spec.target.costs == "imported":
             return {}
-        shape = self.inputs.shape
+        shape = self.inputs.first.shape
         distinct = {
             shape.in_layer(layer, variant)
             for layer in self.layers
@@ -325,6 +375,7 @@ class Plan:
             target=self.spec.target.name,
             request=request,
             base=self.assemble(base) if base else None,
+            first=self.inputs.before.shape if self.inputs.before else None,
             exact=() if base else self._exact_keys,
             long_scores=tuple(work.key for work in self.long_scores()),
             long_weight=self.spec.scoring.long.weight if self.spec.scoring.long else 1.0,
@@ -356,11 +407,14 @@ class Plan:
         )
 
     def trainings(self, architecture: Architecture) -> dict[str, GkdWork]:
-        """The global distillations of one child by their splits; a second one starts from the first one's child."""
+        """The global distillations of one child by their splits; a second one starts from the first one's child.
+
+        All rounds of iterated Puzzle distil from the first parent.
+        """
         child, works = self.assemble(architecture).key, dict[str, GkdWork]()
         for split, spec in zip(self.gkd_splits, self.spec.gkd.trainings, strict=True):
             works[split] = GkdWork(
-                parent=self.inputs.parent,
+                parent=self.inputs.first.parent,
                 child=child,
                 architecture=architecture,
                 tokens=self.tokens(split).key,
@@ -376,10 +430,10 @@ class Plan:
         return list(self.trainings(architecture).values())[-1]
 
     def evaluate(self, child: str | None) -> EvaluateWork:
-        """The evaluation of a child by its key, or of the parent."""
+        """The evaluation of a child by its key, or of the parent; in all rounds, beside the first parent."""
         evaluation = self.spec.evaluation
         return EvaluateWork(
-            parent=self.inputs.parent,
+            parent=self.inputs.first.parent,
             child=child,
             tokens=self.tokens("evaluation").key,
             dtype=evaluation.dtype,
@@ -409,7 +463,7 @@ class Plan:
         if self.spec.target.costs != "measured":
             return None
         return TimingWork(
-            shape=self.inputs.shape.digest(),
+            shape=self.inputs.first.shape.digest(),
             architectures=tuple(architectures.items()),
             traffic=_traffic(self.spec.scenario, batch_size),
             target=self.target.model_copy(update={"rounds": self.spec.evaluation.timing_rounds}),
@@ -426,7 +480,7 @@ class Plan:
         )
         return spec.model_copy(
             update={
-                "parent": ParentSpec(path=inputs.parent),
+                "parent": ParentSpec(path=inputs.first.parent),
                 "data": spec.data.model_copy(update=texts),
                 "bld": self._bld_of_content,
                 "target": self.target.model_copy(update={"table": inputs.cost_table}),

@@ -148,7 +148,7 @@ def bld_flops(plan: Plan, work: BldWork) -> float:
     """
     shape, length = plan.inputs.shape, plan.splits["bld"].sequence_length
     weights, products = _forward(shape, work.variant, length)
-    ffn = _forward(shape, shape.parent_block.ffn, length)[0] if work.variant.subblock == "attn" else 0
+    ffn = _forward(shape, shape.parent_block(work.layer).ffn, length)[0] if work.variant.subblock == "attn" else 0
     training = FORWARD_BACKWARD * weights + ATTENTION_FORWARD_BACKWARD * products + 2 * ffn
     return training + _held_back_passes(plan) * (weights + products + ffn)
 
@@ -157,8 +157,8 @@ def stream_flops(plan: Plan, groups: list[range], works: list[BldWork]) -> float
     """Operations per token of the parent in a streamed BLD: for each group, all layers up to the last one it trains."""
     shape, length = plan.inputs.shape, plan.splits["bld"].sequence_length
     last_layers = (max((work.layer for work in works if work.layer in group), default=-1) for group in groups)
-    block = _block_forward(shape, shape.parent_block, length)
-    return (1 + _held_back_passes(plan)) * sum((last + 1) * block for last in last_layers)
+    passes = sum(_layers_forward(shape, range(last + 1), length) for last in last_layers)
+    return (1 + _held_back_passes(plan)) * passes
 
 
 def streamed_groups(plan: Plan, device_bytes: float) -> list[range]:
@@ -204,14 +204,14 @@ def score_flops(plan: Plan, work: ScoreWork, split: str = "scoring") -> float:
     too large for the scratch disk. An estimate needs the block and the gradients.
     """
     shape, size = plan.inputs.shape, plan.splits[split]
-    length, parent = size.sequence_length, shape.parent_block
+    length = size.sequence_length
     block = _block_forward(shape, work.block, length)
-    if work.block.attention == parent.attention:
+    if work.block.attention == shape.parent_block(work.layer).attention:
         block = sum(_forward(shape, work.block.ffn, length))
     if work.gradients:
         return block + 2 * plan.spec.scoring.label_samples * shape.hidden
     heads = 1 if _stored_log_probability_bytes(plan, size.tokens) else 2
-    return block + (shape.layers - 1 - work.layer) * _block_forward(shape, parent, length) + heads * _head(shape)
+    return block + _layers_forward(shape, range(work.layer + 1, shape.layers), length) + heads * _head(shape)
 
 
 def gradient_flops(plan: Plan, samples: int) -> float:
@@ -221,10 +221,10 @@ def gradient_flops(plan: Plan, samples: int) -> float:
     """
     shape, length = plan.inputs.shape, plan.splits["scoring"].sequence_length
     forward_backward: float = _head(shape) * (FORWARD + samples)
-    for variant in shape.parent_block.subblocks:
+    for variant in (variant for layer in range(1, shape.layers) for variant in shape.parent_block(layer).subblocks):
         weights, products = _forward(shape, variant, length)
         back = weights + (ATTENTION_FORWARD_BACKWARD - FORWARD) * products
-        forward_backward += (shape.layers - 1) * (weights + products + samples * back)
+        forward_backward += weights + products + samples * back
     return forward_backward
 
 
@@ -235,7 +235,7 @@ def gkd_flops(plan: Plan, child: Architecture, recompute: bool, split: str = "gk
     """
     shape, length, spec = plan.inputs.shape, plan.splits[split].sequence_length, plan.spec.gkd
     spec = dict(zip(plan.gkd_splits, spec.trainings, strict=True))[split]
-    parent = shape.layers * _block_forward(shape, shape.parent_block, length) + _head(shape)
+    parent = _layers_forward(shape, range(shape.layers), length) + _head(shape)
     training, forward = float(FORWARD_BACKWARD * _head(shape)), float(FORWARD * _head(shape))
     for block in child.layers:
         for variant in block.subblocks:
@@ -252,6 +252,11 @@ def _stored_log_probability_bytes(plan: Plan, tokens: int) -> int:
     """Size of the parent's log-probabilities on the scratch disk; 0 where they are too large for it."""
     size = tokens * plan.inputs.shape.vocabulary * DTYPE_BYTES["float32"]
     return size if size <= LARGEST_LOG_PROBABILITIES_BYTES else 0
+
+
+def _layers_forward(shape: ModelShape, layers: range, length: int) -> float:
+    """Operations per token of a forward pass through these layers of the parent."""
+    return sum(_block_forward(shape, shape.parent_block(layer), length) for layer in layers)
 
 
 def _block_forward(shape: ModelShape, block: BlockVariant, length: int) -> float:

@@ -25,6 +25,7 @@ from puzzle_core.quantities import (
     parse_throughput,
 )
 from puzzle_core.records import Record
+from puzzle_core.sizes import is_cheaper
 from puzzle_core.target import ComputeDtype, Count, Name, Positive, Share
 from puzzle_core.target import Dtype as Dtype
 from puzzle_core.target import TargetSpec as TargetSpec
@@ -166,7 +167,7 @@ class VariantsSpec(Record):
     )
 
     def of_layer(self, layer: int, shape: ModelShape) -> tuple[list[Variant], list[Variant]]:
-        """Attention variants and FFN variants of one layer, the parent's own first.
+        """Attention variants and FFN variants of one layer: the parent's own, and those that are cheaper.
 
         Raises:
             SpecError: the parent does not support a variant.
@@ -178,10 +179,10 @@ class VariantsSpec(Record):
                 if {"ffn_ratios", "ffn_widths"} & changes.keys():
                     rules |= {"ffn_ratios": (), "ffn_widths": ()}
                 rules |= changes
-        rules["ffn_widths"] = self._widths(rules["ffn_ratios"], rules["ffn_widths"], shape)
+        rules["ffn_widths"] = self._widths(rules["ffn_ratios"], rules["ffn_widths"], shape.of_layer(layer))
         attentions, ffns = (
-            [parent, *sorted(_offered(rules, parent, layer, shape), key=lambda variant: variant.rank)]
-            for parent in shape.parent_block.subblocks
+            [own, *sorted(_offered(rules, own, layer, shape), key=lambda variant: variant.rank)]
+            for own in shape.parent_block(layer).subblocks
         )
         return attentions, ffns
 
@@ -190,8 +191,31 @@ class VariantsSpec(Record):
         attentions, ffns = self.of_layer(layer, shape)
         return [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
 
+    def in_widths(self, shape: ModelShape, multiple_of: int = 1) -> "VariantsSpec":
+        """The same space with FFN widths in place of ratios, as far as they are a multiple of this."""
+
+        def changes(part: "VariantsSpec | VariantRange") -> dict[str, Any]:
+            if (part.ffn_ratios, part.ffn_widths) == (None, None):
+                return {}
+            widths = self._widths(part.ffn_ratios or (), part.ffn_widths or (), shape)
+            return {"ffn_ratios": (), "ffn_widths": tuple(sorted(w for w in widths if not w % multiple_of))}
+
+        layers = tuple(exception.model_copy(update=changes(exception)) for exception in self.layers)
+        if shape.blocks:
+            layers += tuple(self._in_widths_of(layer, shape, multiple_of) for layer in range(shape.layers))
+        return self.model_copy(update=changes(self) | {"layers": layers})
+
+    def _in_widths_of(self, layer: int, shape: ModelShape, multiple_of: int) -> VariantRange:
+        """The FFN widths of one layer."""
+        widths = {variant.ffn_width for variant in self.of_layer(layer, shape)[1]} - {0}
+        kept = tuple(sorted(width for width in widths if not width % multiple_of))
+        return VariantRange(first_layer=layer, last_layer=layer, ffn_widths=kept)
+
     def served_by(self, engines: tuple[ServingEngine, ...], shape: ModelShape) -> "VariantsSpec":
-        """The same space without the variants that one of these engines supports in no layer."""
+        """The same space without the variants that one of these engines supports in no layer.
+
+        Ratios become widths where an engine has a grid for these, layer by layer where the parent's layers differ.
+        """
         constraints = ConstraintsSpec().for_engines(engines)
         switches = {
             row.spec_field: False
@@ -205,13 +229,12 @@ class VariantsSpec(Record):
                 changes["windows"] = ()
             if part.ids:
                 changes["ids"] = tuple(variant for variant in part.ids if constraints.allows(variant, engines))
-            if (multiple := constraints.ffn_multiple_of) > 1 and (part.ffn_ratios, part.ffn_widths) != (None, None):
-                widths = self._widths(part.ffn_ratios or (), part.ffn_widths or (), shape)
-                changes |= {"ffn_ratios": (), "ffn_widths": tuple(sorted(w for w in widths if not w % multiple))}
             return changes
 
         layers = tuple(exception.model_copy(update=changed(exception)) for exception in self.layers)
-        return self.model_copy(update=changed(self) | {"layers": layers})
+        served = self.model_copy(update=changed(self) | {"layers": layers})
+        multiple = constraints.ffn_multiple_of
+        return served.in_widths(shape, multiple) if multiple > 1 else served
 
     def _widths(self, ratios: tuple[float, ...], widths: tuple[int, ...], shape: ModelShape) -> set[int]:
         """FFN widths in channels, from ratios and from widths."""
@@ -219,27 +242,29 @@ class VariantsSpec(Record):
         return {max(round(r * shape.ffn_width / multiple) * multiple, multiple) for r in ratios} | set(widths)
 
 
-def _offered(rules: Mapping[str, Any], parent: Variant, layer: int, shape: ModelShape) -> set[Variant]:
-    """The variants of one subblock of a layer that these fields of a `VariantsSpec` offer, beside the parent's own.
+def _offered(rules: Mapping[str, Any], own: Variant, layer: int, shape: ModelShape) -> set[Variant]:
+    """The variants cheaper than the parent's own subblock of a layer that these fields of a `VariantsSpec` offer.
 
     A window that the layer's own is as short as makes no difference, so it is none of them.
 
     Raises:
-        SpecError: the parent does not support a variant.
+        SpecError: the layer does not support a variant, or no layer is large enough for it.
     """
-    subblock, own_window = parent.subblock, shape.window(layer)
+    subblock, of_layer, own_window = own.subblock, shape.of_layer(layer), shape.window(layer)
     offered = {variant for variant in rules["ids"] if variant.subblock == subblock}
     for row in kinds_of(subblock):
         value = rules[row.spec_field] if row.spec_field else ()
         if row.windowed:
-            kv_heads = (parent.size, *rules["kv_heads"])
+            kv_heads = {own.kv_heads, *rules["kv_heads"]} - {0}
             offered |= {Variant(subblock, row.name, size, window) for size in kv_heads for window in value}
         else:
             sizes = value if row.sized else [0] if value else []
             offered |= {Variant(subblock, row.name, size) for size in sizes}
     for variant in sorted(offered, key=lambda variant: variant.rank):
-        shape.check(variant)
-    return {variant for variant in offered - {parent} if not 0 < own_window <= variant.window}
+        fits_largest = variant.kv_heads <= shape.kv_heads and variant.ffn_width <= shape.ffn_width
+        if not fits_largest or is_cheaper(of_layer, variant, own):
+            of_layer.check(variant)
+    return {v for v in offered if is_cheaper(of_layer, v, own) and not 0 < own_window <= v.window}
 
 
 class ImportanceSpec(Record):
@@ -572,6 +597,31 @@ class LongGkdSpec(Record):
     learning_rate: float | None = Field(None, gt=0, description="After the warm-up")
 
 
+class RoundGkdSpec(Record):
+    """The GKD of an earlier round of iterated Puzzle. What is not set is as in the last round."""
+
+    tokens: Positive = Field(description="Training tokens")
+    epochs: Positive | None = Field(None, description="Passes over these tokens")
+    batch_tokens: Positive | None = Field(None, description="Tokens per optimizer step; whole windows")
+    learning_rate: float | None = Field(None, gt=0, description="After the warm-up")
+
+
+class RoundSpec(Record):
+    """A round of iterated Puzzle before the last one, whose child is the next round's parent (METHOD section 10)."""
+
+    limits: LimitsSpec = Field(
+        description="Milder limits of the main scenario; shares are of the first parent's value. Limits of other "
+        "scenarios and of the mix hold in the last round alone"
+    )
+    gkd: RoundGkdSpec
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> "RoundSpec":
+        if not self.limits.by_name():
+            raise ValueError("no limit given: a round searches at a limit that is milder than the next round's")
+        return self
+
+
 class GkdSpec(Record):
     """Global knowledge distillation (METHOD section 7)."""
 
@@ -607,12 +657,14 @@ class GkdSpec(Record):
     def trainings(self) -> tuple["GkdSpec", ...]:
         """The trainings in their order, each with its settings whole."""
         first = self.model_copy(update={"long": None})
-        if self.long is None:
-            return (first,)
-        changes = {name: value for name, value in self.long if value is not None}
-        if rate := changes.pop("learning_rate", None):
-            changes["optimizer"] = self.optimizer.model_copy(update={"learning_rate": rate})
-        return first, first.model_copy(update=changes)
+        return (first,) if self.long is None else (first, first.changed(self.long))
+
+    def changed(self, changes: "LongGkdSpec | RoundGkdSpec") -> "GkdSpec":
+        """This training with the settings that `changes` has."""
+        values = {name: value for name, value in changes if value is not None}
+        if rate := values.pop("learning_rate", None):
+            values["optimizer"] = self.optimizer.model_copy(update={"learning_rate": rate})
+        return self.model_copy(update=values)
 
     @model_validator(mode="after")
     def _check_weights(self) -> "GkdSpec":
@@ -797,6 +849,13 @@ class RunSpec(Record):
     )
     search: SearchSpec = SearchSpec()
     gkd: GkdSpec = GkdSpec()
+    rounds: tuple[RoundSpec, ...] = Field(
+        (),
+        max_length=MOST,
+        description="Iterated Puzzle: earlier rounds, each at limits of its own. The child of a round is the next "
+        "one's parent; the last round is at the limits of the scenario",
+        exclude_if=lambda rounds: not rounds,
+    )
     evaluation: EvaluationSpec = EvaluationSpec()
     runtime: RuntimeSpec = RuntimeSpec()
 
@@ -836,6 +895,25 @@ class RunSpec(Record):
         return self.model_copy(
             update={
                 name: part.model_copy(update={"dtype": auto}) for name, part in parts.items() if part.dtype == "auto"
+            }
+        )
+
+    def of_round(self, number: int) -> "RunSpec":
+        """The settings of a round, counted from 0; those of the last round are the specification's own.
+
+        An earlier round has no baselines and no second distillation: its child is a step on the way.
+        """
+        if number >= len(self.rounds):
+            return self
+        changes = self.rounds[number]
+        without = tuple(scenario.model_copy(update={"limits": LimitsSpec()}) for scenario in self.more_scenarios)
+        return self.model_copy(
+            update={
+                "scenario": self.scenario.model_copy(update={"limits": changes.limits}),
+                "more_scenarios": without,
+                "mix": None,
+                "search": self.search.model_copy(update={"baselines": ()}),
+                "gkd": self.gkd.trainings[0].changed(changes.gkd),
             }
         )
 
@@ -905,9 +983,11 @@ class RunSpec(Record):
         trainings: dict[str, Any] = {
             "bld": self.bld,
             **dict(zip(("gkd", "gkd.long"), self.gkd.trainings, strict=False)),
+            **{f"rounds.{number}.gkd": self.of_round(number).gkd for number in range(len(self.rounds))},
         }
         for name, training in trainings.items():
-            field = f"{name}.sequence_length" if f"{name}.sequence_length" in lengths else "data.sequence_length"
+            own = f"{'gkd' if name.startswith('rounds') else name}.sequence_length"
+            field = own if own in lengths else "data.sequence_length"
             batch, micro = training.batch_tokens, getattr(training, "micro_batch_tokens", None)
             if micro and batch % micro:
                 raise ValueError(f"{name}.batch_tokens must be a multiple of {name}.micro_batch_tokens")

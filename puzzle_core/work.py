@@ -356,9 +356,10 @@ class SearchWork(Work):
     """One search: the space, the keys of scores and costs, and the request.
 
     `costs` are (scenario, batch size, key) of cost records; an imported cost table has the digest of its file instead.
-    With a `base`, the scores hold for blocks in that child. `exact` are the exact scores that a search over estimates
-    may use: the estimates alone decide which of them it uses, and in which order it asks for them. `long_scores` are of
-    the same blocks on longer windows, and count `long_weight` times.
+    With a `base`, the scores hold for blocks in that child. `first` is the first parent of iterated Puzzle, where the
+    parent is a child of it: shares in limits are of its values. `exact` are the exact scores that a search over
+    estimates may use: the estimates alone decide which of them it uses, and in which order it asks for them.
+    `long_scores` are of the same blocks on longer windows, and count `long_weight` times.
     """
 
     stage: ClassVar[str] = "search"
@@ -374,6 +375,7 @@ class SearchWork(Work):
     target: str
     request: SearchRequest
     base: AssembleWork | None = None
+    first: ModelShape | None = Field(None, exclude_if=lambda shape: shape is None)
     exact: tuple[str, ...] = Field((), exclude_if=lambda keys: not keys)
     long_scores: tuple[str, ...] = Field((), exclude_if=lambda keys: not keys)
     long_weight: float = Field(1.0, exclude_if=lambda weight: weight == 1)
@@ -413,7 +415,7 @@ class ReportedModel(Record):
     """One row of the final table: a model and the key of its evaluation."""
 
     name: str
-    kind: Literal["parent", "child", "baseline"]
+    kind: Literal["parent", "round", "child", "baseline"]
     architecture: Architecture
     evaluation: str
 
@@ -421,7 +423,8 @@ class ReportedModel(Record):
 class ReportWork(Work):
     """Everything that a report shows, by key. `spec` is `Plan.spec_of_content`, which has no paths.
 
-    `gkd` is the distillation that gave the child, `first_gkd` the one before it where there are two.
+    `gkd` is the distillation that gave the child, `first_gkd` the one before it where there are two. Where children
+    became parents, `shape` is that of the first parent, and `scored` that of the last, whose blocks have the scores.
     """
 
     stage: ClassVar[str] = "report"
@@ -429,6 +432,7 @@ class ReportWork(Work):
 
     spec: RunSpec
     shape: ModelShape
+    scored: ModelShape | None = Field(None, exclude_if=lambda shape: shape is None)
     search: str
     bld: tuple[str, ...]
     scores: tuple[str, ...]

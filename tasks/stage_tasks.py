@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from puzzle_core import data, evaluation, fisher, scoring
+from puzzle_core.architecture import Architecture
 from puzzle_core.benchmark_items import digest_items, read_items
 from puzzle_core.chats import as_texts, check_template
 from puzzle_core.cost import roofline
@@ -284,9 +285,8 @@ def check_limits(work: SearchWork, target: TargetSpec, context: RunContext) -> N
     Raises:
         InfeasibleError: no architecture can.
     """
-    check_feasible(
-        ProblemBuilder(work.request, unscored_table(work.variants, work.shape), _costs(work, target, context))
-    )
+    scores = unscored_table(work.variants, work.shape, _reference(work))
+    check_feasible(ProblemBuilder(work.request, scores, _costs(work, target, context)))
 
 
 @stage_task("ask for scores", "ask for exact scores", cached=False)
@@ -466,7 +466,12 @@ def _scores(work: SearchWork, context: RunContext, exact: tuple[str, ...]) -> Sc
     if work.exact:
         records = lazy_scores(records, list(store.records(ScoreRecord, exact).values()))
     base, objective = work.base.architecture if work.base else None, work.request.search.objective
-    return score_table(records, work.composition, objective, work.variants, work.shape, base)
+    return score_table(records, work.composition, objective, work.variants, work.shape, base, _reference(work))
+
+
+def _reference(work: SearchWork) -> Architecture | None:
+    """The first parent, whose values shares in limits are of, where the parent is a child of it."""
+    return Architecture.of_parent(work.first) if work.first else None
 
 
 def _costs(work: SearchWork, target: TargetSpec, context: RunContext) -> CostTable:
@@ -476,7 +481,7 @@ def _costs(work: SearchWork, target: TargetSpec, context: RunContext) -> CostTab
     store = context.store()
     records = {(scenario, batch): store.record(CostRecord, key) for scenario, batch, key in work.costs}
     request_tokens = {s.name: s.prompt_tokens + s.generated_tokens for s in work.request.scenarios}
-    return cost_table(work.variants, work.shape, records, request_tokens)
+    return cost_table(work.variants, work.first or work.shape, records, request_tokens)
 
 
 def _short(key: str) -> str:

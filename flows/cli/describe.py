@@ -71,9 +71,11 @@ def describe_plan(spec: RunSpec) -> str:
         "scores": [*plan.all_scores(), *plan.long_scores()],
         "search": [plan.search()],
     }
+    at_most = "at most " if shape.blocks else ""
     lines = [
         f"{spec.name}: {spec.parent.path} ({shape.family}, {shape.layers} layers, hidden {shape.hidden}, "
-        f"{shape.heads} heads, {shape.kv_heads} KV heads, FFN {shape.ffn_width}, vocabulary {shape.vocabulary})",
+        f"{shape.heads} heads, {at_most}{shape.kv_heads} KV heads, FFN {at_most}{shape.ffn_width}, vocabulary "
+        f"{shape.vocabulary})",
         f"target {spec.target.name} ({plan.inputs.hardware}), scenario {spec.scenario.name}, "
         f"child in {plan.target.served_dtype}",
         f"store {spec.runtime.store}",

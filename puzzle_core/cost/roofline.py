@@ -96,22 +96,26 @@ def roofline(shape: ModelShape, variants: Iterable[Variant], traffic: Traffic, t
             f"target {target.name} has no figures to compute from: give it `costs: roofline` and `hardware`"
         )
     hardware = target.hardware
-    device, parent_block = Device(hardware), shape.parent_block
+    device = Device(hardware)
 
     def timing(variant: Variant) -> Timing:
         return _timing(traffic, partial(subblock_s, device, shape, variant))
 
     outside = _timing(traffic, partial(outside_s, device, shape))
-    attentions = Counter(shape.in_layer(layer, parent_block.attention) for layer in range(shape.layers))
-    ffn = timing(parent_block.ffn)
-    blocks = [(layers, timing(attention)) for attention, layers in attentions.items()]
+    subblocks = Counter(
+        shape.in_layer(layer, variant)
+        for layer in range(shape.layers)
+        for variant in shape.parent_block(layer).subblocks
+        if not variant.is_empty
+    )
+    blocks = [(count, timing(variant)) for variant, count in subblocks.items()]
     return CostRecord(
         source="roofline",
         variants={str(variant): timing(variant) for variant in variants if not variant.is_empty},
         outside=outside,
         parent=Timing(
-            prefill_ms=outside.prefill_ms + sum(layers * (a.prefill_ms + ffn.prefill_ms) for layers, a in blocks),
-            decode_ms=outside.decode_ms + sum(layers * (a.decode_ms + ffn.decode_ms) for layers, a in blocks),
+            prefill_ms=outside.prefill_ms + sum(count * subblock.prefill_ms for count, subblock in blocks),
+            decode_ms=outside.decode_ms + sum(count * subblock.decode_ms for count, subblock in blocks),
         ),
         hardware=f"{hardware.tensor_parallel} x {hardware.device}",
         weight_bytes=PRECISION_BYTES[hardware.weights],

@@ -157,4 +157,6 @@ def initial_state(activations: Activations, work: BldWork, contributions_dir: Pa
     """Compute the variant's initial weights from the parent's, without training."""
     parent, variant = activations.parent, work.variant
     contribution_I = load_contribution(contributions_dir, work.layer) if contributions_dir else None
-    return variant.row.initial_state(parent.layer_tensors(work.layer), parent.shape, variant.size, contribution_I)
+    return variant.row.initial_state(
+        parent.layer_tensors(work.layer), parent.shape.of_layer(work.layer), variant.size, contribution_I
+    )

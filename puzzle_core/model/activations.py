@@ -104,7 +104,7 @@ class Activations:
 
     def attention(self, layer: int) -> Variant:
         """The attention variant whose output is `post_attention(layer)`."""
-        return self.parent.shape.parent_block.attention
+        return self.parent.shape.parent_block(layer).attention
 
     def has_layer_input(self, layer: int) -> bool:
         """Whether `layer_input(layer)` was captured."""

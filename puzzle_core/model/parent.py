@@ -1,5 +1,8 @@
 """The parent: a Hugging Face causal LM of a supported family, read lazily, one layer at a time.
 
+Layers may differ: a child of this project and a DeciLM (Nemotron-NAS) checkpoint are parents, too. Their own code is
+never run, since this project's blocks have all of their parts.
+
 `puzzle_core/families` describes the families. What this project cannot run correctly is refused by name before any work
 (parent_config.py).
 """
@@ -68,9 +71,9 @@ class Parent:
         """
         self.spec = spec
         self.directory = directory or fetch(spec)
-        self.config = read_config(self.directory)
+        self.config, blocks = read_config(self.directory)
         with as_config_says(self.directory):
-            self.shape = shape_of(self.config, self.directory)
+            self.shape = shape_of(self.config, self.directory, blocks)
             expected = tensor_shapes(self.puzzle_config())
         self.checkpoint = Checkpoint(self.directory, ParentError)
         _check_types(self.checkpoint)
@@ -89,6 +92,7 @@ class Parent:
     def digest(self) -> str:
         """Digest of the config and of all weight files; the first call reads the whole checkpoint."""
         digest = hashlib.sha256(canonical_json(_plain(self.config)).encode())
+        digest.update(" ".join(map(str, self.shape.blocks)).encode())
         for file in self.checkpoint.files:
             digest.update(digest_file(file).encode())
         for name, place in sorted(self.checkpoint.chosen.items()):

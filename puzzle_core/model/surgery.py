@@ -76,7 +76,7 @@ def load_subblocks(
     """
 
     def subblock(variant: Variant) -> PuzzleBlock:
-        if variant in parent.shape.parent_block.subblocks:
+        if variant in parent.shape.parent_block(layer).subblocks:
             return parent_block() if parent_block else parent.block(layer, dtype, device)
         state = {} if variant.is_empty else weights[variant]
         return variant_block(parent, layer, variant, state, dtype, device).requires_grad_(False)

@@ -58,6 +58,7 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]], parent
         spec=work.spec,
         parent_name=Path(parent_path).name,
         shape=work.shape,
+        scored=work.scored,
         search=search,
         bld=tuple(record(BldRecord, key) for key in work.bld),
         scores=tuple(exact.get((score.layer, score.block), score) for score in scores),

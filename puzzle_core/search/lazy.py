@@ -41,13 +41,13 @@ def lazy_scores(estimates: Sequence[ScoreRecord], exact: Sequence[ScoreRecord]) 
 
 
 def not_exact(
-    found: Sequence[FoundArchitecture], composition: str, parent: BlockVariant, exact: Container[Place]
+    found: Sequence[FoundArchitecture], composition: str, parent: Architecture, exact: Container[Place]
 ) -> list[Place]:
     """The blocks of some architectures that have no exact score, in order.
 
     Args:
         composition: `pairs`, or `subblocks`, where each subblock is scored beside the parent's other one.
-        parent: the parent's block, whose score is 0.
+        parent: the parent's own blocks, whose scores are 0.
         exact: the blocks with exact scores.
     """
     used = {place for one in found for place in _used(one.architecture, composition, parent)}
@@ -75,9 +75,10 @@ def next_to_score(
     return not_exact(found.frontier, composition, scores.parent, exact)
 
 
-def _used(architecture: Architecture, composition: str, parent: BlockVariant) -> set[Place]:
+def _used(architecture: Architecture, composition: str, parent: Architecture) -> set[Place]:
     """The blocks whose scores an architecture's score is the sum of."""
     blocks = list(enumerate(architecture.layers))
     if composition == "subblocks":
-        blocks = [(layer, parent.with_variant(variant)) for layer, block in blocks for variant in block.subblocks]
-    return {(layer, block) for layer, block in blocks if block != parent}
+        own = parent.layers
+        blocks = [(layer, own[layer].with_variant(variant)) for layer, block in blocks for variant in block.subblocks]
+    return {(layer, block) for layer, block in blocks if block != parent.layers[layer]}

@@ -43,6 +43,7 @@ def score_table(
     variants: VariantsSpec,
     shape: ModelShape,
     base: Architecture | None = None,
+    reference: Architecture | None = None,
 ) -> ScoreTable:
     """Scores by layer and block variant; with single subblocks, a block's score is the sum of its subblocks'.
 
@@ -51,6 +52,7 @@ def score_table(
     Args:
         base: the child that blocks were scored in, instead of the parent: scores are then what a block adds to those of
             the child itself, and may be negative.
+        reference: whose values shares in limits are of; the parent's by default.
 
     Raises:
         CoverageError: a block variant of the space has no score for this objective.
@@ -58,10 +60,11 @@ def score_table(
     base = base or Architecture.of_parent(shape)
     without_loss = objective == "lm_loss" or any(score.lm_loss_increase_nats_per_token is None for score in scores)
     return ScoreTable(
-        parent=shape.parent_block,
+        parent=Architecture.of_parent(shape),
         layers=_layers(scores, composition, objective, variants, shape, base),
         objective=objective,
         lm_loss=None if without_loss else _layers(scores, composition, "lm_loss", variants, shape, base),
+        reference=reference,
     )
 
 
@@ -98,10 +101,11 @@ def _layers(
     )
 
 
-def unscored_table(variants: VariantsSpec, shape: ModelShape) -> ScoreTable:
+def unscored_table(variants: VariantsSpec, shape: ModelShape, reference: Architecture | None = None) -> ScoreTable:
     """The space with no scores: enough to ask whether the limits can hold."""
     blocks = [variants.blocks_of_layer(layer, shape) for layer in range(shape.layers)]
-    return ScoreTable(shape.parent_block, tuple({Option(block): 0.0 for block in space} for space in blocks))
+    layers = tuple({Option(block): 0.0 for block in space} for space in blocks)
+    return ScoreTable(Architecture.of_parent(shape), layers, reference=reference)
 
 
 def cost_table(

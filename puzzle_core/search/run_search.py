@@ -80,7 +80,7 @@ def _answer(builder: ProblemBuilder, effort: Effort) -> tuple[SearchRecord, Batc
     answer = SearchRecord(
         objective=builder.scores.objective,
         batch_sizes=dict(batch_sizes),
-        parents=builder.predict(_parent(builder), batch_sizes),
+        parents=builder.predict(builder.reference, batch_sizes),
         times=builder.times(batch_sizes),
         solutions=tuple(_architecture(builder, solution, batch_sizes) for solution in solutions),
         baselines=(),
@@ -188,11 +188,10 @@ def _baselines(
 
 def _no_op_only(builder: ProblemBuilder, problem: Problem, effort: Effort) -> Solution:
     """The exact search where every subblock is the parent's or a no-op."""
-    parent = builder.scores.parent
-    attentions = (parent.attention, EMPTY_BLOCK.attention)
-    ffns = (parent.ffn, EMPTY_BLOCK.ffn)
 
     def kept(layer: int, option_id: str) -> bool:
+        own = builder.scores.parent.layers[layer]
+        attentions, ffns = (own.attention, EMPTY_BLOCK.attention), (own.ffn, EMPTY_BLOCK.ffn)
         blocks = (option.block for option in builder.layers[layer] if str(option) == option_id)
         return any(block.attention in attentions and block.ffn in ffns for block in blocks)
 
@@ -319,7 +318,3 @@ def _architecture(builder: ProblemBuilder, solution: Solution, batch_sizes: Batc
         predictions=builder.predict(architecture, batch_sizes),
         limits=builder.limit_uses(architecture, batch_sizes),
     )
-
-
-def _parent(builder: ProblemBuilder) -> Architecture:
-    return Architecture(layers=(builder.scores.parent,) * len(builder.layers))

@@ -37,10 +37,12 @@ from tasks.store.store import Store
 class RunContext(Record):
     """The parent and the runtime settings of one run, with what tasks open by them.
 
-    `parent_commit` is the hub's commit that the parent was fetched at, `mlflow_run` the id of the run in MLflow.
+    `parent_commit` is the hub's commit that the parent was fetched at, `mlflow_run` the id of the run in MLflow. In a
+    later round of iterated Puzzle `child` is the key of the child that is the parent, and `parent` is the first one.
     """
 
     parent: ParentSpec
+    child: str | None = None
     runtime: RuntimeSpec
     parent_commit: str | None = None
     mlflow_run: str | None = None
@@ -56,6 +58,11 @@ class RunContext(Record):
             return self
         parent = self.parent.model_copy(update={"revision": commit})
         return self.model_copy(update={"parent": parent, "parent_commit": commit})
+
+    @property
+    def of_first(self) -> "RunContext":
+        """The context of tasks that read the first parent, in every round."""
+        return self.model_copy(update={"child": None})
 
     @property
     def scratch(self) -> Path:
@@ -97,7 +104,10 @@ class RunContext(Record):
 
     def open_parent(self) -> Parent:
         """The parent as its files are now, opened once per process until they change."""
-        return open_parent(self.parent, self.scratch)
+        if self.child is None:
+            return open_parent(self.parent, self.scratch)
+        place = {"path": str(self.store().fetch(self.child)), "revision": None}
+        return open_parent(self.parent.model_copy(update=place), self.scratch)
 
     @property
     def readable_parent(self) -> ParentSpec:
@@ -113,7 +123,7 @@ class RunContext(Record):
             ParentError: it is another one.
         """
         parent = self.open_parent()
-        actual = parent_digest(parent, self.scratch)
+        actual = self.child or parent_digest(parent, self.scratch)
         if actual != digest:
             raise ParentError(
                 f"the parent {self.parent.path} is not the one of this run: its digest was {digest} when the run "

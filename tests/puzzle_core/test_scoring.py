@@ -81,7 +81,9 @@ def test_scores_are_those_of_a_child_run_whole_in_every_family(
     """Windows, norms behind subblocks and rotary positions by kind hold in the layers after the block, too."""
     activations, layer = activations_of(name), 1
     variants = BlockVariant.parse(block)
-    weights = {v: initial_state(name, layer, v) for v in trained_variants(variants, activations.parent.shape)}
+    weights = {
+        v: initial_state(name, layer, v) for v in trained_variants(variants, activations.parent.shape.largest_block)
+    }
     work = ScoreWork(parent="p", layer=layer, block=variants, attention=None, ffn=None, tokens="t", dtype="float32")
     blocks = tuple(block if number == layer else "attn:kv4+ffn:i48" for number in range(LAST + 1))
     parent = AutoModelForCausalLM.from_pretrained(checkpoint_of(name), dtype=torch.float32)

@@ -66,7 +66,7 @@ def stdlib_child(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[st
         library_dir, out_dir = tmp_path_factory.mktemp("library"), tmp_path_factory.mktemp("child")
         architecture, library = Architecture.parse(blocks), []
         for layer, block in enumerate(architecture.layers):
-            own, trained = parent.layer_tensors(layer), trained_variants(block, parent.shape)
+            own, trained = parent.layer_tensors(layer), trained_variants(block, parent.shape.parent_block(layer))
             library.append({variant: library_dir / f"{layer}-{variant}" for variant in trained})
             for variant in block.subblocks:
                 if str(variant) in trained:

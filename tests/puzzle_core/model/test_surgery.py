@@ -16,7 +16,7 @@ from tests.pico import PICOS
 @pytest.mark.parametrize("name", PICOS)
 def test_block_replaced_by_a_copy_of_itself_is_bitwise_the_parents(name, activations_of, initial_state):
     activations = activations_of(name)
-    parent, own, contexts = activations.parent, activations.parent.shape.parent_block, activations.contexts()
+    parent, own, contexts = activations.parent, activations.parent.shape.largest_block, activations.contexts()
     for layer in range(parent.shape.layers):
         block = Subblocks(
             *(
@@ -28,7 +28,7 @@ def test_block_replaced_by_a_copy_of_itself_is_bitwise_the_parents(name, activat
 
 
 def test_another_layers_weights_would_be_seen(activations, initial_state):
-    attention = activations.parent.shape.parent_block.attention
+    attention = activations.parent.shape.largest_block.attention
     state = initial_state("llama", 2, str(attention))
     block = variant_block(activations.parent, 1, attention, state, torch.float32, CPU)
     output = block.attend(activations.layer_input(1), **activations.contexts()[1])
@@ -62,7 +62,7 @@ def test_nothing_writes_to_the_parent_even_when_a_training_dies(activations, con
         if progress.step == 2:
             raise KeyboardInterrupt
 
-    for variant in (Variant.parse("attn:kv1"), parent.shape.parent_block.ffn):
+    for variant in (Variant.parse("attn:kv1"), parent.shape.largest_block.ffn):
         work = BldWork(
             parent="p",
             layer=1,

@@ -172,8 +172,8 @@ def test_costs_stop_at_the_window(name, parent_of):
         alone = roofline(shape, [narrow], work.traffic, work.target).variants[str(narrow)]
         one = 2 * len(contexts) * variant.row.kv_entries(shape, variant.size) * 2
         assert costs.variants[str(variant)].decode_ms - alone.decode_ms == pytest.approx((cache_bytes - one) / 1e9)
-    own = [costs.variants[str(shape.in_layer(n, shape.parent_block.attention))] for n in range(shape.layers)]
-    ffns = shape.layers * costs.variants[str(shape.parent_block.ffn)].decode_ms
+    own = [costs.variants[str(shape.in_layer(n, shape.parent_block(n).attention))] for n in range(shape.layers)]
+    ffns = shape.layers * costs.variants[str(shape.parent_block(0).ffn)].decode_ms
     assert costs.parent.decode_ms == pytest.approx(costs.outside.decode_ms + sum(t.decode_ms for t in own) + ffns)
     table = cost_table(plan.variants, shape, {("chatbot", 2): costs}, {"chatbot": 31})
     builder = ProblemBuilder(plan.spec.request, unscored_table(plan.variants, shape), table)
