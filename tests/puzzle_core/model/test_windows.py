@@ -17,6 +17,7 @@ from puzzle_core.model.layered import Batch, layered_child
 from puzzle_core.model.surgery import variant_block
 from puzzle_core.plan import Inputs, Plan
 from puzzle_core.scoring import score_block
+from puzzle_core.search.from_tables import read_request, search_tables
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table, unscored_table
 from puzzle_core.sizes import architecture_parameters, kv_entries
@@ -181,6 +182,18 @@ def test_costs_stop_at_the_window(name, parent_of):
         totals = builder.predict(architecture, {"chatbot": 2})["chatbot"].totals
         weights = 2 * architecture_parameters(shape, architecture)
         assert totals["memory_bytes"] == pytest.approx(weights + 2 * 2 * kv_entries(shape, architecture, 31))
+
+
+def test_a_window_is_searched_from_tables(tmp_path):
+    (tmp_path / "scores.csv").write_text("layer,attention,ffn,score\n0,kv4,i8,0\n0,kv4:w64,i8,1\n0,attn:kv2,i8,2\n")
+    (tmp_path / "costs.csv").write_text(
+        "subblock,variant,kv_bytes_per_token\nattn,kv4,4\nattn,kv2,2\nattn,kv4:w64,1\nffn,i8,0\noutside,,0\n"
+    )
+    limits = '{kv_bytes_per_token: 3B, counts: {"attn:kv:w": 1}}'
+    (tmp_path / "scenario.yaml").write_text(f"{{name: chat, batch_sizes: [1], limits: {limits}}}")
+    request = read_request([tmp_path / "scenario.yaml"])
+    record = search_tables(tmp_path / "scores.csv", tmp_path / "costs.csv", request, tmp_path / "out")
+    assert [str(block) for block in record.best.architecture.layers] == ["attn:kv4:w64+ffn:i8"]
 
 
 def test_a_variant_is_measured_where_it_runs_as_it_is_named(parent_of):
