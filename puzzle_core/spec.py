@@ -307,6 +307,12 @@ class BldSpec(Record):
         "token, where a few tokens have huge activations (token)",
         exclude_if=lambda loss: loss == "tensor",
     )
+    initial_weights: Literal["default", "best"] = Field(
+        "default",
+        description="Weights that a variant starts from: means of KV heads and channels of one pass (default), or of "
+        "all ways that there are for its kind the one with the least loss before training (best)",
+        exclude_if=lambda way: way == "default",
+    )
     source: BldSource = Field(
         "stored",
         description="Where the parent's states come from: captured into files of runtime.scratch, layer by layer "

@@ -115,13 +115,15 @@ class BldWork(Work):
 class BldRecord(Record):
     """Result of a variant's training; losses are normalised MSE by `bld.loss`, without unit.
 
-    `initial_loss` and `final_loss` are measured on the same held-back windows. If training does not lower the loss,
-    the initial weights are kept and both are equal. `curve` has the training loss of every step.
+    `initial_loss` and `final_loss` are measured on the same held-back windows. `compared` has the loss of each way to
+    start before training, by its name, on the first batch of these; the least one was taken. If training does not lower
+    the loss, the initial weights are kept and both are equal. `curve` has the training loss of every step.
     """
 
     layer: int
     variant: VariantId
     initial_loss: float
+    compared: dict[str, float] = {}
     final_loss: float
     curve: tuple[float, ...]
     tokens: int

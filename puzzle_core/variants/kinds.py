@@ -11,7 +11,7 @@ torch, so a row has the name of its function, which is imported when it is calle
 import importlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from puzzle_core.variants.entries import ffn_mult_of, ffn_width_of, kv_heads_of
@@ -88,6 +88,7 @@ class VariantKind:
         fits_devices: whether so many devices can share a variant of this size (tensor parallelism).
         linear_bias: for a single linear layer, whether it has a bias; None for every other kind.
         initial_weights: the function that makes them, `module:function`; None where there are no weights to train.
+        other_weights: functions that make other ones, by name, for `bld.initial_weights: best`.
         needs_contributions: whether initial weights need the contributions of the parent's FFN channels.
         flag: the key that is true in its `block_configs` entry; None where sizes alone are given.
         entry: the sizes in its entry of our own checkpoints.
@@ -117,6 +118,7 @@ class VariantKind:
     fits_devices: Callable[[int, int], bool] = lambda size, devices: True
     linear_bias: Callable[[ParentShape], bool] | None = None
     initial_weights: str | None = None
+    other_weights: Mapping[str, str] = field(default_factory=dict)
     needs_contributions: bool = False
     flag: str | None = None
     entry: Callable[[int], dict[str, Any]]
@@ -150,9 +152,24 @@ class VariantKind:
         """
         if self.initial_weights is None:
             return {}
-        module, _, function = self.initial_weights.partition(":")
-        make = getattr(importlib.import_module(module), function)
+        make = _function(self.initial_weights)
         return make(dict(layer), shape, size, contribution_I)  # type: ignore[no-any-return]
+
+    def other_states(
+        self, layer: "Mapping[str, torch.Tensor]", shape: ParentShape, size: int, inner_NI: "torch.Tensor"
+    ) -> "dict[str, dict[str, torch.Tensor]]":
+        """Other training-free weights, by the name of the way that they are made.
+
+        Args:
+            inner_NI: what enters the last projection of the parent's own subblock, for N tokens.
+        """
+        makers = {name: _function(place) for name, place in self.other_weights.items()}
+        return {name: make(dict(layer), shape, size, inner_NI) for name, make in makers.items()}
+
+
+def _function(place: str) -> Callable[..., Any]:
+    module, _, function = place.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
 def _kv_heads_problem(shape: ParentShape, size: int) -> str | None:
@@ -210,6 +227,10 @@ _SIZED_ATTENTION = VariantKind(
     problem=_kv_heads_problem,
     fits_devices=lambda size, devices: size % devices == 0 or devices % size == 0,
     initial_weights="puzzle_core.variants.attention:pooled_attention",
+    other_weights={
+        "first": "puzzle_core.variants.attention:first_heads",
+        "largest": "puzzle_core.variants.attention:largest_heads",
+    },
     entry=lambda size: {"num_key_value_heads": size},
     published_entry=lambda shape, size: {"n_heads_in_group": shape.heads // size},
     size_keys=_ATTENTION_KEYS,
@@ -269,6 +290,7 @@ _ROWS = (
         problem=_width_problem,
         fits_devices=lambda size, devices: size % devices == 0,
         initial_weights="puzzle_core.variants.ffn:pruned_ffn",
+        other_weights={"iterative": "puzzle_core.variants.ffn:iteratively_pruned_ffn"},
         needs_contributions=True,
         entry=lambda size: {"intermediate_size": size},
         published_entry=lambda shape, size: {"ffn_mult": ffn_mult_of(size, shape.hidden)},

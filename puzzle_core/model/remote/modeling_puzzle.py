@@ -137,8 +137,7 @@ class PuzzleBlock(nn.Module):
         narrowed_mask = context.pop("narrowed_mask", None)
         if self.is_narrowed:
             context["attention_mask"] = narrowed_mask(self.window)
-        normalised = self._normalise(layer_input_BTD, self.attention_norms["before"])
-        output = self.attention_subblock(hidden_states=normalised, **context)[0]
+        output = self.attention_subblock(hidden_states=self.normalise_attention_input(layer_input_BTD), **context)[0]
         return self._add(layer_input_BTD, self._normalise(output, self.attention_norms["after"]))
 
     def feed(self, post_attention_BTD: torch.Tensor) -> torch.Tensor:
@@ -147,6 +146,10 @@ class PuzzleBlock(nn.Module):
             return post_attention_BTD
         output = self.ffn_subblock(self.normalise_ffn_input(post_attention_BTD))
         return self._add(post_attention_BTD, self._normalise(output, self.ffn_norms["after"]))
+
+    def normalise_attention_input(self, layer_input_BTD: torch.Tensor) -> torch.Tensor:
+        """What the attention sees of what enters the layer."""
+        return self._normalise(layer_input_BTD, self.attention_norms["before"])
 
     def normalise_ffn_input(self, post_attention_BTD: torch.Tensor) -> torch.Tensor:
         """What the FFN sees of what leaves the attention subblock."""
