@@ -27,7 +27,8 @@ from tests.workflow import artifacts, check_whole, merged, of_stage, placed, pub
 
 ROOT = Path(__file__).parents[2]
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-FLOWS = {"puzzle", "build-library", "search-architecture", "train-child", "research-targets"}
+FLOWS = {"puzzle", "build-library", "build-layers", "fan-out-library", "search-architecture", "train-child"}
+FLOWS |= {"research-targets"}
 ENDLESS = 1_000_000  # epochs
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
