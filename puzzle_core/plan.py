@@ -15,6 +15,7 @@ from puzzle_core.architecture import EMPTY_BLOCK, Architecture, BlockVariant, Mo
 from puzzle_core.engines import ENGINES
 from puzzle_core.errors import SpecError
 from puzzle_core.formats.llama_blocks import unlike_llama
+from puzzle_core.fusible import check_fusible, fused
 from puzzle_core.records import Record
 from puzzle_core.spec import (
     DEPTH,
@@ -155,6 +156,8 @@ class Plan:
             if tokens > shape.max_positions:
                 raise SpecError(f"{what} is {tokens}, but the parent's context holds {shape.max_positions} tokens")
         self._check_windows()
+        if spec.child.fuse_ffn:
+            check_fusible(shape)
 
     def _check_windows(self) -> None:
         """Refuse a window as long as what BLD or scores read: it would train and score as the full attention."""
@@ -486,7 +489,11 @@ class Plan:
             return None
         return RefineWork(search=self.search().key, tokens=self.tokens("scoring").key)
 
-    def assemble(self, architecture: Architecture) -> AssembleWork:
+    def fused(self, architecture: Architecture) -> Architecture:
+        """The architecture that GKD trains of a chosen one: with its FFNs fused, where the spec says so."""
+        return fused(architecture) if self.spec.child.fuse_ffn else architecture
+
+    def assemble(self, architecture: Architecture, fuse_ffn: bool = False) -> AssembleWork:
         """The child of one architecture."""
         library: list[tuple[tuple[str, str], ...]] = [()] * len(architecture.layers)
         for layer, option in architecture.options.items():
@@ -498,6 +505,7 @@ class Plan:
             architecture=architecture,
             library=tuple(library),
             dtype=self.target.served_dtype,
+            fuse_ffn=fuse_ffn,
         )
 
     def trainings(self, architecture: Architecture) -> dict[str, GkdWork]:
@@ -505,12 +513,13 @@ class Plan:
 
         All rounds of iterated Puzzle distil from the first parent.
         """
-        child, works = self.assemble(architecture).key, dict[str, GkdWork]()
+        trained = self.fused(architecture)
+        child, works = self.assemble(architecture, fuse_ffn=trained != architecture).key, dict[str, GkdWork]()
         for split, spec in zip(self.gkd_splits, self.spec.gkd.trainings, strict=True):
             works[split] = GkdWork(
                 parent=self.inputs.first.parent,
                 child=child,
-                architecture=architecture,
+                architecture=trained,
                 tokens=self.tokens(split).key,
                 dtype=self.target.served_dtype,
                 seed=self.spec.data.seed,

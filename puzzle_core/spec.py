@@ -674,6 +674,16 @@ class RoundSpec(Record):
         return self
 
 
+class ChildSpec(Record):
+    """How a child is put together (METHOD section 7)."""
+
+    fuse_ffn: bool = Field(
+        False,
+        description="FFNs with no attention between them become one wide FFN before GKD: fewer and larger products, but "
+        "an approximation, since all of them then read the input of the first",
+    )
+
+
 class GkdSpec(Record):
     """Global knowledge distillation (METHOD section 7)."""
 
@@ -900,6 +910,9 @@ class RunSpec(Record):
         description="Serving engines that must all run the child; variants that one does not support are excluded",
     )
     search: SearchSpec = SearchSpec()
+    child: ChildSpec = Field(
+        ChildSpec(), description="How a child is put together", exclude_if=lambda child: child == ChildSpec()
+    )
     gkd: GkdSpec = GkdSpec()
     rounds: tuple[RoundSpec, ...] = Field(
         (),
@@ -1032,10 +1045,10 @@ class RunSpec(Record):
                 "search.iterations scores single layers of a child, which blocks in the place of several layers do not "
                 "have: leave out search.iterations or variants.spans"
             )
-        if self.variants.spans and self.rounds:
+        if (self.variants.spans or self.child.fuse_ffn) and self.rounds:
             raise ValueError(
                 "rounds compares every child layer by layer with the first parent, which a child with fewer layers is "
-                "not: leave out rounds or variants.spans"
+                f"not: leave out rounds or {'variants.spans' if self.variants.spans else 'child.fuse_ffn'}"
             )
         return self
 

@@ -141,7 +141,10 @@ class BldRecord(Record):
 
 
 class AssembleWork(Work):
-    """One architecture; `library` has the keys of what was trained of each layer, by the id of a variant or option."""
+    """One architecture; `library` has the keys of what was trained of each layer, by the id of a variant or option.
+
+    With `fuse_ffn`, FFNs with no attention between them are one in the child.
+    """
 
     stage: ClassVar[str] = "child"
     version: ClassVar[int] = 1
@@ -150,6 +153,7 @@ class AssembleWork(Work):
     architecture: Architecture
     library: tuple[tuple[tuple[str, str], ...], ...]
     dtype: Dtype
+    fuse_ffn: bool = Field(False, exclude_if=lambda fuses: not fuses)
 
 
 class GradientsWork(Work):
@@ -302,9 +306,10 @@ class CostRecord(Record):
 
 
 class ChildRecord(Record):
-    """Architecture and size of a child."""
+    """Architecture and size of a child; `unfused` is the architecture before FFN fusion, where there was one."""
 
     architecture: Architecture
+    unfused: Architecture | None = None
     parameters: int
     parameter_bytes: int
 

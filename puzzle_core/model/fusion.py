@@ -1,8 +1,6 @@
-"""FFN fusion: the FFNs of consecutive layers without attention become one wide FFN (METHOD section 7).
+"""The tensors of FFNs that are fused to one (METHOD section 7); puzzle_core/fusible.py says which.
 
-FFNs with no attention between them run one after the other: x1 = x + F1(x), x2 = x1 + F2(x1). Fused they run side by
-side on the input of the first, x2 ~ x + F1(x) + F2(x), which is one FFN of the sum of their widths. Each FFN has a norm
-with weights of its own in front; these go into its projections, and the fused FFN's norm has ones.
+Each FFN has a norm with weights of its own in front; these go into its projections, and the fused FFN's norm has ones.
 
 Legend: D hidden width.
 """
@@ -11,41 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from puzzle_core.architecture import Architecture, ModelShape
-from puzzle_core.errors import SpecError
+from puzzle_core.architecture import ModelShape
 from puzzle_core.families.family import FAMILIES
 from puzzle_core.state_dict import State
 from puzzle_core.variants.projections import ffn_rows, read_parts, write_parts
-
-
-def fusible_runs(architecture: Architecture) -> list[range]:
-    """The layers whose FFNs become one, run by run: an FFN, and those that follow it with no attention in between.
-
-    Empty layers within a run belong to it.
-    """
-    runs, current = list[range](), range(0)
-    for layer, block in enumerate(architecture.layers):
-        if current and block.attention.is_empty and (block.ffn.ffn_width or block.ffn.is_empty):
-            current = range(current.start, layer + 1 if block.ffn.ffn_width else current.stop)
-        elif block.ffn.ffn_width:
-            runs, current = [*runs, current], range(layer, layer + 1)
-        else:
-            runs, current = [*runs, current], range(0)
-    return [run for run in [*runs, current] if sum(architecture.layers[layer].ffn.ffn_width > 0 for layer in run) > 1]
-
-
-def check_fusible(shape: ModelShape) -> None:
-    """Refuse a family whose FFNs cannot run side by side as one.
-
-    Raises:
-        SpecError: the output of each FFN is normalised by itself.
-    """
-    norms = FAMILIES[shape.family].ffn_norms
-    if norms.after or not norms.before:
-        raise SpecError(
-            f"child.fuse_ffn: family {shape.family} normalises the output of every FFN by itself, so a sum of FFNs is "
-            "no FFN: remove child.fuse_ffn"
-        )
 
 
 def fused_ffn(states: Sequence[State], widths: Sequence[int], shape: ModelShape) -> State:

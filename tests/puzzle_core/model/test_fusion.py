@@ -3,11 +3,16 @@
 import pytest
 import torch
 
-from puzzle_core.architecture import EMPTY_BLOCK, Architecture, Variant
+from puzzle_core.architecture import Architecture, Variant
+from puzzle_core.distill.gkd import loss_terms
 from puzzle_core.errors import SpecError
 from puzzle_core.families.family import FAMILIES
-from puzzle_core.model.fusion import check_fusible, fused_ffn, fusible_runs
+from puzzle_core.fusible import check_fusible, fused
+from puzzle_core.model.child import load_child, load_parent
+from puzzle_core.model.fusion import fused_ffn
 from puzzle_core.model.surgery import variant_block
+from puzzle_core.sizes import architecture_parameters
+from puzzle_core.spec import GkdSpec
 from tests.conftest import CPU
 from tests.pico import PICOS
 
@@ -40,20 +45,41 @@ def test_families_that_normalise_what_leaves_an_ffn_are_refused(family, parent_o
 
 
 @pytest.mark.parametrize(
-    ("blocks", "runs"),
+    ("blocks", "expected"),
     [
-        ("kv4+i8 no_op+i4 no_op+i2 kv4+i8", [(0, 3)]),
-        ("kv4+i8 kv2+i4 no_op+i2 no_op+no_op no_op+i4 linear+i8 no_op+i8", [(1, 5), (5, 7)]),
-        ("kv4+i8 no_op+no_op no_op+no_op kv4+i8", []),
-        ("kv4+no_op no_op+i8 no_op+linear no_op+i8 no_op+i2", [(3, 5)]),
-        ("no_op+i8 no_op+i8", [(0, 2)]),
-        ("kv4+i8 kv4+i8", []),
+        ("kv4+i8 no_op+i4 no_op+i2 kv4+i8", "kv4+i14 x3,kv4+i8"),
+        ("kv4+i8 kv2+i4 no_op+i2 no_op+no_op no_op+i4 linear+i8 no_op+i8", "kv4+i8,kv2+i10 x4,linear+i16 x2"),
+        ("kv4+i8 no_op+no_op no_op+no_op kv4+i8", "kv4+i8,no_op+no_op,no_op+no_op,kv4+i8"),
+        ("kv4+no_op no_op+i8 no_op+linear no_op+i8 no_op+i2", "kv4+no_op,no_op+i8,no_op+linear,no_op+i10 x2"),
+        ("no_op+i8 no_op+i8 no_op+no_op", "no_op+i16 x2,no_op+no_op"),
+        ("kv4+i8 kv4+i8", "kv4+i8,kv4+i8"),
     ],
 )
-def test_runs_are_ffns_with_no_attention_between_them(blocks, runs):
-    ids = [block.split("+") for block in blocks.split()]
-    architecture = Architecture.parse([f"attn:{attention}+ffn:{ffn}" for attention, ffn in ids])
-    found = fusible_runs(architecture)
-    assert [(run.start, run.stop) for run in found] == runs
-    for run in found:
-        assert all(b == EMPTY_BLOCK or b.attention.is_empty for b in architecture.layers[run.start + 1 : run.stop])
+def test_runs_are_ffns_with_no_attention_between_them(blocks, expected):
+    def parse(texts):
+        return Architecture.parse(["attn:" + text.replace("+", "+ffn:") for text in texts])
+
+    assert fused(parse(blocks.split())) == parse(expected.split(","))
+
+
+BLOCKS = ("attn:kv2+ffn:i24", "attn:no_op+ffn:i48", "attn:no_op+ffn:no_op", "attn:no_op+ffn:i12", "attn:kv4+ffn:i48")
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "mlp-bias", "granite"])
+def test_the_fused_child_runs_its_ffns_side_by_side(name, parent_of, assemble, ids_NT, tmp_path):
+    parent, architecture = parent_of(name), Architecture.parse(BLOCKS)
+    plain = load_child(assemble(name, BLOCKS), torch.float32, CPU).requires_grad_(False)
+    written = assemble(name, BLOCKS, fuse_ffn=True)
+    model, ids_BT = load_child(written, torch.float32, CPU).requires_grad_(False), ids_NT.long()
+    assert len(model.model.layers) == 2
+    assert sum(p.numel() for p in model.parameters()) == architecture_parameters(parent.shape, fused(architecture))
+    first, *following, last = plain.model.layers
+    contexts = plain.model.contexts(plain.model.embed(ids_BT), torch.arange(16)[None])
+    x = first.attend(plain.model.embed(ids_BT), **contexts["full_attention"])
+    x = x + sum(block.feed(x) - x for block in (first, *following))
+    expected = plain.head(plain.model.normalise(last(x, **contexts["full_attention"])))
+    torch.testing.assert_close(model(input_ids=ids_BT).logits, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, plain(input_ids=ids_BT).logits, atol=1e-2)
+    states = model.model(input_ids=ids_BT, output_hidden_states=True).hidden_states
+    terms = loss_terms(load_parent(parent, torch.float32, CPU), model, ids_BT, GkdSpec(), imitated=[3, 4])
+    assert len(states) == 2 and set(terms) == {"cosine", "kl"}
