@@ -679,8 +679,8 @@ class ChildSpec(Record):
 
     fuse_ffn: bool = Field(
         False,
-        description="FFNs with no attention between them become one wide FFN before GKD: fewer and larger products, but "
-        "an approximation, since all of them then read the input of the first",
+        description="FFNs with no attention between them become one wide FFN before GKD: fewer and larger products, "
+        "but an approximation, since all of them then read the input of the first",
     )
 
 
