@@ -12,8 +12,9 @@ from puzzle_core.errors import ExportError, SpecError
 from puzzle_core.export.gguf_file import export_gguf
 from puzzle_core.export.hf import export_hf
 from puzzle_core.export.source import Source
-from puzzle_core.model.child import load_child
+from puzzle_core.model.child import load_child, load_parent
 from puzzle_core.model.layered import Batch, layered_child
+from puzzle_core.model.parent import Parent
 from puzzle_core.model.surgery import variant_block
 from puzzle_core.plan import Inputs, Plan
 from puzzle_core.scoring import score_block
@@ -21,7 +22,7 @@ from puzzle_core.search.from_tables import read_request, search_tables
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table, unscored_table
 from puzzle_core.sizes import architecture_parameters, kv_entries
-from puzzle_core.spec import BldSpec, VariantsSpec, parse_spec
+from puzzle_core.spec import BldSpec, ParentSpec, VariantsSpec, parse_spec
 from puzzle_core.work import BldWork, CostWork, ScoreWork
 from tests.conftest import CPU
 from tests.puzzle_core.cost.test_roofline import target
@@ -128,6 +129,19 @@ def space(parent, **parts):
     }
     inputs = {name: name for name in ("parent", "tokenizer", "train_texts", "held_out_texts", "hardware")}
     return Plan(parse_spec(content | parts, "test"), Inputs(shape=parent.shape, **inputs))
+
+
+def test_a_child_with_windows_is_a_parent_whose_windows_get_shorter(assemble, ids_NT):
+    directory = assemble("llama", BLOCKS)
+    parent, ids_BT = Parent(ParentSpec(path=str(directory))), ids_NT.long()
+    child, opened = load_child(directory, torch.float32, CPU), load_parent(parent, torch.float32, CPU)
+    assert torch.equal(opened(input_ids=ids_BT).logits, child(input_ids=ids_BT).logits)
+    space = VariantsSpec(kv_heads=(1,), windows=(2, 4, 9), linear=False, no_op=False)
+    offered = [" ".join(map(str, space.of_layer(layer, parent.shape)[0])) for layer in range(4)]
+    assert offered[0] == "attn:no_op"
+    assert offered[1] == "attn:kv2:w5 attn:kv2:w4 attn:kv2:w2 attn:kv1:w9 attn:kv1:w4 attn:kv1:w2"
+    assert offered[2].split()[:4] == ["attn:kv4", "attn:kv1", "attn:kv4:w9", "attn:kv4:w4"]
+    assert offered[3] == "attn:kv4:w3 attn:kv4:w2 attn:kv1:w9 attn:kv1:w4 attn:kv1:w2"
 
 
 def test_windows_are_offered_for_every_number_of_kv_heads_and_below_the_layers_own(parent_of):
