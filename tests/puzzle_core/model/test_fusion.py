@@ -14,21 +14,20 @@ from puzzle_core.model.surgery import variant_block
 from puzzle_core.sizes import architecture_parameters
 from puzzle_core.spec import GkdSpec
 from tests.conftest import CPU
-from tests.pico import PICOS
 
 REFUSED = {"exaone4", "gemma2", "gemma3_text", "glm4", "olmo2", "olmo3"}
-FUSIBLE = [name for name, pico in PICOS.items() if pico.family not in REFUSED and pico.dtype == torch.float32]
+FUSIBLE = ["llama", "phi3", "mlp-bias", "arcee", "granite", "glm", "helium"]
 
 
 @pytest.mark.parametrize("name", FUSIBLE)
-def test_the_fused_ffn_is_the_sum_of_those_that_it_replaces(name, parent_of, activations_of):
+def test_the_fused_ffn_is_the_sum_of_those_that_it_replaces(name, parent_of):
     parent, layers, widths = parent_of(name), (1, 2, 4), [48, 48, 48]
-    prefixes, entering_BTD = FAMILIES[parent.shape.family].ffn_prefixes, activations_of(name).post_attention(2)
+    prefixes, entering_BTD = FAMILIES[parent.shape.family].ffn_prefixes, torch.randn(2, 8, 32, dtype=torch.float64)
     states = [{k: t for k, t in parent.layer_tensors(layer).items() if k.startswith(prefixes)} for layer in layers]
 
     def added(width, state):
         block = variant_block(parent, 1, Variant("ffn", "sized", width), state, torch.float64, CPU)
-        return block.feed(entering_BTD.double()) - entering_BTD
+        return block.feed(entering_BTD) - entering_BTD
 
     check_fusible(parent.shape)
     fused = added(sum(widths), fused_ffn(states, widths, parent.shape))
