@@ -1,8 +1,8 @@
 """Iterated Puzzle beside one step, at equal tokens and equal cost: `python -m benchmarks.iterated DIR`.
 
 Both runs have the quickstart's parent and space, or those of another parent with `--parent`. They share one store, so
-that they decide with the same costs. The one step trains every variant and the child on all tokens. Of two rounds, each trains variants on half of BLD's
-tokens, the first at a milder limit; GKD's tokens are shared out to the children of both rounds.
+that they decide with the same costs. The one step trains every variant and the child on all tokens. Of two rounds, each
+trains variants on half of BLD's tokens, the first at a milder limit; GKD's tokens are shared out to both children.
 """
 
 import argparse
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--first-share", type=float, default=0.25, help="share of GKD's tokens for the first round")
     parser.add_argument("--limit", default="60%", help="block time at the end")
     parser.add_argument("--milder", default="78%", help="block time of the first round's child")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of documents and windows")
     parser.add_argument("--parent", type=Path, help="a Hugging Face directory, with texts of its own")
     parser.add_argument("--train", type=Path, default=DATA / "tinystories/train.json", help="its training texts")
     parser.add_argument("--held-out", type=Path, default=DATA / "tinystories/heldout.json", help="its held-out texts")
@@ -40,6 +41,7 @@ def main() -> None:
     first = round(arguments.gkd_tokens * arguments.first_share / batch) * batch
     rounds = f"[{{limits: {{block_time: {arguments.milder}}}, gkd: {{tokens: {first}}}}}]"
     shared = [
+        f"data.seed={arguments.seed}",
         "scenario.batch_sizes=[8]",
         f"scenario.limits={{block_time: {arguments.limit}}}",
         "scoring.tokens=4096",
