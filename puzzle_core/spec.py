@@ -18,6 +18,7 @@ from puzzle_core.architecture import (
     Option,
     Variant,
     VariantId,
+    in_window,
     variants_named,
 )
 from puzzle_core.credentials import SCHEMA_PATTERN, has_credentials
@@ -277,7 +278,8 @@ class VariantsSpec(Record):
 def _offered(rules: Mapping[str, Any], own: Variant, layer: int, shape: ModelShape) -> set[Variant]:
     """The variants cheaper than the parent's own subblock of a layer that these fields of a `VariantsSpec` offer.
 
-    A window that the layer's own is as short as makes no difference, so it is none of them.
+    A window that the layer's own is as short as makes no difference, so it is none of them. Where the layer's own is a
+    variant within a window, others that attend stay in it.
 
     Raises:
         SpecError: the layer does not support a variant, or no layer is large enough for it.
@@ -292,6 +294,8 @@ def _offered(rules: Mapping[str, Any], own: Variant, layer: int, shape: ModelSha
         else:
             sizes = value if row.sized else [0] if value else []
             offered |= {Variant(subblock, row.name, size) for size in sizes}
+    if own.window:
+        offered = {in_window(variant, own.window) for variant in offered}
     for variant in sorted(offered, key=lambda variant: variant.rank):
         fits_largest = variant.kv_heads <= shape.kv_heads and variant.ffn_width <= shape.ffn_width
         if not fits_largest or is_cheaper(of_layer, variant, own):
