@@ -8,6 +8,7 @@ from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
 from pydantic import Field
 
+from flows.announce import announce
 from flows.permissions import permitted
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
@@ -239,6 +240,13 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
     wait_all("scores", futures, done, len(works), progress)
     for captured in (None, base) if base else (None,):
         drop_activations(context.activations_directory(plan.inputs.parent, tokens, dtype, captured))
+    if child is None and plan.part is None:
+        announce_library(plan)
+
+
+def announce_library(plan: Plan) -> None:
+    """Emit the event that a library has all its scores, which may start re-searches."""
+    announce("library.built", plan.spec.name, {"parent": plan.spec.parent.path, "store": plan.spec.runtime.store})
 
 
 @flow(

@@ -17,7 +17,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from pydantic import Field
 
-from flows.build_library import build_planned_library
+from flows.build_library import announce_library, build_planned_library
 from flows.permissions import permitted
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import plan_run
@@ -59,6 +59,7 @@ def fan_out_library(spec: RunSpec, ranges: Annotated[int, Field(ge=1)] = 2, depl
     build_ranges(spec, parts, deployment)
     _check_whole(plan, context, parts)
     build_planned_library(plan, context)  # finds everything, and records the library
+    announce_library(plan)
 
 
 def build_ranges(spec: RunSpec, parts: list[str], deployment: str) -> None:

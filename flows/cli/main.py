@@ -30,6 +30,7 @@ SUBCOMMANDS = {
     "export-library": ("interop_commands:export_library", "Write an index of the block library: keys, losses, scores."),
     "up": ("service_commands:up", "Start Prefect, a worker with all deployments, and MLflow, on loopback."),
     "down": ("service_commands:down", "Cancel the worker's runs and stop what `puzzle up` started."),
+    "automations": ("service_commands:automations", "Register the shipped automations on Prefect's server."),
     "ui": ("service_commands:ui", "Serve the Prefect UI over the runs kept here, until interrupted."),
     "pretrain-example": ("pretrain_command:pretrain_example", "Train the quickstart's parent again."),
 }

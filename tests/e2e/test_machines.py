@@ -83,9 +83,7 @@ def of_stage_list(keys, stage):
     return [key for key in keys if key.startswith(f"{stage}/")]
 
 
-@pytest.mark.fault(
-    "two machines over one bucket at once", "two `puzzle build-library`, only a bucket shared"
-)
+@pytest.mark.fault("two machines over one bucket at once", "two `puzzle build-library`, only a bucket shared")
 def test_two_machines_that_start_together_do_nothing_twice(machines, proxy, outcome):
     one, two, file = machines
     for machine in (one, two):
