@@ -7,7 +7,7 @@ from prefect import flow
 from flows.build_library import build_planned_library
 from flows.permissions import permitted
 from flows.refine_search import find_answer, refine_planned_search
-from flows.search_architecture import measure_target, search_planned_architecture
+from flows.search_architecture import answering_plan, measure_target, search_planned_architecture
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, retry_after_damage
 from flows.train_child import report_work, train_planned_child
@@ -66,21 +66,27 @@ def run_round(number: int, spec: RunSpec, plan: Plan, context: RunContext) -> tu
     log.info("round %d of %d", number, len(spec.rounds) + 1)
     with tracked(f"round {number}", plan.spec) as run:
         show_tracked(plan, run)
-        _from_parent_to_child(plan, context)
+        plan = _from_parent_to_child(plan, context)
     architecture = find_answer(plan, context).best.architecture
     child = RoundChild(key=plan.gkd(architecture).key, architecture=architecture)
     return Plan(spec, plan.inputs.after(child)), context.model_copy(update={"child": child.key})
 
 
-def _from_parent_to_child(plan: Plan, context: RunContext) -> None:
-    """The stages of one round; the first parent's plan has one round where the specification names none."""
+def _from_parent_to_child(plan: Plan, context: RunContext) -> Plan:
+    """The stages of one round; the first parent's plan has one round where the specification names none.
+
+    Returns:
+        The plan whose search gave the child.
+    """
     ensure_tokens(plan, context, *plan.splits)
     measure_target(plan, context)
     build_planned_library(plan, context)
     search_planned_architecture(plan, context)
+    plan = answering_plan(plan, context)
     if plan.refine():
         refine_planned_search(plan, context)
     train_planned_child(plan, context)
+    return plan
 
 
 def _from_parent_to_report(spec: RunSpec, plan: Plan, context: RunContext) -> str:
@@ -89,7 +95,7 @@ def _from_parent_to_report(spec: RunSpec, plan: Plan, context: RunContext) -> st
         show_tracked(plan, run)
         for number in range(1, len(spec.rounds) + 1):
             plan, context = run_round(number, spec, plan, context)
-        _from_parent_to_child(plan, context)
+        plan = _from_parent_to_child(plan, context)
         work = report_work(plan, context)
         key = ensure(write_report, work, context)
         record_report(plan, context, run, work)

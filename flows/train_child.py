@@ -6,6 +6,7 @@ from prefect import flow
 
 from flows.permissions import permitted
 from flows.refine_search import evaluate_missing, find_answer
+from flows.search_architecture import answering_plan
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side
 from puzzle_core.architecture import Architecture
@@ -38,7 +39,8 @@ def train_child(spec: RunSpec) -> None:
         spec: The run specification; its search must be in the store.
     """
     spec = permitted(spec)
-    train_planned_child.fn(*plan_run(spec))
+    plan, context = plan_run(spec)
+    train_planned_child.fn(answering_plan(plan, context), context)
 
 
 @flow(

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.architecture import EMPTY_BLOCK, Architecture, BlockVariant, ModelShape, Option, Variant
 from puzzle_core.engines import ENGINES
 from puzzle_core.errors import SpecError
 from puzzle_core.formats.llama_blocks import unlike_llama
 from puzzle_core.records import Record
 from puzzle_core.spec import (
+    DEPTH,
     GKD_SPLITS,
     BldSpec,
     HarnessSpec,
@@ -37,6 +38,7 @@ from puzzle_core.work import (
     GkdWork,
     GradientsWork,
     ImportanceWork,
+    InfluenceWork,
     MultipleChoiceWork,
     RefineWork,
     ScoreWork,
@@ -192,6 +194,16 @@ class Plan:
         """The part of the search space that the engines of the spec can run."""
         return self.spec.served_variants(self.inputs.first.shape)
 
+    def coupled_in(self, variants: VariantsSpec) -> "Plan":
+        """The second stage of coupled BLD: every pair of these variants is trained, scored and searched as a whole."""
+        bld, scoring = self.spec.bld, self.spec.scoring
+        changes = {
+            "variants": variants,
+            "bld": bld.model_copy(update={"coupled": "all"}),
+            "scoring": scoring.model_copy(update={"composition": "pairs"}),
+        }
+        return Plan(self.spec.model_copy(update=changes), self.inputs)
+
     @cached_property
     def target(self) -> TargetSpec:
         """The target, with a dtype: that of the spec, or the parent's."""
@@ -248,14 +260,25 @@ class Plan:
         attentions, ffns = self.variants.of_layer(layer, self.inputs.shape)
         return [variant for variant in attentions[1:] + ffns[1:] if not variant.is_empty]
 
-    def bld(self, layer: int, variant: Variant) -> BldWork:
-        """The training of one variant."""
+    def trained_whole(self, layer: int) -> list[Option]:
+        """The options of a layer whose halves are trained together: coupled blocks, and all that span layers."""
+        shape, kind = self.inputs.shape, self.spec.bld.coupled
+        offered = self.variants.blocks_of_layer(layer, shape) if kind in ("linear_and_no_op", "all") else []
+        blocks = [block for block in offered if block not in (shape.parent_block(layer), EMPTY_BLOCK)]
+        if kind == "linear_and_no_op":
+            blocks = [b for b in blocks if not b.attention.kv_heads or not b.ffn.ffn_width]
+        return [*map(Option, blocks), *self.variants.spans_of_layer(layer, shape)]
+
+    def bld(self, layer: int, variant: Variant | Option) -> BldWork:
+        """The training of one variant, or of an option from the trained halves of its first layer."""
+        contributed = isinstance(variant, Variant) and variant.row.needs_contributions
         return BldWork(
             parent=self.inputs.parent,
             layer=layer,
             variant=variant,
             tokens=self.tokens("bld").key,
-            contributions=self.importance().key if variant.row.needs_contributions else None,
+            contributions=self.importance().key if contributed else None,
+            halves=self._halves(layer, variant.block) if isinstance(variant, Option) else None,
             seed=self.spec.data.seed,
             spec=self._bld_of_content,
         )
@@ -266,15 +289,22 @@ class Plan:
 
         Both sources of states give the same weights, and the tokens' key has the length of their windows.
         """
-        return self.spec.bld.model_copy(update={"source": "stored", "sequence_length": None})
+        return self.spec.bld.model_copy(update={"source": "stored", "sequence_length": None, "coupled": "none"})
 
-    def library_key(self, layer: int, variant: Variant) -> str | None:
-        """The key of a variant's weights; None for the parent's own variant and for no-ops."""
+    def library_key(self, layer: int, variant: Variant | Option) -> str | None:
+        """The key of a variant's weights, or of an option's whose halves were trained together.
+
+        None for the parent's own variant and for no-ops, and for an option whose halves were not.
+        """
         work = self._library.get((layer, variant))
         return work.key if work else None
 
-    def scored(self, layer: int, base: Architecture | None = None) -> list[BlockVariant]:
-        """The blocks of a layer that need a score: all pairs, or the base's block with one subblock changed.
+    def _halves(self, layer: int, block: BlockVariant) -> tuple[str | None, str | None]:
+        attention, ffn = (self._variants.get((layer, variant)) for variant in block.subblocks)
+        return attention.key if attention else None, ffn.key if ffn else None
+
+    def scored(self, layer: int, base: Architecture | None = None) -> list[Option]:
+        """The options of a layer that need a score: all pairs, or the base's block with one subblock changed; spans.
 
         The base is the parent or a child. A child is also scored unchanged, as its own block in layer 0.
         """
@@ -284,7 +314,8 @@ class Plan:
             blocks = [
                 block for block in blocks if base_block.attention == block.attention or base_block.ffn == block.ffn
             ]
-        return [block for block in blocks if block != base_block or (base and layer == 0)]
+        changed = [Option(block) for block in blocks if block != base_block or (base and layer == 0)]
+        return [*changed, *self.variants.spans_of_layer(layer, self.inputs.shape)]
 
     def gradients(self) -> GradientsWork | None:
         """The gradients that scores are estimated from; None if all scores are exact."""
@@ -298,17 +329,21 @@ class Plan:
             seed=self.spec.data.seed,
         )
 
-    def score(self, layer: int, block: BlockVariant, base: Architecture | None = None) -> ScoreWork:
-        """The score of one block variant in the parent, or in a child, where it is always exact.
+    def score(self, layer: int, option: Option, base: Architecture | None = None) -> ScoreWork:
+        """The score of one option in the parent, or in a child, where it is always exact.
 
         A child differs from the parent before the block is replaced, so an expansion at the parent does not hold there.
         """
+        whole = self.library_key(layer, option)
+        attention, ffn = (None, None) if whole else self._halves(layer, option.block)
         return ScoreWork(
             parent=self.inputs.parent,
             layer=layer,
-            block=block,
-            attention=self.library_key(layer, block.attention),
-            ffn=self.library_key(layer, block.ffn),
+            block=option.block,
+            span=option.span,
+            attention=attention,
+            ffn=ffn,
+            whole=whole,
             tokens=self.tokens("scoring").key,
             dtype=self.spec.scoring.dtype,
             base=self.assemble(base) if base else None,
@@ -320,12 +355,12 @@ class Plan:
         work = self.gradients()
         return work.key if work else None
 
-    def exact_score(self, layer: int, block: BlockVariant) -> ScoreWork:
-        """The exact score of one block variant in the parent, where others are estimates."""
-        return self.score(layer, block).model_copy(update={"gradients": None})
+    def exact_score(self, layer: int, option: Option) -> ScoreWork:
+        """The exact score of one option in the parent, where others are estimates."""
+        return self.score(layer, option).model_copy(update={"gradients": None})
 
     def all_bld(self) -> list[BldWork]:
-        """Every variant training of this plan's layers."""
+        """Every training of this plan's layers, those of single variants first."""
         return self._of_part(self._library.values())
 
     def all_scores(self, base: Architecture | None = None) -> list[ScoreWork]:
@@ -336,17 +371,25 @@ class Plan:
         return [work for work in works if self.part is None or work.layer in self.part]
 
     @cached_property
-    def _library(self) -> dict[tuple[int, Variant], BldWork]:
-        """Every variant training, in order. It is cached, because a thousand keys take a second."""
+    def _variants(self) -> dict[tuple[int, Variant | Option], BldWork]:
+        """Every training of a single variant, in order. It is cached, because a thousand keys take a second."""
         trained = [(layer, variant) for layer in self.layers for variant in self.trained(layer)]
         return {(layer, variant): self.bld(layer, variant) for layer, variant in trained}
+
+    @cached_property
+    def _library(self) -> dict[tuple[int, Variant | Option], BldWork]:
+        """Every training, in order."""
+        library = dict(self._variants)
+        for layer in self.layers:
+            library |= {(layer, option): self.bld(layer, option) for option in self.trained_whole(layer)}
+        return library
 
     @cached_property
     def _scores(self) -> list[ScoreWork]:
         return self._scores_in(None)
 
     def _scores_in(self, base: Architecture | None) -> list[ScoreWork]:
-        return [self.score(layer, block, base) for layer in self.layers for block in self.scored(layer, base)]
+        return [self.score(layer, option, base) for layer in self.layers for option in self.scored(layer, base)]
 
     def costs(self) -> dict[tuple[str, int], CostWork]:
         """The costs of every distinct variant, by scenario and batch size; empty if a table is imported.
@@ -394,13 +437,21 @@ class Plan:
             base=self.assemble(base) if base else None,
             first=self.inputs.before.shape if self.inputs.before else None,
             exact=() if base else self._exact_keys,
+            influence=influence.key if (influence := self.influence()) else None,
         )
+
+    def influence(self) -> InfluenceWork | None:
+        """The influence of the parent's layers; None if no baseline drops layers by it."""
+        if DEPTH.isdisjoint(self.spec.search.baselines):
+            return None
+        scoring = self.spec.scoring
+        return InfluenceWork(parent=self.inputs.parent, tokens=self.tokens("scoring").key, dtype=scoring.dtype)
 
     @cached_property
     def _exact_keys(self) -> tuple[str, ...]:
         if self.spec.scoring.method != "lazy":
             return ()
-        return tuple(self.exact_score(work.layer, work.block).key for work in self._scores)
+        return tuple(self.exact_score(work.layer, work.option).key for work in self._scores)
 
     def refine(self) -> RefineWork | None:
         """The measurement of the search's candidates; None if the spec does not request it."""
@@ -410,10 +461,11 @@ class Plan:
 
     def assemble(self, architecture: Architecture) -> AssembleWork:
         """The child of one architecture."""
-        library = []
-        for layer, block in enumerate(architecture.layers):
-            keys = ((str(variant), self.library_key(layer, variant)) for variant in block.subblocks)
-            library.append(tuple((variant, key) for variant, key in keys if key))
+        library: list[tuple[tuple[str, str], ...]] = [()] * len(architecture.layers)
+        for layer, option in architecture.options.items():
+            parts = (option,) if self.library_key(layer, option) else option.block.subblocks
+            keys = ((str(part), self.library_key(layer, part)) for part in parts)
+            library[layer] = tuple((part, key) for part, key in keys if key)
         return AssembleWork(
             parent=self.inputs.parent,
             architecture=architecture,
@@ -497,7 +549,7 @@ class Plan:
             update={
                 "parent": ParentSpec(path=inputs.first.parent),
                 "data": spec.data.model_copy(update=texts),
-                "bld": self._bld_of_content,
+                "bld": self._bld_of_content.model_copy(update={"coupled": spec.bld.coupled}),
                 "target": self.target.model_copy(update={"table": inputs.cost_table}),
                 "evaluation": spec.evaluation.model_copy(update={"tasks": benchmarks, "lm_eval": self._harness}),
                 "runtime": RuntimeSpec(),

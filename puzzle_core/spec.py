@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from puzzle_core.architecture import BlockVariant, ModelShape, Variant, VariantId, variants_named
+from puzzle_core.architecture import (
+    EMPTY_BLOCK,
+    BlockId,
+    BlockVariant,
+    ModelShape,
+    Option,
+    Variant,
+    VariantId,
+    variants_named,
+)
 from puzzle_core.credentials import SCHEMA_PATTERN, has_credentials
 from puzzle_core.engines import ServingEngine, required_constraints, restrictions
 from puzzle_core.quantities import (
@@ -150,6 +159,17 @@ class VariantsSpec(Record):
     ids: tuple[VariantId, ...] = Field(
         (), description="Further variants of any kind, for instance attn:kv2", exclude_if=lambda ids: not ids
     )
+    spans: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (),
+        description="Offer every block of a layer also in the place of so many layers from there on; its halves are "
+        "trained together",
+        exclude_if=lambda spans: not spans,
+    )
+    span_blocks: tuple[BlockId, ...] = Field(
+        (),
+        description="The only blocks that are offered in the place of several layers; empty: all",
+        exclude_if=lambda blocks: not blocks,
+    )
     layers: tuple[VariantRange, ...] = Field(
         (), description="Exceptions for ranges of layers; a later one has precedence"
     )
@@ -178,6 +198,18 @@ class VariantsSpec(Record):
         """All block variants of one layer, the parent's own first."""
         attentions, ffns = self.of_layer(layer, shape)
         return [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
+
+    def spans_of_layer(self, layer: int, shape: ModelShape) -> list[Option]:
+        """The options that replace several layers, of which this is the first."""
+        blocks = [block for block in self.blocks_of_layer(layer, shape) if block != EMPTY_BLOCK]
+        offered = [block for block in blocks if block in self.span_blocks or not self.span_blocks]
+        return [
+            Option(block, span) for span in sorted({*self.spans}) if layer + span <= shape.layers for block in offered
+        ]
+
+    def options_of_layer(self, layer: int, shape: ModelShape) -> list[Option]:
+        """All block variants of one layer, the parent's own first, and those that replace also layers after it."""
+        return [*map(Option, self.blocks_of_layer(layer, shape)), *self.spans_of_layer(layer, shape)]
 
     def in_widths(self, shape: ModelShape, multiple_of: int = 1) -> "VariantsSpec":
         """The same space with FFN widths in place of ratios, as far as they are a multiple of this."""
@@ -263,6 +295,8 @@ class OptimizerSpec(Record):
     gradient_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient")
 
 
+Coupled = Literal["none", "linear_and_no_op", "shortlist", "all"]
+"""Which blocks have halves that are trained together."""
 BldSource = Literal["stored", "streamed"]
 """Where BLD gets the parent's states: from files, or from the parent as it trains."""
 
@@ -293,6 +327,13 @@ class BldSpec(Record):
         "(stored), or computed by the parent while groups of layers train (streamed), which needs no disk and more "
         "computation. Weights are the same, and so are their keys",
         exclude_if=lambda source: source == "stored",
+    )
+    coupled: Coupled = Field(
+        "none",
+        description="Blocks whose halves are trained once more, together: those with a linear layer or a no-op, those "
+        "that a first search picks (shortlist: at most 4 attentions and 3 FFNs of a layer, which a second search "
+        "chooses from), or all",
+        exclude_if=lambda coupled: coupled == "none",
     )
     dtype: ComputeDtype = Field("float32", description=f"{PRODUCTS}; weights stay float32")
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -465,7 +506,11 @@ class ConstraintsSpec(Record):
         return row.fits_devices(variant.size, self.tensor_parallel) and variant.ffn_width % self.ffn_multiple_of == 0
 
 
-Baseline = Literal["mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"]
+Baseline = Literal[
+    "mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters", "depth", "depth_run"
+]
+DEPTH = {"depth", "depth_run"}
+"""The baselines that drop whole layers: those of least influence, or those of the run of least influence."""
 
 
 class SearchSpec(Record):
@@ -507,7 +552,8 @@ class SearchSpec(Record):
     )
     baselines: tuple[Baseline, ...] = Field(
         ("mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"),
-        description="Baseline search methods; their children are assembled and evaluated too",
+        description="Baseline search methods; their children are assembled and evaluated too. Beside the default ones, "
+        "depth and depth_run drop whole layers by their influence, the least ones or a run of them",
     )
 
 
@@ -910,6 +956,26 @@ class RunSpec(Record):
             raise ValueError(
                 f"search.objective is {self.search.objective}, and scoring.method: {self.scoring.method} estimates the "
                 "KL alone: set search.objective to kl, or scoring.method to exact"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_coupled(self) -> "RunSpec":
+        if self.bld.coupled in ("linear_and_no_op", "all") and self.scoring.composition == "subblocks":
+            raise ValueError(
+                f"bld.coupled is {self.bld.coupled}, and scoring.composition: subblocks adds up scores of halves, "
+                "which a block that is trained as a whole does not have: set scoring.composition to pairs, or "
+                "bld.coupled to shortlist"
+            )
+        if self.variants.spans and self.search.iterations:
+            raise ValueError(
+                "search.iterations scores single layers of a child, which blocks in the place of several layers do not "
+                "have: leave out search.iterations or variants.spans"
+            )
+        if self.variants.spans and self.rounds:
+            raise ValueError(
+                "rounds compares every child layer by layer with the first parent, which a child with fewer layers is "
+                "not: leave out rounds or variants.spans"
             )
         return self
 

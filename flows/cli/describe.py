@@ -79,6 +79,7 @@ def describe_plan(spec: RunSpec) -> str:
         f"target {spec.target.name} ({plan.inputs.hardware}), scenario {spec.scenario.name}, "
         f"child in {plan.target.served_dtype}",
         f"store {spec.runtime.store}",
+        *([f"round 1 of {len(spec.rounds) + 1}; what the others need follows from its child"] if spec.rounds else []),
         "",
         f"{'stage':<12}{'in store':>10}{'to do':>8}",
     ]

@@ -78,12 +78,13 @@ def family_config(config: Mapping[str, Any], place: str) -> FamilyConfig:
     blocks = architecture_of(config, place).layers
     if (layers := config.get("num_hidden_layers")) != len(blocks):
         raise SpecError(f"{place} has num_hidden_layers {layers}, and {len(blocks)} entries in block_configs")
-    sizes = {
-        "num_key_value_heads": max(block.attention.kv_heads for block in blocks) or config.get("num_key_value_heads"),
-        "intermediate_size": max(block.ffn.ffn_width for block in blocks) or config.get("intermediate_size"),
-    }
     content = {key: value for key, value in config.items() if key != "block_configs"}
-    return FamilyConfig(content | {key: size for key, size in sizes.items() if size}, blocks)
+    largest = {
+        "num_key_value_heads": max(block.attention.kv_heads for block in blocks),
+        "intermediate_size": max(block.ffn.ffn_width for block in blocks),
+    }
+    missing = {key: size for key, size in largest.items() if size and content.get(key) is None}
+    return FamilyConfig(content | missing, blocks)
 
 
 def _of_published(config: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from puzzle_core.architecture import Architecture, ModelShape
 from puzzle_core.errors import NonFiniteError, ParentError, PuzzleError, reason
 from puzzle_core.formats.block_configs import block_config
 from puzzle_core.model.checkpoint import INDEX, SINGLE, Checkpoint, checkpoint_files
-from puzzle_core.model.child_config import child_config
+from puzzle_core.model.child_config import child_config, with_layers_of
 from puzzle_core.model.parent_config import (
     ADAPTER,
     as_config_says,
@@ -85,8 +85,9 @@ class Parent:
 
     def puzzle_config(self, architecture: Architecture | None = None) -> PuzzleConfig:
         """The configuration of a child with this architecture; without one, of the child that equals the parent."""
-        layers = (architecture or Architecture.of_parent(self.shape)).layers
-        return child_config(self.config, [block_config(block) for block in layers])
+        architecture = architecture or Architecture.of_parent(self.shape)
+        blocks = [block_config(block) for block in architecture.of_child.layers]
+        return child_config(with_layers_of(architecture, self.config), blocks)
 
     @cached_property
     def digest(self) -> str:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from puzzle_core.architecture import Architecture, BlockVariant, Variant
+from puzzle_core.architecture import Architecture, BlockVariant, Option, Variant
 from puzzle_core.report.accuracies import kept_in_the_mean
 from puzzle_core.report.report_inputs import ModelResult, ReportInputs
 from puzzle_core.search.record_tables import score_table
@@ -125,14 +125,14 @@ def block_time_share(inputs: ReportInputs, prediction: Prediction) -> float:
     return (prediction.total_ms - outside) / (inputs.search.parent.total_ms - outside)
 
 
-def scores(inputs: ReportInputs) -> dict[tuple[int, BlockVariant], float]:
-    """The score of every layer and block variant, as the search saw it."""
+def scores(inputs: ReportInputs) -> dict[tuple[int, Option], float]:
+    """The score of every layer and option, as the search saw it."""
     spec, shape = inputs.spec, inputs.shape
     objective = inputs.search.objective
     variants, scored = spec.served_variants(shape), inputs.scored_shape
     table = score_table(inputs.scores, spec.scoring.composition, objective, variants, scored)
     return {
-        (layer, option.block): score
+        (layer, option): score
         for layer, scores in enumerate(table.layers)
         for option, score in scores.items()
         if option.block != table.parent.layers[layer]
@@ -142,11 +142,12 @@ def scores(inputs: ReportInputs) -> dict[tuple[int, BlockVariant], float]:
 def layer_facts(inputs: ReportInputs) -> list[LayerFact]:
     """The child layer by layer."""
     table, own, scored = scores(inputs), inputs.shape.parent_block, inputs.scored_shape.parent_block
+    options = inputs.child.architecture.options
     return [
         LayerFact(
             layer=layer,
             block=block,
-            score=0.0 if block == scored(layer) else table[layer, block],
+            score=0.0 if block == scored(layer) or layer not in options else table[layer, options[layer]],
             attention_ms=_variant_ms(inputs, block.attention),
             ffn_ms=_variant_ms(inputs, block.ffn),
             parent_attention_ms=_variant_ms(inputs, own(layer).attention),

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
-from puzzle_core.architecture import BlockVariant
+from puzzle_core.architecture import Option
 from puzzle_core.report import derived
 from puzzle_core.report.curves import bld_figure, gkd_figure
 from puzzle_core.report.plotting import (
@@ -126,8 +126,8 @@ def predicted_figure(inputs: ReportInputs) -> Figure:
 
 def scores_figure(inputs: ReportInputs) -> Figure:
     """KL of every scored block variant in every layer, with marks on the child's blocks."""
-    kl = {(score.layer, score.block): score.kl_nats_per_token for score in inputs.scores}
-    blocks = sorted({block for _, block in kl}, key=lambda b: (variant_order(b.attention), variant_order(b.ffn)))
+    kl = {(score.layer, score.option): score.kl_nats_per_token for score in inputs.scores}
+    blocks = sorted({block for _, block in kl}, key=variant_order)
     layers = range(inputs.shape.layers)
     table_LJ = np.array([[kl.get((layer, block), np.nan) for block in blocks] for layer in layers])
     figure = new_figure(3.2 + 0.2 * max(len(blocks), 12), 2.9 + 0.19 * max(len(layers), 5))
@@ -279,9 +279,11 @@ def _identity(axes: Axes, values: list[float]) -> list[float]:
     return ends
 
 
-def _scored_blocks(inputs: ReportInputs, layer: int) -> list[BlockVariant]:
-    """The scored blocks of the child's layer: the block itself, or one block per scored subblock."""
-    block, parent = inputs.child.architecture.layers[layer], inputs.scored_shape.parent_block(layer)
-    if inputs.spec.scoring.composition == "pairs":
-        return [block]
-    return [parent.with_variant(variant) for variant in block.subblocks]
+def _scored_blocks(inputs: ReportInputs, layer: int) -> list[Option]:
+    """The scored options of the child's layer: the block itself, or one block per scored subblock."""
+    option, parent = inputs.child.architecture.options.get(layer), inputs.scored_shape.parent_block(layer)
+    if option is None:
+        return []
+    if inputs.spec.scoring.composition == "pairs" or option.span > 1:
+        return [option]
+    return [Option(parent.with_variant(variant)) for variant in option.block.subblocks]

@@ -3,9 +3,9 @@
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from puzzle_core.architecture import Architecture, Variant
+from puzzle_core.architecture import Architecture, Option, Variant
 from puzzle_core.report import derived
 from puzzle_core.report.accuracies import Accuracy, accuracies, can_be_kept, kept, kept_in_the_mean, means
 from puzzle_core.report.report_inputs import ModelResult, ReportInputs
@@ -232,7 +232,7 @@ def predicted_table(inputs: ReportInputs) -> Table:
 
 def bld_table(inputs: ReportInputs) -> Table:
     """BLD losses of every variant: medians over layers, and the best and the worst layer."""
-    by_variant: dict[Variant, list[BldRecord]] = defaultdict(list)
+    by_variant: dict[Variant | Option, list[BldRecord]] = defaultdict(list)
     for record in inputs.bld:
         by_variant[record.variant].append(record)
     rows = []
@@ -252,8 +252,10 @@ def bld_table(inputs: ReportInputs) -> Table:
     )
 
 
-def variant_order(variant: Variant) -> tuple[str, int, int, str]:
-    """Sort key: attention before FFN, the widest variant first, no-op last."""
+def variant_order(variant: Variant | Option) -> tuple[Any, ...]:
+    """Sort key: attention before FFN, the widest variant first, no-op last; then options by their span and halves."""
+    if isinstance(variant, Option):
+        return "option", variant.span, *(half.rank for half in variant.block.subblocks)
     return variant.subblock, *variant.rank
 
 

@@ -9,7 +9,7 @@ better than its optimistic estimate.
 from collections.abc import Container, Sequence
 from statistics import median
 
-from puzzle_core.architecture import Architecture, BlockVariant
+from puzzle_core.architecture import Architecture, Option
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.run_search import find_architecture, find_solutions
 from puzzle_core.search.search_record import FoundArchitecture
@@ -19,22 +19,22 @@ from puzzle_core.work import ScoreRecord
 
 OPTIMISM = 0.8
 """What a calibrated estimate is taken times."""
-Place = tuple[int, BlockVariant]
-"""A layer, and a block that is scored there."""
+Place = tuple[int, Option]
+"""A layer, and an option that is scored there."""
 
 
 def lazy_scores(estimates: Sequence[ScoreRecord], exact: Sequence[ScoreRecord]) -> list[ScoreRecord]:
     """One score per estimate: the exact one, or the estimate times OPTIMISM and the median ratio of exact scores to
     their estimates."""
-    known = {(score.layer, score.block): score for score in exact}
+    known = {(score.layer, score.option): score for score in exact}
     ratios = [
-        known[score.layer, score.block].kl_nats_per_token / score.kl_nats_per_token
+        known[score.layer, score.option].kl_nats_per_token / score.kl_nats_per_token
         for score in estimates
-        if (score.layer, score.block) in known and score.kl_nats_per_token > 0
+        if (score.layer, score.option) in known and score.kl_nats_per_token > 0
     ]
     factor = OPTIMISM * (median(ratios) if ratios else 1.0)
     return [
-        known.get((score.layer, score.block))
+        known.get((score.layer, score.option))
         or score.model_copy(update={"kl_nats_per_token": factor * score.kl_nats_per_token})
         for score in estimates
     ]
@@ -77,8 +77,9 @@ def next_to_score(
 
 def _used(architecture: Architecture, composition: str, parent: Architecture) -> set[Place]:
     """The blocks whose scores an architecture's score is the sum of."""
-    blocks = list(enumerate(architecture.layers))
-    if composition == "subblocks":
-        own = parent.layers
-        blocks = [(layer, own[layer].with_variant(variant)) for layer, block in blocks for variant in block.subblocks]
-    return {(layer, block) for layer, block in blocks if block != parent.layers[layer]}
+    places, own = set[Place](), parent.layers
+    for layer, option in architecture.options.items():
+        alone = composition == "subblocks" and option.span == 1
+        used = [Option(own[layer].with_variant(v)) for v in option.block.subblocks] if alone else [option]
+        places |= {(layer, one) for one in used if one != Option(own[layer])}
+    return places

@@ -37,6 +37,8 @@ from puzzle_core.spec import ConstraintsSpec, ScenarioSpec, SearchRequest
 
 MIX = "(mix)"
 """The weighted mix of all scenarios, in the names of limits and resources. No scenario can have this name."""
+COVERED = "covered by layer"
+"""How the id begins of a layer's option that belongs to an option of an earlier layer."""
 DERIVED = {
     "memory_bytes": ("parameter_bytes", "kv_bytes_per_token"),
     "runtime_ms": ("prefill_ms", "decode_ms"),
@@ -195,7 +197,7 @@ class ProblemBuilder:
             options=tuple(
                 (
                     *(str(option) for option in options),
-                    *(f"covered by layer {first}: {option}" for first, option in more),
+                    *(f"{COVERED} {first}: {option}" for first, option in more),
                 )
                 for options, more in zip(self.layers, covering, strict=True)
             ),

@@ -13,19 +13,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, BlockVariant
+from puzzle_core.architecture import Option as Option
 from puzzle_core.errors import CoverageError, NonFiniteError, SpecError
 
 OUTSIDE = "outside"
-
-
-class Option(NamedTuple):
-    """A block variant that replaces `span` consecutive layers; all but the first become empty blocks."""
-
-    block: BlockVariant
-    span: int = 1
-
-    def __str__(self) -> str:
-        return str(self.block) if self.span == 1 else f"{self.block} x{self.span}"
 
 
 @dataclass(frozen=True)

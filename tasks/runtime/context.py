@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from puzzle_core.architecture import Variant
 from puzzle_core.compute_slots import ComputeSlot
 from puzzle_core.data import read_positions, read_windows
 from puzzle_core.device import available_cores, default_device
@@ -155,8 +154,8 @@ class RunContext(Record):
             return of_parent
         library = base.library
 
-        def weights(layer: int) -> dict[Variant, State]:
-            return {Variant.parse(variant): load_weights(self.store().fetch(key)) for variant, key in library[layer]}
+        def weights(layer: int) -> dict[str, State]:
+            return {name: load_weights(self.store().fetch(key)) for name, key in library[layer]}
 
         directory = self.activations_directory(digest, tokens, dtype, base)
         return ChildActivations(directory, of_parent, base.architecture, weights)

@@ -67,7 +67,7 @@ def record_library(plan: Plan, context: RunContext, run: TrackedRun) -> None:
     for trained in store.records(BldRecord, steps.bld).values():
         metrics.append((f"bld_loss/{trained.variant}", trained.final_loss, trained.layer))
     for scored in store.records(ScoreRecord, steps.scored).values():
-        metrics.append((f"kl/{scored.block}", scored.kl_nats_per_token, scored.layer))
+        metrics.append((f"kl/{scored.option}", scored.kl_nats_per_token, scored.layer))
     run.metrics(metrics)
     run.reads(_texts(plan, context, "calibration", "bld", "scoring"))
     run.text(artifact_table(store, (*steps.library_keys, *steps.score_keys)), TABLE)

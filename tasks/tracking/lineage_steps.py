@@ -153,7 +153,7 @@ class Steps:
             key=key,
             sources=sources,
             headline=f"{remark}predicted score {number_text(found.score)}; {', '.join(used)}",
-            about=about | {f"layer.{layer}": str(block) for layer, block in enumerate(found.architecture.layers)},
+            about=about | {f"layer.{layer}": str(option) for layer, option in found.architecture.options.items()},
             files=partial(self._table, (key,)),
         )
 

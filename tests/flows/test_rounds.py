@@ -8,17 +8,19 @@ from flows.puzzle import puzzle
 from puzzle_core.architecture import Architecture
 from puzzle_core.model.parent import Parent
 from puzzle_core.plan import Plan, RoundChild
+from puzzle_core.report.report import making_table
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.report.report_tables import final_table
 from puzzle_core.search.search_record import SearchRecord
 from puzzle_core.spec import ParentSpec
 from tasks.store.provenance import stored_provenance
 from tasks.tracking.lineage_tree import lineage_of
-from tests.workflow import artifacts, of_stage, plan_of, publish_costs
+from tests.workflow import artifacts, of_stage, plan_of
 
 ROUNDS = {
-    "rounds": [{"limits": {"parameters": "85%"}, "gkd": {"tokens": 128}}],
-    "scenario": {"limits": {"parameters": "70%"}},
+    "rounds": [{"limits": {"parameters": "90%"}, "gkd": {"tokens": 256}}],  # as the finished run is
+    "scenario": {"limits": {"parameters": "75%"}},
+    "gkd": {"tokens": 128},
 }
 
 
@@ -31,10 +33,9 @@ def plans_of(spec):
     return first, Plan(spec, first.inputs.after(child)), store
 
 
-@pytest.mark.usefixtures("prefect_server")
-def test_the_child_of_a_round_is_the_next_ones_parent_and_a_second_run_computes_nothing(spec_of):
-    spec = spec_of(**ROUNDS)
-    publish_costs(spec)
+def test_the_child_of_a_round_is_the_next_ones_parent_and_a_second_run_computes_nothing(again):
+    spec = again(**ROUNDS)
+    finished = artifacts(spec.runtime.store)
     report = puzzle(spec)
     first, last, store = plans_of(spec)
     child, answer = last.inputs.first.children[0], store.record(SearchRecord, last.search().key)
@@ -42,7 +43,7 @@ def test_the_child_of_a_round_is_the_next_ones_parent_and_a_second_run_computes_
     whole = Architecture.of_parent(first.inputs.shape)
     assert Parent(ParentSpec(path=str(store.fetch(child.key)))).shape == last.inputs.shape
     limits = [store.record(SearchRecord, plan.search().key).best.limits[0] for plan in (first, last)]
-    assert limits[1].threshold / limits[0].threshold == pytest.approx(70 / 85)
+    assert limits[1].threshold / limits[0].threshold == pytest.approx(75 / 90)
     assert all(limit.usage <= limit.threshold for limit in limits)
     assert answer.parent == store.record(SearchRecord, first.search().key).parent
     assert first.costs() == last.costs()
@@ -60,6 +61,7 @@ def test_the_child_of_a_round_is_the_next_ones_parent_and_a_second_run_computes_
     assert inputs.child.parameters < inputs.rounds[0].parameters < inputs.parent.parameters
     assert inputs.parent.evaluation.kl_nats_per_token == 0
     assert final_table(inputs).columns[1:3] == ("parent", "child of round 1")
+    assert ("round 1", "at parameters 90%; GKD on 256 tokens") in making_table(inputs).rows
     trained = last.gkd(answer.best.architecture).key
     assert stored_provenance(store, trained).distilled_tokens == 128 + 256
 
@@ -67,10 +69,11 @@ def test_the_child_of_a_round_is_the_next_ones_parent_and_a_second_run_computes_
     assert child.key in steps[trained].sources
     assert steps[child.key].kind == "child"
     assert f"parent/{first.inputs.parent}" in steps[child.key].sources
-    assert not steps[child.key].registered
-    assert steps[trained].registered
+    assert ["@" in steps[key].registered[0] for key in (child.key, trained)] == [False, True]
 
     before = artifacts(spec.runtime.store)
+    assert of_stage(before, "gkd") >= of_stage(finished, "gkd")
+    assert len(of_stage(before, "gkd")) == 2  # that of the first round was there
     assert puzzle(spec) == report
     assert artifacts(spec.runtime.store) == before
     assert len(of_stage(before, "cost")) == 1

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from puzzle_core import scoring
-from puzzle_core.architecture import Architecture, BlockVariant, Variant
+from puzzle_core.architecture import Architecture, BlockVariant
 from puzzle_core.compute_slots import ComputeSlot
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model import activations as activations_module
@@ -207,7 +207,7 @@ def test_scores_in_a_child_share_its_layers_too(beyond_memory, weights_of, tmp_p
     architecture = Architecture.parse(MIXED)
 
     def library(layer):
-        return {Variant.parse(v): weights for v, weights in weights_of(layer, MIXED[layer]).items() if weights}
+        return {v: weights for v, weights in weights_of(layer, MIXED[layer]).items() if weights}
 
     def opened():
         return ChildActivations(tmp_path / "child", beyond_memory, architecture, library)

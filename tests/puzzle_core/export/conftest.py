@@ -49,6 +49,7 @@ MIXED = (
     "attn:linear+ffn:no_op",
 )
 CHILDREN |= {"mixed": MIXED, "parent": (OWN,) * 8}
+CHILDREN |= {"a block in the place of two layers": (*(OWN,) * 3, "attn:kv2+ffn:i256 x2", *(OWN,) * 3)}
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "seed_oss")
 CARRIED = [name for name, pico in PICOS.items() if pico.family in LIKE_LLAMA and "window" not in name] + ["phi4"]
 """Pico parents whose children every format holds."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from puzzle_core.architecture import BlockVariant, Variant
+from puzzle_core.architecture import Option, Variant
 from puzzle_core.distill import bld
 from puzzle_core.model.surgery import Subblocks, load_subblocks, variant_block
 from puzzle_core.records import digest_file
@@ -36,19 +36,19 @@ def test_another_layers_weights_would_be_seen(activations, initial_state):
 
 
 def test_no_op_subblocks_add_nothing(activations):
-    block = BlockVariant.parse("attn:no_op+ffn:no_op")
-    empty = load_subblocks(activations.parent, 0, block, {}, torch.float32, CPU)
+    option = Option.parse("attn:no_op+ffn:no_op")
+    empty = load_subblocks(activations.parent, 0, option, {}, torch.float32, CPU)
     assert torch.equal(empty(activations.layer_input(0), **activations.contexts()[0]), activations.layer_input(0))
 
 
 def test_subblocks_are_the_parents_own_modules_where_nothing_is_swapped(parent):
     linear = {
-        Variant("ffn", "linear"): {
+        "ffn:linear": {
             "mlp.linear_mlp.weight": torch.eye(32),
             "post_attention_layernorm.weight": torch.ones(32),
         }
     }
-    block = load_subblocks(parent, 0, BlockVariant.parse("attn:kv4+ffn:linear"), linear, torch.float32, CPU)
+    block = load_subblocks(parent, 0, Option.parse("attn:kv4+ffn:linear"), linear, torch.float32, CPU)
     assert block.attention is parent.block(0, torch.float32, CPU)
     assert block.ffn.self_attn is None
 

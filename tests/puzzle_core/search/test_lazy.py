@@ -19,13 +19,13 @@ BLOCKS = [BlockVariant.parse(f"{a}+{f}") for a in HALVES if a[0] == "a" for f in
 
 
 def record(layer, block, kl, method="exact"):
-    block = BlockVariant.parse(block) if isinstance(block, str) else block
-    return ScoreRecord(layer=layer, block=block, kl_nats_per_token=kl, tokens=1, method=method)
+    option = Option.parse(block) if isinstance(block, str) else block
+    return ScoreRecord(layer=layer, block=option.block, kl_nats_per_token=kl, tokens=1, method=method)
 
 
 def table(records):
-    by_place = {(score.layer, score.block): score.kl_nats_per_token for score in records}
-    layers = ({Option(b): by_place.get((layer, b), 0.0) for b in BLOCKS} for layer in range(LAYERS))
+    by_place = {(score.layer, score.option): score.kl_nats_per_token for score in records}
+    layers = ({Option(b): by_place.get((layer, Option(b)), 0.0) for b in BLOCKS} for layer in range(LAYERS))
     return ScoreTable(PARENT, tuple(layers))
 
 
@@ -33,7 +33,7 @@ def exact_scores(seed):
     """Scores of a small library with some noise, so that no two blocks tie."""
     noise = random.Random(seed)
     return {
-        (layer, block): (1 + layer) * (LOST[str(block.attention)] + LOST[str(block.ffn)]) * noise.uniform(0.8, 1.2)
+        (layer, Option(block)): (1 + layer) * sum(LOST[str(half)] for half in block.subblocks) * noise.uniform(0.8, 1.2)
         for layer in range(LAYERS)
         for block in BLOCKS
         if block != OWN
@@ -100,7 +100,7 @@ def test_estimates_that_are_far_off_still_end_in_an_answer_of_exact_scores():
     exact, asked_for = exact_scores(0), request({"parameters": "55%"})
     known, scores = run_lazily(estimates_of(exact, 5, 0.3, 3.0), exact, asked_for)
     lazily = find_architecture(ProblemBuilder(asked_for, table(scores), costs())).best
-    assert lazily.score == pytest.approx(sum(exact.get((n, b), 0.0) for n, b in enumerate(lazily.architecture.layers)))
+    assert lazily.score == pytest.approx(sum(exact.get(place, 0.0) for place in lazily.architecture.options.items()))
     assert known
 
 

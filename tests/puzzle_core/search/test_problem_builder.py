@@ -230,7 +230,7 @@ def test_a_block_that_spans_layers_empties_those_after_it() -> None:
     layers[1][spanning] = 0.25
     made = ProblemBuilder(request({"block_time": "75%"}), ScoreTable(PARENT, tuple(layers)), costs())
     chosen = find_architecture(made).best
-    assert chosen.spans == {1: 2}
+    assert chosen.architecture.spans == ((1, 2),)
     assert [str(block) for block in chosen.architecture.layers] == [
         str(OWN),
         str(OWN),
@@ -242,7 +242,7 @@ def test_a_block_that_spans_layers_empties_those_after_it() -> None:
     kept = ProblemBuilder(
         request({"block_time": "75%"}, constraints={"keep": {"ffn": [2]}}), ScoreTable(PARENT, tuple(layers)), costs()
     )
-    assert find_architecture(kept).best.spans == {}
+    assert find_architecture(kept).best.architecture.spans == ()
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -431,10 +431,10 @@ def test_layers_that_a_block_spans_count_as_empty() -> None:
     table = ScoreTable(PARENT, tuple(layers))
     asked = {"block_time": "75%", "attention_layers": 3}
     record = find_architecture(ProblemBuilder(request(asked), table, costs()))
-    assert record.best.spans == {1: 2}
+    assert record.best.architecture.spans == ((1, 2),)
     assert next(use.usage for use in record.best.limits if use.name == "attention_layers") == 3
     no_empty = request({"block_time": "75%", "counts": {"attn:no_op": "1 layers", "ffn:no_op": 1}})
-    assert find_architecture(ProblemBuilder(no_empty, table, costs())).best.spans == {1: 2}
+    assert find_architecture(ProblemBuilder(no_empty, table, costs())).best.architecture.spans == ((1, 2),)
 
 
 @pytest.mark.parametrize(
