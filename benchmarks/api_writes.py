@@ -122,6 +122,7 @@ def main() -> None:
         named = ", ".join(f"{count} of {status}" for status, count in sorted(refused.items())) or "none"
         times = (f"{seconds[len(seconds) // 2]:.2f} s", f"{seconds[-1]:.2f} s")
         rows.append((database, str(len(outcome.writes)), named, *times, outcome.state))
+        sys.stderr.write(f"{rows[-1]}\n")
     columns = ("database", "writes", "refused", "median", "longest", "the run beside them")
     sys.stdout.write(format_text(Table(title="API writes beside a run", columns=columns, rows=tuple(rows))) + "\n")
 

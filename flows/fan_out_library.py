@@ -71,7 +71,7 @@ def build_ranges(spec: RunSpec, parts: list[str], deployment: str) -> None:
         PuzzleError: names every range that failed, once all others have ended.
         SpecError: the server does not have the deployment.
     """
-    content = spec.model_dump(mode="json", exclude_unset=True)
+    content = _share(spec, len(parts)).model_dump(mode="json", exclude_unset=True)
     attempts, failed, running = dict.fromkeys(parts, 0), [], dict[str, UUID]()
     with get_client(sync_client=True) as client:
         try:
@@ -94,6 +94,14 @@ def build_ranges(spec: RunSpec, parts: list[str], deployment: str) -> None:
             raise
     if failed:
         raise PuzzleError(f"{len(failed)} of {len(parts)} ranges failed:\n" + "\n".join(failed))
+
+
+def _share(spec: RunSpec, parts: int) -> RunSpec:
+    """The specification with one part's share of the budget, since every run keeps an account of its own."""
+    if not (budget := spec.runtime.budget):
+        return spec
+    share = budget.model_copy(update={"hours": budget.hours / parts})
+    return spec.model_copy(update={"runtime": spec.runtime.model_copy(update={"budget": share})})
 
 
 def _start(content: dict[str, object], part: str, deployment: str) -> UUID:

@@ -477,7 +477,7 @@ class ReportWork(Work):
     """
 
     stage: ClassVar[str] = "report"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     spec: RunSpec
     shape: ModelShape
