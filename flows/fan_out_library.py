@@ -58,7 +58,7 @@ def fan_out_library(spec: RunSpec, ranges: Annotated[int, Field(ge=1)] = 2, depl
     parts = layer_ranges(len(plan.layers), ranges)
     build_ranges(spec, parts, deployment)
     _check_whole(plan, context, parts)
-    build_planned_library(plan, context)  # finds everything, and records the library
+    build_planned_library(plan, context)  # makes options that span two ranges, and records the library
     announce_library(plan)
 
 
@@ -138,7 +138,9 @@ def _check_whole(plan: Plan, context: RunContext, parts: list[str]) -> None:
     """
     store = context.store()
     stored = store.keys(BldWork.stage) | store.keys(ScoreWork.stage)
-    missing = [work.key for work in (*plan.all_bld(), *plan.all_scores()) if work.key not in stored]
+    ranges = [plan.of_layers(part) for part in parts]
+    works = [work for each in ranges for work in (*each.all_bld(), *each.all_scores(), *each.long_scores())]
+    missing = [work.key for work in works if work.key not in stored]
     if missing:
         raise PuzzleError(
             f"{len(parts)} ranges have ended well, but {len(missing)} of their artifacts are not in {store.place}, the "

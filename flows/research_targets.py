@@ -15,7 +15,7 @@ from prefect import flow
 from prefect.states import Completed
 
 from flows.permissions import permitted
-from flows.search_architecture import answering_plan, search_planned_architecture
+from flows.search_architecture import known_plan, search_planned_architecture
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.services.schedules import resume_schedule_once
 from flows.submit import plan_run
@@ -93,7 +93,7 @@ def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
         if error:
             errors.append(f"{search.file}: {error}")
         else:
-            keys[search.target] = _answer_key(search.plan, context) if search.plan else search.key
+            keys[search.target] = known_plan(search.plan, context).search().key if search.plan else search.key
     if errors:
         raise PuzzleError(f"{len(errors)} of {len(searches)} targets have no search:\n" + "\n".join(errors))
     return keys
@@ -101,7 +101,7 @@ def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
 
 def missing_library(plan: Plan, context: RunContext) -> str:
     """What the store lacks of the library, as a sentence; empty where it has all scores."""
-    works, stored_keys = plan.all_scores(), context.store().keys(ScoreWork.stage)
+    works, stored_keys = [*plan.all_scores(), *plan.long_scores()], context.store().keys(ScoreWork.stage)
     missing = sum(work.key not in stored_keys for work in works)
     if not missing:
         return ""
@@ -145,12 +145,6 @@ def find_searches(plan: Plan, context: RunContext, directory: Path) -> list[Targ
     return searches
 
 
-def _answer_key(plan: Plan, context: RunContext) -> str:
-    """The key of the search that gives the answer, as far as searches in the store say which one that is."""
-    first = plan.search().key
-    return answering_plan(plan, context).search().key if context.store().has(first) else first
-
-
 def _of_file(file: Path) -> StoredTarget:
     return StoredTarget(target=load_target(file))
 
@@ -164,7 +158,7 @@ def _target_search(plan: Plan, context: RunContext, where: str, read: Callable[[
             changes |= {"scenario": request.scenario, "more_scenarios": ()}
         spec = plan.spec.model_copy(update=changes)
         target_plan = Plan(spec, for_target(plan.inputs, request.target))
-        key = _answer_key(target_plan, context)
+        key = known_plan(target_plan, context).search().key
     except PuzzleError as error:
         return TargetSearch(where, where.partition(" ")[0], None, "", None, str(error))
     store = context.store()

@@ -226,7 +226,9 @@ def assemble(
 ) -> Callable[..., Path]:
     """Assemble a new child of a pico parent from training-free weights; of the parent's own blocks if not said."""
 
-    def write(name: str, blocks: tuple[str, ...] | None = None, dtype: Dtype = "float32") -> Path:
+    def write(
+        name: str, blocks: tuple[str, ...] | None = None, dtype: Dtype = "float32", fuse_ffn: bool = False
+    ) -> Path:
         parent, library_dir = parent_of(name), tmp_path_factory.mktemp("library")
         architecture = Architecture.parse(blocks) if blocks else Architecture.of_parent(parent.shape)
         library: list[dict[str, Path]] = []
@@ -237,7 +239,7 @@ def assemble(
                 directory.mkdir()
                 save_file(initial_state(name, layer, variant), directory / WEIGHTS)
         out_dir = tmp_path_factory.mktemp("child")
-        work = AssembleWork(parent=name, architecture=architecture, library=(), dtype=dtype)
+        work = AssembleWork(parent=name, architecture=architecture, library=(), dtype=dtype, fuse_ffn=fuse_ffn)
         child.assemble(work, parent, library, out_dir)
         return out_dir
 
