@@ -16,6 +16,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,8 +53,9 @@ class Api:
             return error.code, error.read().decode()
 
     def _token(self) -> dict[str, str]:
-        with urllib.request.urlopen(f"{self._url}/csrf-token?client=benchmark", timeout=120) as answer:
-            return {"Prefect-Csrf-Token": json.loads(answer.read())["token"], "Prefect-Csrf-Client": "benchmark"}
+        client = uuid.uuid4().hex  # a client has one token at a time
+        with urllib.request.urlopen(f"{self._url}/csrf-token?client={client}", timeout=120) as answer:
+            return {"Prefect-Csrf-Token": json.loads(answer.read())["token"], "Prefect-Csrf-Client": client}
 
 
 def services(action: str, place: Path, *options: str) -> None:

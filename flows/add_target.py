@@ -7,11 +7,11 @@ from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from flows.announce import announce
 from flows.permissions import permitted_store
 from flows.services.orphaned_runs import inherited_tags, label_process
 from puzzle_core.spec import RuntimeSpec, ScenarioSpec
 from puzzle_core.target import TargetSpec
+from tasks.announce import announce
 from tasks.store.store import Store
 from tasks.store.stored_targets import StoredTarget, store_target
 

@@ -8,7 +8,6 @@ from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from flows.announce import announce
 from flows.permissions import permitted
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
@@ -21,6 +20,7 @@ from puzzle_core.scoring import SIDE_BY_SIDE
 from puzzle_core.sizes import DTYPE_BYTES, LAYER_CACHE_BYTES, architecture_parameters
 from puzzle_core.spec import RunSpec
 from puzzle_core.work import BldWork, ScoreWork
+from tasks.announce import announce
 from tasks.runtime.context import RunContext
 from tasks.stage_progress import StageProgress
 from tasks.stage_tasks import (

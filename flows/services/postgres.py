@@ -39,13 +39,9 @@ class Postgres(NamedTuple):
         """The server of a directory's services.
 
         Raises:
-            PuzzleError: PostgreSQL, its account, or MLflow's driver for it is not installed.
+            PuzzleError: PostgreSQL or its account is not installed.
         """
         programs = _programs()
-        if importlib.util.find_spec(DRIVER) is None:
-            raise PuzzleError(
-                f"{DRIVER} is not installed, and MLflow needs it: pip install 'puzzle-on-prefect[postgres]'"
-            )
         name = f"puzzle-{hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]}"
         if os.getuid():
             return cls(programs, directory / ".puzzle" / "postgres", _socket_directory(name), ())
@@ -105,6 +101,16 @@ class Postgres(NamedTuple):
 
     def _call(self, *command: object) -> bool:
         return subprocess.run([*self.prefix, *map(str, command)], cwd="/", check=False).returncode == 0
+
+
+def check_driver() -> None:
+    """Check that MLflow can use PostgreSQL.
+
+    Raises:
+        PuzzleError: its driver is not installed.
+    """
+    if importlib.util.find_spec(DRIVER) is None:
+        raise PuzzleError(f"{DRIVER} is not installed, which MLflow needs: pip install 'puzzle-on-prefect[postgres]'")
 
 
 def _programs() -> Path:

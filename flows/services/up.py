@@ -21,7 +21,7 @@ import psutil
 from flows.permissions import ALLOWED
 from flows.services.automations import AUTOMATIONS, register_automations
 from flows.services.orphaned_runs import cancel_runs, crash_orphans, mark_cancelled
-from flows.services.postgres import DRIVER, Postgres
+from flows.services.postgres import DRIVER, Postgres, check_driver
 from flows.services.prefect_server import PREFECT_HOME, RUNNING, SETTINGS, running_api, server_command
 from flows.services.schedules import kept_schedules
 from puzzle_core.errors import PuzzleError
@@ -113,7 +113,10 @@ def up(directory: Path, ports: Ports, database: Database = "sqlite") -> None:
         raise PuzzleError(f"services of {directory} are running already: `make down` stops them")
     logs = directory / ".puzzle" / "logs"
     private_directory(logs)
-    postgres = Postgres.of(directory) if database == "postgres" else None
+    postgres = None
+    if database == "postgres":
+        check_driver()
+        postgres = Postgres.of(directory)
     started = services(directory, ports, postgres)
     try:
         if postgres:
