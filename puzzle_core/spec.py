@@ -6,7 +6,7 @@ so equal work has an equal key on every machine.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -797,6 +797,15 @@ class EvaluationSpec(Record):
         return self
 
 
+class BudgetSpec(Record):
+    """What one run may compute; what the store has already costs nothing."""
+
+    hours: float = Field(
+        gt=0, le=1e9, description="Hours of GPUs in all, or of CPU cores where no GPU computes; then the run stops"
+    )
+    price_per_hour: float | None = Field(None, ge=0, description="Price of such an hour, for what a run came to")
+
+
 class RuntimeSpec(Record):
     """Locations, services and parallelism. This part is in no key."""
 
@@ -814,6 +823,11 @@ class RuntimeSpec(Record):
     )
     mlflow_uri: str = Field("sqlite:///.puzzle/mlflow.db", description="MLflow tracking URI")
     mlflow_experiment: str = Field("puzzle", description="Name of the MLflow experiment")
+    budget: BudgetSpec | None = Field(
+        None,
+        description="Stop before the run has computed for longer; finished work and checkpoints stay",
+        exclude_if=lambda budget: budget is None,
+    )
     workers: Positive | None = Field(None, description="Number of parallel tasks; default one per core or GPU")
     bld_side_by_side: Positive | None = Field(
         None,
@@ -855,6 +869,12 @@ class RuntimeSpec(Record):
         description="Time limit of a task in seconds. A task over it fails; the next run resumes from its checkpoint",
     )
     checkpoint_seconds: float = Field(60.0, ge=0, description="Minimum seconds between two checkpoints of a training")
+
+    @model_validator(mode="after")
+    def _budget_is_kept_by_one_process(self) -> Self:
+        if self.budget and self.task_runner == "dask":
+            raise ValueError("budget is given, but task_runner is dask, whose workers keep no account: use threads")
+        return self
 
     @model_validator(mode="after")
     def _refuse_credentials(self) -> "RuntimeSpec":
