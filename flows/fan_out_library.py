@@ -7,12 +7,12 @@ is made once (tasks/runtime/lease.py).
 
 import logging
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 from uuid import UUID
 
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from pydantic import Field
@@ -106,12 +106,12 @@ def _share(spec: RunSpec, parts: int) -> RunSpec:
 
 def _start(content: dict[str, object], part: str, deployment: str) -> UUID:
     try:
-        run = run_deployment(deployment, parameters={"spec": content, "layers": part}, timeout=0)
+        started = run_deployment(deployment, parameters={"spec": content, "layers": part}, timeout=0)
     except ObjectNotFound as error:
         raise SpecError(
             f"the Prefect server has no deployment {deployment}: `prefect deploy --all` registers those of prefect.yaml"
         ) from error
-    return run.id
+    return cast(FlowRun, started).id  # a coroutine only where it is called from one
 
 
 def _ended(client: SyncPrefectClient, running: dict[str, UUID]) -> dict[str, State[Any]]:

@@ -44,7 +44,7 @@ def cost(
     Raises:
         SpecError: the store has no such report; names those that it has.
     """
-    from puzzle_core.report.effort import effort_table
+    from puzzle_core.report.effort_table import effort_table
     from puzzle_core.report.report_tables import format_text
     from tasks.store.efforts import efforts
     from tasks.store.store import Store

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from puzzle_core.records import Record, write_text_atomic
 from puzzle_core.report import derived, report_tables
-from puzzle_core.report.effort import effort_table
+from puzzle_core.report.effort_table import effort_table
 from puzzle_core.report.figures import all_figures
 from puzzle_core.report.plotting import png_bytes
 from puzzle_core.report.report_inputs import ReportInputs

@@ -14,7 +14,7 @@ from typing import ParamSpec
 from puzzle_core.errors import ArtifactError, DamagedError
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work, digest_file
-from puzzle_core.report.effort import HOUR_S, total
+from puzzle_core.report.effort_table import HOUR_S, total
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.work import BldRecord, GkdRecord, ReportWork, ScoreRecord, TokensRecord
