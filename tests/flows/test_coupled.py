@@ -10,7 +10,8 @@ from puzzle_core.architecture import Option
 from puzzle_core.report.library_index import StoredArtifact, library_index, library_keys
 from tests.workflow import Recorded, artifacts, changed, of_stage, plan_of, publish_costs
 
-SPACE = {"kv_heads": [], "spans": [2], "span_blocks": ["attn:kv4+ffn:i48"]}
+KEPT = {"first_layer": 2, "last_layer": 4, "ffn_ratios": [], "no_op": False}  # so that few pairs are trained
+SPACE = {"kv_heads": [], "spans": [2], "span_blocks": ["attn:kv4+ffn:i48"], "layers": [KEPT]}
 
 
 def test_the_pairs_that_a_first_search_picks_are_trained_and_reach_the_child(again, prefect_server):
@@ -33,7 +34,7 @@ def test_the_pairs_that_a_first_search_picks_are_trained_and_reach_the_child(aga
     }
     spaces = [plan.variants.of_layer(layer, plan.inputs.shape) for layer in range(5)]
     assert all(len(attentions) <= 4 and len(ffns) <= 3 for attentions, ffns in spaces)
-    assert sum(len(attentions) * len(ffns) - 1 for attentions, ffns in spaces) > len(whole) - 4 > 0
+    assert sum(len(attentions) * len(ffns) - 1 for attentions, ffns in spaces) >= len(whole) - 4 > 0
 
     chosen = find_answer(plan, context).best.architecture
     changed_options = {str(option) for layer, option in chosen.options.items() if plan.library_key(layer, option)}
