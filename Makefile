@@ -27,7 +27,7 @@ down:
 # `long` are left out (`make faults`, -m long).
 # Tests run in a random order: the first lines name its seed, and `pytest -p no:randomly` or `--randomly-seed=N` sets it.
 test: $(VENV)/.installed lint
-	$(VENV)/bin/python -m pytest --numprocesses $$(( $(shell nproc) + 4 )) --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest --numprocesses $$(( $(shell nproc) + 4 )) --dist loadgroup --no-loadscope-reorder
 
 # Every fault that a run survives, injected for real, as a table; some minutes (docs/faults.md).
 faults: $(VENV)/.installed

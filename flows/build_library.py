@@ -81,13 +81,14 @@ def build_planned_library(plan: Plan, context: RunContext) -> None:
     spec = plan.spec
     with tracked("library", spec) as run:
         show_tracked(plan, run)
-        ensure_tokens(plan, context, "calibration", "bld", "scoring")
+        ensure_tokens(plan, context, "calibration", "bld", *plan.scoring_splits)
         ensure(measure_importance, plan.importance(), context)
         with context.lock_activations(plan.tokens("bld").key, spec.bld.dtype):
             train = train_variants if spec.bld.source == "stored" else train_streamed
             side_by_side(train, context, _trainings_at_a_time(plan))(plan, context)
-        with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
-            side_by_side(score_variants, context, scores_at_a_time(plan, context))(plan, context)
+        for split in plan.scoring_splits:
+            with context.lock_activations(plan.tokens(split).key, spec.scoring.dtype):
+                side_by_side(score_variants, context, scores_at_a_time(plan, context))(plan, context, split=split)
         if plan.part is None:
             record_library(plan, context, run)
         show_library(plan, context)
@@ -227,13 +228,13 @@ def _missing_variants(plan: Plan, context: RunContext) -> tuple[Trainings, Train
     result_serializer="json",
     validate_parameters=False,
 )
-def score_variants(plan: Plan, context: RunContext, child: Architecture | None = None) -> None:
-    """Replace-1-block scores that the store lacks, in the parent or in a child.
+def score_variants(plan: Plan, context: RunContext, child: Architecture | None = None, split: str = "scoring") -> None:
+    """Replace-1-block scores on one split that the store lacks, in the parent or in a child.
 
     The states of the parent, and then of the child, are captured once, through the last layer. Where scores are
     estimates, one task measures the gradients that all of them are made from.
     """
-    works, stored_keys = plan.all_scores(child), context.store().keys(ScoreWork.stage)
+    works, stored_keys = plan.all_scores(child, split), context.store().keys(ScoreWork.stage)
     base = plan.assemble(child) if child else None
     missing = [work for work in works if work.key not in stored_keys]
     done = len(works) - len(missing)
@@ -241,7 +242,7 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
     show_cached("scores", plan, [work for work in works if work.key in stored_keys], context)
     if not missing:
         return
-    tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
+    tokens, dtype = plan.tokens(split).key, plan.spec.scoring.dtype
     first = min(work.layer for work in missing)
     capturing = StageProgress("capture", plan.name)
     for layer in plan.layers:

@@ -129,7 +129,9 @@ def _check_whole(plan: Plan, context: RunContext, parts: list[str]) -> None:
     """
     store = context.store()
     stored = store.keys(BldWork.stage) | store.keys(ScoreWork.stage)
-    missing = [work.key for work in (*plan.all_bld(), *plan.all_scores()) if work.key not in stored]
+    missing = [
+        work.key for work in (*plan.all_bld(), *plan.all_scores(), *plan.long_scores()) if work.key not in stored
+    ]
     if missing:
         raise PuzzleError(
             f"{len(parts)} ranges have ended well, but {len(missing)} of their artifacts are not in {store.place}, the "

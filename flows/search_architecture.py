@@ -87,7 +87,7 @@ def _search(plan: Plan, context: RunContext) -> None:
         show_tracked(plan, run)
         measure_target(plan, context)
         stored_keys = context.store().keys(ScoreWork.stage)
-        missing = [work for work in plan.all_scores() if work.key not in stored_keys]
+        missing = [work for work in (*plan.all_scores(), *plan.long_scores()) if work.key not in stored_keys]
         if missing:
             raise CoverageError(
                 f"{len(missing)} scores are not in the store {spec.runtime.store}, the first being layer "

@@ -16,7 +16,7 @@ WATCHED_PART, MOST_WATCHED = 64, 32
 
 
 class VariantSize(NamedTuple):
-    """Parameters and KV-cache entries per token of one subblock variant."""
+    """Parameters of one subblock variant, and KV-cache entries per token that it sees."""
 
     parameters: int
     kv_entries_per_token: int
@@ -50,9 +50,10 @@ def architecture_parameters(shape: ModelShape, architecture: Architecture) -> in
     return outside_parameters(shape) + sum(variant_size(shape, variant).parameters for variant in variants)
 
 
-def kv_entries_per_token(shape: ModelShape, architecture: Architecture) -> int:
-    """KV-cache entries per token of a whole child."""
-    return sum(variant_size(shape, block.attention).kv_entries_per_token for block in architecture.layers)
+def kv_entries(shape: ModelShape, architecture: Architecture, tokens: int) -> int:
+    """KV-cache entries of a whole child for one sequence of so many tokens; a window caps its layer's part."""
+    attentions = (shape.in_layer(layer, block.attention) for layer, block in enumerate(architecture.layers))
+    return sum(a.seen(tokens) * variant_size(shape, a).kv_entries_per_token for a in attentions)
 
 
 def watched_windows(windows: int, checks: int) -> int:

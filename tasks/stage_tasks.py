@@ -30,7 +30,7 @@ from puzzle_core.plan import Inputs
 from puzzle_core.records import digest_file
 from puzzle_core.search.lazy import Place, lazy_scores, next_to_score
 from puzzle_core.search.problem_builder import ProblemBuilder
-from puzzle_core.search.record_tables import cost_table, score_table, unscored_table
+from puzzle_core.search.record_tables import cost_table, score_table, unscored_table, with_long_scores
 from puzzle_core.search.run_search import check_feasible, find_architecture
 from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.search.table_files import read_costs
@@ -475,6 +475,9 @@ def _scores(work: SearchWork, context: RunContext, exact: tuple[str, ...]) -> Sc
     """The scores that a search uses; with `exact` keys, the others are estimates, calibrated by these."""
     store = context.store()
     records = list(store.records(ScoreRecord, work.scores).values())
+    if work.long_scores:
+        longs = store.records(ScoreRecord, work.long_scores).values()
+        records = with_long_scores(records, list(longs), work.long_weight)
     if work.exact:
         records = lazy_scores(records, list(store.records(ScoreRecord, exact).values()))
     base, objective = work.base.architecture if work.base else None, work.request.search.objective
@@ -492,7 +495,8 @@ def _costs(work: SearchWork, target: TargetSpec, context: RunContext) -> CostTab
         return read_named_costs(work.cost_table, Path(target.table))
     store = context.store()
     records = {(scenario, batch): store.record(CostRecord, key) for scenario, batch, key in work.costs}
-    return cost_table(work.variants, work.first or work.shape, records)
+    request_tokens = {s.name: s.prompt_tokens + s.generated_tokens for s in work.request.scenarios}
+    return cost_table(work.variants, work.first or work.shape, records, request_tokens)
 
 
 def _short(key: str) -> str:

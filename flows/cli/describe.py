@@ -59,7 +59,7 @@ def describe_plan(spec: RunSpec) -> str:
     check_packages(spec, context)
     plan = known_plan(Plan(spec, open_inputs.fn(context, spec)), context)
     shape, needed, store = plan.inputs.shape, resources(plan), context.store()
-    for last in ("calibration", plan.gkd_splits[-1], "evaluation"):
+    for last in ("calibration", plan.gkd_splits[-1], [*plan.splits][-1]):
         if not store.has(plan.tokens(last).key):
             check_texts_enough(plan.tokens(last), plan.texts(last), context.open_parent(), context.scratch)
     gradients = plan.gradients()
@@ -69,7 +69,7 @@ def describe_plan(spec: RunSpec) -> str:
         "costs": list(plan.costs().values()),
         "BLD": plan.all_bld(),
         **({"gradients": [gradients]} if gradients else {}),
-        "scores": plan.all_scores(),
+        "scores": [*plan.all_scores(), *plan.long_scores()],
         "search": [plan.search()],
     }
     at_most = "at most " if shape.blocks else ""

@@ -92,6 +92,11 @@ class ReportInputs(Record):
         return self.children[-1]
 
     @property
+    def chosen(self) -> ModelResult:
+        """The child as the search chose it, before its FFNs were fused and before GKD."""
+        return self.children[0]
+
+    @property
     def baselines(self) -> tuple[ModelResult, ...]:
         """What other ways to choose lead to, assembled but not distilled."""
         return tuple(model for model in self.models if model.kind == "baseline")

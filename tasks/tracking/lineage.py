@@ -69,7 +69,7 @@ def record_library(plan: Plan, context: RunContext, run: TrackedRun) -> None:
     for scored in store.records(ScoreRecord, steps.scored).values():
         metrics.append((f"kl/{scored.option}", scored.kl_nats_per_token, scored.layer))
     run.metrics(metrics)
-    run.reads(_texts(plan, context, "calibration", "bld", "scoring"))
+    run.reads(_texts(plan, context, "calibration", "bld", *plan.scoring_splits))
     run.text(artifact_table(store, (*steps.library_keys, *steps.score_keys)), TABLE)
     run.uses(steps.parent)
     run.makes(steps.library)
