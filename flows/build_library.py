@@ -20,6 +20,7 @@ from puzzle_core.scoring import SIDE_BY_SIDE
 from puzzle_core.sizes import DTYPE_BYTES, LAYER_CACHE_BYTES, architecture_parameters
 from puzzle_core.spec import RunSpec
 from puzzle_core.work import BldWork, ScoreWork
+from tasks.announce import announce
 from tasks.runtime.context import RunContext
 from tasks.stage_progress import StageProgress
 from tasks.stage_tasks import (
@@ -260,6 +261,13 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
     wait_all("scores", futures, done, len(works), progress)
     for captured in (None, base) if base else (None,):
         drop_activations(context.activations_directory(plan.inputs.parent, tokens, dtype, captured))
+    if child is None and plan.part is None:
+        announce_library(plan)
+
+
+def announce_library(plan: Plan) -> None:
+    """Emit the event that a library has all its scores, which may start re-searches."""
+    announce("library.built", plan.spec.name, {"parent": plan.spec.parent.path, "store": plan.spec.runtime.store})
 
 
 @flow(

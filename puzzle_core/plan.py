@@ -184,7 +184,7 @@ class Plan:
         return self.round >= len(self.spec.rounds)
 
     def of_layers(self, layers: str | None) -> "Plan":
-        """The same plan with the trainings and scores of some layers alone.
+        """The same plan with the trainings and scores of some layers alone, without options that span their end.
 
         Args:
             layers: the first and the last one (`10-19`), or one (`7`); none for all.
@@ -396,7 +396,8 @@ class Plan:
         return [work for split in self.scoring_splits[1:] for work in self.all_scores(split=split)]
 
     def _of_part(self, works: Iterable[LayerWork]) -> list[LayerWork]:
-        return [work for work in works if self.part is None or work.layer in self.part]
+        """The works whose layers all lie in the part; options that span its end are in no part."""
+        return [work for work in works if self.part is None or {work.layer, work.last_layer} <= {*self.part}]
 
     @cached_property
     def _variants(self) -> dict[tuple[int, Variant | Option], BldWork]:
