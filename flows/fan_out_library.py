@@ -7,7 +7,7 @@ is made once (tasks/runtime/lease.py).
 
 import logging
 import time
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
 from prefect import flow
@@ -114,7 +114,7 @@ def _start(content: dict[str, object], part: str, deployment: str) -> UUID:
     return run.id
 
 
-def _ended(client: SyncPrefectClient, running: dict[str, UUID]) -> dict[str, State]:
+def _ended(client: SyncPrefectClient, running: dict[str, UUID]) -> dict[str, State[Any]]:
     states = {part: client.read_flow_run(run).state for part, run in running.items()}
     return {part: state for part, state in states.items() if state and state.is_final()}
 
