@@ -397,7 +397,8 @@ class Plan:
 
     def _of_part(self, works: Iterable[LayerWork]) -> list[LayerWork]:
         """The works whose layers all lie in the part; options that span its end are in no part."""
-        return [work for work in works if self.part is None or {work.layer, work.last_layer} <= {*self.part}]
+        part = self.layers if self.part is None else self.part
+        return [work for work in works if work.layer in part and work.last_layer in part]
 
     @cached_property
     def _variants(self) -> dict[tuple[int, Variant | Option], BldWork]:
