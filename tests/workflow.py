@@ -313,6 +313,16 @@ def check_whole(store: str | Path, scratch: Path) -> None:
         assert (directory / "record.json").exists(), directory
 
 
+def edges(runs: list[Any]) -> dict[str, set[str]]:
+    """The names of the task runs that each of these comes after, by its name, without those that stand for flows."""
+    names = {run.id: run.name for run in runs}
+    return {
+        run.name: {names[source.id] for used in run.task_inputs.values() for source in used if source.id in names}
+        for run in runs
+        if not run.state.state_details.child_flow_run_id
+    }
+
+
 class Recorded:
     """What the server knows of the flow runs that started after a moment; once asked, the answer stays."""
 

@@ -19,13 +19,13 @@ import psutil
 
 from flows.services.orphaned_runs import cancel_runs, crash_orphans, mark_cancelled
 from flows.services.prefect_server import PREFECT_HOME, RUNNING, SETTINGS, running_api, server_command
+from flows.services.work_pool import POOL, ensure_work_pool
 from puzzle_core.errors import PuzzleError
 from tasks.runtime.private_files import private_directory
 
 log = logging.getLogger("puzzle")
 START_SECONDS = 240
 STOP_SECONDS = 20
-POOL = "puzzle"
 WORKER_COMMAND, RUN_COMMAND = " worker start ", " -m prefect.engine "
 """Parts of the command lines of a worker, and of the processes that it starts for runs."""
 MARK = "PUZZLE_SERVICES_OF"
@@ -100,6 +100,7 @@ def up(directory: Path, ports: Ports) -> None:
             _wait(service, process, logs)
         worker = started[-1]
         crash_orphans(worker.environment["PREFECT_API_URL"], deployments=True)
+        ensure_work_pool(worker.environment["PREFECT_API_URL"])
         _wait(worker, _start(worker, directory, logs), logs)
         _run(["prefect", "--no-prompt", "deploy", "--all"], worker.environment, directory, logs / "deploy.log")
         (directory / PREFECT_HOME / RUNNING).write_text(worker.environment["PREFECT_API_URL"])
