@@ -1,18 +1,21 @@
 """The block library of a parent and its scores: built once per parent, for all targets (docs/design.md)."""
 
 import logging
+from typing import Annotated
 
 from prefect import flow
 from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
+from pydantic import Field
 
 from flows.permissions import permitted
 from flows.run_graph import call_flow, call_task, submit_task
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, show_stored, side_by_side, submit, wait_all
-from puzzle_core.architecture import Architecture
+from puzzle_core.architecture import Architecture, Option
 from puzzle_core.device import device_memory_bytes
 from puzzle_core.errors import PuzzleError
-from puzzle_core.plan import Plan
+from puzzle_core.plan import LAYERS, Plan
 from puzzle_core.resources import streamed_groups
 from puzzle_core.scoring import SIDE_BY_SIDE
 from puzzle_core.sizes import DTYPE_BYTES, LAYER_CACHE_BYTES, architecture_parameters
@@ -36,29 +39,42 @@ from tasks.ui_artifacts import show_library, show_tracked
 
 log = logging.getLogger("puzzle")
 LIBRARY_SPLITS = ("calibration", "bld", "scoring")
+Layers = Annotated[str | None, Field(pattern=f"^{LAYERS}$", examples=["0-9"])]
+
+
+def run_name() -> str:
+    """The name of a run of `build_library`."""
+    parameters = flow_run.get_parameters()
+    layers = f", layers {parameters['layers']}" if parameters.get("layers") else ""
+    return f"library of {parameters['spec'].name}{layers}"
 
 
 @flow(
     name="build-library",
-    flow_run_name="library of {spec.name}",
+    flow_run_name=run_name,
     persist_result=False,
     result_serializer="json",
     on_running=[label_process],
 )
 @inherited_tags()
-def build_library(spec: RunSpec) -> None:
+def build_library(spec: RunSpec, layers: Layers = None) -> None:
     """Train every missing variant of every layer (BLD), then score every missing block variant.
 
     Args:
         spec: The run specification; target, scenario, search, GKD and evaluation are not used.
+        layers: The layers to train and score here: the first and the last one (0-9), or one; none for all.
+
+    Raises:
+        SpecError: the parent does not have these layers.
     """
     spec = permitted(spec)
-    build_planned_library.fn(*plan_run(spec))
+    plan, context = plan_run(spec)
+    build_planned_library.fn(plan.of_layers(layers), context)
 
 
 @flow(
     name="build-library",
-    flow_run_name="library of {plan.spec.name}",
+    flow_run_name="library of {plan.name}",
     persist_result=False,
     result_serializer="json",
     validate_parameters=False,
@@ -77,7 +93,8 @@ def build_planned_library(plan: Plan, context: RunContext) -> None:
         with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
             score = side_by_side(score_variants, context, scores_at_a_time(plan, context))
             call_flow(score, plan, context, after=[plan.tokens("scoring").key, *(work.key for work in plan.all_bld())])
-        record_library(plan, context, run)
+        if plan.part is None:
+            record_library(plan, context, run)
         show_library(plan, context)
 
 
@@ -92,11 +109,13 @@ def _trainings_at_a_time(plan: Plan) -> int:
     The variants of a layer share what they read. Those of the next layer compute where these leave a core or GPU idle.
     Streamed, all variants of a group of layers share what the parent computes.
     """
-    trainings = [len(plan.trained(layer)) for layer in plan.layers]
-    if plan.spec.bld.source == "streamed":
-        groups = streamed_groups(plan, device_memory_bytes())
-        return max(sum(trainings[layer] for layer in group) for group in groups)
-    return plan.spec.runtime.bld_side_by_side or 2 * max(trainings) + 1
+    variants = [len(plan.trained(layer)) for layer in plan.layers]
+    options = [len(plan.trained_whole(layer)) for layer in plan.layers]
+    if plan.spec.bld.source == "stored":
+        return plan.spec.runtime.bld_side_by_side or max(variants) + max(*variants, *options) + 1
+    memory = device_memory_bytes()
+    groups = {False: streamed_groups(plan, memory), True: streamed_groups(plan, memory, whole=True)}
+    return max(sum((variants, options)[whole][n] for n in group) for whole in groups for group in groups[whole])
 
 
 def scores_at_a_time(plan: Plan, context: RunContext) -> int:
@@ -108,7 +127,7 @@ def scores_at_a_time(plan: Plan, context: RunContext) -> int:
 
 @flow(
     name="train-variants",
-    flow_run_name="BLD of {plan.spec.name}",
+    flow_run_name="BLD of {plan.name}",
     persist_result=False,
     result_serializer="json",
     validate_parameters=False,
@@ -116,30 +135,39 @@ def scores_at_a_time(plan: Plan, context: RunContext) -> int:
 def train_variants(plan: Plan, context: RunContext) -> None:
     """Blockwise local distillation of the variants that the store lacks, layer by layer.
 
-    The variants of a layer train side by side, from one read of its states. The parent's states are captured one layer
-    ahead of the training, and a layer's states are dropped when its last variant is trained. So scratch holds the
-    states of at most three layers, and the output of the last of these. No layer after the last one with a missing
-    variant is captured. Where a variant fails, those of the next layer that are under way end first.
+    The variants of a layer train side by side, from one read of its states. Options follow those of their last layer,
+    from halves that are trained then. The parent's states are captured one layer ahead of the training, and a layer's
+    states are dropped when its last variant is trained, or the last option that starts there. So scratch holds the
+    states of at most three layers, and the output of the last of these; more where options span layers. No layer after
+    the last one with a missing variant is captured. Where a variant fails, those of the next layer that are under way
+    end first.
     """
-    (missing, done), total = _missing_variants(plan, context), len(plan.all_bld())
-    untrained_layers = [layer for layer in plan.layers if missing[layer]]
+    missing, options, done = _missing_variants(plan, context)
+    total = len(plan.all_bld())
+    reach = max((work.last_layer - work.layer for works in options.values() for work in works), default=0)
+    untrained_layers = [layer for layer in plan.layers if missing[layer] or options[layer]]
     if not untrained_layers:
         return
     parent, tokens, dtype = plan.inputs.parent, plan.tokens("bld").key, plan.spec.bld.dtype
     states = context.activations_directory(parent, tokens, dtype)
     last, running = untrained_layers[-1], dict[int, list[PrefectFuture[str]]]()
-    progress = StageProgress("bld", plan.spec.name, done, shows_end=True)
+    progress = StageProgress("bld", plan.name, done, shows_end=True)
 
     def finish(layer: int) -> int:
-        """Wait for a layer's variants, drop its states, and return how many variants are done."""
-        futures = running.pop(layer)
-        wait_all("BLD", futures, done, total, progress)
-        trained = [work.key for work in missing[layer]] or [captured(layer, tokens, dtype)]
-        call_task(drop_activations, f"drop {layer}", trained, directory=states, layer=layer)
-        if futures:
-            log.info("BLD: layer %d done, %d of %d variants", layer, done + len(futures), total)
-        record_trained(missing[layer], context)
-        return done + len(futures)
+        """Wait for a layer's variants, train the options that end there, and return how many trainings are done."""
+        futures, now = running.pop(layer), done
+        wait_all("BLD", futures, now, total, progress)
+        now += len(futures)
+        after = [captured(layer, tokens, dtype)]
+        wait_all("BLD", [submit(train_variant, work, context, after) for work in options[layer]], now, total, progress)
+        now += len(options[layer])
+        if layer >= reach:
+            readers = [work.key for work in missing[layer - reach] + options[layer]] or after
+            call_task(drop_activations, f"drop {layer}", readers, directory=states, layer=layer - reach)
+        if now > done:
+            log.info("BLD: layer %d done, %d of %d variants", layer, now, total)
+        record_trained(missing[layer] + options[layer], context)
+        return now
 
     def capture_next(layer: int) -> PrefectFuture[None]:
         before = captured(layer - 1, tokens, dtype) if layer else tokens
@@ -167,7 +195,7 @@ def train_variants(plan: Plan, context: RunContext) -> None:
 
 @flow(
     name="train-streamed",
-    flow_run_name="BLD of {plan.spec.name}",
+    flow_run_name="BLD of {plan.name}",
     persist_result=False,
     result_serializer="json",
     validate_parameters=False,
@@ -176,35 +204,45 @@ def train_streamed(plan: Plan, context: RunContext) -> None:
     """Blockwise local distillation of the variants that the store lacks, while the parent runs.
 
     The variants of a group of layers train at the same time. The parent computes each batch once for all of them, from
-    the embedding to the last of these layers. Nothing lies in scratch.
+    the embedding to the last of these layers. Options follow, in groups of their own. Nothing lies in scratch.
     """
-    missing, done = _missing_variants(plan, context)
-    total = done + sum(map(len, missing.values()))
-    progress = StageProgress("bld", plan.spec.name, done, shows_end=True)
-    for group in streamed_groups(plan, device_memory_bytes()):
-        works = [work for layer in group for work in missing[layer]]
-        futures = [submit(train_variant, work, context, source="streamed") for work in works]
-        wait_all("BLD", futures, done, total, progress)
-        done += len(futures)
-        if futures:
-            log.info("BLD: layers %d to %d done, %d of %d variants", group.start, group.stop - 1, done, total)
-        for layer in group:
-            record_trained(missing[layer], context)
+    missing, options, done = _missing_variants(plan, context)
+    total = len(plan.all_bld())
+    progress = StageProgress("bld", plan.name, done, shows_end=True)
+    for whole, untrained in {False: missing, True: options}.items():
+        for group in streamed_groups(plan, device_memory_bytes(), whole):
+            works = [work for works in untrained.values() for work in works if work.layer in group]
+            futures = [submit(train_variant, work, context, source="streamed") for work in works]
+            wait_all("BLD", futures, done, total, progress)
+            done += len(futures)
+            if futures:
+                log.info("BLD: layers %d to %d done, %d of %d variants", group.start, group.stop - 1, done, total)
+            record_trained(works, context)
 
 
-def _missing_variants(plan: Plan, context: RunContext) -> tuple[dict[int, list[BldWork]], int]:
-    """The trainings that the store lacks, by layer, and how many it has; these are shown as cached."""
+Trainings = dict[int, list[BldWork]]
+
+
+def _missing_variants(plan: Plan, context: RunContext) -> tuple[Trainings, Trainings, int]:
+    """The trainings that the store lacks, and how many it has; these are shown as cached.
+
+    Returns:
+        Trainings of variants by their layer, those of options by their last layer, and the number of stored ones.
+    """
     works, stored_keys = plan.all_bld(), context.store().keys(BldWork.stage)
-    missing = {layer: [w for w in works if w.layer == layer and w.key not in stored_keys] for layer in plan.layers}
-    done = len(works) - sum(map(len, missing.values()))
+    variants, options = ({layer: list[BldWork]() for layer in plan.layers} for _ in range(2))
+    for work in works:
+        if work.key not in stored_keys:
+            (options if isinstance(work.variant, Option) else variants)[work.last_layer].append(work)
+    done = sum(work.key in stored_keys for work in works)
     log.info("block library: %d variants, %d in the store, %d to train", len(works), done, len(works) - done)
     show_stored("bld", train_variant, [work for work in works if work.key in stored_keys], plan, context)
-    return missing, done
+    return variants, options, done
 
 
 @flow(
     name="score-variants",
-    flow_run_name="scores of {plan.spec.name}",
+    flow_run_name="scores of {plan.name}",
     persist_result=False,
     result_serializer="json",
     validate_parameters=False,
@@ -225,15 +263,15 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
         return
     tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
     first = min(work.layer for work in missing)
-    _capture_layers(plan, context, first if base is None else len(plan.layers))
+    capture_layers(plan, context, first if base is None else len(plan.layers))
     gradients = None if base else plan.gradients()
     if gradients:
         ensure(measure_gradients, gradients, context, [captured(plan.layers[-1], tokens, dtype)])
     else:
         _capture_log_probabilities(plan, context)
     if base:
-        _capture_layers(plan, context, first, base)
-    progress = StageProgress("scores", plan.spec.name, done, shows_end=True)
+        capture_layers(plan, context, first, base)
+    progress = StageProgress("scores", plan.name, done, shows_end=True)
     futures = [submit(score_block, work, context, _read_by(work)) for work in missing]
     wait_all("scores", futures, done, len(works), progress)
     for model in (None, base) if base else (None,):
@@ -241,7 +279,7 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
         call_task(drop_activations, "drop", [work.key for work in missing], directory=directory)
 
 
-def _capture_layers(plan: Plan, context: RunContext, kept_from: int, base: AssembleWork | None = None) -> None:
+def capture_layers(plan: Plan, context: RunContext, kept_from: int, base: AssembleWork | None = None) -> None:
     """Capture all layers of the parent, or of a child, on the scoring tokens.
 
     Args:
@@ -253,7 +291,7 @@ def _capture_layers(plan: Plan, context: RunContext, kept_from: int, base: Assem
     tokens, dtype, progress = (
         plan.tokens("scoring").key,
         plan.spec.scoring.dtype,
-        StageProgress("capture", plan.spec.name),
+        StageProgress("capture", plan.name),
     )
     for layer in plan.layers:
         before = [captured(layer - 1, tokens, dtype, base)] if layer else [tokens, *([base.key] if base else [])]
@@ -296,8 +334,8 @@ def score_exactly(plan: Plan, context: RunContext, works: list[ScoreWork]) -> No
     show_stored("exact scores", score_block, [work for work in works if work.key in stored_keys], plan, context)
     if not missing:
         return
-    _capture_layers(plan, context, 0)
+    capture_layers(plan, context, 0)
     _capture_log_probabilities(plan, context)
-    progress = StageProgress("exact scores", plan.spec.name)
+    progress = StageProgress("exact scores", plan.name)
     futures = [submit(score_block, work, context, _read_by(work)) for work in missing]
     wait_all("exact scores", futures, progress=progress)

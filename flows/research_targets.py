@@ -8,7 +8,7 @@ from prefect import flow
 
 from flows.permissions import permitted
 from flows.run_graph import call_flow
-from flows.search_architecture import search_planned_architecture
+from flows.search_architecture import answering_plan, search_planned_architecture
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import plan_run
 from puzzle_core.errors import PuzzleError
@@ -74,7 +74,7 @@ def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
         if error:
             errors.append(f"{search.file}: {error}")
         else:
-            keys[search.target] = search.key
+            keys[search.target] = _answer_key(search.plan, context) if search.plan else search.key
     if errors:
         raise PuzzleError(f"{len(errors)} of {len(searches)} targets have no search:\n" + "\n".join(errors))
     return keys
@@ -102,12 +102,18 @@ def find_searches(plan: Plan, context: RunContext, directory: Path) -> list[Targ
     return searches
 
 
+def _answer_key(plan: Plan, context: RunContext) -> str:
+    """The key of the search that gives the answer, as far as searches in the store say which one that is."""
+    first = plan.search().key
+    return answering_plan(plan, context).search().key if context.store().has(first) else first
+
+
 def _target_search(plan: Plan, context: RunContext, file: Path) -> TargetSearch:
     """The search of one file; an error in the file does not end the search of the others."""
     try:
         target = load_target(file)
         target_plan = Plan(plan.spec.model_copy(update={"target": target}), for_target(plan.inputs, target))
-        key = target_plan.search().key
+        key = _answer_key(target_plan, context)
     except PuzzleError as error:
         return TargetSearch(file.name, file.stem, None, "", None, str(error))
     store = context.store()

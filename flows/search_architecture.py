@@ -4,13 +4,15 @@ import logging
 
 from prefect import flow
 
-from flows.build_library import score_exactly, scores_at_a_time
+from flows.build_library import build_planned_library, capture_layers, captured, score_exactly, scores_at_a_time
 from flows.permissions import permitted
 from flows.run_graph import call_flow, call_task
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side
 from puzzle_core.errors import CoverageError
 from puzzle_core.plan import Plan
+from puzzle_core.search.picked import picked_variants
+from puzzle_core.search.search_record import SearchRecord
 from puzzle_core.spec import RunSpec
 from puzzle_core.work import ScoreWork
 from tasks import stage_tasks
@@ -54,7 +56,30 @@ def search_architecture(spec: RunSpec) -> None:
     validate_parameters=False,
 )
 def search_planned_architecture(plan: Plan, context: RunContext) -> None:
-    """As `search_architecture`, with the plan of the run that it is part of."""
+    """As `search_architecture`, with the plan of the run that it is part of.
+
+    Where the specification asks for it, the pairs of the variants that the answer picks are trained and searched next.
+    """
+    _search(plan, context)
+    answering = answering_plan(plan, context)
+    if answering != plan:
+        call_flow(build_planned_library, answering, context, after=[plan.search().key])
+        _search(answering, context)
+
+
+def answering_plan(plan: Plan, context: RunContext) -> Plan:
+    """The plan whose search gives the architecture: that of the second stage, where coupled BLD has one.
+
+    Raises:
+        ArtifactError: the store lacks the search of the first stage.
+    """
+    if plan.spec.bld.coupled != "shortlist":
+        return plan
+    first = context.store().record(SearchRecord, plan.search().key)
+    return plan.coupled_in(picked_variants(first, plan.variants, plan.inputs.shape))
+
+
+def _search(plan: Plan, context: RunContext) -> None:
     spec = plan.spec
     with tracked("search", spec) as run:
         show_tracked(plan, run)
@@ -64,13 +89,31 @@ def search_planned_architecture(plan: Plan, context: RunContext) -> None:
         if missing:
             raise CoverageError(
                 f"{len(missing)} scores are not in the store {spec.runtime.store}, the first being layer "
-                f"{missing[0].layer} {missing[0].block}: run `puzzle build-library` with this spec first"
+                f"{missing[0].layer} {missing[0].option}: run `puzzle build-library` with this spec first"
             )
+        _measure_influence(plan, context)
         exact = _score_for_answer(plan, context)
         choose = stage_tasks.choose_architecture
         key = ensure(choose, plan.search(), context, exact, target=spec.target, exact=exact)
         record_architecture(plan, context, run, key)
         show_architecture(plan, context, key)
+
+
+def _measure_influence(plan: Plan, context: RunContext) -> None:
+    """Ensure what baselines drop layers by, where the specification names such."""
+    work = plan.influence()
+    if work is None:
+        return
+    if context.store().has(work.key):
+        ensure(stage_tasks.measure_influence, work, context)
+        return
+    ensure_tokens(plan, context, "scoring")
+    with context.lock_activations(work.tokens, work.dtype):
+        capture_layers(plan, context, len(plan.layers))
+        states = captured(plan.layers[-1], work.tokens, work.dtype)
+        ensure(stage_tasks.measure_influence, work, context, [states])
+        directory = context.activations_directory(work.parent, work.tokens, work.dtype)
+        call_task(stage_tasks.drop_activations, "drop", [work.key], directory=directory)
 
 
 def _score_for_answer(plan: Plan, context: RunContext) -> tuple[str, ...]:
@@ -92,7 +135,7 @@ def _score_for_answer(plan: Plan, context: RunContext) -> tuple[str, ...]:
             stage_tasks.ask_for_scores, ASKING, [*read_keys(search), *keys],
             work=search, target=plan.spec.target, context=context, exact=keys,
         ):  # fmt: skip
-            works = [plan.exact_score(layer, block) for layer, block in asked]
+            works = [plan.exact_score(layer, option) for layer, option in asked]
             score = side_by_side(score_exactly, context, scores_at_a_time(plan, context))
             call_flow(score, plan, context, works, after=[ASKING])
             keys += tuple(work.key for work in works)
@@ -105,6 +148,6 @@ def _score_for_answer(plan: Plan, context: RunContext) -> tuple[str, ...]:
 def measure_target(plan: Plan, context: RunContext) -> None:
     """Ensure the costs of all scenarios and batch sizes, and check that an architecture can meet the limits."""
     for work in plan.costs().values():
-        ensure(stage_tasks.find_costs, work, context)
+        ensure(stage_tasks.find_costs, work, context.of_first)
     costs = [work.key for work in plan.costs().values()]
     call_task(stage_tasks.check_limits, "limits", costs, work=plan.search(), target=plan.spec.target, context=context)

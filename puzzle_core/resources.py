@@ -7,7 +7,7 @@ kernels that skip the masked pairs do fewer. docs/scale.md has the figures of a 
 from collections.abc import Container
 from typing import NamedTuple
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Option, Variant
 from puzzle_core.plan import Plan
 from puzzle_core.sizes import (
     DTYPE_BYTES,
@@ -107,9 +107,11 @@ def resources(
         score_flops_per_token += gradient_flops(plan, gradients.samples)
     streamed = spec.bld.source == "streamed"
     bld_flops_per_token = sum(bld_flops(plan, work) for work in variants)
-    if streamed:
-        bld_flops_per_token += stream_flops(plan, streamed_groups(plan, device_bytes), variants)
-    library = sum(DTYPE_BYTES["float32"] * variant_size(shape, work.variant).parameters for work in variants)
+    for whole in (False, True) if streamed else ():
+        trained = [work for work in variants if isinstance(work.variant, Option) == whole]
+        bld_flops_per_token += stream_flops(plan, streamed_groups(plan, device_bytes, whole), trained)
+    library = sum(DTYPE_BYTES["float32"] * _parameters(shape, work.variant) for work in variants)
+    states = BLD_STATES + 2 * (max(plan.variants.spans, default=1) - 1)
     child_bytes = child_size * DTYPE_BYTES[plan.target.served_dtype]
     return Resources(
         bld_tasks=len(variants),
@@ -118,7 +120,7 @@ def resources(
         score_tokens=len(scores) * spec.scoring.tokens,
         gkd_tokens=sum(gkd_tokens.values()),
         state_bytes=state,
-        bld_scratch_bytes=BLD_STATES * state if variants and not streamed else 0,
+        bld_scratch_bytes=states * state if variants and not streamed else 0,
         score_scratch_bytes=(2 * shape.layers + 1) * score_state + log_probabilities if scores else 0,
         evaluation_scratch_bytes=2 * evaluation_state + _stored_log_probability_bytes(plan, spec.evaluation.tokens),
         library_bytes=library,
@@ -137,13 +139,15 @@ def resources(
 
 
 def bld_flops(plan: Plan, work: BldWork) -> float:
-    """Operations per token of one variant's training, its two passes over the held-back windows included.
+    """Operations per token of one training, its two passes over the held-back windows included.
 
-    The gradient of an attention passes through the parent's FFN.
+    The gradient of an attention alone passes through the parent's FFN.
     """
     shape, length = plan.inputs.shape, plan.splits["bld"].sequence_length
-    weights, products = _forward(shape, work.variant, length)
-    ffn = _forward(shape, shape.parent_block.ffn, length)[0] if work.variant.subblock == "attn" else 0
+    parts, ffn = _subblocks(work.variant), 0.0
+    weights, products = map(sum, zip(*(_forward(shape, variant, length) for variant in parts), strict=True))
+    if [variant.subblock for variant in parts] == ["attn"]:
+        ffn = _forward(shape, shape.parent_block(work.layer).ffn, length)[0]
     training = FORWARD_BACKWARD * weights + ATTENTION_FORWARD_BACKWARD * products + 2 * ffn
     return training + _held_back_passes(plan) * (weights + products + ffn)
 
@@ -151,13 +155,13 @@ def bld_flops(plan: Plan, work: BldWork) -> float:
 def stream_flops(plan: Plan, groups: list[range], works: list[BldWork]) -> float:
     """Operations per token of the parent in a streamed BLD: for each group, all layers up to the last one it trains."""
     shape, length = plan.inputs.shape, plan.splits["bld"].sequence_length
-    last_layers = (max((work.layer for work in works if work.layer in group), default=-1) for group in groups)
-    block = _block_forward(shape, shape.parent_block, length)
-    return (1 + _held_back_passes(plan)) * sum((last + 1) * block for last in last_layers)
+    last_layers = (max((work.last_layer for work in works if work.layer in group), default=-1) for group in groups)
+    passes = sum(_layers_forward(shape, range(last + 1), length) for last in last_layers)
+    return (1 + _held_back_passes(plan)) * passes
 
 
-def streamed_groups(plan: Plan, device_bytes: float) -> list[range]:
-    """The groups of layers of a streamed BLD: the variants of a group train at the same time.
+def streamed_groups(plan: Plan, device_bytes: float, whole: bool = False) -> list[range]:
+    """The groups of layers of a streamed BLD: what a group trains, variants or else options, is under way together.
 
     A group has as many layers as half of the devices' memory holds trainings for, or as `runtime.bld_side_by_side`
     allows trainings, and at least one.
@@ -166,8 +170,8 @@ def streamed_groups(plan: Plan, device_bytes: float) -> list[range]:
     groups: list[range] = []
     trainings, training_bytes = 0, 0
     for layer in plan.layers:
-        variants = plan.trained(layer)
-        needed = sum(TRAINING_BYTES * variant_size(shape, variant).parameters for variant in variants)
+        variants = plan.trained_whole(layer) if whole else plan.trained(layer)
+        needed = sum(TRAINING_BYTES * _parameters(shape, variant) for variant in variants)
         trainings, training_bytes = trainings + len(variants), training_bytes + needed
         fits = trainings <= most if most else training_bytes <= device_bytes / 2 and trainings <= MOST_TRAININGS
         if groups and fits:
@@ -176,6 +180,14 @@ def streamed_groups(plan: Plan, device_bytes: float) -> list[range]:
             groups.append(range(layer, layer + 1))
             trainings, training_bytes = len(variants), needed
     return groups
+
+
+def _subblocks(trained: Variant | Option) -> tuple[Variant, ...]:
+    return trained.block.subblocks if isinstance(trained, Option) else (trained,)
+
+
+def _parameters(shape: ModelShape, trained: Variant | Option) -> int:
+    return sum(variant_size(shape, variant).parameters for variant in _subblocks(trained))
 
 
 def _held_back_passes(plan: Plan) -> float:
@@ -192,14 +204,14 @@ def score_flops(plan: Plan, work: ScoreWork) -> float:
     too large for the scratch disk. An estimate needs the block and the gradients.
     """
     shape, length = plan.inputs.shape, plan.splits["scoring"].sequence_length
-    parent = shape.parent_block
     block = _block_forward(shape, work.block, length)
-    if work.block.attention == parent.attention:
+    if work.block.attention == shape.parent_block(work.layer).attention and not work.whole:
         block = sum(_forward(shape, work.block.ffn, length))
     if work.gradients:
         return block + 2 * plan.spec.scoring.label_samples * shape.hidden
     heads = 1 if _stored_log_probability_bytes(plan, plan.spec.scoring.tokens) else 2
-    return block + (shape.layers - 1 - work.layer) * _block_forward(shape, parent, length) + heads * _head(shape)
+    following = range(work.layer + work.span, shape.layers)
+    return block + _layers_forward(shape, following, length) + heads * _head(shape)
 
 
 def gradient_flops(plan: Plan, samples: int) -> float:
@@ -209,10 +221,10 @@ def gradient_flops(plan: Plan, samples: int) -> float:
     """
     shape, length = plan.inputs.shape, plan.splits["scoring"].sequence_length
     forward_backward: float = _head(shape) * (FORWARD + samples)
-    for variant in shape.parent_block.subblocks:
+    for variant in (variant for layer in range(1, shape.layers) for variant in shape.parent_block(layer).subblocks):
         weights, products = _forward(shape, variant, length)
         back = weights + (ATTENTION_FORWARD_BACKWARD - FORWARD) * products
-        forward_backward += (shape.layers - 1) * (weights + products + samples * back)
+        forward_backward += weights + products + samples * back
     return forward_backward
 
 
@@ -223,7 +235,7 @@ def gkd_flops(plan: Plan, child: Architecture, recompute: bool, split: str = "gk
     """
     shape, length, spec = plan.inputs.shape, plan.splits[split].sequence_length, plan.spec.gkd
     spec = dict(zip(plan.gkd_splits, spec.trainings, strict=True))[split]
-    parent = shape.layers * _block_forward(shape, shape.parent_block, length) + _head(shape)
+    parent = _layers_forward(shape, range(shape.layers), length) + _head(shape)
     training, forward = float(FORWARD_BACKWARD * _head(shape)), float(FORWARD * _head(shape))
     for block in child.layers:
         for variant in block.subblocks:
@@ -240,6 +252,11 @@ def _stored_log_probability_bytes(plan: Plan, tokens: int) -> int:
     """Size of the parent's log-probabilities on the scratch disk; 0 where they are too large for it."""
     size = tokens * plan.inputs.shape.vocabulary * DTYPE_BYTES["float32"]
     return size if size <= LARGEST_LOG_PROBABILITIES_BYTES else 0
+
+
+def _layers_forward(shape: ModelShape, layers: range, length: int) -> float:
+    """Operations per token of a forward pass through these layers of the parent."""
+    return sum(_block_forward(shape, shape.parent_block(layer), length) for layer in layers)
 
 
 def _block_forward(shape: ModelShape, block: BlockVariant, length: int) -> float:

@@ -29,6 +29,15 @@ def variant_size(shape: ModelShape, variant: Variant) -> VariantSize:
     return VariantSize(parameters, row.kv_entries(shape, size))
 
 
+def is_cheaper(shape: ModelShape, variant: Variant, own: Variant) -> bool:
+    """Whether a variant can take the place of a parent's own to save something: parameters or KV entries."""
+    if variant.rank <= own.rank or variant.kv_heads > own.kv_heads or variant.ffn_width > own.ffn_width:
+        return False
+    size, own_size = variant_size(shape, variant), variant_size(shape, own)
+    fewer_entries = size.kv_entries_per_token < own_size.kv_entries_per_token
+    return fewer_entries or size.parameters <= own_size.parameters
+
+
 def outside_parameters(shape: ModelShape) -> int:
     """Parameters outside the blocks: embedding, head (counted once if they are tied), final norm."""
     embeddings = 1 if shape.tied_embeddings else 2

@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from puzzle_core.architecture import BlockVariant, ModelShape, Variant, VariantId, variants_named
+from puzzle_core.architecture import (
+    EMPTY_BLOCK,
+    BlockId,
+    BlockVariant,
+    ModelShape,
+    Option,
+    Variant,
+    VariantId,
+    variants_named,
+)
 from puzzle_core.credentials import SCHEMA_PATTERN, has_credentials
 from puzzle_core.engines import ServingEngine, required_constraints, restrictions
 from puzzle_core.quantities import (
@@ -25,11 +34,12 @@ from puzzle_core.quantities import (
     parse_throughput,
 )
 from puzzle_core.records import Record
+from puzzle_core.sizes import is_cheaper
 from puzzle_core.target import ComputeDtype, Count, Name, Positive, Share
 from puzzle_core.target import Dtype as Dtype
 from puzzle_core.target import TargetSpec as TargetSpec
 from puzzle_core.text_sources import Texts
-from puzzle_core.variants.kinds import KINDS, Subblock, kinds_of
+from puzzle_core.variants.kinds import KINDS, kinds_of
 from puzzle_core.yaml_file import parse_record
 
 Bytes = Annotated[str, BeforeValidator(parse_bytes.check), Field(json_schema_extra=parse_bytes.form)]
@@ -149,12 +159,23 @@ class VariantsSpec(Record):
     ids: tuple[VariantId, ...] = Field(
         (), description="Further variants of any kind, for instance attn:kv2", exclude_if=lambda ids: not ids
     )
+    spans: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (),
+        description="Offer every block of a layer also in the place of so many layers from there on; its halves are "
+        "trained together",
+        exclude_if=lambda spans: not spans,
+    )
+    span_blocks: tuple[BlockId, ...] = Field(
+        (),
+        description="The only blocks that are offered in the place of several layers; empty: all",
+        exclude_if=lambda blocks: not blocks,
+    )
     layers: tuple[VariantRange, ...] = Field(
         (), description="Exceptions for ranges of layers; a later one has precedence"
     )
 
     def of_layer(self, layer: int, shape: ModelShape) -> tuple[list[Variant], list[Variant]]:
-        """Attention variants and FFN variants of one layer, the parent's own first.
+        """Attention variants and FFN variants of one layer: the parent's own, and those that are cheaper.
 
         Raises:
             SpecError: the parent does not support a variant.
@@ -166,10 +187,10 @@ class VariantsSpec(Record):
                 if {"ffn_ratios", "ffn_widths"} & changes.keys():
                     rules |= {"ffn_ratios": (), "ffn_widths": ()}
                 rules |= changes
-        rules["ffn_widths"] = self._widths(rules["ffn_ratios"], rules["ffn_widths"], shape)
+        rules["ffn_widths"] = self._widths(rules["ffn_ratios"], rules["ffn_widths"], shape.of_layer(layer))
         attentions, ffns = (
-            [parent, *sorted(_offered(rules, parent.subblock, shape) - {parent}, key=lambda variant: variant.rank)]
-            for parent in shape.parent_block.subblocks
+            [own, *sorted(_offered(rules, own, layer, shape), key=lambda variant: variant.rank)]
+            for own in shape.parent_block(layer).subblocks
         )
         return attentions, ffns
 
@@ -178,8 +199,43 @@ class VariantsSpec(Record):
         attentions, ffns = self.of_layer(layer, shape)
         return [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
 
+    def spans_of_layer(self, layer: int, shape: ModelShape) -> list[Option]:
+        """The options that replace several layers, of which this is the first."""
+        blocks = [block for block in self.blocks_of_layer(layer, shape) if block != EMPTY_BLOCK]
+        offered = [block for block in blocks if block in self.span_blocks or not self.span_blocks]
+        return [
+            Option(block, span) for span in sorted({*self.spans}) if layer + span <= shape.layers for block in offered
+        ]
+
+    def options_of_layer(self, layer: int, shape: ModelShape) -> list[Option]:
+        """All block variants of one layer, the parent's own first, and those that replace also layers after it."""
+        return [*map(Option, self.blocks_of_layer(layer, shape)), *self.spans_of_layer(layer, shape)]
+
+    def in_widths(self, shape: ModelShape, multiple_of: int = 1) -> "VariantsSpec":
+        """The same space with FFN widths in place of ratios, as far as they are a multiple of this."""
+
+        def changes(part: "VariantsSpec | VariantRange") -> dict[str, Any]:
+            if (part.ffn_ratios, part.ffn_widths) == (None, None):
+                return {}
+            widths = self._widths(part.ffn_ratios or (), part.ffn_widths or (), shape)
+            return {"ffn_ratios": (), "ffn_widths": tuple(sorted(w for w in widths if not w % multiple_of))}
+
+        layers = tuple(exception.model_copy(update=changes(exception)) for exception in self.layers)
+        if shape.blocks:
+            layers += tuple(self._in_widths_of(layer, shape, multiple_of) for layer in range(shape.layers))
+        return self.model_copy(update=changes(self) | {"layers": layers})
+
+    def _in_widths_of(self, layer: int, shape: ModelShape, multiple_of: int) -> VariantRange:
+        """The FFN widths of one layer."""
+        widths = {variant.ffn_width for variant in self.of_layer(layer, shape)[1]} - {0}
+        kept = tuple(sorted(width for width in widths if not width % multiple_of))
+        return VariantRange(first_layer=layer, last_layer=layer, ffn_widths=kept)
+
     def served_by(self, engines: tuple[ServingEngine, ...], shape: ModelShape) -> "VariantsSpec":
-        """The same space without the variants that one of these engines supports in no layer."""
+        """The same space without the variants that one of these engines supports in no layer.
+
+        Ratios become widths where an engine has a grid for these, layer by layer where the parent's layers differ.
+        """
         constraints = ConstraintsSpec().for_engines(engines)
         switches = {
             row.spec_field: False
@@ -191,13 +247,12 @@ class VariantsSpec(Record):
             changes: dict[str, Any] = {name: False for name in switches if getattr(part, name)}
             if part.ids:
                 changes["ids"] = tuple(variant for variant in part.ids if constraints.allows(variant, engines))
-            if (multiple := constraints.ffn_multiple_of) > 1 and (part.ffn_ratios, part.ffn_widths) != (None, None):
-                widths = self._widths(part.ffn_ratios or (), part.ffn_widths or (), shape)
-                changes |= {"ffn_ratios": (), "ffn_widths": tuple(sorted(w for w in widths if not w % multiple))}
             return changes
 
         layers = tuple(exception.model_copy(update=changed(exception)) for exception in self.layers)
-        return self.model_copy(update=changed(self) | {"layers": layers})
+        served = self.model_copy(update=changed(self) | {"layers": layers})
+        multiple = constraints.ffn_multiple_of
+        return served.in_widths(shape, multiple) if multiple > 1 else served
 
     def _widths(self, ratios: tuple[float, ...], widths: tuple[int, ...], shape: ModelShape) -> set[int]:
         """FFN widths in channels, from ratios and from widths."""
@@ -205,20 +260,23 @@ class VariantsSpec(Record):
         return {max(round(r * shape.ffn_width / multiple) * multiple, multiple) for r in ratios} | set(widths)
 
 
-def _offered(rules: Mapping[str, Any], subblock: Subblock, shape: ModelShape) -> set[Variant]:
-    """The variants of one subblock that these fields of a `VariantsSpec` offer.
+def _offered(rules: Mapping[str, Any], own: Variant, layer: int, shape: ModelShape) -> set[Variant]:
+    """The variants cheaper than the parent's own subblock of a layer that these fields of a `VariantsSpec` offer.
 
     Raises:
-        SpecError: the parent does not support a variant.
+        SpecError: the layer does not support a variant, or no layer is large enough for it.
     """
+    subblock, of_layer = own.subblock, shape.of_layer(layer)
     offered = {variant for variant in rules["ids"] if variant.subblock == subblock}
     for row in kinds_of(subblock):
         value = rules[row.spec_field] if row.spec_field else ()
         sizes = value if row.sized else [0] if value else []
         offered |= {Variant(subblock, row.name, size) for size in sizes}
     for variant in sorted(offered, key=lambda variant: variant.rank):
-        shape.check(variant)
-    return offered
+        fits_largest = variant.kv_heads <= shape.kv_heads and variant.ffn_width <= shape.ffn_width
+        if not fits_largest or is_cheaper(of_layer, variant, own):
+            of_layer.check(variant)
+    return {variant for variant in offered if is_cheaper(of_layer, variant, own)}
 
 
 class ImportanceSpec(Record):
@@ -237,6 +295,8 @@ class OptimizerSpec(Record):
     gradient_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient")
 
 
+Coupled = Literal["none", "linear_and_no_op", "shortlist", "all"]
+"""Which blocks have halves that are trained together."""
 BldSource = Literal["stored", "streamed"]
 """Where BLD gets the parent's states: from files, or from the parent as it trains."""
 
@@ -267,6 +327,13 @@ class BldSpec(Record):
         "(stored), or computed by the parent while groups of layers train (streamed), which needs no disk and more "
         "computation. Weights are the same, and so are their keys",
         exclude_if=lambda source: source == "stored",
+    )
+    coupled: Coupled = Field(
+        "none",
+        description="Blocks whose halves are trained once more, together: those with a linear layer or a no-op, those "
+        "that a first search picks (shortlist: at most 4 attentions and 3 FFNs of a layer, which a second search "
+        "chooses from), or all",
+        exclude_if=lambda coupled: coupled == "none",
     )
     dtype: ComputeDtype = Field("float32", description=f"{PRODUCTS}; weights stay float32")
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -439,7 +506,11 @@ class ConstraintsSpec(Record):
         return row.fits_devices(variant.size, self.tensor_parallel) and variant.ffn_width % self.ffn_multiple_of == 0
 
 
-Baseline = Literal["mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"]
+Baseline = Literal[
+    "mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters", "depth", "depth_run"
+]
+DEPTH = {"depth", "depth_run"}
+"""The baselines that drop whole layers: those of least influence, or those of the run of least influence."""
 
 
 class SearchSpec(Record):
@@ -481,7 +552,8 @@ class SearchSpec(Record):
     )
     baselines: tuple[Baseline, ...] = Field(
         ("mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"),
-        description="Baseline search methods; their children are assembled and evaluated too",
+        description="Baseline search methods; their children are assembled and evaluated too. Beside the default ones, "
+        "depth and depth_run drop whole layers by their influence, the least ones or a run of them",
     )
 
 
@@ -537,6 +609,31 @@ class LongGkdSpec(Record):
     learning_rate: float | None = Field(None, gt=0, description="After the warm-up")
 
 
+class RoundGkdSpec(Record):
+    """The GKD of an earlier round of iterated Puzzle. What is not set is as in the last round."""
+
+    tokens: Positive = Field(description="Training tokens")
+    epochs: Positive | None = Field(None, description="Passes over these tokens")
+    batch_tokens: Positive | None = Field(None, description="Tokens per optimizer step; whole windows")
+    learning_rate: float | None = Field(None, gt=0, description="After the warm-up")
+
+
+class RoundSpec(Record):
+    """A round of iterated Puzzle before the last one, whose child is the next round's parent (METHOD section 10)."""
+
+    limits: LimitsSpec = Field(
+        description="Milder limits of the main scenario; shares are of the first parent's value. Limits of other "
+        "scenarios and of the mix hold in the last round alone"
+    )
+    gkd: RoundGkdSpec
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> "RoundSpec":
+        if not self.limits.by_name():
+            raise ValueError("no limit given: a round searches at a limit that is milder than the next round's")
+        return self
+
+
 class GkdSpec(Record):
     """Global knowledge distillation (METHOD section 7)."""
 
@@ -572,12 +669,14 @@ class GkdSpec(Record):
     def trainings(self) -> tuple["GkdSpec", ...]:
         """The trainings in their order, each with its settings whole."""
         first = self.model_copy(update={"long": None})
-        if self.long is None:
-            return (first,)
-        changes = {name: value for name, value in self.long if value is not None}
-        if rate := changes.pop("learning_rate", None):
-            changes["optimizer"] = self.optimizer.model_copy(update={"learning_rate": rate})
-        return first, first.model_copy(update=changes)
+        return (first,) if self.long is None else (first, first.changed(self.long))
+
+    def changed(self, changes: "LongGkdSpec | RoundGkdSpec") -> "GkdSpec":
+        """This training with the settings that `changes` has."""
+        values = {name: value for name, value in changes if value is not None}
+        if rate := values.pop("learning_rate", None):
+            values["optimizer"] = self.optimizer.model_copy(update={"learning_rate": rate})
+        return self.model_copy(update=values)
 
     @model_validator(mode="after")
     def _check_weights(self) -> "GkdSpec":
@@ -762,6 +861,13 @@ class RunSpec(Record):
     )
     search: SearchSpec = SearchSpec()
     gkd: GkdSpec = GkdSpec()
+    rounds: tuple[RoundSpec, ...] = Field(
+        (),
+        max_length=MOST,
+        description="Iterated Puzzle: earlier rounds, each at limits of its own. The child of a round is the next "
+        "one's parent; the last round is at the limits of the scenario",
+        exclude_if=lambda rounds: not rounds,
+    )
     evaluation: EvaluationSpec = EvaluationSpec()
     runtime: RuntimeSpec = RuntimeSpec()
 
@@ -803,6 +909,25 @@ class RunSpec(Record):
             }
         )
 
+    def of_round(self, number: int) -> "RunSpec":
+        """The settings of a round, counted from 0; those of the last round are the specification's own.
+
+        An earlier round has no baselines and no second distillation: its child is a step on the way.
+        """
+        if number >= len(self.rounds):
+            return self
+        changes = self.rounds[number]
+        without = tuple(scenario.model_copy(update={"limits": LimitsSpec()}) for scenario in self.more_scenarios)
+        return self.model_copy(
+            update={
+                "scenario": self.scenario.model_copy(update={"limits": changes.limits}),
+                "more_scenarios": without,
+                "mix": None,
+                "search": self.search.model_copy(update={"baselines": ()}),
+                "gkd": self.gkd.trainings[0].changed(changes.gkd),
+            }
+        )
+
     @property
     def auto_parts(self) -> tuple[str, ...]:
         """The parts whose type of products the machine decides."""
@@ -835,6 +960,26 @@ class RunSpec(Record):
         return self
 
     @model_validator(mode="after")
+    def _check_coupled(self) -> "RunSpec":
+        if self.bld.coupled in ("linear_and_no_op", "all") and self.scoring.composition == "subblocks":
+            raise ValueError(
+                f"bld.coupled is {self.bld.coupled}, and scoring.composition: subblocks adds up scores of halves, "
+                "which a block that is trained as a whole does not have: set scoring.composition to pairs, or "
+                "bld.coupled to shortlist"
+            )
+        if self.variants.spans and self.search.iterations:
+            raise ValueError(
+                "search.iterations scores single layers of a child, which blocks in the place of several layers do not "
+                "have: leave out search.iterations or variants.spans"
+            )
+        if self.variants.spans and self.rounds:
+            raise ValueError(
+                "rounds compares every child layer by layer with the first parent, which a child with fewer layers is "
+                "not: leave out rounds or variants.spans"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_source(self) -> "RunSpec":
         if self.bld.source == "streamed" and self.runtime.task_runner == "dask":
             raise ValueError(
@@ -850,9 +995,11 @@ class RunSpec(Record):
         trainings: dict[str, Any] = {
             "bld": self.bld,
             **dict(zip(("gkd", "gkd.long"), self.gkd.trainings, strict=False)),
+            **{f"rounds.{number}.gkd": self.of_round(number).gkd for number in range(len(self.rounds))},
         }
         for name, training in trainings.items():
-            field = f"{name}.sequence_length" if f"{name}.sequence_length" in lengths else "data.sequence_length"
+            own = f"{'gkd' if name.startswith('rounds') else name}.sequence_length"
+            field = own if own in lengths else "data.sequence_length"
             batch, micro = training.batch_tokens, getattr(training, "micro_batch_tokens", None)
             if micro and batch % micro:
                 raise ValueError(f"{name}.batch_tokens must be a multiple of {name}.micro_batch_tokens")

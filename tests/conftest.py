@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.architecture import Architecture, BlockVariant, Variant
 from puzzle_core.cost import latency
 from puzzle_core.distill import importance
 from puzzle_core.model import child
@@ -31,7 +31,7 @@ from puzzle_core.model.surgery import WEIGHTS
 from puzzle_core.spec import Dtype, ParentSpec
 from puzzle_core.state_dict import State
 from puzzle_core.work import AssembleWork, ImportanceWork
-from tests.pico import PICOS, SIZES, write_pico
+from tests.pico import PICOS, SIZES, UNEQUAL, write_pico
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
@@ -48,10 +48,9 @@ MIXED = (
 )
 
 
-def trained_variants(block: BlockVariant, shape: ModelShape) -> list[str]:
-    """Ids of the subblocks of a block that come from the library: neither the parent's nor no-ops."""
-    parent_block = (shape.parent_block.attention, shape.parent_block.ffn)
-    return [str(v) for v in (block.attention, block.ffn) if v.kind != "no_op" and v not in parent_block]
+def trained_variants(block: BlockVariant, own: BlockVariant) -> list[str]:
+    """Ids of the subblocks of a block that come from the library: neither those of the parent's own nor no-ops."""
+    return [str(v) for v in block.subblocks if v.kind != "no_op" and v not in own.subblocks]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -112,7 +111,8 @@ def ticking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a pico parent by name; shared, so never changed."""
-    return functools.cache(lambda name: write_pico(tmp_path_factory.mktemp(name), PICOS[name]))
+    picos = PICOS | UNEQUAL
+    return functools.cache(lambda name: write_pico(tmp_path_factory.mktemp(name), picos[name]))
 
 
 @pytest.fixture(scope="session")
@@ -212,7 +212,8 @@ def initial_state(
         variant, parent = Variant.parse(variant_id), parent_of(name)
         pruned = variant.row.needs_contributions
         contribution_I = importance.load_contribution(contributions_of(name), layer) if pruned else None
-        return variant.row.initial_state(parent.layer_tensors(layer), parent.shape, variant.size, contribution_I)
+        own_sizes = parent.shape.of_layer(layer)
+        return variant.row.initial_state(parent.layer_tensors(layer), own_sizes, variant.size, contribution_I)
 
     return state
 
@@ -230,7 +231,7 @@ def assemble(
         architecture = Architecture.parse(blocks) if blocks else Architecture.of_parent(parent.shape)
         library: list[dict[str, Path]] = []
         for layer, block in enumerate(architecture.layers):
-            trained = trained_variants(block, parent.shape)
+            trained = trained_variants(block, parent.shape.parent_block(layer))
             library.append({variant: library_dir / f"{layer}-{variant}" for variant in trained})
             for variant, directory in library[layer].items():
                 directory.mkdir()

@@ -71,12 +71,15 @@ def describe_plan(spec: RunSpec) -> str:
         "scores": plan.all_scores(),
         "search": [plan.search()],
     }
+    at_most = "at most " if shape.blocks else ""
     lines = [
         f"{spec.name}: {spec.parent.path} ({shape.family}, {shape.layers} layers, hidden {shape.hidden}, "
-        f"{shape.heads} heads, {shape.kv_heads} KV heads, FFN {shape.ffn_width}, vocabulary {shape.vocabulary})",
+        f"{shape.heads} heads, {at_most}{shape.kv_heads} KV heads, FFN {at_most}{shape.ffn_width}, vocabulary "
+        f"{shape.vocabulary})",
         f"target {spec.target.name} ({plan.inputs.hardware}), scenario {spec.scenario.name}, "
         f"child in {plan.target.served_dtype}",
         f"store {spec.runtime.store}",
+        *([f"round 1 of {len(spec.rounds) + 1}; what the others need follows from its child"] if spec.rounds else []),
         "",
         f"{'stage':<12}{'in store':>10}{'to do':>8}",
     ]

@@ -1,7 +1,8 @@
-"""The work pool of the deployments, with two queues, so that no deployment keeps the runs of another waiting for ever.
+"""The work pool of the deployments, with its queues, so that no deployment keeps the runs of another waiting for ever.
 
-Every deployment runs once at a time. Long runs (`puzzle`, `build-library`, `train-child`) have a queue of their own,
-whose limit is below that of the pool: searches, whose queue goes first, always find a place.
+Long runs (`puzzle`, `build-library`, `train-child`, `fan-out-library`) run once at a time each. They have a queue, and
+so have ranges of layers, of which there are many. The limits of both are together below that of the pool: searches,
+whose queue goes first, always find a place.
 """
 
 from typing import NamedTuple
@@ -12,8 +13,6 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 POOL = "puzzle"
-POOL_LIMIT = 4
-"""Flow runs of the pool that run at a time."""
 
 
 class Queue(NamedTuple):
@@ -23,7 +22,9 @@ class Queue(NamedTuple):
     limit: int | None
 
 
-QUEUES = {"searches": Queue(1, None), "long-runs": Queue(2, POOL_LIMIT - 1)}
+QUEUES = {"searches": Queue(1, None), "long-runs": Queue(2, 4), "layers": Queue(3, 2)}
+POOL_LIMIT = 1 + sum(queue.limit or 0 for queue in QUEUES.values())
+"""Flow runs of the pool that run at a time."""
 
 
 def ensure_work_pool(api: str) -> None:

@@ -6,12 +6,13 @@ its bytes over the memory bandwidth. docs/targets.md has every formula and assum
 Legend: N tokens of one forward pass, all sequences together. Everything is per device of the tensor-parallel group.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from puzzle_core.architecture import ModelShape, Variant
+from puzzle_core.architecture import Architecture, ModelShape, Variant
 from puzzle_core.errors import SpecError
 from puzzle_core.quantities import parse_bandwidth, parse_duration, parse_rate
 from puzzle_core.sizes import variant_size
@@ -82,20 +83,25 @@ def roofline(shape: ModelShape, variants: Iterable[Variant], traffic: Traffic, t
             f"target {target.name} has no figures to compute from: give it `costs: roofline` and `hardware`"
         )
     hardware = target.hardware
-    device, parent_block = Device(hardware), shape.parent_block
+    device = Device(hardware)
 
     def timing(variant: Variant) -> Timing:
         return _timing(traffic, partial(subblock_s, device, shape, variant))
 
     outside = _timing(traffic, partial(outside_s, device, shape))
-    blocks = [timing(variant) for variant in parent_block.subblocks]
+    blocks = [
+        (count, timing(variant))
+        for block, count in Counter(Architecture.of_parent(shape).layers).items()
+        for variant in block.subblocks
+        if not variant.is_empty
+    ]
     return CostRecord(
         source="roofline",
         variants={str(variant): timing(variant) for variant in variants if not variant.is_empty},
         outside=outside,
         parent=Timing(
-            prefill_ms=outside.prefill_ms + shape.layers * sum(subblock.prefill_ms for subblock in blocks),
-            decode_ms=outside.decode_ms + shape.layers * sum(subblock.decode_ms for subblock in blocks),
+            prefill_ms=outside.prefill_ms + sum(count * subblock.prefill_ms for count, subblock in blocks),
+            decode_ms=outside.decode_ms + sum(count * subblock.decode_ms for count, subblock in blocks),
         ),
         hardware=f"{hardware.tensor_parallel} x {hardware.device}",
         weight_bytes=PRECISION_BYTES[hardware.weights],

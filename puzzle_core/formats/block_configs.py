@@ -44,7 +44,7 @@ def to_block_configs(architecture: Architecture, shape: ModelShape) -> list[Bloc
     for layer, block in enumerate(architecture.layers):
         try:
             pairs = zip(_KEYS, block.subblocks, strict=True)
-            entries.append({key: _published_entry(variant, shape) for key, variant in pairs})
+            entries.append({key: _published_entry(variant, shape.of_layer(layer)) for key, variant in pairs})
         except SpecError as error:
             raise SpecError(f"layer {layer} {block}: {error}") from error
     return entries

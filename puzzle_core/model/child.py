@@ -23,7 +23,6 @@ from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.model.tokenizer import copy_tokenizer
 from puzzle_core.spec import Dtype
-from puzzle_core.state_dict import State
 from puzzle_core.work import AssembleWork, ChildRecord
 
 CODE = ("configuration_puzzle.py", "modeling_puzzle.py")
@@ -38,7 +37,7 @@ def assemble(work: AssembleWork, parent: Parent, weights_dirs: list[dict[str, Pa
     """Write the child's checkpoint to `out_dir`.
 
     Args:
-        weights_dirs: for every layer, the directories of its trained variants by variant id.
+        weights_dirs: for every layer, the directories of what was trained of it, by the id of a variant or option.
     """
     dtype = torch_dtype(work.dtype)
     counted = {"parameters": 0, "parameter_bytes": 0}
@@ -100,13 +99,16 @@ def _child_tensors(
             yield name, parent.checkpoint.tensor(name)
     family = FAMILIES[parent.shape.family]
     prefixes = (family.attention_prefixes, family.ffn_prefixes)
-    for layer, block in enumerate(architecture.layers):
+    for number, (layer, option) in enumerate(architecture.options.items()):
         parent_tensors, trained = parent.layer_tensors(layer), weights_dirs[layer]
-        state: State = {}
-        for variant, subblock_prefixes in zip((block.attention, block.ffn), prefixes, strict=True):
-            if str(variant) in trained:
-                state |= load_weights(trained[str(variant)])
-            elif not variant.is_empty:
-                state |= {name: t for name, t in parent_tensors.items() if name.startswith(subblock_prefixes)}
+        if str(option) in trained:
+            state = load_weights(trained[str(option)])
+        else:
+            state = dict[str, torch.Tensor]()
+            for variant, subblock_prefixes in zip(option.block.subblocks, prefixes, strict=True):
+                if str(variant) in trained:
+                    state |= load_weights(trained[str(variant)])
+                elif not variant.is_empty:
+                    state |= {name: t for name, t in parent_tensors.items() if name.startswith(subblock_prefixes)}
         for name, tensor in state.items():
-            yield f"model.layers.{layer}.{name}", tensor
+            yield f"model.layers.{number}.{name}", tensor

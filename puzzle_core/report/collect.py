@@ -50,7 +50,7 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]], parent
             )
         )
     scores, of_search = ([record(ScoreRecord, key) for key in keys] for keys in (work.scores, search.exact_scores))
-    exact = {(score.layer, score.block): score for score in of_search}
+    exact = {(score.layer, score.option): score for score in of_search}
     timing = work.timing.key if work.timing else None
     artifacts = {"search": work.search, "costs": work.costs, "first gkd": work.first_gkd, "gkd": work.gkd}
     artifacts |= {"timing": timing}
@@ -58,9 +58,10 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]], parent
         spec=work.spec,
         parent_name=Path(parent_path).name,
         shape=work.shape,
+        scored=work.scored,
         search=search,
         bld=tuple(record(BldRecord, key) for key in work.bld),
-        scores=tuple(exact.get((score.layer, score.block), score) for score in scores),
+        scores=tuple(exact.get((score.layer, score.option), score) for score in scores),
         costs=costs,
         refine=refine,
         gkd=record(GkdRecord, work.trainings[0]),

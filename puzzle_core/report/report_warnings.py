@@ -49,7 +49,7 @@ def answer_warnings(search: SearchRecord) -> list[str]:
     """Sentences on the best architecture of a search."""
     best = search.best
     layers = len(best.architecture.layers)
-    covered = sum(span - 1 for span in best.spans.values())
+    covered = sum(span - 1 for _, span in best.architecture.spans)
     empty = sum(block == EMPTY_BLOCK for block in best.architecture.layers) - covered
     warnings = []
     if empty > EMPTY_SHARE * layers:

@@ -37,6 +37,8 @@ from puzzle_core.spec import ConstraintsSpec, ScenarioSpec, SearchRequest
 
 MIX = "(mix)"
 """The weighted mix of all scenarios, in the names of limits and resources. No scenario can have this name."""
+COVERED = "covered by layer"
+"""How the id begins of a layer's option that belongs to an option of an earlier layer."""
 DERIVED = {
     "memory_bytes": ("parameter_bytes", "kv_bytes_per_token"),
     "runtime_ms": ("prefill_ms", "decode_ms"),
@@ -159,9 +161,9 @@ class ProblemBuilder:
         self.constraints = self.request.constraints.for_engines(self.request.engines)
         _check_constraints(self.request, self.constraints, self.scores)
         self.costs.check_scenarios(scenario.name for scenario in self.request.scenarios)
-        parent = Option(self.scores.parent)
+        own = [Option(block) for block in self.scores.parent.layers]
         self.layers = tuple(
-            (parent, *(option for option in scores if option != parent and self._allowed(layer, option)))
+            (own[layer], *(option for option in scores if option != own[layer] and self._allowed(layer, option)))
             for layer, scores in enumerate(self.scores.layers)
         )
         for scenario in self.request.scenarios:
@@ -171,6 +173,11 @@ class ProblemBuilder:
         if self.request.mix:
             for scenario in self.request.scenarios:
                 self._check_column(scenario.name, "latency")
+
+    @property
+    def reference(self) -> Architecture:
+        """The architecture whose values shares in limits are of."""
+        return self.scores.reference or self.scores.parent
 
     def problem(self, batch_sizes: BatchSizes) -> Problem:
         """The problem at these batch sizes, with every limit of the request.
@@ -190,7 +197,7 @@ class ProblemBuilder:
             options=tuple(
                 (
                     *(str(option) for option in options),
-                    *(f"covered by layer {first}: {option}" for first, option in more),
+                    *(f"{COVERED} {first}: {option}" for first, option in more),
                 )
                 for options, more in zip(self.layers, covering, strict=True)
             ),
@@ -294,8 +301,8 @@ class ProblemBuilder:
         outside = self.outside(resource, batch_sizes) if limit_type.outside else 0.0
         quantity = limit_type.parse(text)
         if quantity.relative:
-            layers = range(len(self.layers))
-            blocks = sum(self._resource_of(resource, layer, self.scores.parent, batch_sizes) for layer in layers)
+            whole = enumerate(self.reference.layers)
+            blocks = sum(self._resource_of(resource, layer, block, batch_sizes) for layer, block in whole)
             if not blocks + outside:
                 unit = f"limit with a unit, or fill in the cost table's {resource.partition('/')[2]}"
                 raise SpecError(
@@ -426,7 +433,7 @@ class ProblemBuilder:
         return AtMostDistinct(name, groups, at_most)
 
     def _allowed(self, layer: int, option: Option) -> bool:
-        constraints, parent, count = self.constraints, self.scores.parent, len(self.scores.layers)
+        constraints, parent, count = self.constraints, self.scores.parent.layers[layer], len(self.scores.layers)
         covered = range(layer, layer + option.span)
         for kept, subblock in ((constraints.keep.attention, "attention"), (constraints.keep.ffn, "ffn")):
             changed = getattr(option.block, subblock) != getattr(parent, subblock)
@@ -451,7 +458,7 @@ def _check_constraints(request: SearchRequest, constraints: ConstraintsSpec, sco
         for layer in layers:
             if not -count <= layer < count:
                 raise SpecError(f"constraints.keep.{subblock} names layer {layer}, and there are {count} layers")
-    for variant in scores.parent.subblocks:
+    for variant in dict.fromkeys(variant for block in scores.parent.layers for variant in block.subblocks):
         if not constraints.allows(variant, request.engines):
             of_engines = f", for engines {', '.join(request.engines)}" if request.engines else ""
             raise SpecError(

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.architecture import Architecture, ModelShape, Option, Variant
 from puzzle_core.errors import CoverageError
-from puzzle_core.search.tables import OUTSIDE, CostRow, CostTable, Option, ScoreTable
+from puzzle_core.search.tables import OUTSIDE, CostRow, CostTable, ScoreTable
 from puzzle_core.sizes import outside_parameters, variant_size
 from puzzle_core.spec import VariantsSpec
 from puzzle_core.work import CostRecord, ScoreRecord, Timing
@@ -24,6 +24,7 @@ def score_table(
     variants: VariantsSpec,
     shape: ModelShape,
     base: Architecture | None = None,
+    reference: Architecture | None = None,
 ) -> ScoreTable:
     """Scores by layer and block variant; with single subblocks, a block's score is the sum of its subblocks'.
 
@@ -32,6 +33,7 @@ def score_table(
     Args:
         base: the child that blocks were scored in, instead of the parent: scores are then what a block adds to those of
             the child itself, and may be negative.
+        reference: whose values shares in limits are of; the parent's by default.
 
     Raises:
         CoverageError: a block variant of the space has no score for this objective.
@@ -39,10 +41,11 @@ def score_table(
     base = base or Architecture.of_parent(shape)
     without_loss = objective == "lm_loss" or any(score.lm_loss_increase_nats_per_token is None for score in scores)
     return ScoreTable(
-        parent=shape.parent_block,
+        parent=Architecture.of_parent(shape),
         layers=_layers(scores, composition, objective, variants, shape, base),
         objective=objective,
         lm_loss=None if without_loss else _layers(scores, composition, "lm_loss", variants, shape, base),
+        reference=reference,
     )
 
 
@@ -54,35 +57,37 @@ def _layers(
     shape: ModelShape,
     base: Architecture,
 ) -> tuple[dict[Option, float], ...]:
-    values = {(score.layer, score.block): OBJECTIVES[objective](score) for score in scores}
+    values = {(score.layer, score.option): OBJECTIVES[objective](score) for score in scores}
     measured = {place: value for place, value in values.items() if value is not None}
-    of_base = measured.get((0, base.layers[0]), 0.0)
+    of_base = measured.get((0, Option(base.layers[0])), 0.0)
 
-    def of_block(layer: int, block: BlockVariant) -> float:
-        if block == base.layers[layer]:
+    def of_option(layer: int, option: Option) -> float:
+        if option == Option(base.layers[layer]):
             return 0.0
-        if (layer, block) not in measured:
+        if (layer, option) not in measured:
             raise CoverageError(
-                f"layer {layer} {block} has no score for the objective {objective}: score it exactly, or take it out "
+                f"layer {layer} {option} has no score for the objective {objective}: score it exactly, or take it out "
                 "of `variants`"
             )
-        return measured[layer, block] - of_base
+        return measured[layer, option] - of_base
 
-    def of_subblocks(layer: int, block: BlockVariant) -> float:
-        own = base.layers[layer]
-        return sum(of_block(layer, own.with_variant(variant)) for variant in block.subblocks)
+    def score(layer: int, option: Option) -> float:
+        if composition == "pairs" or option.span > 1:
+            return of_option(layer, option)
+        changed = map(base.layers[layer].with_variant, option.block.subblocks)
+        return sum(of_option(layer, Option(block)) for block in changed)
 
-    score = of_block if composition == "pairs" else of_subblocks
     return tuple(
-        {Option(block): score(layer, block) for block in variants.blocks_of_layer(layer, shape)}
+        {option: score(layer, option) for option in variants.options_of_layer(layer, shape)}
         for layer in range(shape.layers)
     )
 
 
-def unscored_table(variants: VariantsSpec, shape: ModelShape) -> ScoreTable:
+def unscored_table(variants: VariantsSpec, shape: ModelShape, reference: Architecture | None = None) -> ScoreTable:
     """The space with no scores: enough to ask whether the limits can hold."""
-    blocks = [variants.blocks_of_layer(layer, shape) for layer in range(shape.layers)]
-    return ScoreTable(shape.parent_block, tuple({Option(block): 0.0 for block in space} for space in blocks))
+    spaces = [variants.options_of_layer(layer, shape) for layer in range(shape.layers)]
+    layers = tuple(dict.fromkeys(space, 0.0) for space in spaces)
+    return ScoreTable(Architecture.of_parent(shape), layers, reference=reference)
 
 
 def cost_table(variants: VariantsSpec, shape: ModelShape, costs: Mapping[tuple[str, int], CostRecord]) -> CostTable:

@@ -62,15 +62,10 @@ class LimitUse(Record):
 
 
 class FoundArchitecture(Record):
-    """One architecture: the method that found it, its predicted score, its costs by scenario, and its limits.
-
-    `spans` has the number of layers that a block replaces, by its first layer, where that is more than one. The other
-    layers of a span are empty.
-    """
+    """One architecture: the method that found it, its predicted score, its costs by scenario, and its limits."""
 
     method: str
     architecture: Architecture
-    spans: dict[int, int] = {}
     score: float
     bound: float
     gap: float

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from puzzle_core.architecture import BlockVariant, Variant
+from puzzle_core.architecture import Architecture, BlockVariant, Variant
 from puzzle_core.errors import CoverageError, NonFiniteError, SpecError, reason
 from puzzle_core.search.tables import OUTSIDE, CostRow, CostTable, Option, ScoreTable
 
@@ -81,7 +81,7 @@ def read_scores(
         )
     for scores in layers:
         scores.setdefault(Option(parent), 0.0)
-    return ScoreTable(parent, tuple(layers), column)
+    return ScoreTable(Architecture(layers=(parent,) * len(layers)), tuple(layers), column)
 
 
 def read_costs(path: Path) -> CostTable:

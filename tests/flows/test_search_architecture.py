@@ -9,6 +9,7 @@ import pytest
 from flows.build_library import build_library
 from flows.puzzle import puzzle
 from flows.search_architecture import search_architecture
+from puzzle_core.architecture import Architecture
 from puzzle_core.errors import CoverageError
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.search.lazy import not_exact
@@ -58,8 +59,8 @@ def test_a_lazy_search_scores_exactly_what_its_answer_uses_and_the_next_one_only
         scored = context.store().records(ScoreRecord, record.exact_scores).values()
         assert {score.method for score in scored} == {"exact"}
         exact = {(score.layer, score.block) for score in scored}
-        assert not not_exact(record.solutions, "subblocks", plan.inputs.shape.parent_block, exact)
-        assert not not_exact(record.frontier, "subblocks", plan.inputs.shape.parent_block, exact)
+        assert not not_exact(record.solutions, "subblocks", Architecture.of_parent(plan.inputs.shape), exact)
+        assert not not_exact(record.frontier, "subblocks", Architecture.of_parent(plan.inputs.shape), exact)
         return record, of_stage(changed(before, artifacts(spec.runtime.store)), "score")
 
     build_library(again(scoring={"method": "lazy", "label_samples": 2}))
@@ -86,7 +87,7 @@ def test_the_answer_of_a_lazy_run_does_not_depend_on_the_scores_that_are_there_a
     first = context.store().record(SearchRecord, plan.search().key)
     inputs = ReportInputs.read(Path(spec.runtime.store) / report / "report.json")
     methods = {(score.layer, score.block): score.method for score in inputs.scores}
-    used = not_exact(first.solutions, "subblocks", inputs.shape.parent_block, ())
+    used = not_exact(first.solutions, "subblocks", Architecture.of_parent(inputs.shape), ())
     assert {methods[place] for place in used} == {"exact"}
     assert "fisher" in methods.values()
     for key in (plan.search().key, *plan.search().exact):

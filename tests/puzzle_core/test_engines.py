@@ -157,7 +157,9 @@ def builder(seed: int, **asked) -> ProblemBuilder:
     rows = [CostRow(str(v), {"decode_ms": ms.get(v.kind, 2 + v.size / 100)}) for v in (*ATTENTIONS, *FFNS)]
     scenario = {"limits": {"block_decode_time": "50%"}}
     request = SearchRequest.model_validate({"scenario": scenario} | asked)
-    return ProblemBuilder(request, ScoreTable(PARENT, tuple(layers)), CostTable(tuple(rows)))
+    return ProblemBuilder(
+        request, ScoreTable(Architecture(layers=(PARENT,) * len(layers)), tuple(layers)), CostTable(tuple(rows))
+    )
 
 
 @pytest.mark.parametrize("engines", [["vllm"], ["sglang"], ["tensorrt-llm"], ["vllm", "sglang", "llama.cpp"]])
@@ -182,7 +184,10 @@ def test_engines_that_run_everything_take_nothing_from_the_search(engines):
 
 def test_a_parent_that_an_engine_cannot_run_is_refused_by_name():
     found = builder(0)
-    scores = ScoreTable(BlockVariant(attention=ATTENTIONS[0], ffn=FFNS[2]), found.scores.layers)
+    scores = ScoreTable(
+        Architecture(layers=(BlockVariant(attention=ATTENTIONS[0], ffn=FFNS[2]),) * len(found.scores.layers)),
+        found.scores.layers,
+    )
     with pytest.raises(SpecError, match=r"rule out the parent's own ffn:i100.*\(256, for engines sglang\)"):
         ProblemBuilder(found.request.model_copy(update={"engines": ("sglang",)}), scores, found.costs)
 

@@ -15,9 +15,9 @@ def test_a_pool_leaves_a_place_to_searches_and_keeps_limits_that_were_changed(pr
             ensure_work_pool(prefect_server)
             queues = {name: client.read_work_queue_by_name(name, POOL) for name in QUEUES}
             limits = {name: queue.concurrency_limit for name, queue in queues.items()}
-            assert client.read_work_pool(POOL).concurrency_limit == POOL_LIMIT > limits["long-runs"]
+            assert client.read_work_pool(POOL).concurrency_limit == POOL_LIMIT > limits["long-runs"] + limits["layers"]
             assert limits["searches"] is None
-            assert queues["searches"].priority < queues["long-runs"].priority
+            assert queues["searches"].priority < queues["long-runs"].priority < queues["layers"].priority
         client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=9))
         ensure_work_pool(prefect_server)
         assert client.read_work_pool(POOL).concurrency_limit == 9
@@ -29,4 +29,8 @@ def test_every_deployment_runs_once_at_a_time_in_a_queue_of_the_pool():
     assert {pool["name"] for pool in used.values()} == {POOL}
     assert {pool["work_queue_name"] for pool in used.values()} == QUEUES.keys()
     assert used["research-targets"]["work_queue_name"] == "searches"
-    assert {entry["concurrency_limit"]["limit"] for entry in deployments} == {1}
+    limited = {
+        entry["name"]: entry["concurrency_limit"]["limit"] for entry in deployments if "concurrency_limit" in entry
+    }
+    assert limited == dict.fromkeys(used.keys() - {"build-layers"}, 1)
+    assert used["build-layers"]["work_queue_name"] == "layers"

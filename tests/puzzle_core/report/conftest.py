@@ -49,7 +49,7 @@ class MadeUp:
             },
         }  # fmt: skip
         self.spec: RunSpec = parse_spec(content | changes, "test")
-        self.own = self.shape.parent_block
+        self.own = self.shape.largest_block
         attentions, ffns = self.spec.variants.of_layer(0, self.shape)
         self.blocks = [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
         self.trained = [v for v in (*attentions[1:], *ffns[1:]) if v.kind != "no_op"]
@@ -74,7 +74,7 @@ class MadeUp:
             if block != self.own
         }
         scores = ScoreTable(
-            self.own,
+            Architecture.of_parent(self.shape),
             tuple({Option(b): self.scores.get((layer, b), 0.0) for b in self.blocks} for layer in range(layers)),
             "kl",
         )

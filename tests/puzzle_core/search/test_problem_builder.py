@@ -15,6 +15,7 @@ from puzzle_core.spec import SearchRequest
 
 LAYERS = 4
 OWN = BlockVariant.parse("attn:kv4+ffn:i512")
+PARENT = Architecture(layers=(OWN,) * LAYERS)
 HALVES = {
     # parameters, KV bytes per token, prefill and decode at batch size 1
     "attn:kv4": (100, 8, 2.0, 20.0),
@@ -33,7 +34,7 @@ LOST |= {"ffn:i512": 0.0, "ffn:i256": 1.5, "ffn:i96": 3.5, "ffn:no_op": 9.0}
 def scores(layers: int = LAYERS, scale: float = 1.0) -> ScoreTable:
     blocks = [BlockVariant.parse(f"{a}+{f}") for a in HALVES if a[0] == "a" for f in HALVES if f[0] == "f"]
     return ScoreTable(
-        OWN,
+        Architecture(layers=(OWN,) * layers),
         tuple(
             {Option(b): scale * (1 + layer) * (LOST[str(b.attention)] + LOST[str(b.ffn)]) for b in blocks}
             for layer in range(layers)
@@ -227,9 +228,9 @@ def test_a_block_that_spans_layers_empties_those_after_it() -> None:
     spanning = Option(BlockVariant.parse("attn:kv4+ffn:i512"), 2)
     layers = [dict(layer) for layer in table.layers]
     layers[1][spanning] = 0.25
-    made = ProblemBuilder(request({"block_time": "75%"}), ScoreTable(OWN, tuple(layers)), costs())
+    made = ProblemBuilder(request({"block_time": "75%"}), ScoreTable(PARENT, tuple(layers)), costs())
     chosen = find_architecture(made).best
-    assert chosen.spans == {1: 2}
+    assert chosen.architecture.spans == ((1, 2),)
     assert [str(block) for block in chosen.architecture.layers] == [
         str(OWN),
         str(OWN),
@@ -239,9 +240,9 @@ def test_a_block_that_spans_layers_empties_those_after_it() -> None:
     assert chosen.score == 0.25
     assert chosen.prediction.prefill_ms == 1 + 3 * 6
     kept = ProblemBuilder(
-        request({"block_time": "75%"}, constraints={"keep": {"ffn": [2]}}), ScoreTable(OWN, tuple(layers)), costs()
+        request({"block_time": "75%"}, constraints={"keep": {"ffn": [2]}}), ScoreTable(PARENT, tuple(layers)), costs()
     )
-    assert find_architecture(kept).best.spans == {}
+    assert find_architecture(kept).best.architecture.spans == ()
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -307,7 +308,7 @@ def test_tables_refuse_what_is_no_cost_or_score() -> None:
     with pytest.raises(SpecError, match="parameters of ffn:i96 is given twice"):
         costs((CostRow("ffn:i96", {"parameters": 1.0}),))
     with pytest.raises(NonFiniteError, match=r"score of layer 0 attn:kv4\+ffn:i512 is inf"):
-        ScoreTable(OWN, ({Option(OWN): float("inf")},))
+        ScoreTable(Architecture(layers=(OWN,)), ({Option(OWN): float("inf")},))
 
 
 def test_the_most_specific_row_wins_column_by_column() -> None:
@@ -427,13 +428,13 @@ def test_a_count_that_cannot_hold_says_what_can_be_had() -> None:
 def test_layers_that_a_block_spans_count_as_empty() -> None:
     layers = [dict(layer) for layer in scores().layers]
     layers[1][Option(OWN, 2)] = 0.25
-    table = ScoreTable(OWN, tuple(layers))
+    table = ScoreTable(PARENT, tuple(layers))
     asked = {"block_time": "75%", "attention_layers": 3}
     record = find_architecture(ProblemBuilder(request(asked), table, costs()))
-    assert record.best.spans == {1: 2}
+    assert record.best.architecture.spans == ((1, 2),)
     assert next(use.usage for use in record.best.limits if use.name == "attention_layers") == 3
     no_empty = request({"block_time": "75%", "counts": {"attn:no_op": "1 layers", "ffn:no_op": 1}})
-    assert find_architecture(ProblemBuilder(no_empty, table, costs())).best.spans == {1: 2}
+    assert find_architecture(ProblemBuilder(no_empty, table, costs())).best.architecture.spans == ((1, 2),)
 
 
 @pytest.mark.parametrize(
@@ -476,7 +477,7 @@ def test_other_ways_to_choose_are_searched_over_the_same_problem() -> None:
         {option: (LAYERS - layer) * s for option, s in found.items()} for layer, found in enumerate(table.layers)
     )
     asked = request({"block_time": "60%", "memory": "95%"}, search={"baselines": names})
-    record = find_architecture(ProblemBuilder(asked, ScoreTable(OWN, table.layers, "kl", lm_loss), costs()))
+    record = find_architecture(ProblemBuilder(asked, ScoreTable(table.parent, table.layers, "kl", lm_loss), costs()))
     found = {baseline.method: baseline for baseline in record.baselines}
     assert {*found, *(name.removeprefix("baseline ") for name in record.omissions)} == set(names)
     assert all(baseline.score >= record.best.score for baseline in found.values())

@@ -74,7 +74,7 @@ def test_parameters_and_kv_entries_are_those_of_the_real_module(row, name, paren
 @pytest.mark.parametrize("row", ROWS, ids=row_id)
 def test_entries_are_read_back_and_have_the_keys_that_the_row_names(row, parent):
     shape, variant = parent.shape, a_variant(row)
-    block = parent.shape.parent_block.with_variant(variant)
+    block = parent.shape.largest_block.with_variant(variant)
     assert from_block_configs([block_config(block)], shape.hidden, shape.heads).layers == (block,)
     (key,) = row.entry(variant.size)
     assert key in row.size_keys
