@@ -22,6 +22,7 @@ from flows.services.prefect_server import PREFECT_HOME, RUNNING, SETTINGS, runni
 from flows.services.work_pool import POOL, ensure_work_pool
 from puzzle_core.errors import PuzzleError
 from tasks.runtime.private_files import private_directory
+from tasks.tracking.place import SERVED
 
 log = logging.getLogger("puzzle")
 START_SECONDS = 240
@@ -63,12 +64,14 @@ def services(directory: Path, ports: Ports) -> list[Service]:
     tracking = [*python, "mlflow", "server", "--host", "127.0.0.1", "--port", str(ports.mlflow), "--workers", "1"]
     tracking += ["--backend-store-uri", f"sqlite:///{directory / TRACKING}"]
     tracking += ["--artifacts-destination", str(data / "mlartifacts")]
+    tracking += ["--default-artifact-root", (data / "mlartifacts").as_uri()]  # as without the server (mlflow_client.py)
     worker_environment = {
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_HOME": str(directory / PREFECT_HOME),
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "puzzle,puzzle_core",
         "PUZZLE_MLFLOW_UI": mlflow,
+        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI", mlflow),
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     worker = [*python, "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "this-machine"]
@@ -104,6 +107,7 @@ def up(directory: Path, ports: Ports) -> None:
         _wait(worker, _start(worker, directory, logs), logs)
         _run(["prefect", "--no-prompt", "deploy", "--all"], worker.environment, directory, logs / "deploy.log")
         (directory / PREFECT_HOME / RUNNING).write_text(worker.environment["PREFECT_API_URL"])
+        (directory / SERVED).write_text(f"http://127.0.0.1:{ports.mlflow}")
     except BaseException:
         down(directory)
         raise
@@ -119,6 +123,7 @@ def down(directory: Path) -> int:
     api = running_api(directory / PREFECT_HOME)
     uncancelled = cancel_runs(api, STOP_SECONDS) if api and commands else []
     (directory / PREFECT_HOME / RUNNING).unlink(missing_ok=True)
+    (directory / SERVED).unlink(missing_ok=True)
     for part in (WORKER_COMMAND, RUN_COMMAND):
         _end(directory, [pid for pid, command in processes(directory).items() if part in f"{command} "])
     if api and uncancelled:

@@ -3,8 +3,13 @@
 import json
 from urllib.request import urlopen
 
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
+
+from flows import submit
+from flows.build_library import train_variants
 from flows.puzzle import puzzle
-from tests.workflow import SCORED, TRAINED, Recorded, artifacts, edges
+from tests.workflow import SCORED, TRAINED, Recorded, artifacts, edges, plan_of
 
 FLOWS = ("build-library", "search-architecture", "train-child")
 
@@ -49,6 +54,18 @@ def test_a_run_that_computes_has_the_edges_of_its_data(finished, prefect_server)
     library = drawn(prefect_server, finished.recorded, "train-variants")
     assert {"train-variants", "tokens scoring"} == library["score-variants"]
     assert {"importance", "tokens bld"} == library["train-variants"]
+
+
+def test_more_than_the_limit_are_listed_in_one_table(again, prefect_server, monkeypatch):
+    spec = again(name="listed")
+    plan, context = plan_of(spec)
+    monkeypatch.setattr(submit, "MOST_CACHED", TRAINED - 1)
+    train_variants(plan, context)
+    with get_client(sync_client=True) as client:
+        (table,) = client.read_latest_artifacts(
+            artifact_filter=ArtifactCollectionFilter(key=ArtifactCollectionFilterKey(any_=["found-bld-listed"]))
+        )
+    assert {row["key"] for row in json.loads(table.data)} == {work.key for work in plan.all_bld()}
 
 
 def test_a_second_run_computes_nothing_and_shows_its_tasks_as_cached_with_the_same_edges(again):
