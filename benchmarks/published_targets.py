@@ -17,7 +17,7 @@ from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Var
 from puzzle_core.cost.roofline import roofline
 from puzzle_core.quantities import parse_memory
 from puzzle_core.report.report_tables import Table, format_text
-from puzzle_core.sizes import architecture_parameters, kv_entries_per_token
+from puzzle_core.sizes import architecture_parameters, kv_entries
 from puzzle_core.target import PRECISION_BYTES, TargetSpec, load_target
 from puzzle_core.work import Traffic
 
@@ -101,7 +101,7 @@ def best_throughput(
     hardware = target.hardware
     memory = MEMORY_SHARE * hardware.tensor_parallel * parse_memory(hardware.memory).value
     free = memory - architecture_parameters(shape, architecture) * PRECISION_BYTES[hardware.weights]
-    per_token = kv_entries_per_token(shape, architecture) * PRECISION_BYTES[hardware.kv_cache]
+    per_token = kv_entries(shape, architecture, tokens=1) * PRECISION_BYTES[hardware.kv_cache]
     most = int(free // (per_token * (prompt_tokens + generated_tokens / 2)))
     found = []
     for batch_size in {max(1, int(share * most)) for share in BATCH_SHARES}:

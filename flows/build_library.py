@@ -22,6 +22,7 @@ from puzzle_core.sizes import DTYPE_BYTES, LAYER_CACHE_BYTES, architecture_param
 from puzzle_core.spec import RunSpec
 from puzzle_core.target import ComputeDtype
 from puzzle_core.work import AssembleWork, BldWork, ScoreWork
+from tasks.announce import announce
 from tasks.runtime.context import RunContext
 from tasks.stage_progress import StageProgress
 from tasks.stage_tasks import (
@@ -38,7 +39,6 @@ from tasks.tracking.tracking import tracked
 from tasks.ui_artifacts import show_library, show_tracked
 
 log = logging.getLogger("puzzle")
-LIBRARY_SPLITS = ("calibration", "bld", "scoring")
 Layers = Annotated[str | None, Field(pattern=f"^{LAYERS}$", examples=["0-9"])]
 
 
@@ -84,15 +84,18 @@ def build_planned_library(plan: Plan, context: RunContext) -> None:
     spec = plan.spec
     with tracked("library", spec) as run:
         show_tracked(plan, run)
-        ensure_tokens(plan, context, *LIBRARY_SPLITS)
+        ensure_tokens(plan, context, "calibration", "bld", *plan.scoring_splits)
         importance = ensure(measure_importance, plan.importance(), context)
         with context.lock_activations(plan.tokens("bld").key, spec.bld.dtype):
             train = train_variants if spec.bld.source == "stored" else train_streamed
             train = side_by_side(train, context, _trainings_at_a_time(plan))
             call_flow(train, plan, context, after=[plan.tokens("bld").key, importance])
-        with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
-            score = side_by_side(score_variants, context, scores_at_a_time(plan, context))
-            call_flow(score, plan, context, after=[plan.tokens("scoring").key, *(work.key for work in plan.all_bld())])
+        trained = [work.key for work in plan.all_bld()]
+        for split in plan.scoring_splits:
+            tokens = plan.tokens(split).key
+            with context.lock_activations(tokens, spec.scoring.dtype):
+                score = side_by_side(score_variants, context, scores_at_a_time(plan, context))
+                call_flow(score, plan, context, split=split, after=[tokens, *trained])
         if plan.part is None:
             record_library(plan, context, run)
         show_library(plan, context)
@@ -247,13 +250,13 @@ def _missing_variants(plan: Plan, context: RunContext) -> tuple[Trainings, Train
     result_serializer="json",
     validate_parameters=False,
 )
-def score_variants(plan: Plan, context: RunContext, child: Architecture | None = None) -> None:
-    """Replace-1-block scores that the store lacks, in the parent or in a child.
+def score_variants(plan: Plan, context: RunContext, child: Architecture | None = None, split: str = "scoring") -> None:
+    """Replace-1-block scores on one split that the store lacks, in the parent or in a child.
 
     The states of the parent, and then of the child, are captured once, through the last layer. Where scores are
     estimates, one task measures the gradients that all of them are made from.
     """
-    works, stored_keys = plan.all_scores(child), context.store().keys(ScoreWork.stage)
+    works, stored_keys = plan.all_scores(child, split), context.store().keys(ScoreWork.stage)
     base = plan.assemble(child) if child else None
     missing = [work for work in works if work.key not in stored_keys]
     done = len(works) - len(missing)
@@ -261,38 +264,45 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
     show_stored("scores", score_block, [work for work in works if work.key in stored_keys], plan, context)
     if not missing:
         return
-    tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
+    tokens, dtype = plan.tokens(split).key, plan.spec.scoring.dtype
     first = min(work.layer for work in missing)
-    capture_layers(plan, context, first if base is None else len(plan.layers))
+    capture_layers(plan, context, first if base is None else len(plan.layers), split=split)
     gradients = None if base else plan.gradients()
     if gradients:
         ensure(measure_gradients, gradients, context, [captured(plan.layers[-1], tokens, dtype)])
     else:
-        _capture_log_probabilities(plan, context)
+        _capture_log_probabilities(plan, context, split)
     if base:
-        capture_layers(plan, context, first, base)
+        capture_layers(plan, context, first, base, split)
     progress = StageProgress("scores", plan.name, done, shows_end=True)
     futures = [submit(score_block, work, context, _read_by(work)) for work in missing]
     wait_all("scores", futures, done, len(works), progress)
     for model in (None, base) if base else (None,):
         directory = context.activations_directory(plan.inputs.parent, tokens, dtype, model)
         call_task(drop_activations, "drop", [work.key for work in missing], directory=directory)
+    if child is None and plan.part is None:
+        announce_library(plan)
 
 
-def capture_layers(plan: Plan, context: RunContext, kept_from: int, base: AssembleWork | None = None) -> None:
-    """Capture all layers of the parent, or of a child, on the scoring tokens.
+def announce_library(plan: Plan) -> None:
+    """Emit the event that a library has all its scores, which may start re-searches."""
+    announce("library.built", plan.spec.name, {"parent": plan.spec.parent.path, "store": plan.spec.runtime.store})
+
+
+def capture_layers(
+    plan: Plan, context: RunContext, kept_from: int, base: AssembleWork | None = None, split: str = "scoring"
+) -> None:
+    """Capture all layers of the parent, or of a child, on the tokens of a split.
 
     Args:
         plan: of the run.
         context: its places.
         kept_from: the first layer whose states after attention are stored, too.
         base: the child.
+        split: of the tokens.
     """
-    tokens, dtype, progress = (
-        plan.tokens("scoring").key,
-        plan.spec.scoring.dtype,
-        StageProgress("capture", plan.name),
-    )
+    tokens, dtype = plan.tokens(split).key, plan.spec.scoring.dtype
+    progress = StageProgress("capture", plan.name)
     for layer in plan.layers:
         before = [captured(layer - 1, tokens, dtype, base)] if layer else [tokens, *([base.key] if base else [])]
         call_task(
@@ -302,9 +312,9 @@ def capture_layers(plan: Plan, context: RunContext, kept_from: int, base: Assemb
         progress.show(layer + 1, len(plan.layers))
 
 
-def _capture_log_probabilities(plan: Plan, context: RunContext) -> None:
-    """Store the parent's log-probabilities on the scoring tokens."""
-    tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
+def _capture_log_probabilities(plan: Plan, context: RunContext, split: str = "scoring") -> None:
+    """Store the parent's log-probabilities on the tokens of a split."""
+    tokens, dtype = plan.tokens(split).key, plan.spec.scoring.dtype
     call_task(
         capture_log_probabilities, f"log-probabilities {tokens} {dtype}", [captured(plan.layers[-1], tokens, dtype)],
         parent=plan.inputs.parent, tokens=tokens, dtype=dtype, context=context,

@@ -4,7 +4,7 @@ import logging
 
 from prefect import flow
 
-from flows.build_library import LIBRARY_SPLITS, build_planned_library
+from flows.build_library import build_planned_library
 from flows.permissions import permitted
 from flows.refine_search import find_answer, refine_planned_search
 from flows.run_graph import call_flow
@@ -82,7 +82,8 @@ def _from_parent_to_child(plan: Plan, context: RunContext) -> Plan:
     """
     ensure_tokens(plan, context, *plan.splits)
     measure_target(plan, context)
-    call_flow(build_planned_library, plan, context, after=[plan.tokens(split).key for split in LIBRARY_SPLITS])
+    read = ("calibration", "bld", *plan.scoring_splits)
+    call_flow(build_planned_library, plan, context, after=[plan.tokens(split).key for split in read])
     call_flow(search_planned_architecture, plan, context, after=read_keys(plan.search()))
     plan = answering_plan(plan, context)
     search = plan.search().key

@@ -66,19 +66,20 @@ def submit_task(task: Task[..., T], makes: str, after: Iterable[str] = (), **arg
     return future
 
 
-def call_flow(flow: Flow[..., T], *arguments: Any, after: Iterable[str] = ()) -> T:
+def call_flow(flow: Flow[..., T], *arguments: Any, after: Iterable[str] = (), **named: Any) -> T:
     """Run a flow within the present one.
 
     Args:
         flow: the flow.
         *arguments: of the flow.
         after: the names that it comes after.
+        **named: arguments of the flow by name.
     """
     around = _present_flow_runs()
     upstream = _upstream(after)
     token = _enclosing.set(around)
     try:
-        result: T = flow(*map(quote, arguments), wait_for=upstream)  # type: ignore[call-overload]
+        result: T = flow(*map(quote, arguments), **_quoted(named), wait_for=upstream)  # type: ignore[call-overload]
         return result
     finally:
         _enclosing.reset(token)

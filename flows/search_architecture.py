@@ -79,13 +79,18 @@ def answering_plan(plan: Plan, context: RunContext) -> Plan:
     return plan.coupled_in(picked_variants(first, plan.variants, plan.inputs.shape))
 
 
+def known_plan(plan: Plan, context: RunContext) -> Plan:
+    """As `answering_plan`, as far as the store says: the first stage's where that has no search yet."""
+    return answering_plan(plan, context) if context.store().has(plan.search().key) else plan
+
+
 def _search(plan: Plan, context: RunContext) -> None:
     spec = plan.spec
     with tracked("search", spec) as run:
         show_tracked(plan, run)
         measure_target(plan, context)
         stored_keys = context.store().keys(ScoreWork.stage)
-        missing = [work for work in plan.all_scores() if work.key not in stored_keys]
+        missing = [work for work in (*plan.all_scores(), *plan.long_scores()) if work.key not in stored_keys]
         if missing:
             raise CoverageError(
                 f"{len(missing)} scores are not in the store {spec.runtime.store}, the first being layer "

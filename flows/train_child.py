@@ -23,6 +23,7 @@ from tasks.ui_artifacts import show_tracked
 
 log = logging.getLogger("puzzle")
 PARENT, ASSEMBLED, TRAINED = "parent", "child after assembly", "child after GKD"
+FUSED = "child after FFN fusion"
 
 
 @flow(
@@ -61,6 +62,9 @@ def train_planned_child(plan: Plan, context: RunContext) -> None:
         chosen, tokens = [refine.key if refine else plan.search().key], plan.tokens("evaluation").key
         for label, architecture in architectures.items():
             ensure(stage_tasks.assemble_child, plan.assemble(architecture), context, chosen, label=label)
+        if plan.fused(search.best.architecture) != search.best.architecture:
+            fused = plan.assemble(search.best.architecture, True)
+            ensure(stage_tasks.assemble_child, fused, context, chosen, label=FUSED)
         for split, work in plan.trainings(search.best.architecture).items():
             ensure(stage_tasks.distil_child, work, context.of_first, run=run, label=split)
         if timing := plan.timing(timed(plan, search), search.best.prediction.batch_size):
@@ -94,13 +98,17 @@ def children(search: SearchRecord) -> dict[str, Architecture]:
 def timed(plan: Plan, search: SearchRecord) -> dict[str, Architecture]:
     """The architectures that are timed, by label: the parent, children of earlier rounds, the child, the baselines."""
     earlier = {_of_round(number): child.architecture for number, child in enumerate(plan.inputs.first.children)}
-    return {PARENT: Architecture.of_parent(plan.inputs.first.shape)} | earlier | children(search)
+    fused = plan.fused(search.best.architecture)
+    after_fusion = {FUSED: fused} if fused != search.best.architecture else {}
+    return {PARENT: Architecture.of_parent(plan.inputs.first.shape)} | earlier | children(search) | after_fusion
 
 
 def evaluated(plan: Plan, search: SearchRecord) -> dict[str, str | None]:
     """Artifact keys of all evaluated models by label; none for the parent."""
     assembled = {label: plan.assemble(architecture).key for label, architecture in children(search).items()}
     earlier = {_of_round(number): child.key for number, child in enumerate(plan.inputs.first.children)}
+    if FUSED in timed(plan, search):
+        assembled[FUSED] = plan.assemble(search.best.architecture, fuse_ffn=True).key
     return {PARENT: None, **earlier, TRAINED: plan.gkd(search.best.architecture).key, **assembled}
 
 
@@ -112,10 +120,11 @@ def _of_round(number: int) -> str:
 def report_work(plan: Plan, context: RunContext) -> ReportWork:
     """The report of a plan; the search must be in the store, and refined if the specification says so."""
     search = find_answer(plan, context)
-    architectures = timed(plan, search) | {TRAINED: search.best.architecture}
+    architectures = timed(plan, search) | {TRAINED: plan.fused(search.best.architecture)}
     earlier = [_of_round(number) for number in range(plan.round)]
-    order = [PARENT, *earlier, ASSEMBLED, TRAINED, *(baseline.method for baseline in search.baselines)]
-    kinds = {PARENT: "parent", ASSEMBLED: "child", TRAINED: "child"} | dict.fromkeys(earlier, "round")
+    steps = [step for step in (ASSEMBLED, FUSED, TRAINED) if step in architectures]
+    order = [PARENT, *earlier, *steps, *(baseline.method for baseline in search.baselines)]
+    kinds = {PARENT: "parent", **dict.fromkeys(steps, "child"), **dict.fromkeys(earlier, "round")}
     keys = evaluated(plan, search)
     batch_size = search.best.prediction.batch_size
     refine = plan.refine()

@@ -3,6 +3,7 @@
 A layer has two subblocks, attention and FFN. A variant is one alternative for a subblock and has an id:
 
     attn:kv4  attn:linear  attn:no_op        grouped-query attention with 4 KV heads, one linear layer, nothing
+    attn:kv4:w1024                           the same attention within a window: a token sees itself and 1023 before it
     ffn:i8704 ffn:linear   ffn:no_op         gated FFN of intermediate width 8704, one linear layer, nothing
 
 Every kind is a row of variants/kinds.py. A block variant is a pair of variants (`attn:kv4+ffn:i8704`), an architecture
@@ -10,7 +11,7 @@ one block variant per layer, or in the place of several layers (`attn:kv4+ffn:i8
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer, WithJsonSchema, model_validator
@@ -22,14 +23,15 @@ from puzzle_core.variants.kinds import KINDS, Subblock, VariantKind, id_pattern,
 
 @dataclass(frozen=True, order=True)
 class Variant:
-    """One alternative for a subblock: a kind (variants/kinds.py) and a size, 0 if the kind has none.
+    """One alternative for a subblock: a kind (variants/kinds.py), a size and a window, 0 if the kind has none.
 
-    The size of an attention is its number of KV heads, that of an FFN its intermediate width.
+    The size of an attention is its number of KV heads, that of an FFN its intermediate width. A window is in tokens.
     """
 
     subblock: Subblock
     kind: str
     size: int = 0
+    window: int = 0
 
     @classmethod
     def parse(cls, value: "str | Variant") -> "Variant":
@@ -40,12 +42,12 @@ class Variant:
         """
         if isinstance(value, Variant):
             return value
-        row, size = parse_id(value)
-        return cls(row.subblock, row.name, size)
+        row, size, window = parse_id(value)
+        return cls(row.subblock, row.name, size, window)
 
     def __str__(self) -> str:
         row = self.row
-        return f"{self.subblock}:{row.word}{self.size if row.sized else ''}"
+        return f"{self.subblock}:{row.word}{self.size if row.sized else ''}{f':w{self.window}' if row.windowed else ''}"
 
     @property
     def row(self) -> VariantKind:
@@ -62,25 +64,37 @@ class Variant:
         """Its number of KV heads; 0 if it has no attention."""
         return self.row.kv_heads(self.size)
 
+    def seen(self, tokens: int) -> int:
+        """The tokens of a context of so many that its last token sees, and so the tokens in its KV cache."""
+        return min(tokens, self.window) if self.row.windowed else tokens
+
     @property
     def ffn_width(self) -> int:
         """Its intermediate width; 0 if it is not a gated FFN."""
         return self.row.ffn_width(self.size)
 
     @property
-    def rank(self) -> tuple[int, int, str]:
+    def rank(self) -> tuple[int, int, int, str]:
         """Sort key for the variants of a subblock: the most capable kind first, then the larger size, no-op last."""
-        return self.row.order, -self.size, self.kind
+        return self.row.order, -self.size, -self.window, self.kind
+
+
+def in_window(variant: Variant, window: int) -> Variant:
+    """The variant within a window of so many tokens, where it attends and sees more."""
+    kind = variant.row.in_window
+    return variant if kind is None or 0 < variant.window <= window else replace(variant, kind=kind, window=window)
 
 
 def variants_named(name: str) -> Callable[[Variant], bool]:
-    """Whether a variant is the one with this id (`attn:kv4`), or one of this kind (`attn:kv`, `ffn:i`, `ffn:no_op`).
+    """Whether a variant is the one with this id (`attn:kv4`), or one of this kind.
+
+    Kinds are `attn:kv`, `attn:kv:w` (within a window), `ffn:i`, `ffn:no_op` and so on.
 
     Raises:
         ValueError: neither a variant nor a kind has this name.
     """
     for row in KINDS.values():
-        if name == f"{row.subblock}:{row.word}":
+        if name == row.title:
             return lambda variant: variant.row is row
     one = Variant.parse(name)
     return lambda variant: variant == one
@@ -253,8 +267,10 @@ class ModelShape(Record):
     )
     gated: bool = Field(True, description="FFNs have a gate", exclude_if=lambda gated: gated)
     norms: int = Field(1, description="Norms of each subblock", exclude_if=lambda norms: norms == 1)
-    windows: bool = Field(
-        False, description="Layers attend within a sliding window", exclude_if=lambda windows: not windows
+    windows: tuple[int, ...] = Field(
+        (),
+        description="The sliding window of every layer in tokens, 0 where a layer sees all; empty where all layers do",
+        exclude_if=lambda windows: not windows,
     )
     blocks: tuple[BlockVariant, ...] = Field(
         (),
@@ -268,6 +284,14 @@ class ModelShape(Record):
         return BlockVariant(
             attention=Variant("attn", "sized", self.kv_heads), ffn=Variant("ffn", "sized", self.ffn_width)
         )
+
+    def window(self, layer: int) -> int:
+        """The parent's own window of a layer in tokens; 0 where it sees all."""
+        return self.windows[layer] if self.windows else 0
+
+    def in_layer(self, layer: int, variant: Variant) -> Variant:
+        """The variant as it runs in this layer: within the layer's own window where that is the shorter one."""
+        return in_window(variant, own) if (own := self.window(layer)) else variant
 
     def parent_block(self, layer: int) -> BlockVariant:
         """The parent's own block variant of a layer."""
@@ -293,8 +317,13 @@ class ModelShape(Record):
         """Return the variant if a layer of this parent's sizes can have it.
 
         Raises:
-            SpecError: the KV heads do not divide the parent's, or the FFN is wider than the parent's.
+            SpecError: the KV heads do not divide the parent's, the FFN is wider than the parent's, or the window is as
+                long as the parent's context.
         """
         if problem := variant.row.problem(self, variant.size):
             raise SpecError(f"variant {variant} {problem}")
+        if variant.window >= self.max_positions:
+            raise SpecError(
+                f"variant {variant} is the full attention: the parent's context holds {self.max_positions} tokens"
+            )
         return variant

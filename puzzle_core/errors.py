@@ -53,6 +53,10 @@ class SolveLimitError(PuzzleError):
     """A search ended at its nodes or its time limit without a solution and without a proof of infeasibility."""
 
 
+class BudgetError(PuzzleError):
+    """A run has computed for as many hours as its budget allows."""
+
+
 class ArtifactError(PuzzleError):
     """An artifact in the store is missing or does not match its record."""
 

@@ -15,10 +15,12 @@ from puzzle_core.architecture import EMPTY_BLOCK, Architecture, BlockVariant, Mo
 from puzzle_core.engines import ENGINES
 from puzzle_core.errors import SpecError
 from puzzle_core.formats.llama_blocks import unlike_llama
+from puzzle_core.fusible import check_fusible, fused
 from puzzle_core.records import Record
 from puzzle_core.spec import (
     DEPTH,
     GKD_SPLITS,
+    LONG_SCORING_SPLIT,
     BldSpec,
     HarnessSpec,
     ParentSpec,
@@ -51,7 +53,7 @@ from puzzle_core.work import (
 LAYERS = r"[0-9]+(-[0-9]+)?"
 """A range of layers in text form."""
 LayerWork = TypeVar("LayerWork", BldWork, ScoreWork)
-HELD_OUT_SPLITS = ("scoring", "evaluation")
+HELD_OUT_SPLITS = ("scoring", "evaluation", LONG_SCORING_SPLIT)
 
 
 class RoundChild(Record):
@@ -153,6 +155,23 @@ class Plan:
         for what, tokens in lengths.items():
             if tokens > shape.max_positions:
                 raise SpecError(f"{what} is {tokens}, but the parent's context holds {shape.max_positions} tokens")
+        self._check_windows()
+        if spec.child.fuse_ffn:
+            check_fusible(shape)
+
+    def _check_windows(self) -> None:
+        """Refuse a window as long as what BLD or scores read: it would train and score as the full attention."""
+        offered = {v for layer in self.layers for v in self.variants.of_layer(layer, self.inputs.shape)[0][1:]}
+        if not (windows := [variant for variant in offered if variant.window]):
+            return
+        widest = max(windows, key=lambda variant: (variant.window, variant))
+        for part, split in {"bld": "bld", "scoring": self.scoring_splits[-1]}.items():
+            length = self.spec.splits[split].sequence_length
+            if widest.window >= length:
+                raise SpecError(
+                    f"{widest} sees {widest.window} tokens, and {part} reads {length} at a time, in which it is the "
+                    f"full attention: set {part}.sequence_length above {widest.window}"
+                )
 
     @property
     def round(self) -> int:
@@ -165,7 +184,7 @@ class Plan:
         return self.round >= len(self.spec.rounds)
 
     def of_layers(self, layers: str | None) -> "Plan":
-        """The same plan with the trainings and scores of some layers alone.
+        """The same plan with the trainings and scores of some layers alone, without options that span their end.
 
         Args:
             layers: the first and the last one (`10-19`), or one (`7`); none for all.
@@ -245,6 +264,11 @@ class Plan:
     def gkd_splits(self) -> tuple[str, ...]:
         """The splits that the trainings of a child read, in their order."""
         return tuple(split for split in GKD_SPLITS if split in self.splits)
+
+    @property
+    def scoring_splits(self) -> tuple[str, ...]:
+        """The splits that scores are made on, in their order."""
+        return tuple(split for split in ("scoring", LONG_SCORING_SPLIT) if split in self.splits)
 
     def texts(self, split: str) -> Texts:
         """The texts of a split."""
@@ -329,7 +353,7 @@ class Plan:
             seed=self.spec.data.seed,
         )
 
-    def score(self, layer: int, option: Option, base: Architecture | None = None) -> ScoreWork:
+    def score(self, layer: int, option: Option, base: Architecture | None = None, split: str = "scoring") -> ScoreWork:
         """The score of one option in the parent, or in a child, where it is always exact.
 
         A child differs from the parent before the block is replaced, so an expansion at the parent does not hold there.
@@ -344,7 +368,7 @@ class Plan:
             attention=attention,
             ffn=ffn,
             whole=whole,
-            tokens=self.tokens("scoring").key,
+            tokens=self.tokens(split).key,
             dtype=self.spec.scoring.dtype,
             base=self.assemble(base) if base else None,
             gradients=None if base else self._gradients_key,
@@ -363,12 +387,17 @@ class Plan:
         """Every training of this plan's layers, those of single variants first."""
         return self._of_part(self._library.values())
 
-    def all_scores(self, base: Architecture | None = None) -> list[ScoreWork]:
-        """Every score of this plan's layers in the parent, or in a child."""
-        return self._of_part(self._scores if base is None else self._scores_in(base))
+    def all_scores(self, base: Architecture | None = None, split: str = "scoring") -> list[ScoreWork]:
+        """Every score of this plan's layers in the parent, or in a child, on one of `scoring_splits`."""
+        return self._of_part(self._scores if (base, split) == (None, "scoring") else self._scores_in(base, split))
+
+    def long_scores(self) -> list[ScoreWork]:
+        """Every score on the longer windows; none where the spec does not ask for them."""
+        return [work for split in self.scoring_splits[1:] for work in self.all_scores(split=split)]
 
     def _of_part(self, works: Iterable[LayerWork]) -> list[LayerWork]:
-        return [work for work in works if self.part is None or work.layer in self.part]
+        """The works whose layers all lie in the part; options that span its end are in no part."""
+        return [work for work in works if self.part is None or {work.layer, work.last_layer} <= {*self.part}]
 
     @cached_property
     def _variants(self) -> dict[tuple[int, Variant | Option], BldWork]:
@@ -386,10 +415,10 @@ class Plan:
 
     @cached_property
     def _scores(self) -> list[ScoreWork]:
-        return self._scores_in(None)
+        return self._scores_in(None, "scoring")
 
-    def _scores_in(self, base: Architecture | None) -> list[ScoreWork]:
-        return [self.score(layer, option, base) for layer in self.layers for option in self.scored(layer, base)]
+    def _scores_in(self, base: Architecture | None, split: str) -> list[ScoreWork]:
+        return [self.score(layer, option, base, split) for layer in self.layers for option in self.scored(layer, base)]
 
     def costs(self) -> dict[tuple[str, int], CostWork]:
         """The costs of every distinct variant, by scenario and batch size; empty if a table is imported.
@@ -400,7 +429,7 @@ class Plan:
             return {}
         shape = self.inputs.first.shape
         distinct = {
-            variant
+            shape.in_layer(layer, variant)
             for layer in self.layers
             for variants in self.variants.of_layer(layer, shape)
             for variant in variants
@@ -438,6 +467,8 @@ class Plan:
             first=self.inputs.before.shape if self.inputs.before else None,
             exact=() if base else self._exact_keys,
             influence=influence.key if (influence := self.influence()) else None,
+            long_scores=tuple(work.key for work in self.long_scores()),
+            long_weight=self.spec.scoring.long.weight if self.spec.scoring.long else 1.0,
         )
 
     def influence(self) -> InfluenceWork | None:
@@ -459,7 +490,11 @@ class Plan:
             return None
         return RefineWork(search=self.search().key, tokens=self.tokens("scoring").key)
 
-    def assemble(self, architecture: Architecture) -> AssembleWork:
+    def fused(self, architecture: Architecture) -> Architecture:
+        """The architecture that GKD trains of a chosen one: with its FFNs fused, where the spec says so."""
+        return fused(architecture) if self.spec.child.fuse_ffn else architecture
+
+    def assemble(self, architecture: Architecture, fuse_ffn: bool = False) -> AssembleWork:
         """The child of one architecture."""
         library: list[tuple[tuple[str, str], ...]] = [()] * len(architecture.layers)
         for layer, option in architecture.options.items():
@@ -471,6 +506,7 @@ class Plan:
             architecture=architecture,
             library=tuple(library),
             dtype=self.target.served_dtype,
+            fuse_ffn=fuse_ffn,
         )
 
     def trainings(self, architecture: Architecture) -> dict[str, GkdWork]:
@@ -478,12 +514,13 @@ class Plan:
 
         All rounds of iterated Puzzle distil from the first parent.
         """
-        child, works = self.assemble(architecture).key, dict[str, GkdWork]()
+        trained = self.fused(architecture)
+        child, works = self.assemble(architecture, fuse_ffn=trained != architecture).key, dict[str, GkdWork]()
         for split, spec in zip(self.gkd_splits, self.spec.gkd.trainings, strict=True):
             works[split] = GkdWork(
                 parent=self.inputs.first.parent,
                 child=child,
-                architecture=architecture,
+                architecture=trained,
                 tokens=self.tokens(split).key,
                 dtype=self.target.served_dtype,
                 seed=self.spec.data.seed,

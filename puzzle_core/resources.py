@@ -17,6 +17,7 @@ from puzzle_core.sizes import (
     variant_size,
     watched_windows,
 )
+from puzzle_core.spec import LONG_SCORING_SPLIT
 from puzzle_core.work import BldWork, ScoreWork
 
 BLD_STATES = 7
@@ -87,6 +88,8 @@ def resources(
     spec, shape = plan.spec, plan.inputs.shape
     variants = [work for work in plan.all_bld() if work.key not in done]
     scores = [work for work in plan.all_scores() if work.key not in done]
+    longs = [work for work in plan.long_scores() if work.key not in done]
+    long_tokens = spec.scoring.long.tokens if spec.scoring.long else 0
     gradients = plan.gradients() if scores else None
     if gradients and gradients.key in done:
         gradients = None
@@ -99,12 +102,14 @@ def resources(
     state, score_state, evaluation_state = (
         part.tokens * shape.hidden * DTYPE_BYTES[part.dtype] for part in (spec.bld, spec.scoring, spec.evaluation)
     )
-    some_exact = spec.scoring.method != "fisher"
-    log_probabilities = _stored_log_probability_bytes(plan, spec.scoring.tokens) if some_exact else 0
     gradient_bytes = gradients.samples * shape.layers * score_state if gradients else 0
     score_flops_per_token = sum(score_flops(plan, work) for work in scores)
     if gradients:
         score_flops_per_token += gradient_flops(plan, gradients.samples)
+    long_flops_per_token = sum(score_flops(plan, work, LONG_SCORING_SPLIT) for work in longs)
+    only_estimates = spec.scoring.method == "fisher"
+    score_scratch = _score_scratch_bytes(plan, spec.scoring.tokens, only_estimates) if scores else 0
+    long_scratch = _score_scratch_bytes(plan, long_tokens) if longs else 0
     streamed = spec.bld.source == "streamed"
     bld_flops_per_token = sum(bld_flops(plan, work) for work in variants)
     for whole in (False, True) if streamed else ():
@@ -115,13 +120,13 @@ def resources(
     child_bytes = child_size * DTYPE_BYTES[plan.target.served_dtype]
     return Resources(
         bld_tasks=len(variants),
-        score_tasks=len(scores),
+        score_tasks=len(scores) + len(longs),
         bld_tokens=len(variants) * bld_tokens,
-        score_tokens=len(scores) * spec.scoring.tokens,
+        score_tokens=len(scores) * spec.scoring.tokens + len(longs) * long_tokens,
         gkd_tokens=sum(gkd_tokens.values()),
         state_bytes=state,
         bld_scratch_bytes=states * state if variants and not streamed else 0,
-        score_scratch_bytes=(2 * shape.layers + 1) * score_state + log_probabilities if scores else 0,
+        score_scratch_bytes=max(score_scratch, long_scratch),
         evaluation_scratch_bytes=2 * evaluation_state + _stored_log_probability_bytes(plan, spec.evaluation.tokens),
         library_bytes=library,
         child_bytes=child_bytes,
@@ -130,7 +135,7 @@ def resources(
         gkd_device_bytes=(child_size * TRAINING_BYTES + parent_size * DTYPE_BYTES[spec.gkd.dtype]) // gkd_processes,
         gkd_checkpoint_bytes=child_size * (CHECKPOINT_BYTES + (BEST_WEIGHT_BYTES if spec.gkd.held_back_checks else 0)),
         bld_flops=bld_tokens * bld_flops_per_token,
-        score_flops=spec.scoring.tokens * score_flops_per_token,
+        score_flops=spec.scoring.tokens * score_flops_per_token + long_tokens * long_flops_per_token,
         gkd_flops=sum(
             tokens * gkd_flops(plan, child, recompute=gkd_processes > 1 or spec.runtime.gkd_recompute, split=split)
             for split, tokens in gkd_tokens.items()
@@ -197,19 +202,27 @@ def _held_back_passes(plan: Plan) -> float:
     return 2 * held_back_windows(windows) / (windows * spec.epochs)
 
 
-def score_flops(plan: Plan, work: ScoreWork) -> float:
+def _score_scratch_bytes(plan: Plan, tokens: int, only_estimates: bool = False) -> int:
+    """Size of the states of all layers and of the parent's log-probabilities on so many tokens."""
+    shape, dtype = plan.inputs.shape, plan.spec.scoring.dtype
+    log_probabilities = 0 if only_estimates else _stored_log_probability_bytes(plan, tokens)
+    return (2 * shape.layers + 1) * tokens * shape.hidden * DTYPE_BYTES[dtype] + log_probabilities
+
+
+def score_flops(plan: Plan, work: ScoreWork, split: str = "scoring") -> float:
     """Operations per token of one score: the block, the layers after it, and the head.
 
     A block with the parent's attention starts at its FFN. The parent's head runs again if its log-probabilities are
     too large for the scratch disk. An estimate needs the block and the gradients.
     """
-    shape, length = plan.inputs.shape, plan.splits["scoring"].sequence_length
+    shape, size = plan.inputs.shape, plan.splits[split]
+    length = size.sequence_length
     block = _block_forward(shape, work.block, length)
     if work.block.attention == shape.parent_block(work.layer).attention and not work.whole:
         block = sum(_forward(shape, work.block.ffn, length))
     if work.gradients:
         return block + 2 * plan.spec.scoring.label_samples * shape.hidden
-    heads = 1 if _stored_log_probability_bytes(plan, plan.spec.scoring.tokens) else 2
+    heads = 1 if _stored_log_probability_bytes(plan, size.tokens) else 2
     following = range(work.layer + work.span, shape.layers)
     return block + _layers_forward(shape, following, length) + heads * _head(shape)
 

@@ -16,7 +16,7 @@ WATCHED_PART, MOST_WATCHED = 64, 32
 
 
 class VariantSize(NamedTuple):
-    """Parameters and KV-cache entries per token of one subblock variant."""
+    """Parameters of one subblock variant, and KV-cache entries per token that it sees."""
 
     parameters: int
     kv_entries_per_token: int
@@ -32,6 +32,8 @@ def variant_size(shape: ModelShape, variant: Variant) -> VariantSize:
 def is_cheaper(shape: ModelShape, variant: Variant, own: Variant) -> bool:
     """Whether a variant can take the place of a parent's own to save something: parameters or KV entries."""
     if variant.rank <= own.rank or variant.kv_heads > own.kv_heads or variant.ffn_width > own.ffn_width:
+        return False
+    if own.window and variant.kv_heads and not 0 < variant.window <= own.window:
         return False
     size, own_size = variant_size(shape, variant), variant_size(shape, own)
     fewer_entries = size.kv_entries_per_token < own_size.kv_entries_per_token
@@ -50,9 +52,10 @@ def architecture_parameters(shape: ModelShape, architecture: Architecture) -> in
     return outside_parameters(shape) + sum(variant_size(shape, variant).parameters for variant in variants)
 
 
-def kv_entries_per_token(shape: ModelShape, architecture: Architecture) -> int:
-    """KV-cache entries per token of a whole child."""
-    return sum(variant_size(shape, block.attention).kv_entries_per_token for block in architecture.layers)
+def kv_entries(shape: ModelShape, architecture: Architecture, tokens: int) -> int:
+    """KV-cache entries of a whole child for one sequence of so many tokens; a window caps its layer's part."""
+    attentions = (shape.in_layer(layer, block.attention) for layer, block in enumerate(architecture.layers))
+    return sum(a.seen(tokens) * variant_size(shape, a).kv_entries_per_token for a in attentions)
 
 
 def watched_windows(windows: int, checks: int) -> int:

@@ -6,7 +6,7 @@ so equal work has an equal key on every machine.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -18,6 +18,7 @@ from puzzle_core.architecture import (
     Option,
     Variant,
     VariantId,
+    in_window,
     variants_named,
 )
 from puzzle_core.credentials import SCHEMA_PATTERN, has_credentials
@@ -53,6 +54,8 @@ WindowTokens = Annotated[int, Field(ge=8, le=10**9)]
 
 GKD_SPLITS = ("gkd", "gkd-long")
 """The splits of the texts that the trainings of a child read, in their order."""
+LONG_SCORING_SPLIT = "scoring-long"
+"""The split of the second scores."""
 PRODUCTS = "Type of activations and matrix products; auto: bfloat16 where this machine has fast products of it"
 MOST = 1000
 """The most solutions, points of a frontier, rounds and combinations of batch sizes: each is a search of its own."""
@@ -132,6 +135,11 @@ class VariantRange(Record):
     first_layer: int = Field(ge=0, description="Counted from 0")
     last_layer: int = Field(ge=0, description="Inclusive")
     kv_heads: tuple[Positive, ...] | None = Field(None, description="Replaces the value for all layers")
+    windows: tuple[Positive, ...] | None = Field(
+        None,
+        description="Replaces the value for all layers",
+        exclude_if=lambda windows: windows is None,
+    )
     ffn_ratios: tuple[Share, ...] | None = Field(None, description="Replaces the value for all layers")
     ffn_widths: tuple[Positive, ...] | None = Field(None, description="Replaces the value for all layers")
     linear: bool | None = Field(None, description="Offer one linear layer in place of each subblock here")
@@ -151,6 +159,11 @@ class VariantsSpec(Record):
     """The search space: the variants of every layer. The parent's own variant is always among them."""
 
     kv_heads: tuple[Positive, ...] = Field((), description="KV heads of reduced attentions; divisors of the parent's")
+    windows: tuple[Positive, ...] = Field(
+        (),
+        description="Sliding windows in tokens, for the parent's KV heads and for those of kv_heads",
+        exclude_if=lambda windows: not windows,
+    )
     ffn_ratios: tuple[Share, ...] = Field((), description="Widths of reduced FFNs as a share of the parent's")
     ffn_widths: tuple[Positive, ...] = Field((), description="Widths of reduced FFNs in channels")
     ffn_multiple_of: Positive = Field(1, description="Widths from ratios are rounded to a multiple of this")
@@ -245,6 +258,8 @@ class VariantsSpec(Record):
 
         def changed(part: "VariantsSpec | VariantRange") -> dict[str, Any]:
             changes: dict[str, Any] = {name: False for name in switches if getattr(part, name)}
+            if part.windows and "no_windows" in restrictions(engines):
+                changes["windows"] = ()
             if part.ids:
                 changes["ids"] = tuple(variant for variant in part.ids if constraints.allows(variant, engines))
             return changes
@@ -263,20 +278,29 @@ class VariantsSpec(Record):
 def _offered(rules: Mapping[str, Any], own: Variant, layer: int, shape: ModelShape) -> set[Variant]:
     """The variants cheaper than the parent's own subblock of a layer that these fields of a `VariantsSpec` offer.
 
+    A window that the layer's own is as short as makes no difference, so it is none of them. Where the layer's own is a
+    variant within a window, others that attend stay in it.
+
     Raises:
         SpecError: the layer does not support a variant, or no layer is large enough for it.
     """
-    subblock, of_layer = own.subblock, shape.of_layer(layer)
+    subblock, of_layer, own_window = own.subblock, shape.of_layer(layer), shape.window(layer)
     offered = {variant for variant in rules["ids"] if variant.subblock == subblock}
     for row in kinds_of(subblock):
         value = rules[row.spec_field] if row.spec_field else ()
-        sizes = value if row.sized else [0] if value else []
-        offered |= {Variant(subblock, row.name, size) for size in sizes}
+        if row.windowed:
+            kv_heads = {own.kv_heads, *rules["kv_heads"]} - {0}
+            offered |= {Variant(subblock, row.name, size, window) for size in kv_heads for window in value}
+        else:
+            sizes = value if row.sized else [0] if value else []
+            offered |= {Variant(subblock, row.name, size) for size in sizes}
+    if own.window:
+        offered = {in_window(variant, own.window) for variant in offered}
     for variant in sorted(offered, key=lambda variant: variant.rank):
         fits_largest = variant.kv_heads <= shape.kv_heads and variant.ffn_width <= shape.ffn_width
         if not fits_largest or is_cheaper(of_layer, variant, own):
             of_layer.check(variant)
-    return {variant for variant in offered if is_cheaper(of_layer, variant, own)}
+    return {v for v in offered if is_cheaper(of_layer, v, own) and not 0 < own_window <= v.window}
 
 
 class ImportanceSpec(Record):
@@ -321,6 +345,12 @@ class BldSpec(Record):
         "token, where a few tokens have huge activations (token)",
         exclude_if=lambda loss: loss == "tensor",
     )
+    initial_weights: Literal["default", "best"] = Field(
+        "default",
+        description="Weights that a variant starts from: means of KV heads and channels of one pass (default), or of "
+        "all ways that there are for its kind the one with the least loss before training (best)",
+        exclude_if=lambda way: way == "default",
+    )
     source: BldSource = Field(
         "stored",
         description="Where the parent's states come from: captured into files of runtime.scratch, layer by layer "
@@ -341,6 +371,14 @@ class BldSpec(Record):
 
 ScoringMethod = Literal["exact", "fisher"]
 """How one score is made: by the layers after the block, or from gradients of the parent."""
+
+
+class LongScoringSpec(Record):
+    """A second score of every block, on longer windows."""
+
+    tokens: Positive = Field(16_384, description="Held-out tokens per score, after those of the evaluation")
+    sequence_length: WindowTokens = Field(description="Tokens per window: more than those of the first scores")
+    weight: float = Field(1.0, gt=0, description="The score of a block is the first one plus this times the long one")
 
 
 class ScoringSpec(Record):
@@ -364,6 +402,12 @@ class ScoringSpec(Record):
         8,
         description="Backward passes of an estimate, each on labels drawn from the parent's predictions",
         exclude_if=lambda samples: samples == 8,
+    )
+
+    long: LongScoringSpec | None = Field(
+        None,
+        description="A second score on longer windows, which tells what a variant loses of a long context",
+        exclude_if=lambda long: long is None,
     )
 
 
@@ -634,6 +678,16 @@ class RoundSpec(Record):
         return self
 
 
+class ChildSpec(Record):
+    """How a child is put together (METHOD section 7)."""
+
+    fuse_ffn: bool = Field(
+        False,
+        description="FFNs with no attention between them become one wide FFN before GKD: fewer and larger products, "
+        "but an approximation, since all of them then read the input of the first",
+    )
+
+
 class GkdSpec(Record):
     """Global knowledge distillation (METHOD section 7)."""
 
@@ -743,6 +797,15 @@ class EvaluationSpec(Record):
         return self
 
 
+class BudgetSpec(Record):
+    """What one run may compute; what the store has already costs nothing."""
+
+    hours: float = Field(
+        gt=0, le=1e9, description="Hours of GPUs in all, or of CPU cores where no GPU computes; then the run stops"
+    )
+    price_per_hour: float | None = Field(None, ge=0, description="Price of such an hour, for what a run came to")
+
+
 class RuntimeSpec(Record):
     """Locations, services and parallelism. This part is in no key."""
 
@@ -768,6 +831,11 @@ class RuntimeSpec(Record):
         "best_effort",
         description="What a record that MLflow does not take means: the run goes on and says so, or it fails",
         exclude_if=lambda tracking: tracking == "best_effort",
+    )
+    budget: BudgetSpec | None = Field(
+        None,
+        description="Stop before the run has computed for longer; finished work and checkpoints stay",
+        exclude_if=lambda budget: budget is None,
     )
     workers: Positive | None = Field(None, description="Number of parallel tasks; default one per core or GPU")
     bld_side_by_side: Positive | None = Field(
@@ -810,6 +878,12 @@ class RuntimeSpec(Record):
         description="Time limit of a task in seconds. A task over it fails; the next run resumes from its checkpoint",
     )
     checkpoint_seconds: float = Field(60.0, ge=0, description="Minimum seconds between two checkpoints of a training")
+
+    @model_validator(mode="after")
+    def _budget_is_kept_by_one_process(self) -> Self:
+        if self.budget and self.task_runner == "dask":
+            raise ValueError("budget is given, but task_runner is dask, whose workers keep no account: use threads")
+        return self
 
     @model_validator(mode="after")
     def _refuse_credentials(self) -> "RuntimeSpec":
@@ -878,6 +952,9 @@ class RunSpec(Record):
         description="Serving engines that must all run the child; variants that one does not support are excluded",
     )
     search: SearchSpec = SearchSpec()
+    child: ChildSpec = Field(
+        ChildSpec(), description="How a child is put together", exclude_if=lambda child: child == ChildSpec()
+    )
     gkd: GkdSpec = GkdSpec()
     rounds: tuple[RoundSpec, ...] = Field(
         (),
@@ -910,6 +987,7 @@ class RunSpec(Record):
         gkd = zip(GKD_SPLITS, self.gkd.trainings, strict=False)
         stages: dict[str, Any] = {"calibration": self.importance, "bld": self.bld, **dict(gkd)}
         stages |= {"scoring": self.scoring, "evaluation": self.evaluation}
+        stages |= {LONG_SCORING_SPLIT: self.scoring.long} if self.scoring.long else {}
         lengths = {name: getattr(stage, "sequence_length", None) for name, stage in stages.items()}
         return {
             name: SplitSize(stage.tokens, lengths[name] or self.data.sequence_length) for name, stage in stages.items()
@@ -919,7 +997,7 @@ class RunSpec(Record):
     def sequence_lengths(self) -> dict[str, int]:
         """Tokens per window, by the fields that set them."""
         parts: dict[str, Any] = {"data": self.data, "bld": self.bld, "gkd": self.gkd, "gkd.long": self.gkd.long}
-        parts |= {"scoring": self.scoring, "evaluation": self.evaluation}
+        parts |= {"scoring": self.scoring, "scoring.long": self.scoring.long, "evaluation": self.evaluation}
         lengths = {f"{name}.sequence_length": getattr(part, "sequence_length", None) for name, part in parts.items()}
         return {field: length for field, length in lengths.items() if length}
 
@@ -983,6 +1061,25 @@ class RunSpec(Record):
         return self
 
     @model_validator(mode="after")
+    def _check_long_scores(self) -> "RunSpec":
+        if (long := self.scoring.long) is None:
+            return self
+        first = self.splits["scoring"].sequence_length
+        if long.sequence_length <= first:
+            raise ValueError(
+                f"scoring.long.sequence_length is {long.sequence_length}, and the first scores read windows of {first} "
+                "tokens: set a larger one, or leave out scoring.long"
+            )
+        if self.scoring.method != "exact":
+            raise ValueError(f"scoring.long is exact, and scoring.method is {self.scoring.method}: set it to exact")
+        if self.search.shortlist > 1 or self.search.iterations:
+            raise ValueError(
+                "search.shortlist and search.iterations measure children on the windows of the first scores alone: "
+                "leave them out, or scoring.long"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_coupled(self) -> "RunSpec":
         if self.bld.coupled in ("linear_and_no_op", "all") and self.scoring.composition == "subblocks":
             raise ValueError(
@@ -995,10 +1092,10 @@ class RunSpec(Record):
                 "search.iterations scores single layers of a child, which blocks in the place of several layers do not "
                 "have: leave out search.iterations or variants.spans"
             )
-        if self.variants.spans and self.rounds:
+        if (self.variants.spans or self.child.fuse_ffn) and self.rounds:
             raise ValueError(
                 "rounds compares every child layer by layer with the first parent, which a child with fewer layers is "
-                "not: leave out rounds or variants.spans"
+                f"not: leave out rounds or {'variants.spans' if self.variants.spans else 'child.fuse_ffn'}"
             )
         return self
 

@@ -125,13 +125,15 @@ class BldWork(Work):
 class BldRecord(Record):
     """Result of a variant's training; losses are normalised MSE by `bld.loss`, without unit.
 
-    `initial_loss` and `final_loss` are measured on the same held-back windows. If training does not lower the loss,
-    the initial weights are kept and both are equal. `curve` has the training loss of every step.
+    `initial_loss` and `final_loss` are measured on the same held-back windows. `compared` has the loss of each way to
+    start before training, by its name, on the first batch of these; the least one was taken. If training does not lower
+    the loss, the initial weights are kept and both are equal. `curve` has the training loss of every step.
     """
 
     layer: int
     variant: TrainedId
     initial_loss: float
+    compared: dict[str, float] = {}
     final_loss: float
     curve: tuple[float, ...]
     tokens: int
@@ -139,7 +141,10 @@ class BldRecord(Record):
 
 
 class AssembleWork(Work):
-    """One architecture; `library` has the keys of what was trained of each layer, by the id of a variant or option."""
+    """One architecture; `library` has the keys of what was trained of each layer, by the id of a variant or option.
+
+    With `fuse_ffn`, FFNs with no attention between them are one in the child.
+    """
 
     stage: ClassVar[str] = "child"
     version: ClassVar[int] = 1
@@ -148,6 +153,7 @@ class AssembleWork(Work):
     architecture: Architecture
     library: tuple[tuple[tuple[str, str], ...], ...]
     dtype: Dtype
+    fuse_ffn: bool = Field(False, exclude_if=lambda fuses: not fuses)
 
 
 class GradientsWork(Work):
@@ -216,6 +222,11 @@ class ScoreWork(Work):
     def option(self) -> Option:
         """The block and the layers that it replaces."""
         return Option(self.block, self.span)
+
+    @property
+    def last_layer(self) -> int:
+        """The last of the layers that the block replaces."""
+        return self.layer + self.span - 1
 
     @property
     def trained(self) -> dict[str, str]:
@@ -300,9 +311,10 @@ class CostRecord(Record):
 
 
 class ChildRecord(Record):
-    """Architecture and size of a child."""
+    """Architecture and size of a child; `unfused` is the architecture before FFN fusion, where there was one."""
 
     architecture: Architecture
+    unfused: Architecture | None = None
     parameters: int
     parameter_bytes: int
 
@@ -409,7 +421,8 @@ class SearchWork(Work):
     With a `base`, the scores hold for blocks in that child. `first` is the first parent of iterated Puzzle, where the
     parent is a child of it: shares in limits are of its values. `exact` are the exact scores that a search over
     estimates may use: the estimates alone decide which of them it uses, and in which order it asks for them.
-    `influence` is what baselines that drop layers choose by.
+    `influence` is what baselines that drop layers choose by. `long_scores` are of the same blocks on longer windows,
+    and count `long_weight` times.
     """
 
     stage: ClassVar[str] = "search"
@@ -428,6 +441,8 @@ class SearchWork(Work):
     first: ModelShape | None = Field(None, exclude_if=lambda shape: shape is None)
     exact: tuple[str, ...] = Field((), exclude_if=lambda keys: not keys)
     influence: str | None = Field(None, exclude_if=lambda key: key is None)
+    long_scores: tuple[str, ...] = Field((), exclude_if=lambda keys: not keys)
+    long_weight: float = Field(1.0, exclude_if=lambda weight: weight == 1)
 
 
 class RefineWork(Work):
@@ -477,7 +492,7 @@ class ReportWork(Work):
     """
 
     stage: ClassVar[str] = "report"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     spec: RunSpec
     shape: ModelShape

@@ -20,8 +20,8 @@ from puzzle_core.cost.measuring import hardware_name
 from puzzle_core.device import available_cores, default_device, fast_dtype, on_first, use_threads, visible_gpus
 from puzzle_core.distill import bld, gkd, importance
 from puzzle_core.distill.launch import GkdRequest, launch
-from puzzle_core.distill.loop import Progress
-from puzzle_core.errors import PuzzleError, SolveLimitError, SpecError
+from puzzle_core.distill.loop import OVER_BUDGET, Progress
+from puzzle_core.errors import BudgetError, PuzzleError, SolveLimitError, SpecError
 from puzzle_core.model import child
 from puzzle_core.model.activations import Activations, drop_layer
 from puzzle_core.model.surgery import load_weights
@@ -30,7 +30,7 @@ from puzzle_core.plan import Inputs
 from puzzle_core.records import digest_file
 from puzzle_core.search.lazy import Place, lazy_scores, next_to_score
 from puzzle_core.search.problem_builder import ProblemBuilder
-from puzzle_core.search.record_tables import cost_table, score_table, unscored_table
+from puzzle_core.search.record_tables import cost_table, score_table, unscored_table, with_long_scores
 from puzzle_core.search.run_search import check_feasible, find_architecture
 from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.search.table_files import read_costs
@@ -62,6 +62,7 @@ from puzzle_core.work import (
     TokensRecord,
     TokensWork,
 )
+from tasks.runtime.budget import over_budget
 from tasks.runtime.context import RunContext
 from tasks.runtime.digest_cache import check_texts_disjoint, named_chat, parent_digest, texts_digest
 from tasks.runtime.locks import gpu_lock, machine_lock
@@ -75,6 +76,8 @@ from tasks.runtime.named_inputs import (
 from tasks.runtime.opened_parent import hub_commit
 from tasks.runtime.produce import produce
 from tasks.stage_progress import StageProgress
+from tasks.store.efforts import efforts
+from tasks.store.references import read_keys
 from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs, with_shared_gpu
 from tasks.tracking.live_curve import HELD_BACK_KL, LiveCurve
 from tasks.tracking.tracked_run import TrackedRun
@@ -376,6 +379,8 @@ def distil_child(work: GkdWork, run: TrackedRun, context: RunContext, label: str
         if progress.held_back is not None:
             terms = terms | {HELD_BACK_KL: progress.held_back}
             log.info("GKD: KL on held-back windows %.4f after step %d", progress.held_back, progress.step)
+        if context.launch and over_budget():
+            raise BudgetError(OVER_BUDGET)
         curve.add(progress.step, {"loss": progress.loss} | terms, last=progress.step == progress.steps)
 
     def distil(out: Path) -> GkdRecord:
@@ -399,7 +404,7 @@ def distil_child(work: GkdWork, run: TrackedRun, context: RunContext, label: str
             )
 
     with gpu_lock(context.runtime.gkd_processes) as numbers:
-        return produce(work, context, distil)
+        return produce(work, context, distil, devices=len(numbers) * context.runtime.gkd_machines or None)
 
 
 @stage_task("evaluate", "evaluate {label}")
@@ -439,6 +444,7 @@ def write_report(work: ReportWork, context: RunContext) -> str:
     from puzzle_core.report.report import render_report
 
     inputs = collect.collect(work, lambda key: context.store().manifest(key).record, context.parent.path)
+    inputs = inputs.model_copy(update={"efforts": efforts(context.store(), read_keys(work))})
     return produce(work, context, lambda out: render_report(inputs, out))
 
 
@@ -475,6 +481,9 @@ def _scores(work: SearchWork, context: RunContext, exact: tuple[str, ...]) -> Sc
     """The scores that a search uses; with `exact` keys, the others are estimates, calibrated by these."""
     store = context.store()
     records = list(store.records(ScoreRecord, work.scores).values())
+    if work.long_scores:
+        longs = store.records(ScoreRecord, work.long_scores).values()
+        records = with_long_scores(records, list(longs), work.long_weight)
     if work.exact:
         records = lazy_scores(records, list(store.records(ScoreRecord, exact).values()))
     base, objective = work.base.architecture if work.base else None, work.request.search.objective
@@ -492,7 +501,8 @@ def _costs(work: SearchWork, target: TargetSpec, context: RunContext) -> CostTab
         return read_named_costs(work.cost_table, Path(target.table))
     store = context.store()
     records = {(scenario, batch): store.record(CostRecord, key) for scenario, batch, key in work.costs}
-    return cost_table(work.variants, work.first or work.shape, records)
+    request_tokens = {s.name: s.prompt_tokens + s.generated_tokens for s in work.request.scenarios}
+    return cost_table(work.variants, work.first or work.shape, records, request_tokens)
 
 
 def _short(key: str) -> str:

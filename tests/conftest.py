@@ -39,6 +39,8 @@ pytest_plugins = ["tests.workflow", "tests.s3", "tests.faults", "tests.hub"]
 
 CPU = torch.device("cpu")
 LONGEST_FILES = ("test_deploy.py", "test_store_s3.py", "test_dask_cluster.py", "test_puzzle.py")
+SERVERS = 4
+"""Workers whose tests need the session's Prefect server."""
 MIXED = (
     "attn:no_op+ffn:i24",
     "attn:kv1+ffn:no_op",
@@ -65,7 +67,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep all cores busy to the end; the order that pytest-randomly gave stays as it is otherwise.
 
     Tests of commands, flows and tasks wait for servers half of their time, and those of the core compute: files of both
-    kinds take turns. The longest files come first, for a long file that begins last has one worker alone.
+    kinds take turns. The longest files come first, for a long file that begins last has one worker alone. The tests of
+    a file have one worker, and files that need the session's Prefect server share a few: each starts a server, and most
+    make a whole run.
     """
     folders, waiting = ("e2e", "flows", "tasks"), dict[Path, tuple[int, int]]()
     files = dict.fromkeys(item.path for item in items)
@@ -81,6 +85,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for number, file in enumerate(group)
     }
     items.sort(key=lambda item: place[item.path])
+    with_server = [item.path for item in items if "prefect_server" in getattr(item, "fixturenames", ())]
+    group_of = {file: f"server-{number % SERVERS}" for number, file in enumerate(dict.fromkeys(with_server))}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of.get(item.path, item.path.stem)))
 
 
 def pytest_configure() -> None:
@@ -226,7 +234,9 @@ def assemble(
 ) -> Callable[..., Path]:
     """Assemble a new child of a pico parent from training-free weights; of the parent's own blocks if not said."""
 
-    def write(name: str, blocks: tuple[str, ...] | None = None, dtype: Dtype = "float32") -> Path:
+    def write(
+        name: str, blocks: tuple[str, ...] | None = None, dtype: Dtype = "float32", fuse_ffn: bool = False
+    ) -> Path:
         parent, library_dir = parent_of(name), tmp_path_factory.mktemp("library")
         architecture = Architecture.parse(blocks) if blocks else Architecture.of_parent(parent.shape)
         library: list[dict[str, Path]] = []
@@ -237,7 +247,7 @@ def assemble(
                 directory.mkdir()
                 save_file(initial_state(name, layer, variant), directory / WEIGHTS)
         out_dir = tmp_path_factory.mktemp("child")
-        work = AssembleWork(parent=name, architecture=architecture, library=(), dtype=dtype)
+        work = AssembleWork(parent=name, architecture=architecture, library=(), dtype=dtype, fuse_ffn=fuse_ffn)
         child.assemble(work, parent, library, out_dir)
         return out_dir
 

@@ -50,8 +50,8 @@ TINY: dict[str, Any] = {
 }
 TRAINED, SCORED = 10, 20  # variants and blocks of five layers
 TRACKING = Path("mlflow/mlflow.db")
-DEPLOYMENT_SERVICES = ("SCHEDULER", "LATE_RUNS", "FOREMAN", "PAUSE_EXPIRATIONS", "CANCELLATION_CLEANUP", "TRIGGERS")
-"""Loops of a Prefect server that runs of deployments need, and that take a third of an idle server's CPU time."""
+DEPLOYMENT_SERVICES = ("LATE_RUNS", "FOREMAN", "PAUSE_EXPIRATIONS", "CANCELLATION_CLEANUP", "TRIGGERS")
+"""Loops of a Prefect server that runs of deployments need, and that take a part of an idle server's CPU time."""
 _templates = tempfile.TemporaryDirectory(prefix="puzzle-tests-")
 
 

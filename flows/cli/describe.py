@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flows.research_targets import find_searches
+from flows.search_architecture import known_plan
 from flows.task_runners.choice import check_packages
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work
@@ -56,9 +57,9 @@ def describe_plan(spec: RunSpec) -> str:
     """
     context = RunContext.of(spec)
     check_packages(spec, context)
-    plan = Plan(spec, open_inputs.fn(context, spec))
+    plan = known_plan(Plan(spec, open_inputs.fn(context, spec)), context)
     shape, needed, store = plan.inputs.shape, resources(plan), context.store()
-    for last in ("calibration", plan.gkd_splits[-1], "evaluation"):
+    for last in ("calibration", plan.gkd_splits[-1], [*plan.splits][-1]):
         if not store.has(plan.tokens(last).key):
             check_texts_enough(plan.tokens(last), plan.texts(last), context.open_parent(), context.scratch)
     gradients = plan.gradients()
@@ -68,7 +69,7 @@ def describe_plan(spec: RunSpec) -> str:
         "costs": list(plan.costs().values()),
         "BLD": plan.all_bld(),
         **({"gradients": [gradients]} if gradients else {}),
-        "scores": plan.all_scores(),
+        "scores": [*plan.all_scores(), *plan.long_scores()],
         "search": [plan.search()],
     }
     at_most = "at most " if shape.blocks else ""

@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "train-child": ("flow_commands:train_child", "Assemble, distil and evaluate the chosen architecture."),
     "check": ("flow_commands:check", "Validate a specification and print the plan: stored and missing artifacts."),
     "report": ("report_command:report", "Print the final table of a run and the path of its report."),
+    "cost": ("report_command:cost", "Print what a run took: core- and GPU-hours and bytes, stage by stage."),
     "export": ("export_command:export", "Write a child for a serving engine: Hugging Face directory or GGUF file."),
     "push": ("push_command:push", "Push a child and its card to a Hugging Face hub."),
     "lineage": ("lineage_command:lineage", "Show a child's lineage, and which of its artifacts the store lacks."),
@@ -32,6 +33,7 @@ SUBCOMMANDS = {
     "export-library": ("interop_commands:export_library", "Write an index of the block library: keys, losses, scores."),
     "up": ("service_commands:up", "Start Prefect, a worker with all deployments, and MLflow, on loopback."),
     "down": ("service_commands:down", "Cancel the worker's runs and stop what `puzzle up` started."),
+    "automations": ("service_commands:automations", "Register the shipped automations on Prefect's server."),
     "ui": ("service_commands:ui", "Serve the Prefect UI over the runs kept here, until interrupted."),
     "pretrain-example": ("pretrain_command:pretrain_example", "Train the quickstart's parent again."),
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from puzzle_core.architecture import Architecture, ModelShape, Variant
+from puzzle_core.architecture import ModelShape, Variant
 from puzzle_core.errors import SpecError
 from puzzle_core.quantities import parse_bandwidth, parse_duration, parse_rate
 from puzzle_core.sizes import variant_size
@@ -25,17 +25,30 @@ LOGIT_BYTES = 4
 
 
 class Pass(NamedTuple):
-    """One forward pass of a batch: new tokens per sequence, and cached tokens that a new one attends to on average."""
+    """One forward pass of a batch: new tokens per sequence, and the least and the largest context of a new one.
+
+    A decode step stands for all of a generation, whose contexts grow by one token at a time.
+    """
 
     batch_size: int
     new_tokens: int
-    context: float
+    first_context: int
+    last_context: int
     decoding: bool
 
     @property
     def tokens(self) -> int:
         """Tokens of the pass, N."""
         return self.batch_size * self.new_tokens
+
+    def context(self, variant: Variant) -> float:
+        """Tokens that a new one attends to on average: those of its context that the variant's window holds."""
+        first, last = self.first_context, self.last_context
+        window = variant.seen(last)
+        if window == last:
+            return (first + last) / 2
+        short = max(0, window - first)  # contexts that are shorter than the window
+        return (short * (first + window - 1) / 2 + (last - first + 1 - short) * window) / (last - first + 1)
 
 
 @dataclass(frozen=True)
@@ -89,12 +102,13 @@ def roofline(shape: ModelShape, variants: Iterable[Variant], traffic: Traffic, t
         return _timing(traffic, partial(subblock_s, device, shape, variant))
 
     outside = _timing(traffic, partial(outside_s, device, shape))
-    blocks = [
-        (count, timing(variant))
-        for block, count in Counter(Architecture.of_parent(shape).layers).items()
-        for variant in block.subblocks
+    subblocks = Counter(
+        shape.in_layer(layer, variant)
+        for layer in range(shape.layers)
+        for variant in shape.parent_block(layer).subblocks
         if not variant.is_empty
-    ]
+    )
+    blocks = [(count, timing(variant)) for variant, count in subblocks.items()]
     return CostRecord(
         source="roofline",
         variants={str(variant): timing(variant) for variant in variants if not variant.is_empty},
@@ -144,9 +158,10 @@ def _attend_s(device: Device, shape: ModelShape, variant: Variant, work: Pass) -
     hardware, row = device.hardware, variant.row
     entries = row.kv_entries(shape, variant.size)
     copies = max(1.0, hardware.tensor_parallel / variant.kv_heads)  # fewer KV heads than devices: each needs one
-    cached = work.context if work.decoding else work.new_tokens
+    context = work.context(variant)
+    cached = context if work.decoding else work.new_tokens
     return device.kernel_s(
-        operations=work.tokens * row.context_operations(shape, variant.size) * work.context,
+        operations=work.tokens * row.context_operations(shape, variant.size) * context,
         moved_bytes=work.batch_size * cached * entries * copies * PRECISION_BYTES[hardware.kv_cache],
         precision=hardware.attention_precision,
         decoding=work.decoding,
@@ -154,8 +169,8 @@ def _attend_s(device: Device, shape: ModelShape, variant: Variant, work: Pass) -
 
 
 def _timing(traffic: Traffic, seconds: Callable[[Pass], float]) -> Timing:
-    """The times of a prefill and of all decode steps, each taken at the mean context: a step is linear in it."""
+    """The times of a prefill and of all decode steps, taken at the mean context: attention is linear in it."""
     batch, prompt, generated = traffic.batch_size, traffic.prompt_tokens, traffic.generated_tokens
-    prefill = Pass(batch, prompt, context=(prompt + 1) / 2, decoding=False)
-    step = Pass(batch, 1, context=prompt + generated / 2, decoding=True)
+    prefill = Pass(batch, prompt, 1, prompt, decoding=False)
+    step = Pass(batch, 1, prompt + 1, prompt + max(1, generated - 1), decoding=True)
     return Timing(prefill_ms=1e3 * seconds(prefill), decode_ms=1e3 * (generated - 1) * seconds(step))

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from puzzle_core.architecture import Option
+from puzzle_core.architecture import Option, Variant
 from puzzle_core.compute_slots import ComputeSlot
 from puzzle_core.distill.batches import Batch, Batches
 from puzzle_core.distill.importance import load_contribution
+from puzzle_core.distill.initial_weights import best_of
 from puzzle_core.distill.loop import MicroBatch, Progress, train
 from puzzle_core.distill.losses import normalised_mse, token_normalised_mse
 from puzzle_core.distill.training_checkpoint import Checkpoints
@@ -77,23 +78,15 @@ def _train(
     halves: Halves,
 ) -> BldRecord:
     spec, schedule = work.spec, batches.schedule
-    state = initial_state(activations, work, contributions_dir, halves)
+    state, compared = initial_state(activations, work, contributions_dir, halves), dict[str, float]()
+    if spec.initial_weights == "best" and isinstance(work.variant, Variant):
+        state, compared = best_of(state, work, activations, batches.at(0), partial(_start_loss, work, activations))
     block = variant_block(activations.parent, work.layer, work.variant, state, torch.float32, activations.device)
     parameters = {name: parameter.requires_grad_(True) for name, parameter in block.named_parameters()}
     compute, before = _forward(work, activations, block), len(schedule.measuring)
 
     def losses_at(position: int) -> list[MicroBatch]:
-        parts = batches.at(position)
-        mean_square = _mean_square(parts) if spec.loss == "tensor" and len(parts) > 1 else None
-
-        def loss(part: Callable[[], Batch]) -> dict[str, torch.Tensor]:
-            batch = part()
-            output_BTD = compute(batch.entering, batch.rows)
-            if spec.loss == "token":
-                return {"loss": batch.share * token_normalised_mse(batch.target, output_BTD)}
-            return {"loss": batch.share * normalised_mse(batch.target, output_BTD, mean_square)}
-
-        return [partial(loss, part) for part in parts]
+        return _losses(batches.at(position), spec.loss, compute)
 
     @torch.no_grad()
     def held_back_loss(first: int) -> float:
@@ -126,11 +119,36 @@ def _train(
         layer=work.layer,
         variant=work.variant,
         initial_loss=initial,
+        compared=compared,
         final_loss=min(initial, final),
         curve=tuple(terms["loss"] for terms in past.curve),
         tokens=steps * spec.batch_tokens,
         seconds=batches.computed_s,
     )
+
+
+def _losses(
+    parts: list[Callable[[], Batch]], kind: str, compute: Callable[[torch.Tensor, list[int]], torch.Tensor]
+) -> list[MicroBatch]:
+    """The loss of every micro-batch of a batch, as functions."""
+    mean_square = _mean_square(parts) if kind == "tensor" and len(parts) > 1 else None
+
+    def loss(part: Callable[[], Batch]) -> dict[str, torch.Tensor]:
+        batch = part()
+        output_BTD = compute(batch.entering, batch.rows)
+        if kind == "token":
+            return {"loss": batch.share * token_normalised_mse(batch.target, output_BTD)}
+        return {"loss": batch.share * normalised_mse(batch.target, output_BTD, mean_square)}
+
+    return [partial(loss, part) for part in parts]
+
+
+@torch.no_grad()
+def _start_loss(work: BldWork, activations: Activations, parts: list[Callable[[], Batch]], state: State) -> float:
+    """The loss of a variant with these weights on one batch."""
+    block = variant_block(activations.parent, work.layer, work.variant, state, torch.float32, activations.device)
+    losses = _losses(parts, work.spec.loss, _forward(work, activations, block))
+    return sum(loss()["loss"].item() for loss in losses)
 
 
 def _forward(

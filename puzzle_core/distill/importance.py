@@ -46,7 +46,7 @@ def measure_contributions(
     for layer in range(parent.shape.layers):
         block, width = parent.block(layer, dtype, device), parent.shape.parent_block(layer).ffn.ffn_width
         total_I = torch.zeros(width, dtype=torch.float64)
-        channels_of = _without(block.ffn_subblock, down) if width else None
+        channels_of = without(block.ffn_subblock, down) if width else None
         for batch, input_BTD in enumerate(hidden):
             contexts = same
             if positions_NT is not None:
@@ -68,10 +68,10 @@ def measure_contributions(
     return ImportanceRecord(layers=parent.shape.layers, tokens=ids_NT.numel())
 
 
-def _without(ffn: nn.Module, projection: str) -> nn.Module:
-    """The same FFN, which stays as it is, without one of its projections: what enters it comes out."""
-    changed = copy.copy(ffn)
-    changed._modules = {**ffn._modules, projection: nn.Identity()}
+def without(subblock: nn.Module, projection: str) -> nn.Module:
+    """The same subblock, which stays as it is, without one of its projections: what enters it comes out."""
+    changed = copy.copy(subblock)
+    changed._modules = {**subblock._modules, projection: nn.Identity()}
     return changed
 
 

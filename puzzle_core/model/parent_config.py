@@ -19,7 +19,7 @@ from puzzle_core.families.missing import missing_of
 from puzzle_core.formats.decilm_config import family_config
 from puzzle_core.installed_file import local_path
 from puzzle_core.model.checkpoint import INDEX, SINGLE
-from puzzle_core.model.remote.modeling_puzzle import attention_kinds
+from puzzle_core.model.remote.modeling_puzzle import attention_kinds, own_window
 from puzzle_core.model.tokenizer import MORE_TEMPLATES, TOKENIZER_FILES
 from puzzle_core.spec import ParentSpec
 
@@ -254,6 +254,11 @@ def shape_of(config: PreTrainedConfig, directory: Path, blocks: tuple[BlockVaria
         qk_norm_whole=family.qk_norm_whole,
         gated=family.ffn_names.gate is not None,
         norms=len(family.attention_norms.names),
-        windows="sliding_attention" in attention_kinds(config),
+        windows=_windows(config),
     )
     return shape.with_blocks(blocks) if blocks else shape
+
+
+def _windows(config: PreTrainedConfig) -> tuple[int, ...]:
+    kinds = attention_kinds(config)
+    return tuple(own_window(config, kind) for kind in kinds) if "sliding_attention" in kinds else ()

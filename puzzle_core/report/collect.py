@@ -8,7 +8,7 @@ from puzzle_core.architecture import Architecture
 from puzzle_core.records import Record
 from puzzle_core.report.report_inputs import ModelResult, ReportInputs
 from puzzle_core.search.search_record import RefineRecord, SearchRecord, with_refinement
-from puzzle_core.sizes import DTYPE_BYTES, architecture_parameters, kv_entries_per_token
+from puzzle_core.sizes import DTYPE_BYTES, architecture_parameters, kv_entries
 from puzzle_core.work import BldRecord, CostRecord, EvaluationRecord, GkdRecord, ReportWork, ScoreRecord, TimingRecord
 
 R = TypeVar("R", bound=Record)
@@ -76,6 +76,6 @@ def _memory_bytes(work: ReportWork, architecture: Architecture, batch_size: int,
     stored = DTYPE_BYTES[work.spec.target.served_dtype]
     weight_bytes, kv_bytes = (costs.weight_bytes, costs.kv_bytes) if costs else (stored, stored)
     scenario, shape = work.spec.scenario, work.shape
-    tokens = batch_size * (scenario.prompt_tokens + scenario.generated_tokens)
-    cache = tokens * kv_entries_per_token(shape, architecture) * kv_bytes
+    entries = kv_entries(shape, architecture, scenario.prompt_tokens + scenario.generated_tokens)
+    cache = batch_size * entries * kv_bytes
     return architecture_parameters(shape, architecture) * weight_bytes + cache

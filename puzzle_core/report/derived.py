@@ -142,7 +142,7 @@ def scores(inputs: ReportInputs) -> dict[tuple[int, Option], float]:
 def layer_facts(inputs: ReportInputs) -> list[LayerFact]:
     """The child layer by layer."""
     table, own, scored = scores(inputs), inputs.shape.parent_block, inputs.scored_shape.parent_block
-    options = inputs.child.architecture.options
+    options = inputs.chosen.architecture.options
     return [
         LayerFact(
             layer=layer,
@@ -153,7 +153,7 @@ def layer_facts(inputs: ReportInputs) -> list[LayerFact]:
             parent_attention_ms=_variant_ms(inputs, own(layer).attention),
             parent_ffn_ms=_variant_ms(inputs, own(layer).ffn),
         )
-        for layer, block in enumerate(inputs.child.architecture.layers)
+        for layer, block in enumerate(inputs.chosen.architecture.layers)
     ]
 
 

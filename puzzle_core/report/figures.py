@@ -281,7 +281,7 @@ def _identity(axes: Axes, values: list[float]) -> list[float]:
 
 def _scored_blocks(inputs: ReportInputs, layer: int) -> list[Option]:
     """The scored options of the child's layer: the block itself, or one block per scored subblock."""
-    option, parent = inputs.child.architecture.options.get(layer), inputs.scored_shape.parent_block(layer)
+    option, parent = inputs.chosen.architecture.options.get(layer), inputs.scored_shape.parent_block(layer)
     if option is None:
         return []
     if inputs.spec.scoring.composition == "pairs" or option.span > 1:

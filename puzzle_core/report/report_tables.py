@@ -202,7 +202,7 @@ def layers_table(inputs: ReportInputs) -> Table:
     ]
     saved, parent = sum(fact.saved_ms for fact in layers), sum(fact.parent_ms for fact in layers)
     sums = number_text(sum(fact.score for fact in layers)), ms_text(saved), percent_text(saved / parent)
-    rows.append(("all", *_variant_counts(inputs.child.architecture), *sums))
+    rows.append(("all", *_variant_counts(inputs.chosen.architecture), *sums))
     scored_in = f"the {inputs.rounds[-1].name}" if inputs.rounds else "the parent"
     return Table(
         title="The architecture, layer by layer",

@@ -9,12 +9,31 @@ from puzzle_core.sizes import outside_parameters, variant_size
 from puzzle_core.spec import VariantsSpec
 from puzzle_core.work import CostRecord, ScoreRecord, Timing
 
+KV_COLUMN = "kv_bytes_per_token"
 NOTHING = "attn:no_op+ffn:no_op"
+_SUMMED = ("kl_nats_per_token", "lm_loss_increase_nats_per_token", "top1_agreement")
 OBJECTIVES: dict[str, Callable[[ScoreRecord], float | None]] = {
     "kl": lambda score: score.kl_nats_per_token,
     "lm_loss": lambda score: score.lm_loss_increase_nats_per_token,
     "disagreement": lambda score: None if score.top1_agreement is None else 1 - score.top1_agreement,
 }
+
+
+def with_long_scores(scores: Sequence[ScoreRecord], longs: Sequence[ScoreRecord], weight: float) -> list[ScoreRecord]:
+    """Scores to which those of the same blocks on longer windows are added, `weight` times.
+
+    Raises:
+        CoverageError: a block has no score on longer windows.
+    """
+    by_place = {(long.layer, long.option): long for long in longs}
+    added = []
+    for score in scores:
+        if (long := by_place.get((score.layer, score.option))) is None:
+            raise CoverageError(f"layer {score.layer} {score.option} has no score on longer windows: score it again")
+        values = {name: getattr(score, name) + weight * getattr(long, name) for name in _SUMMED}
+        values["top1_agreement"] -= weight  # so that the disagreements add up
+        added.append(score.model_copy(update=values))
+    return added
 
 
 def score_table(
@@ -90,34 +109,64 @@ def unscored_table(variants: VariantsSpec, shape: ModelShape, reference: Archite
     return ScoreTable(Architecture.of_parent(shape), layers, reference=reference)
 
 
-def cost_table(variants: VariantsSpec, shape: ModelShape, costs: Mapping[tuple[str, int], CostRecord]) -> CostTable:
+def cost_table(
+    variants: VariantsSpec,
+    shape: ModelShape,
+    costs: Mapping[tuple[str, int], CostRecord],
+    request_tokens: Mapping[str, int] | None = None,
+) -> CostTable:
     """Costs by subblock variant: sizes exact from shapes, times from the records of (scenario, batch size).
+
+    A window caps the KV cache, so the bytes per token within one hold for the requests of a scenario. A layer with a
+    window of its own has rows of its own.
+
+    Args:
+        request_tokens: prompt and generated tokens of a request by scenario, where something has a window.
 
     Raises:
         CoverageError: a record lacks a variant of the space.
     """
     record = next(iter(costs.values()))
-    distinct = {v for layer in range(shape.layers) for found in variants.of_layer(layer, shape) for v in found}
-    rows = [CostRow(OUTSIDE, _sizes(outside_parameters(shape), 0, record))]
-    for variant in sorted(distinct):
-        size = variant_size(shape, variant)
-        rows.append(CostRow(str(variant), _sizes(size.parameters, size.kv_entries_per_token, record)))
+    places = _places(variants, shape)
+    rows = [CostRow(OUTSIDE, _sizes(outside_parameters(shape), record) | {KV_COLUMN: 0.0})]
+    for variant in sorted({variant for variant, *_ in places}):
+        rows.append(CostRow(str(variant), _sizes(variant_size(shape, variant).parameters, record)))
+    for variant, seen, layer in places:
+        entry_bytes = variant_size(shape, variant).kv_entries_per_token * record.kv_bytes
+        if not seen.window:
+            rows.append(CostRow(str(variant), {KV_COLUMN: entry_bytes}, layer=layer))
+        for scenario in dict.fromkeys(scenario for scenario, _ in costs) if seen.window else ():
+            tokens = (request_tokens or {})[scenario]
+            values = {KV_COLUMN: entry_bytes * seen.seen(tokens) / tokens}
+            rows.append(CostRow(str(variant), values, layer=layer, scenario=scenario))
     for (scenario, batch_size), record in costs.items():
         rows.append(CostRow(OUTSIDE, _times(record.outside), batch_size=batch_size, scenario=scenario))
-        for variant in sorted(distinct):
-            times = _times(_timing(record, variant, scenario, batch_size))
-            rows.append(CostRow(str(variant), times, batch_size=batch_size, scenario=scenario))
+        for variant, seen, layer in places:
+            times = _times(_timing(record, seen, scenario, batch_size))
+            rows.append(CostRow(str(variant), times, layer=layer, batch_size=batch_size, scenario=scenario))
         if record.no_ffn:
             rows.append(CostRow(NOTHING, _times(None), batch_size=batch_size, scenario=scenario))
     return CostTable(tuple(rows))
 
 
-def _sizes(parameters: int, kv_entries: int, record: CostRecord) -> dict[str, float]:
-    return {
-        "parameters": parameters,
-        "parameter_bytes": parameters * record.weight_bytes,
-        "kv_bytes_per_token": kv_entries * record.kv_bytes,
-    }
+def _places(variants: VariantsSpec, shape: ModelShape) -> list[tuple[Variant, Variant, int | None]]:
+    """The distinct variants, each as it runs, and the layer where that differs between layers; None for all layers."""
+    runs: dict[Variant, dict[int, Variant]] = {}
+    for layer in range(shape.layers):
+        for found in variants.of_layer(layer, shape):
+            for variant in found:
+                runs.setdefault(variant, {})[layer] = shape.in_layer(layer, variant)
+    places: list[tuple[Variant, Variant, int | None]] = []
+    for variant, by_layer in sorted(runs.items()):
+        if len(distinct := set(by_layer.values())) == 1:
+            places.append((variant, distinct.pop(), None))
+        else:
+            places += [(variant, seen, layer) for layer, seen in by_layer.items()]
+    return places
+
+
+def _sizes(parameters: int, record: CostRecord) -> dict[str, float]:
+    return {"parameters": parameters, "parameter_bytes": parameters * record.weight_bytes}
 
 
 def _times(timing: Timing | None) -> dict[str, float]:

@@ -246,7 +246,7 @@ def _variant(place: str, subblock: str, text: Any) -> Variant:
         raise SpecError(f"{place} has no {'attention' if subblock == 'attn' else subblock}: give its variant")
     written = _name(text)
     try:
-        variant = Variant.parse(written if ":" in written else f"{subblock}:{written}")
+        variant = Variant.parse(written if written.startswith(("attn:", "ffn:")) else f"{subblock}:{written}")
     except ValueError as error:
         raise SpecError(f"{place}: {error}") from error
     if variant.subblock != subblock:

@@ -13,6 +13,7 @@ from tasks.store.bucket import FileStatus
 from tasks.store.manifest import KEY, MANIFEST, Manifest
 from tasks.store.references import reachable, references
 from tasks.store.store import Store
+from tasks.store.stored_targets import TARGETS
 
 INTERMEDIATE_STAGES = frozenset({"tokens", "importance", "bld", "gradients", "score", "cost", "evaluation"})
 DAY_SECONDS = 86_400.0
@@ -47,7 +48,7 @@ class Inventory(NamedTuple):
             key = "/".join(path.split("/")[:3])
             if key in manifests and _belongs(path, manifests[key]):
                 sizes[key] += entry.size_bytes
-            else:
+            elif not path.startswith(f"{TARGETS}/"):
                 strays[path] = entry
         artifacts = {key: ArtifactSize(sizes[key], entry.modified_s) for key, entry in records.items()}
         return cls(artifacts, strays, manifests)

@@ -20,7 +20,7 @@ from typing import Literal, NoReturn, TypeVar
 
 from puzzle_core.errors import ArtifactError, DamagedError
 from puzzle_core.quantities import parse_memory
-from puzzle_core.records import Record, Work, digest_file
+from puzzle_core.records import Record, Work, digest_file, write_text_atomic
 from puzzle_core.spec import RuntimeSpec
 from tasks.store.bucket import Bucket, FileStatus
 from tasks.store.cache import Cache
@@ -257,6 +257,20 @@ class Store:
             move_into_place(staged, self._root / work.key, MANIFEST)
         elif not self.has(work.key) and self._upload(self._bucket, manifest, paths):
             self._cache.adopt(work.key, staged, manifest.place)
+
+    def documents(self, folder: str) -> dict[str, bytes]:
+        """The small files of a folder that are no artifacts, by path."""
+        paths = sorted(self.listing(f"{folder}/"))
+        if self._bucket is None:
+            return {path: data for path in paths if (data := _read(self._root / path)) is not None}
+        return self._bucket.read_all(paths)
+
+    def write_document(self, path: str, data: bytes) -> None:
+        """Write one of `documents`, over one that exists."""
+        if self._bucket is None:
+            write_text_atomic(self._root / path, data.decode())
+        else:
+            self._bucket.write(path, data)
 
     def delete(self, key: str) -> None:
         """Remove an artifact, its manifest first; artifacts that refer to it stay.

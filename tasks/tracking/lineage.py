@@ -14,10 +14,12 @@ from typing import ParamSpec
 from puzzle_core.errors import ArtifactError, DamagedError
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work, digest_file
+from puzzle_core.report.effort import HOUR_S, total
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.work import BldRecord, GkdRecord, ReportWork, ScoreRecord, TokensRecord
 from tasks.runtime.context import RunContext
+from tasks.store.efforts import efforts
 from tasks.store.references import ancestors
 from tasks.tracking.lineage_steps import (
     TABLE,
@@ -70,7 +72,7 @@ def record_library(plan: Plan, context: RunContext, run: TrackedRun) -> None:
     for scored in store.records(ScoreRecord, steps.scored).values():
         metrics.append((f"kl/{scored.option}", scored.kl_nats_per_token, scored.layer))
     run.metrics(metrics)
-    run.reads(_texts(plan, context, "calibration", "bld", "scoring"))
+    run.reads(_texts(plan, context, "calibration", "bld", *plan.scoring_splits))
     run.text(artifact_table(store, (*steps.library_keys, *steps.score_keys)), TABLE)
     run.uses(steps.parent)
     run.makes(steps.library)
@@ -152,6 +154,14 @@ def record_report(plan: Plan, context: RunContext, run: TrackedRun, work: Report
     """Log the report and its figures, its headline as metrics, and a table of all artifacts of the run."""
     headline = context.store().manifest(work.key).record["headline"]
     run.metrics([(name, value, 0) for name, value in headline.items()])
+    took = efforts(context.store(), [work.key])
+    for stage in (*took, total(took)):
+        hours = {"core_hours": stage.core_seconds / HOUR_S, "gpu_hours": stage.gpu_seconds / HOUR_S}
+        figures = hours | {"bytes": float(stage.size_bytes)}
+        run.metrics([(f"cost/{stage.stage}/{name}", value, 0) for name, value in figures.items()])
+    if (budget := context.runtime.budget) and budget.price_per_hour:
+        whole = total(took)
+        run.metrics([("cost/all/price", (whole.gpu_seconds or whole.core_seconds) / HOUR_S * budget.price_per_hour, 0)])
     run.artifacts(context.store().fetch(work.key), "report")
     timing = [work.timing.key] if work.timing else []
     run.text(artifact_table(context.store(), ancestors(context.store(), [work.key, *timing])), TABLE)

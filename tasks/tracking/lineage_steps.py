@@ -39,7 +39,8 @@ class Steps:
         tokens = [plan.tokens(split).key for split in ("calibration", "bld")]
         self.library_keys = (*tokens, plan.importance().key, *self.bld)
         gradients = plan.gradients()
-        self.score_keys = (plan.tokens("scoring").key, *([gradients.key] if gradients else []), *self.scored)
+        scoring = [*(plan.tokens(split).key for split in plan.scoring_splits), *([gradients.key] if gradients else [])]
+        self.score_keys = (*scoring, *self.scored, *(work.key for work in plan.long_scores()))
         self.cost_keys = tuple(work.key for work in plan.costs().values())
 
     def all(self) -> list[TrackedModel]:
