@@ -19,6 +19,7 @@ from pydantic import Field
 
 from flows.build_library import announce_library, build_planned_library
 from flows.permissions import permitted
+from flows.run_graph import call_flow
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import plan_run
 from puzzle_core.errors import PuzzleError, SpecError
@@ -58,7 +59,7 @@ def fan_out_library(spec: RunSpec, ranges: Annotated[int, Field(ge=1)] = 2, depl
     parts = layer_ranges(len(plan.layers), ranges)
     build_ranges(spec, parts, deployment)
     _check_whole(plan, context, parts)
-    build_planned_library(plan, context)  # makes options that span two ranges, and records the library
+    call_flow(build_planned_library, plan, context)  # makes options that span two ranges, and records the library
     announce_library(plan)
 
 

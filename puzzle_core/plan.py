@@ -590,6 +590,7 @@ class Plan:
                 "bld": self._bld_of_content.model_copy(update={"coupled": spec.bld.coupled}),
                 "target": self.target.model_copy(update={"table": inputs.cost_table}),
                 "evaluation": spec.evaluation.model_copy(update={"tasks": benchmarks, "lm_eval": self._harness}),
+                "champion": None,
                 "runtime": RuntimeSpec(),
             }
         )

@@ -116,35 +116,6 @@ def test_a_flow_that_is_started_alone_opens_its_inputs_once(flow, again):
     assert recorded.computed(at_least=2).count("open inputs") == 1
 
 
-def test_a_second_run_computes_nothing(again):
-    spec = again()
-    before, recorded = artifacts(spec.runtime.store), Recorded()
-    puzzle(spec)
-    assert changed(before, artifacts(spec.runtime.store)) == set()
-    computed = recorded.computed(at_least=15)
-    assert set(computed) <= {"open inputs", "check limits"}
-    assert computed.count("open inputs") == 1
-
-
-def test_where_prefect_remembers_and_the_store_does_not_work_is_done_again(finished, spec_of):
-    spec = spec_of()
-    publish_costs(spec)
-    build_library(spec)
-    assert len(of_stage(artifacts(spec.runtime.store), "bld")) == TRAINED
-
-
-def test_where_the_store_has_it_and_prefect_remembers_nothing_it_is_shown_as_cached(again, tmp_path):
-    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
-
-    spec = again()
-    before, recorded = artifacts(spec.runtime.store), Recorded()
-    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "forgotten"}):
-        build_library(spec)
-        train_child(spec)
-    assert changed(before, artifacts(spec.runtime.store)) == set()
-    assert set(recorded.computed(at_least=10)) == {"open inputs"}
-
-
 def test_a_new_scenario_searches_and_trains_a_new_child_and_leaves_the_library(again):
     spec = again(scenario={"name": "smaller", "limits": {"parameters": "70%"}})
     before, recorded = artifacts(spec.runtime.store), Recorded()
