@@ -112,7 +112,7 @@ def _start(content: dict[str, object], part: str, deployment: str) -> UUID:
         raise SpecError(
             f"the Prefect server has no deployment {deployment}: `prefect deploy --all` registers those of prefect.yaml"
         ) from error
-    return run.id
+    return run.id  # type: ignore[union-attr]  # a coroutine only in an event loop
 
 
 def _ended(client: SyncPrefectClient, running: dict[str, UUID]) -> dict[str, State[Any]]:

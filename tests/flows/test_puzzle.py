@@ -16,9 +16,9 @@ from flows.search_architecture import search_architecture
 from flows.train_child import train_child
 from puzzle_core.device import default_device, device_name
 from puzzle_core.errors import DataError, InfeasibleError
-from puzzle_core.report.effort import total
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.report.report_tables import format_final_table
+from puzzle_core.report.usage_table import total
 from puzzle_core.search.search_record import SearchRecord
 from tasks.runtime.context import RunContext
 from tasks.runtime.software import software
@@ -51,18 +51,18 @@ def test_a_whole_run_ends_with_the_final_table(finished):
 def test_what_a_run_took_is_in_its_report_in_mlflow_and_on_the_command_line(finished, capsys):
     store = Store(finished.content["runtime"]["store"], Path("unused"))
     inputs = ReportInputs.read(store.fetch(finished.report) / "report.json")
-    by_stage = {effort.stage: effort for effort in inputs.efforts}
+    by_stage = {usage.stage: usage for usage in inputs.usages}
     assert (by_stage["bld"].artifacts, by_stage["score"].artifacts) == (TRAINED, SCORED)
-    assert not any(effort.unknown or effort.gpu_seconds for effort in inputs.efforts)
+    assert not any(usage.unknown or usage.gpu_seconds for usage in inputs.usages)
     for stage in ("bld", "gkd", "score"):
         of_stage_keys = of_stage(artifacts(store.url), stage)
-        efforts = [store.manifest(key).origin.effort for key in of_stage_keys]
-        assert by_stage[stage].core_seconds == pytest.approx(sum(effort.device_seconds for effort in efforts))
-        assert all(0 < effort.device_seconds <= effort.seconds * effort.devices for effort in efforts)
+        usages = [store.manifest(key).origin.usage for key in of_stage_keys]
+        assert by_stage[stage].core_seconds == pytest.approx(sum(usage.device_seconds for usage in usages))
+        assert all(0 < usage.device_seconds <= usage.seconds * usage.devices for usage in usages)
     assert "## What it took" in (store.fetch(finished.report) / "report.md").read_text()
     assert main(["cost", "pico", "--store", store.url, "--price-per-hour", "3600"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("all ")]
-    whole = total(inputs.efforts)
+    whole = total(inputs.usages)
     assert float(line.split()[-1]) >= float(f"{whole.core_seconds:.2g}") * 0.9
     client = MlflowClient(finished.content["runtime"]["mlflow_uri"])
     runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
