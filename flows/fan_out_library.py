@@ -7,7 +7,7 @@ is made once (tasks/runtime/lease.py).
 
 import logging
 import time
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
 from prefect import flow
@@ -19,6 +19,7 @@ from pydantic import Field
 
 from flows.build_library import announce_library, build_planned_library
 from flows.permissions import permitted
+from flows.run_graph import call_flow
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import plan_run
 from puzzle_core.errors import PuzzleError, SpecError
@@ -58,7 +59,7 @@ def fan_out_library(spec: RunSpec, ranges: Annotated[int, Field(ge=1)] = 2, depl
     parts = layer_ranges(len(plan.layers), ranges)
     build_ranges(spec, parts, deployment)
     _check_whole(plan, context, parts)
-    build_planned_library(plan, context)  # makes options that span two ranges, and records the library
+    call_flow(build_planned_library, plan, context)  # makes options that span two ranges, and records the library
     announce_library(plan)
 
 
@@ -111,10 +112,10 @@ def _start(content: dict[str, object], part: str, deployment: str) -> UUID:
         raise SpecError(
             f"the Prefect server has no deployment {deployment}: `prefect deploy --all` registers those of prefect.yaml"
         ) from error
-    return run.id
+    return run.id  # type: ignore[union-attr]  # a coroutine only in an event loop
 
 
-def _ended(client: SyncPrefectClient, running: dict[str, UUID]) -> dict[str, State]:
+def _ended(client: SyncPrefectClient, running: dict[str, UUID]) -> dict[str, State[Any]]:
     states = {part: client.read_flow_run(run).state for part, run in running.items()}
     return {part: state for part, state in states.items() if state and state.is_final()}
 

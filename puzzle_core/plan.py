@@ -397,7 +397,8 @@ class Plan:
 
     def _of_part(self, works: Iterable[LayerWork]) -> list[LayerWork]:
         """The works whose layers all lie in the part; options that span its end are in no part."""
-        return [work for work in works if self.part is None or {work.layer, work.last_layer} <= {*self.part}]
+        part = self.layers if self.part is None else self.part
+        return [work for work in works if work.layer in part and work.last_layer in part]
 
     @cached_property
     def _variants(self) -> dict[tuple[int, Variant | Option], BldWork]:
@@ -589,6 +590,7 @@ class Plan:
                 "bld": self._bld_of_content.model_copy(update={"coupled": spec.bld.coupled}),
                 "target": self.target.model_copy(update={"table": inputs.cost_table}),
                 "evaluation": spec.evaluation.model_copy(update={"tasks": benchmarks, "lm_eval": self._harness}),
+                "champion": None,
                 "runtime": RuntimeSpec(),
             }
         )

@@ -821,8 +821,17 @@ class RuntimeSpec(Record):
     cache_size: Annotated[str, BeforeValidator(parse_memory.check), Field(json_schema_extra=parse_memory.form)] = Field(
         "20GiB", description="Maximum size of local copies of a bucket's artifacts under scratch, for instance 20GiB"
     )
-    mlflow_uri: str = Field("sqlite:///.puzzle/mlflow.db", description="MLflow tracking URI")
+    mlflow_uri: str = Field(
+        "sqlite:///.puzzle/mlflow.db",
+        description="MLflow tracking URI; at its default, MLFLOW_TRACKING_URI of the environment counts, then the "
+        "server that `make up` runs here",
+    )
     mlflow_experiment: str = Field("puzzle", description="Name of the MLflow experiment")
+    tracking: Literal["best_effort", "required"] = Field(
+        "best_effort",
+        description="What a record that MLflow does not take means: the run goes on and says so, or it fails",
+        exclude_if=lambda tracking: tracking == "best_effort",
+    )
     budget: BudgetSpec | None = Field(
         None,
         description="Stop before the run has computed for longer; finished work and checkpoints stay",
@@ -914,6 +923,15 @@ COMPUTING_PARTS = ("bld", "scoring", "gkd", "evaluation")
 """The parts with a type of matrix products."""
 
 
+class ChampionSpec(Record):
+    """The gate that makes a child the champion of its target and scenario in MLflow."""
+
+    kept_accuracy: float = Field(
+        gt=0, le=2, description="Least share of the parent's accuracy that the child keeps, for instance 0.97"
+    )
+    measured_limits: bool = Field(True, description="The limits must also hold as measured")
+
+
 class RunSpec(Record):
     """All settings of a run: parent, data, stages, hardware target, traffic, search and runtime."""
 
@@ -946,6 +964,11 @@ class RunSpec(Record):
         exclude_if=lambda rounds: not rounds,
     )
     evaluation: EvaluationSpec = EvaluationSpec()
+    champion: ChampionSpec | None = Field(
+        None,
+        description="Gate of the champion; unset: `puzzle promote` makes champions",
+        exclude_if=lambda gate: gate is None,
+    )
     runtime: RuntimeSpec = RuntimeSpec()
 
     @property
