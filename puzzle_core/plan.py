@@ -24,7 +24,7 @@ from puzzle_core.spec import (
     SplitSize,
     VariantsSpec,
 )
-from puzzle_core.target import Dtype, TargetSpec
+from puzzle_core.target import FORMULAS, Dtype, TargetSpec
 from puzzle_core.text_sources import Texts
 from puzzle_core.work import (
     AssembleWork,
@@ -278,6 +278,7 @@ class Plan:
                 traffic=_traffic(scenario, batch_size),
                 target=self.target,
                 hardware=self.inputs.hardware,
+                formulas=FORMULAS if self.target.costs == "roofline" else None,
             )
             for scenario in self.spec.scenarios
             for batch_size in scenario.batch_sizes

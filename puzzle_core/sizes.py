@@ -46,6 +46,11 @@ def kv_entries_per_token(shape: ModelShape, architecture: Architecture) -> int:
     return sum(variant_size(shape, block.attention).kv_entries_per_token for block in architecture.layers)
 
 
+def kv_copies(kv_heads: int, tensor_parallel: int) -> float:
+    """Copies of an attention's cache that its devices hold together: a whole head each where KV heads are fewer."""
+    return max(1.0, tensor_parallel / kv_heads) if kv_heads else 1.0
+
+
 def watched_windows(windows: int, checks: int) -> int:
     """Number of windows that GKD does not train on, and measures its KL on; none without checks."""
     return min(MOST_WATCHED, max(1, windows // WATCHED_PART)) if windows > 1 and checks else 0

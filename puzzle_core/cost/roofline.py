@@ -6,6 +6,7 @@ its bytes over the memory bandwidth. docs/targets.md has every formula and assum
 Legend: N tokens of one forward pass, all sequences together. Everything is per device of the tensor-parallel group.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +14,10 @@ from typing import NamedTuple
 
 from puzzle_core.architecture import ModelShape, Variant
 from puzzle_core.errors import SpecError
+from puzzle_core.precisions import LAYOUTS, Products
 from puzzle_core.quantities import parse_bandwidth, parse_duration, parse_rate
-from puzzle_core.sizes import variant_size
-from puzzle_core.target import PRECISION_BYTES, HardwareSpec, Precision, TargetSpec
+from puzzle_core.sizes import kv_copies, variant_size
+from puzzle_core.target import Efficiency, HardwareSpec, TargetSpec
 from puzzle_core.work import CostRecord, Timing, Traffic
 
 RESIDUAL_BYTES = 2
@@ -24,47 +26,62 @@ LOGIT_BYTES = 4
 
 
 class Pass(NamedTuple):
-    """One forward pass of a batch: new tokens per sequence, and cached tokens that a new one attends to on average."""
+    """One forward pass: its sequences, new tokens per sequence, and tokens that a new one attends to on average.
 
-    batch_size: int
-    new_tokens: int
+    Sequences are a mean where a batch is shared out over passes, so they need not be whole.
+    """
+
+    sequences: float
+    new_tokens: float
     context: float
     decoding: bool
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> float:
         """Tokens of the pass, N."""
-        return self.batch_size * self.new_tokens
+        return self.sequences * self.new_tokens
 
 
 @dataclass(frozen=True)
 class Device:
-    """The rates of a hardware specification, with the share of them that kernels reach."""
+    """The rates of a hardware specification, with what kernels reach of them."""
 
     hardware: HardwareSpec
+    efficiency: Efficiency
 
-    def kernel_s(self, operations: float, moved_bytes: float, precision: Precision, decoding: bool) -> float:
-        """Seconds of one kernel; operations and bytes are those of the whole group."""
-        efficiency, devices = self.hardware.efficiency, self.hardware.tensor_parallel
-        reached = efficiency.decode_compute if decoding else efficiency.prefill_compute
-        peak = parse_rate(getattr(self.hardware.peak_rates, precision)).value
-        bandwidth = parse_bandwidth(self.hardware.bandwidth).value * efficiency.bandwidth
-        return max(operations / (devices * peak * reached), moved_bytes / (devices * bandwidth))
+    def kernel_s(self, operations: float, moved_bytes: float, products: Products, tokens: float = math.inf) -> float:
+        """Seconds of one kernel; operations and bytes are those of the whole group.
 
-    def all_reduce_s(self, tokens: int, hidden: int) -> float:
+        Args:
+            tokens: of a product, whose rate rises with them.
+        """
+        devices, reached = self.hardware.tensor_parallel, self.efficiency.compute
+        peak = parse_rate(getattr(self.hardware.peak_rates, products)).value
+        bandwidth = parse_bandwidth(self.hardware.bandwidth).value * self.efficiency.bandwidth
+        slower = 1 + self.efficiency.half_tokens / tokens
+        return max(operations * slower / (devices * peak * reached), moved_bytes / (devices * bandwidth))
+
+    def all_reduce_s(self, tokens: float, hidden: int) -> float:
         """Seconds of the all-reduce of a subblock's outputs over the group: a ring that does not overlap compute."""
-        link, devices = self.hardware.interconnect, self.hardware.tensor_parallel
-        if devices == 1 or link is None:
+        devices = self.hardware.tensor_parallel
+        return 0.0 if devices == 1 else self._send_s(2 * (devices - 1) / devices * tokens * hidden)
+
+    def pass_on_s(self, tokens: float, hidden: int) -> float:
+        """Seconds that the states of a pass take from stage to stage of a pipeline."""
+        return (self.hardware.pipeline_parallel - 1) * self._send_s(tokens * hidden)
+
+    def _send_s(self, channels: float) -> float:
+        link = self.hardware.interconnect
+        if link is None:
             return 0.0
-        channel_bytes = max(RESIDUAL_BYTES, PRECISION_BYTES[self.hardware.activations])
-        sent_bytes = 2 * (devices - 1) / devices * tokens * hidden * channel_bytes
-        bandwidth = parse_bandwidth(link.bandwidth).value * self.hardware.efficiency.bandwidth
-        return sent_bytes / bandwidth + parse_duration(link.latency).value
+        channel_bytes = max(RESIDUAL_BYTES, LAYOUTS[self.hardware.activations].bytes)
+        bandwidth = parse_bandwidth(link.bandwidth).value * self.efficiency.link
+        return channels * channel_bytes / bandwidth + parse_duration(link.latency).value
 
     @property
     def overhead_s(self) -> float:
         """Fixed seconds per subblock and pass."""
-        return self.hardware.efficiency.overhead_us * 1e-6
+        return self.efficiency.overhead_us * 1e-6
 
 
 def roofline(shape: ModelShape, variants: Iterable[Variant], traffic: Traffic, target: TargetSpec) -> CostRecord:
@@ -75,20 +92,23 @@ def roofline(shape: ModelShape, variants: Iterable[Variant], traffic: Traffic, t
         traffic: at a batch size; decoding are `generated_tokens - 1` steps, whose context grows.
 
     Raises:
-        SpecError: the target has no hardware figures.
+        SpecError: the target has no hardware figures, or its devices cannot share the model.
     """
     if target.hardware is None:
         raise SpecError(
             f"target {target.name} has no figures to compute from: give it `costs: roofline` and `hardware`"
         )
     hardware = target.hardware
-    device, parent_block = Device(hardware), shape.parent_block
+    check_devices(shape, hardware.tensor_parallel, hardware.pipeline_parallel)
+    device, parent_block = Device(hardware, target.efficiency), shape.parent_block
+    passes = passes_of(traffic, hardware)
 
     def timing(variant: Variant) -> Timing:
-        return _timing(traffic, partial(subblock_s, device, shape, variant))
+        return passes.timing(partial(subblock_s, device, shape, variant))
 
-    outside = _timing(traffic, partial(outside_s, device, shape))
+    outside = passes.timing(partial(outside_s, device, shape))
     blocks = [timing(variant) for variant in parent_block.subblocks]
+    layout = LAYOUTS[hardware.weights]
     return CostRecord(
         source="roofline",
         variants={str(variant): timing(variant) for variant in variants if not variant.is_empty},
@@ -97,22 +117,40 @@ def roofline(shape: ModelShape, variants: Iterable[Variant], traffic: Traffic, t
             prefill_ms=outside.prefill_ms + shape.layers * sum(subblock.prefill_ms for subblock in blocks),
             decode_ms=outside.decode_ms + shape.layers * sum(subblock.decode_ms for subblock in blocks),
         ),
-        hardware=f"{hardware.tensor_parallel} x {hardware.device}",
-        weight_bytes=PRECISION_BYTES[hardware.weights],
-        kv_bytes=PRECISION_BYTES[hardware.kv_cache],
+        hardware=f"{hardware.devices} x {hardware.device}",
+        weight_bytes=layout.bytes,
+        embedding_bytes=layout.embedding_bytes,
+        kv_bytes=LAYOUTS[hardware.kv_cache].bytes,
+        tensor_parallel=hardware.tensor_parallel,
     )
+
+
+def check_devices(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int = 1) -> None:
+    """Refuse a number of devices that cannot share the model.
+
+    Raises:
+        SpecError: query heads or FFN width are no multiple of `tensor_parallel`, or stages are more than layers.
+    """
+    for what, count in (("heads", shape.heads), ("FFN channels", shape.ffn_width)):
+        if count % tensor_parallel:
+            raise SpecError(
+                f"tensor_parallel is {tensor_parallel}, and the model has {count} {what}, which so many devices cannot "
+                f"share: take a divisor of {math.gcd(shape.heads, shape.ffn_width)}"
+            )
+    if pipeline_parallel > shape.layers:
+        raise SpecError(f"pipeline_parallel is {pipeline_parallel}, and the model has {shape.layers} layers")
 
 
 def subblock_s(device: Device, shape: ModelShape, variant: Variant, work: Pass) -> float:
     """Seconds of one subblock in one pass."""
     hardware, size = device.hardware, variant_size(shape, variant)
-    weight_bytes, channel_bytes = PRECISION_BYTES[hardware.weights], PRECISION_BYTES[hardware.activations]
     channels = 2 * shape.hidden + variant.row.inner_channels(shape, variant.size)
+    moved = work.tokens * channels * LAYOUTS[hardware.activations].bytes
     seconds = device.kernel_s(
         operations=2 * size.parameters * work.tokens,
-        moved_bytes=size.parameters * weight_bytes + work.tokens * channels * channel_bytes,
-        precision=hardware.linear_precision,
-        decoding=work.decoding,
+        moved_bytes=size.parameters * LAYOUTS[hardware.weights].bytes + moved,
+        products=hardware.linear_products,
+        tokens=work.tokens,
     )
     if size.kv_entries_per_token:
         seconds += _attend_s(device, shape, variant, work)
@@ -121,35 +159,69 @@ def subblock_s(device: Device, shape: ModelShape, variant: Variant, work: Pass) 
 
 def outside_s(device: Device, shape: ModelShape, work: Pass) -> float:
     """Seconds of embedding, final norm, head and sampling in one pass; only each sequence's last token has logits."""
-    hardware, batch = device.hardware, work.batch_size
-    weight_bytes, channel_bytes = PRECISION_BYTES[hardware.weights], PRECISION_BYTES[hardware.activations]
-    embedding = work.tokens * shape.hidden * (weight_bytes + channel_bytes)
+    hardware, layout = device.hardware, LAYOUTS[device.hardware.weights]
+    embedding = work.tokens * shape.hidden * (layout.embedding_bytes + LAYOUTS[hardware.activations].bytes)
     head = shape.vocabulary * shape.hidden
-    return device.overhead_s + device.kernel_s(
-        operations=2 * head * batch,
-        moved_bytes=head * weight_bytes + embedding + 2 * batch * shape.vocabulary * LOGIT_BYTES,
-        precision=hardware.linear_precision,
-        decoding=work.decoding,
+    products = hardware.linear_products if layout.embedding_bits is None else _sixteen_bits(hardware)
+    seconds = device.kernel_s(
+        operations=2 * head * work.sequences,
+        moved_bytes=head * layout.embedding_bytes + embedding + 2 * work.sequences * shape.vocabulary * LOGIT_BYTES,
+        products=products,
+        tokens=work.sequences,
     )
+    return seconds + device.pass_on_s(work.tokens, shape.hidden) + device.efficiency.pass_us * 1e-6
+
+
+def _sixteen_bits(hardware: HardwareSpec) -> Products:
+    """The rate of a head in 16 bits, where the device has one."""
+    rates = hardware.peak_rates
+    return "bfloat16" if rates.bfloat16 else "float16" if rates.float16 else hardware.linear_products
 
 
 def _attend_s(device: Device, shape: ModelShape, variant: Variant, work: Pass) -> float:
     """Seconds of softmax(Q K) V: the cache is read once per pass, and new entries are written."""
     hardware, row = device.hardware, variant.row
     entries = row.kv_entries(shape, variant.size)
-    copies = max(1.0, hardware.tensor_parallel / variant.kv_heads)  # fewer KV heads than devices: each needs one
     cached = work.context if work.decoding else work.new_tokens
-    return device.kernel_s(
+    seconds = device.kernel_s(
         operations=work.tokens * row.context_operations(shape, variant.size) * work.context,
-        moved_bytes=work.batch_size * cached * entries * copies * PRECISION_BYTES[hardware.kv_cache],
-        precision=hardware.attention_precision,
-        decoding=work.decoding,
+        moved_bytes=work.sequences
+        * cached
+        * entries
+        * kv_copies(variant.kv_heads, hardware.tensor_parallel)
+        * LAYOUTS[hardware.kv_cache].bytes,
+        products=hardware.attention_products,
     )
+    return seconds + (work.sequences * device.efficiency.sequence_us * 1e-6 if work.decoding else 0.0)
 
 
-def _timing(traffic: Traffic, seconds: Callable[[Pass], float]) -> Timing:
-    """The times of a prefill and of all decode steps, each taken at the mean context: a step is linear in it."""
-    batch, prompt, generated = traffic.batch_size, traffic.prompt_tokens, traffic.generated_tokens
-    prefill = Pass(batch, prompt, context=(prompt + 1) / 2, decoding=False)
-    step = Pass(batch, 1, context=prompt + generated / 2, decoding=True)
-    return Timing(prefill_ms=1e3 * seconds(prefill), decode_ms=1e3 * (generated - 1) * seconds(step))
+class Passes(NamedTuple):
+    """The forward passes of a batch: how many prefills and of what, and how many decode steps of what."""
+
+    prefills: float
+    prefill: Pass
+    steps: int
+    step: Pass
+
+    def timing(self, seconds: Callable[[Pass], float]) -> Timing:
+        """The times of all prefills and of all decode steps."""
+        return Timing(
+            prefill_ms=1e3 * self.prefills * seconds(self.prefill), decode_ms=1e3 * self.steps * seconds(self.step)
+        )
+
+
+def passes_of(traffic: Traffic, hardware: HardwareSpec) -> Passes:
+    """The passes of a batch. A pass has at most `max_tokens` tokens; each is taken at its mean context.
+
+    A pipeline's stages work on one part of the batch each, so a step of the whole batch takes as long as one part
+    takes through all stages.
+    """
+    prompt, generated = traffic.prompt_tokens, traffic.generated_tokens
+    sequences = max(1.0, traffic.batch_size / hardware.pipeline_parallel)
+    prefills = max(1.0, sequences * prompt / hardware.serving.max_tokens)
+    return Passes(
+        prefills=prefills,
+        prefill=Pass(sequences / prefills, prompt, context=(prompt + 1) / 2, decoding=False),
+        steps=generated - 1,
+        step=Pass(sequences, 1, context=prompt + generated / 2, decoding=True),
+    )

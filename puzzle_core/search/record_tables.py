@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
 from puzzle_core.errors import CoverageError
 from puzzle_core.search.tables import OUTSIDE, CostRow, CostTable, Option, ScoreTable
-from puzzle_core.sizes import outside_parameters, variant_size
+from puzzle_core.sizes import kv_copies, outside_parameters, variant_size
 from puzzle_core.spec import VariantsSpec
 from puzzle_core.work import CostRecord, ScoreRecord, Timing
 
@@ -93,10 +93,13 @@ def cost_table(variants: VariantsSpec, shape: ModelShape, costs: Mapping[tuple[s
     """
     record = next(iter(costs.values()))
     distinct = {v for layer in range(shape.layers) for found in variants.of_layer(layer, shape) for v in found}
-    rows = [CostRow(OUTSIDE, _sizes(outside_parameters(shape), 0, record))]
+    outside = outside_parameters(shape)
+    outside_bytes = outside * (record.embedding_bytes or record.weight_bytes)
+    rows = [CostRow(OUTSIDE, _sizes(outside, 0, record) | {"parameter_bytes": outside_bytes})]
     for variant in sorted(distinct):
         size = variant_size(shape, variant)
-        rows.append(CostRow(str(variant), _sizes(size.parameters, size.kv_entries_per_token, record)))
+        entries = size.kv_entries_per_token * kv_copies(variant.kv_heads, record.tensor_parallel)
+        rows.append(CostRow(str(variant), _sizes(size.parameters, entries, record)))
     for (scenario, batch_size), record in costs.items():
         rows.append(CostRow(OUTSIDE, _times(record.outside), batch_size=batch_size, scenario=scenario))
         for variant in sorted(distinct):
@@ -107,7 +110,7 @@ def cost_table(variants: VariantsSpec, shape: ModelShape, costs: Mapping[tuple[s
     return CostTable(tuple(rows))
 
 
-def _sizes(parameters: int, kv_entries: int, record: CostRecord) -> dict[str, float]:
+def _sizes(parameters: int, kv_entries: float, record: CostRecord) -> dict[str, float]:
     return {
         "parameters": parameters,
         "parameter_bytes": parameters * record.weight_bytes,

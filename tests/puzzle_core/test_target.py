@@ -8,7 +8,7 @@ import yaml
 from puzzle_core.errors import SpecError
 from puzzle_core.quantities import parse_bandwidth, parse_duration, parse_memory, parse_rate
 from puzzle_core.spec_file import load_spec
-from puzzle_core.target import PRECISION_BYTES, HardwareSpec, TargetSpec, load_target
+from puzzle_core.target import Fit, HardwareSpec, TargetSpec, load_target
 
 SHIPPED = sorted((Path(__file__).parents[2] / "deployments/targets").glob("*.yaml"))
 HARDWARE = {
@@ -17,6 +17,7 @@ HARDWARE = {
     "bandwidth": "3.35TB/s",
     "peak_rates": {"bfloat16": "989 TFLOP/s"},
 }
+BITS = {"bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4": 4, "fp4": 4}
 ROOFLINE = {"name": "abacus", "costs": "roofline", "hardware": HARDWARE}
 
 
@@ -57,7 +58,7 @@ def test_figures_are_read_with_their_units(parse, text, value):
         ("peak_rates", {"bf16": "989 TFLOP/s"}, "hardware.peak_rates.bf16: unknown key; did you mean 'bfloat16'?"),
         ("bandwith", "1TB/s", "hardware.bandwith: unknown key; did you mean 'bandwidth'?"),
         ("efficiency", {"bandwidth": 1.5}, "hardware.efficiency.bandwidth: "),
-        ("weights", "fp4", "hardware.weights: "),
+        ("weights", "fp5", "hardware.weights: "),
         ("tensor_parallel", 4, "interconnect is missing: tensor_parallel is 4"),
         ("activations", "float32", "peak_rates.float32 is missing: weight products run in the wider of"),
         ("kv_cache", "float32", "peak_rates.float32 is missing: attention products run in the wider of"),
@@ -88,9 +89,34 @@ def test_a_target_has_what_its_kind_of_costs_needs_and_no_more(target_file, part
 def test_products_run_in_the_wider_precision_of_their_operands():
     rates = {"bfloat16": "989 TFLOP/s", "fp8": "1979 TFLOP/s"}
     quantised = HardwareSpec(**HARDWARE | {"peak_rates": rates}, weights="int4", activations="bfloat16", kv_cache="fp8")
-    assert (quantised.linear_precision, quantised.attention_precision) == ("bfloat16", "bfloat16")
+    assert (quantised.linear_products, quantised.attention_products) == ("bfloat16", "bfloat16")
     small = HardwareSpec(**HARDWARE | {"peak_rates": rates}, weights="fp8", activations="fp8", kv_cache="fp8")
-    assert (small.linear_precision, small.attention_precision) == ("fp8", "fp8")
+    assert (small.linear_products, small.attention_products) == ("fp8", "fp8")
+
+
+def test_the_fit_of_the_engine_counts_and_else_what_is_assumed():
+    efficiency = {"compute": 0.5, "bandwidth": 0.5}
+    fits = [
+        Fit(
+            engine="vllm", version=version, efficiency=efficiency | {"link": link}, measurements="m", fitted_rows=9,
+            held_out_rows=9, mean_error=0.1, largest_error=0.2, tensor_parallel=(1,), contexts=(8, 9),
+        ).model_dump()
+        for version, link in (("1", 0.1), ("2", 0.2))
+    ]  # fmt: skip
+    fitted = ROOFLINE | {"hardware": HARDWARE | {"fits": fits}}
+    assert TargetSpec(**fitted).fit is None
+    assert TargetSpec(**fitted).efficiency == HardwareSpec(**HARDWARE).efficiency
+    assert TargetSpec(**fitted, engine="vllm").efficiency.link == 0.2
+    assert TargetSpec(**fitted, engine="vllm", engine_version="1").efficiency.link == 0.1
+    with pytest.raises(ValueError, match=r"no fit of vllm 3 \(fits: vllm 1, vllm 2\)"):
+        TargetSpec(**fitted, engine="vllm", engine_version="3")
+
+
+def test_usable_memory_is_a_share_of_all_devices_less_what_the_engine_keeps():
+    link = {"bandwidth": "1GB/s", "latency": "1us"}
+    serving = {"memory_share": 0.5, "reserved": "10GB"}
+    hardware = HardwareSpec(**HARDWARE, tensor_parallel=2, pipeline_parallel=3, interconnect=link, serving=serving)
+    assert hardware.usable_bytes == 6 * 30e9
 
 
 def test_a_cost_table_is_relative_to_the_file(target_file, tmp_path):
@@ -143,9 +169,9 @@ def test_shipped_rates_are_dense(path):
     tensor = {name: parse_rate(text).value for name, text in rates.items() if name != "float32"}
     for name, rate in tensor.items():
         for other, slower in tensor.items():
-            if PRECISION_BYTES[other] == 2 * PRECISION_BYTES[name] and (name, other) != ("int8", "bfloat16"):
+            if BITS[other] == 2 * BITS[name] and (name, other) != ("int8", "bfloat16"):
                 assert 1.9 * slower < rate < 4.1 * slower
-            if PRECISION_BYTES[other] == PRECISION_BYTES[name] == 2:
+            if BITS[other] == BITS[name] == 16:
                 assert rate == slower
 
 
