@@ -1,8 +1,8 @@
 """Published serving speeds, and what the shipped targets predict for them (docs/targets.md).
 
 `benchmarks/measurements/serving.csv` has the tables with their sources, figures only; `--measurements` takes any file
-of its form. Each row is predicted with the shipped target of its device and precision. Rows that the target's factors were
-fitted to are counted apart from those that were held out and from those of other engines, versions and models.
+of its form. Each row is predicted with the shipped target of its device and precision. Rows that the target's factors
+were fitted to are counted apart from those that were held out and from those of other engines, versions and models.
 
 `--config` also compares a published 70B parent with its 51B child (METHOD section 8). The architecture of the 51B is
 not available, so the 49B of the same family replaces it: 49.87B parameters and 98 KiB of fp8 KV cache per token,
