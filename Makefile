@@ -23,11 +23,11 @@ up: $(VENV)/.installed
 down:
 	$(VENV)/bin/puzzle down
 
-# Three processes more than cores, for many tests wait for servers and for processes that they start. Tests marked
+# Four processes more than cores, for many tests wait for servers and for processes that they start. Tests marked
 # `long` are left out (`make faults`, -m long).
 # Tests run in a random order: the first lines name its seed, and `pytest -p no:randomly` or `--randomly-seed=N` sets it.
 test: $(VENV)/.installed lint
-	$(VENV)/bin/python -m pytest --numprocesses $$(( $(shell nproc) + 3 )) --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest --numprocesses $$(( $(shell nproc) + 4 )) --dist loadgroup --no-loadscope-reorder
 
 # Every fault that a run survives, injected for real, as a table; some minutes (docs/faults.md).
 faults: $(VENV)/.installed

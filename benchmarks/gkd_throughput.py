@@ -84,7 +84,7 @@ def compare(parent: Parent, spec: GkdSpec, steps: int, rounds: int, threads: int
     for directory in (tokens_dir, child_dir, out_dir):
         directory.mkdir()
     save_file({"tokens": ids_NT}, tokens_dir / "tokens.safetensors")
-    no_attention = BlockVariant.parse(f"attn:no_op+{shape.parent_block.ffn}")
+    no_attention = BlockVariant.parse(f"attn:no_op+{shape.largest_block.ffn}")
     architecture = Architecture.of_parent(shape).replace(shape.layers // 2, no_attention)
     assembling = AssembleWork(parent="p", architecture=architecture, library=(), dtype="float32")
     assemble(assembling, parent, [{} for _ in architecture.layers], child_dir)

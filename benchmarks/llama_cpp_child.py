@@ -127,7 +127,7 @@ def compare(name: str, parent: Parent, options: argparse.Namespace) -> str:
 
 def made_up_scores(shape: ModelShape, seed: int) -> ScoreTable:
     """The share of the parent's block that is gone, times a random weight of its layer."""
-    chance, own = random.Random(seed), shape.parent_block
+    chance, own = random.Random(seed), shape.largest_block
     whole = size_of(shape, own)
 
     def layer(number: int) -> dict[Option, float]:
@@ -137,7 +137,7 @@ def made_up_scores(shape: ModelShape, seed: int) -> ScoreTable:
             for block in SPACE.blocks_of_layer(number, shape)
         }
 
-    return ScoreTable(own, tuple(layer(number) for number in range(shape.layers)))
+    return ScoreTable(Architecture.of_parent(shape), tuple(layer(number) for number in range(shape.layers)))
 
 
 def size_of(shape: ModelShape, block: BlockVariant) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.puzzle_run import REPOSITORY
-from puzzle_core.architecture import BlockVariant, ModelShape
+from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
 from puzzle_core.cost.roofline import roofline
 from puzzle_core.errors import PuzzleError
 from puzzle_core.report.report_tables import Table, format_text
@@ -53,9 +53,9 @@ def make_scores(seed: int) -> ScoreTable:
         fragile = 0.01 * (1 + 100 * np.exp(-2.5 * layer) + 3 * np.exp(-40 * (1 - place)))
         scores = {}
         for block in VARIANTS.blocks_of_layer(layer, SHAPE):
-            scores[Option(block)] = 0.0 if block == SHAPE.parent_block else float(fragile * _lost(block, random))
+            scores[Option(block)] = 0.0 if block == SHAPE.largest_block else float(fragile * _lost(block, random))
         layers.append(scores)
-    return ScoreTable(SHAPE.parent_block, tuple(layers), "kl")
+    return ScoreTable(Architecture.of_parent(SHAPE), tuple(layers), "kl")
 
 
 def _lost(block: BlockVariant, random: np.random.Generator) -> float:

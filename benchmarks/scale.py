@@ -24,22 +24,22 @@ from puzzle_core.spec_file import load_spec
 from puzzle_core.work import BldRecord, ChildRecord, GkdRecord, ScoreRecord
 
 KUBERNETES = Path("deployments/kubernetes/prefect.yaml")
-LLAMA_70B = ModelShape(
-    family="llama",
-    layers=80,
-    hidden=8192,
-    heads=64,
-    kv_heads=8,
-    head_dim=128,
-    ffn_width=28672,
-    vocabulary=128256,
-    tied_embeddings=False,
-    qkv_bias=False,
-    attention_out_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    max_positions=8192,
-)
+LLAMA = {
+    "family": "llama",
+    "kv_heads": 8,
+    "head_dim": 128,
+    "vocabulary": 128256,
+    "tied_embeddings": False,
+    "qkv_bias": False,
+    "attention_out_bias": False,
+    "mlp_bias": False,
+    "qk_norm": False,
+    "max_positions": 8192,
+}
+SHAPES = {
+    "llama-8b": ModelShape.model_validate(LLAMA | {"layers": 32, "hidden": 4096, "heads": 32, "ffn_width": 14336}),
+    "llama-70b": ModelShape.model_validate(LLAMA | {"layers": 80, "hidden": 8192, "heads": 64, "ffn_width": 28672}),
+}
 
 
 class FinishedRun(NamedTuple):
@@ -95,10 +95,13 @@ def compare(spec_file: Path, overrides: tuple[str, ...]) -> str:
     return format_text(Table(title=title, columns=("", "by formula", "run"), rows=tuple(rows), text_columns=1))
 
 
-def by_formula(shape: ModelShape, tflops: float, processes: int, bld: dict[str, str | int], device_bytes: float) -> str:
-    """What the parent of the Kubernetes deployments takes; its child has half the FFN widths and 2 KV heads."""
-    content = yaml.safe_load(KUBERNETES.read_text())["definitions"]["spec"]
-    content["bld"] |= bld
+def by_formula(
+    name: str, tflops: float, processes: int, changes: dict[str, dict[str, Any]], device_bytes: float
+) -> str:
+    """What a parent takes with the Kubernetes deployments' budgets; its child has half the widths and 2 KV heads."""
+    content, shape = yaml.safe_load(KUBERNETES.read_text())["definitions"]["spec"] | {"name": name}, SHAPES[name]
+    for part, values in changes.items():
+        content[part] |= values
     spec = parse_spec(content, str(KUBERNETES))
     inputs = {name: name for name in ("parent", "tokenizer", "train_texts", "held_out_texts", "hardware")}
     plan = Plan(spec, Inputs(shape=shape, **inputs))
@@ -123,23 +126,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", type=Path, nargs="?")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--shape", choices=["llama-70b"])
+    parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--tflops", type=float, default=400, help="of one GPU (default %(default)s)")
     parser.add_argument("--processes", type=int, default=32, help="that share GKD (default %(default)s)")
     parser.add_argument("--bld-tokens", type=int, help="per variant (default as the deployments' spec says)")
     parser.add_argument("--streamed", action="store_true", help="bld.source: streamed")
     parser.add_argument("--gpus", type=int, default=8, help="of 80 GB that train variants (default %(default)s)")
+    parser.add_argument("--method", choices=["exact", "lazy", "fisher"], default="exact", help="of scoring")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     if bool(options.spec) == bool(options.shape):
         parser.error("give a spec or --shape")
-    bld: dict[str, str | int] = {"source": "streamed"} if options.streamed else {}
+    changes: dict[str, dict[str, Any]] = {"bld": {}, "scoring": {"method": options.method}}
+    if options.streamed:
+        changes["bld"]["source"] = "streamed"
     if options.bld_tokens:
-        bld["tokens"] = options.bld_tokens
+        changes["bld"]["tokens"] = options.bld_tokens
     text = (
         compare(options.spec, tuple(options.overrides))
         if options.spec
-        else by_formula(LLAMA_70B, options.tflops, options.processes, bld, options.gpus * 80e9)
+        else by_formula(options.shape, options.tflops, options.processes, changes, options.gpus * 80e9)
     )
     sys.stdout.write(text + "\n")
 

@@ -75,8 +75,7 @@ def captured(plan: Plan, context: RunContext, place: Path) -> Activations:
 
 def weights_of(work: ScoreWork, context: RunContext) -> dict[str, State]:
     """The trained weights of a block, by variant id."""
-    subblocks = ((str(work.block.attention), work.attention), (str(work.block.ffn), work.ffn))
-    return {variant: load_weights(context.store().fetch(key)) for variant, key in subblocks if key}
+    return {name: load_weights(context.store().fetch(key)) for name, key in work.trained.items()}
 
 
 def builder_of(plan: Plan, scores: Sequence[ScoreRecord], share: str) -> ProblemBuilder:
@@ -100,7 +99,7 @@ def lazily(
 ) -> tuple[Architecture, set[Place]]:
     """The answer of a lazy search, and the blocks that it scored exactly, for the answer or for the frontier too."""
     known: dict[Place, ScoreRecord] = {}
-    composition, own = plan.spec.scoring.composition, plan.inputs.shape.parent_block
+    composition, own = plan.spec.scoring.composition, Architecture.of_parent(plan.inputs.shape)
     while True:
         builder = builder_of(plan, lazy_scores(estimates, list(known.values())), share)
         asked = not_exact(find_solutions(builder).solutions, composition, own, known)
@@ -126,8 +125,8 @@ def methods_table(plan: Plan, context: RunContext, samples: Sequence[int], share
         for work, w in zip(works, weights, strict=True)
     ]
     exact, exact_s = [score for score, _ in timed_scores], sum(seconds for _, seconds in timed_scores)
-    seconds_of = {(score.layer, score.block): seconds for score, seconds in timed_scores}
-    exact_of = {(score.layer, score.block): score for score in exact}
+    seconds_of = {(score.layer, score.option): seconds for score, seconds in timed_scores}
+    exact_of = {(score.layer, score.option): score for score in exact}
     kl = [score.kl_nats_per_token for score in exact]
     optimum = {share: best_architecture(plan, exact, share) for share in shares}
     rows = [("exact", "", f"{exact_s:.1f}", "1.0", "1.0000", *["1.00"] * (len(BANDS) - 1), *["0.0 %"] * len(shares))]

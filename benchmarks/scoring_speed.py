@@ -27,7 +27,7 @@ from torch import nn
 from benchmarks.parents import capture, open_parent, random_parent
 from benchmarks.rounds import ratio, take_turns
 from puzzle_core import scoring
-from puzzle_core.architecture import BlockVariant, Variant
+from puzzle_core.architecture import BlockVariant, Option
 from puzzle_core.distill.losses import kl_divergence
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.child import load_parent
@@ -65,7 +65,7 @@ def deal(parent: Parent) -> list[tuple[int, BlockVariant]]:
 def initial_weights(parent: Parent, layer: int, block: BlockVariant) -> dict[str, State]:
     """Training-free weights of the subblocks that are not the parent's own, by variant id."""
     tensors, shape, contribution_I = parent.layer_tensors(layer), parent.shape, torch.rand(parent.shape.ffn_width)
-    changed = [variant for variant in block.subblocks if variant not in shape.parent_block.subblocks]
+    changed = [variant for variant in block.subblocks if variant not in shape.largest_block.subblocks]
     return {str(v): v.row.initial_state(tensors, shape, v.size, contribution_I) for v in changed}
 
 
@@ -75,10 +75,9 @@ def full_pass(
 ) -> tuple[float, float, float]:
     """KL, loss increase and agreement from whole forward passes of the parent with this layer replaced."""
     dtype, device, ids_NT = activations.dtype, activations.device, activations.ids_NT
-    trained = {Variant.parse(name): state for name, state in weights.items()}
     own, model.model.layers[layer] = (
         model.model.layers[layer],
-        Replaced(load_subblocks(activations.parent, layer, block, trained, dtype, device)),
+        Replaced(load_subblocks(activations.parent, layer, Option(block), weights, dtype, device)),
     )
     kl = loss_increase = agreed = 0.0
     few = max(1, scoring.COMPARED_TOKENS // ids_NT.shape[1])

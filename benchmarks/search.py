@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from puzzle_core.architecture import BlockVariant
+from puzzle_core.architecture import Architecture, BlockVariant
 from puzzle_core.report.report_tables import Table, format_text
 from puzzle_core.search.frontier import SweepPoint, capacity_range, sweep_frontier
 from puzzle_core.search.mip import solve
@@ -278,7 +278,11 @@ def answer_seconds(shape: Shape, seed: int, share: float) -> float:
     text, first = f"{share:.0%}", f"{min(share + 0.05, 1.0):.0%}"
     limits = {"memory": text, "latency": text, "time_to_first_token": first}
     request = SearchRequest.model_validate({"scenario": {"batch_sizes": [64], "limits": limits}})
-    find_solutions(ProblemBuilder(request, ScoreTable(blocks[0], layers), CostTable(tuple(rows))))
+    find_solutions(
+        ProblemBuilder(
+            request, ScoreTable(Architecture(layers=(blocks[0],) * len(layers)), layers), CostTable(tuple(rows))
+        )
+    )
     return time.process_time() - started
 
 

@@ -91,7 +91,7 @@ def run_bld(place: Place) -> None:
 
 def run_score(place: Place) -> None:
     """One block without attention in an early layer: nearly the whole parent runs behind it."""
-    block = BlockVariant(attention=Variant.parse("attn:no_op"), ffn=place.parent.shape.parent_block.ffn)
+    block = BlockVariant(attention=Variant.parse("attn:no_op"), ffn=place.parent.shape.largest_block.ffn)
     work = ScoreWork(parent="p", layer=LAYER, block=block, attention=None, ffn=None, tokens="t", dtype="float32")
     score_block(work, place.activations(), {})
 

@@ -1,17 +1,20 @@
 """The block library of a parent and its scores: built once per parent, for all targets (docs/design.md)."""
 
 import logging
+from typing import Annotated
 
 from prefect import flow
 from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
+from pydantic import Field
 
 from flows.permissions import permitted
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
-from puzzle_core.architecture import Architecture
+from puzzle_core.architecture import Architecture, Option
 from puzzle_core.device import device_memory_bytes
 from puzzle_core.errors import PuzzleError
-from puzzle_core.plan import Plan
+from puzzle_core.plan import LAYERS, Plan
 from puzzle_core.resources import streamed_groups
 from puzzle_core.scoring import SIDE_BY_SIDE
 from puzzle_core.sizes import DTYPE_BYTES, LAYER_CACHE_BYTES, architecture_parameters
@@ -33,29 +36,42 @@ from tasks.tracking.tracking import tracked
 from tasks.ui_artifacts import show_cached, show_library, show_tracked
 
 log = logging.getLogger("puzzle")
+Layers = Annotated[str | None, Field(pattern=f"^{LAYERS}$", examples=["0-9"])]
+
+
+def run_name() -> str:
+    """The name of a run of `build_library`."""
+    parameters = flow_run.get_parameters()
+    layers = f", layers {parameters['layers']}" if parameters.get("layers") else ""
+    return f"library of {parameters['spec'].name}{layers}"
 
 
 @flow(
     name="build-library",
-    flow_run_name="library of {spec.name}",
+    flow_run_name=run_name,
     persist_result=False,
     result_serializer="json",
     on_running=[label_process],
 )
 @inherited_tags()
-def build_library(spec: RunSpec) -> None:
+def build_library(spec: RunSpec, layers: Layers = None) -> None:
     """Train every missing variant of every layer (BLD), then score every missing block variant.
 
     Args:
         spec: The run specification; target, scenario, search, GKD and evaluation are not used.
+        layers: The layers to train and score here: the first and the last one (0-9), or one; none for all.
+
+    Raises:
+        SpecError: the parent does not have these layers.
     """
     spec = permitted(spec)
-    build_planned_library.fn(*plan_run(spec))
+    plan, context = plan_run(spec)
+    build_planned_library.fn(plan.of_layers(layers), context)
 
 
 @flow(
     name="build-library",
-    flow_run_name="library of {plan.spec.name}",
+    flow_run_name="library of {plan.name}",
     persist_result=False,
     result_serializer="json",
     validate_parameters=False,
@@ -65,14 +81,16 @@ def build_planned_library(plan: Plan, context: RunContext) -> None:
     spec = plan.spec
     with tracked("library", spec) as run:
         show_tracked(plan, run)
-        ensure_tokens(plan, context, "calibration", "bld", "scoring")
+        ensure_tokens(plan, context, "calibration", "bld", *plan.scoring_splits)
         ensure(measure_importance, plan.importance(), context)
         with context.lock_activations(plan.tokens("bld").key, spec.bld.dtype):
             train = train_variants if spec.bld.source == "stored" else train_streamed
             side_by_side(train, context, _trainings_at_a_time(plan))(plan, context)
-        with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
-            side_by_side(score_variants, context, scores_at_a_time(plan, context))(plan, context)
-        record_library(plan, context, run)
+        for split in plan.scoring_splits:
+            with context.lock_activations(plan.tokens(split).key, spec.scoring.dtype):
+                side_by_side(score_variants, context, scores_at_a_time(plan, context))(plan, context, split=split)
+        if plan.part is None:
+            record_library(plan, context, run)
         show_library(plan, context)
 
 
@@ -82,11 +100,13 @@ def _trainings_at_a_time(plan: Plan) -> int:
     The variants of a layer share what they read. Those of the next layer compute where these leave a core or GPU idle.
     Streamed, all variants of a group of layers share what the parent computes.
     """
-    trainings = [len(plan.trained(layer)) for layer in plan.layers]
-    if plan.spec.bld.source == "streamed":
-        groups = streamed_groups(plan, device_memory_bytes())
-        return max(sum(trainings[layer] for layer in group) for group in groups)
-    return plan.spec.runtime.bld_side_by_side or 2 * max(trainings) + 1
+    variants = [len(plan.trained(layer)) for layer in plan.layers]
+    options = [len(plan.trained_whole(layer)) for layer in plan.layers]
+    if plan.spec.bld.source == "stored":
+        return plan.spec.runtime.bld_side_by_side or max(variants) + max(*variants, *options) + 1
+    memory = device_memory_bytes()
+    groups = {False: streamed_groups(plan, memory), True: streamed_groups(plan, memory, whole=True)}
+    return max(sum((variants, options)[whole][n] for n in group) for whole in groups for group in groups[whole])
 
 
 def scores_at_a_time(plan: Plan, context: RunContext) -> int:
@@ -98,7 +118,7 @@ def scores_at_a_time(plan: Plan, context: RunContext) -> int:
 
 @flow(
     name="train-variants",
-    flow_run_name="BLD of {plan.spec.name}",
+    flow_run_name="BLD of {plan.name}",
     persist_result=False,
     result_serializer="json",
     validate_parameters=False,
@@ -106,29 +126,37 @@ def scores_at_a_time(plan: Plan, context: RunContext) -> int:
 def train_variants(plan: Plan, context: RunContext) -> None:
     """Blockwise local distillation of the variants that the store lacks, layer by layer.
 
-    The variants of a layer train side by side, from one read of its states. The parent's states are captured one layer
-    ahead of the training, and a layer's states are dropped when its last variant is trained. So scratch holds the
-    states of at most three layers, and the output of the last of these. No layer after the last one with a missing
-    variant is captured. Where a variant fails, those of the next layer that are under way end first.
+    The variants of a layer train side by side, from one read of its states. Options follow those of their last layer,
+    from halves that are trained then. The parent's states are captured one layer ahead of the training, and a layer's
+    states are dropped when its last variant is trained, or the last option that starts there. So scratch holds the
+    states of at most three layers, and the output of the last of these; more where options span layers. No layer after
+    the last one with a missing variant is captured. Where a variant fails, those of the next layer that are under way
+    end first.
     """
-    (missing, done), total = _missing_variants(plan, context), len(plan.all_bld())
-    untrained_layers = [layer for layer in plan.layers if missing[layer]]
+    missing, options, done = _missing_variants(plan, context)
+    total = len(plan.all_bld())
+    reach = max((work.last_layer - work.layer for works in options.values() for work in works), default=0)
+    untrained_layers = [layer for layer in plan.layers if missing[layer] or options[layer]]
     if not untrained_layers:
         return
     parent, tokens, dtype = plan.inputs.parent, plan.tokens("bld").key, plan.spec.bld.dtype
     states = context.activations_directory(parent, tokens, dtype)
     last, running = untrained_layers[-1], dict[int, list[PrefectFuture[str]]]()
-    progress = StageProgress("bld", plan.spec.name, done, shows_end=True)
+    progress = StageProgress("bld", plan.name, done, shows_end=True)
 
     def finish(layer: int) -> int:
-        """Wait for a layer's variants, drop its states, and return how many variants are done."""
-        futures = running.pop(layer)
-        wait_all("BLD", futures, done, total, progress)
-        drop_activations(states, layer)
-        if futures:
-            log.info("BLD: layer %d done, %d of %d variants", layer, done + len(futures), total)
-        record_trained(missing[layer], context)
-        return done + len(futures)
+        """Wait for a layer's variants, train the options that end there, and return how many trainings are done."""
+        futures, now = running.pop(layer), done
+        wait_all("BLD", futures, now, total, progress)
+        now += len(futures)
+        wait_all("BLD", [submit(train_variant, work, context) for work in options[layer]], now, total, progress)
+        now += len(options[layer])
+        if layer >= reach:
+            drop_activations(states, layer - reach)
+        if now > done:
+            log.info("BLD: layer %d done, %d of %d variants", layer, now, total)
+        record_trained(missing[layer] + options[layer], context)
+        return now
 
     capture = capture_layer.submit(parent, tokens, dtype, 0, bool(missing[0]), context)
     try:
@@ -148,7 +176,7 @@ def train_variants(plan: Plan, context: RunContext) -> None:
 
 @flow(
     name="train-streamed",
-    flow_run_name="BLD of {plan.spec.name}",
+    flow_run_name="BLD of {plan.name}",
     persist_result=False,
     result_serializer="json",
     validate_parameters=False,
@@ -157,46 +185,56 @@ def train_streamed(plan: Plan, context: RunContext) -> None:
     """Blockwise local distillation of the variants that the store lacks, while the parent runs.
 
     The variants of a group of layers train at the same time. The parent computes each batch once for all of them, from
-    the embedding to the last of these layers. Nothing lies in scratch.
+    the embedding to the last of these layers. Options follow, in groups of their own. Nothing lies in scratch.
     """
-    missing, done = _missing_variants(plan, context)
-    total = done + sum(map(len, missing.values()))
-    progress = StageProgress("bld", plan.spec.name, done, shows_end=True)
-    for group in streamed_groups(plan, device_memory_bytes()):
-        works = [work for layer in group for work in missing[layer]]
-        futures = [submit(train_variant, work, context, source="streamed") for work in works]
-        wait_all("BLD", futures, done, total, progress)
-        done += len(futures)
-        if futures:
-            log.info("BLD: layers %d to %d done, %d of %d variants", group.start, group.stop - 1, done, total)
-        for layer in group:
-            record_trained(missing[layer], context)
+    missing, options, done = _missing_variants(plan, context)
+    total = len(plan.all_bld())
+    progress = StageProgress("bld", plan.name, done, shows_end=True)
+    for whole, untrained in {False: missing, True: options}.items():
+        for group in streamed_groups(plan, device_memory_bytes(), whole):
+            works = [work for works in untrained.values() for work in works if work.layer in group]
+            futures = [submit(train_variant, work, context, source="streamed") for work in works]
+            wait_all("BLD", futures, done, total, progress)
+            done += len(futures)
+            if futures:
+                log.info("BLD: layers %d to %d done, %d of %d variants", group.start, group.stop - 1, done, total)
+            record_trained(works, context)
 
 
-def _missing_variants(plan: Plan, context: RunContext) -> tuple[dict[int, list[BldWork]], int]:
-    """The trainings that the store lacks, by layer, and how many it has; these are shown as cached."""
+Trainings = dict[int, list[BldWork]]
+
+
+def _missing_variants(plan: Plan, context: RunContext) -> tuple[Trainings, Trainings, int]:
+    """The trainings that the store lacks, and how many it has; these are shown as cached.
+
+    Returns:
+        Trainings of variants by their layer, those of options by their last layer, and the number of stored ones.
+    """
     works, stored_keys = plan.all_bld(), context.store().keys(BldWork.stage)
-    missing = {layer: [w for w in works if w.layer == layer and w.key not in stored_keys] for layer in plan.layers}
-    done = len(works) - sum(map(len, missing.values()))
+    variants, options = ({layer: list[BldWork]() for layer in plan.layers} for _ in range(2))
+    for work in works:
+        if work.key not in stored_keys:
+            (options if isinstance(work.variant, Option) else variants)[work.last_layer].append(work)
+    done = sum(work.key in stored_keys for work in works)
     log.info("block library: %d variants, %d in the store, %d to train", len(works), done, len(works) - done)
     show_cached("bld", plan, [work for work in works if work.key in stored_keys], context)
-    return missing, done
+    return variants, options, done
 
 
 @flow(
     name="score-variants",
-    flow_run_name="scores of {plan.spec.name}",
+    flow_run_name="scores of {plan.name}",
     persist_result=False,
     result_serializer="json",
     validate_parameters=False,
 )
-def score_variants(plan: Plan, context: RunContext, child: Architecture | None = None) -> None:
-    """Replace-1-block scores that the store lacks, in the parent or in a child.
+def score_variants(plan: Plan, context: RunContext, child: Architecture | None = None, split: str = "scoring") -> None:
+    """Replace-1-block scores on one split that the store lacks, in the parent or in a child.
 
     The states of the parent, and then of the child, are captured once, through the last layer. Where scores are
     estimates, one task measures the gradients that all of them are made from.
     """
-    works, stored_keys = plan.all_scores(child), context.store().keys(ScoreWork.stage)
+    works, stored_keys = plan.all_scores(child, split), context.store().keys(ScoreWork.stage)
     base = plan.assemble(child) if child else None
     missing = [work for work in works if work.key not in stored_keys]
     done = len(works) - len(missing)
@@ -204,9 +242,9 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
     show_cached("scores", plan, [work for work in works if work.key in stored_keys], context)
     if not missing:
         return
-    tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
+    tokens, dtype = plan.tokens(split).key, plan.spec.scoring.dtype
     first = min(work.layer for work in missing)
-    capturing = StageProgress("capture", plan.spec.name)
+    capturing = StageProgress("capture", plan.name)
     for layer in plan.layers:
         capture_layer(plan.inputs.parent, tokens, dtype, layer, layer >= first and base is None, context)
         capturing.show(layer + 1, len(plan.layers))
@@ -217,7 +255,7 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
         capture_log_probabilities(plan.inputs.parent, tokens, dtype, context)
     for layer in plan.layers if base else ():
         capture_layer(plan.inputs.parent, tokens, dtype, layer, layer >= first, context, base)
-    progress = StageProgress("scores", plan.spec.name, done, shows_end=True)
+    progress = StageProgress("scores", plan.name, done, shows_end=True)
     futures = [submit(score_block, work, context) for work in missing]
     wait_all("scores", futures, done, len(works), progress)
     for captured in (None, base) if base else (None,):

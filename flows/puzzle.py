@@ -6,12 +6,12 @@ from prefect import flow
 
 from flows.build_library import build_planned_library
 from flows.permissions import permitted
-from flows.refine_search import refine_planned_search
-from flows.search_architecture import measure_target, search_planned_architecture
+from flows.refine_search import find_answer, refine_planned_search
+from flows.search_architecture import answering_plan, measure_target, search_planned_architecture
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, retry_after_damage
 from flows.train_child import report_work, train_planned_child
-from puzzle_core.plan import Plan
+from puzzle_core.plan import Plan, RoundChild
 from puzzle_core.spec import RunSpec
 from tasks.runtime.context import RunContext
 from tasks.stage_tasks import write_report
@@ -41,20 +41,61 @@ def puzzle(spec: RunSpec) -> str:
     """
     spec = permitted(spec)
     plan, context = plan_run(spec)
-    return retry_after_damage(spec, lambda: _from_parent_to_report(plan, context))
+    return retry_after_damage(spec, lambda: _from_parent_to_report(spec, plan, context))
 
 
-def _from_parent_to_report(plan: Plan, context: RunContext) -> str:
-    stored_keys = context.store().keys()
-    with tracked(plan.spec.name, plan.spec) as run:
+@flow(
+    name="round",
+    flow_run_name="round {number} of {spec.name}",
+    persist_result=False,
+    result_serializer="json",
+    validate_parameters=False,
+)
+def run_round(number: int, spec: RunSpec, plan: Plan, context: RunContext) -> tuple[Plan, RunContext]:
+    """An earlier round of iterated Puzzle (METHOD section 10).
+
+    Args:
+        number: of the round, counted from 1.
+        spec: of the whole run.
+        plan: of the round.
+        context: its places.
+
+    Returns:
+        The plan and the context of the next round, whose parent is the child of this one.
+    """
+    log.info("round %d of %d", number, len(spec.rounds) + 1)
+    with tracked(f"round {number}", plan.spec) as run:
         show_tracked(plan, run)
-        ensure_tokens(plan, context, *plan.splits)
-        measure_target(plan, context)
-        build_planned_library(plan, context)
-        search_planned_architecture(plan, context)
-        if plan.refine():
-            refine_planned_search(plan, context)
-        train_planned_child(plan, context)
+        plan = _from_parent_to_child(plan, context)
+    architecture = find_answer(plan, context).best.architecture
+    child = RoundChild(key=plan.gkd(architecture).key, architecture=architecture)
+    return Plan(spec, plan.inputs.after(child)), context.model_copy(update={"child": child.key})
+
+
+def _from_parent_to_child(plan: Plan, context: RunContext) -> Plan:
+    """The stages of one round; the first parent's plan has one round where the specification names none.
+
+    Returns:
+        The plan whose search gave the child.
+    """
+    ensure_tokens(plan, context, *plan.splits)
+    measure_target(plan, context)
+    build_planned_library(plan, context)
+    search_planned_architecture(plan, context)
+    plan = answering_plan(plan, context)
+    if plan.refine():
+        refine_planned_search(plan, context)
+    train_planned_child(plan, context)
+    return plan
+
+
+def _from_parent_to_report(spec: RunSpec, plan: Plan, context: RunContext) -> str:
+    stored_keys = context.store().keys()
+    with tracked(spec.name, spec.with_dtype(plan.inputs.auto_dtype)) as run:
+        show_tracked(plan, run)
+        for number in range(1, len(spec.rounds) + 1):
+            plan, context = run_round(number, spec, plan, context)
+        plan = _from_parent_to_child(plan, context)
         work = report_work(plan, context)
         key = ensure(write_report, work, context)
         record_report(plan, context, run, work)

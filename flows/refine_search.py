@@ -12,6 +12,7 @@ from prefect import flow
 
 from flows.build_library import score_variants, scores_at_a_time
 from flows.permissions import permitted
+from flows.search_architecture import answering_plan
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, plan_run, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture
@@ -43,7 +44,8 @@ def refine_search(spec: RunSpec) -> None:
         spec: The run specification; its search must be in the store.
     """
     spec = permitted(spec)
-    refine_planned_search.fn(*plan_run(spec))
+    plan, context = plan_run(spec)
+    refine_planned_search.fn(answering_plan(plan, context), context)
 
 
 @flow(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from prefect import flow
 
 from flows.permissions import permitted
-from flows.search_architecture import search_planned_architecture
+from flows.search_architecture import known_plan, search_planned_architecture
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import plan_run
 from puzzle_core.errors import PuzzleError
@@ -73,7 +73,7 @@ def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
         if error:
             errors.append(f"{search.file}: {error}")
         else:
-            keys[search.target] = search.key
+            keys[search.target] = known_plan(search.plan, context).search().key if search.plan else search.key
     if errors:
         raise PuzzleError(f"{len(errors)} of {len(searches)} targets have no search:\n" + "\n".join(errors))
     return keys
@@ -106,7 +106,7 @@ def _target_search(plan: Plan, context: RunContext, file: Path) -> TargetSearch:
     try:
         target = load_target(file)
         target_plan = Plan(plan.spec.model_copy(update={"target": target}), for_target(plan.inputs, target))
-        key = target_plan.search().key
+        key = known_plan(target_plan, context).search().key
     except PuzzleError as error:
         return TargetSearch(file.name, file.stem, None, "", None, str(error))
     store = context.store()

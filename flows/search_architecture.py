@@ -4,12 +4,14 @@ import logging
 
 from prefect import flow
 
-from flows.build_library import score_exactly, scores_at_a_time
+from flows.build_library import build_planned_library, score_exactly, scores_at_a_time
 from flows.permissions import permitted
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side
 from puzzle_core.errors import CoverageError
 from puzzle_core.plan import Plan
+from puzzle_core.search.picked import picked_variants
+from puzzle_core.search.search_record import SearchRecord
 from puzzle_core.spec import RunSpec
 from puzzle_core.work import ScoreWork
 from tasks import stage_tasks
@@ -51,18 +53,47 @@ def search_architecture(spec: RunSpec) -> None:
     validate_parameters=False,
 )
 def search_planned_architecture(plan: Plan, context: RunContext) -> None:
-    """As `search_architecture`, with the plan of the run that it is part of."""
+    """As `search_architecture`, with the plan of the run that it is part of.
+
+    Where the specification asks for it, the pairs of the variants that the answer picks are trained and searched next.
+    """
+    _search(plan, context)
+    answering = answering_plan(plan, context)
+    if answering != plan:
+        build_planned_library(answering, context)
+        _search(answering, context)
+
+
+def answering_plan(plan: Plan, context: RunContext) -> Plan:
+    """The plan whose search gives the architecture: that of the second stage, where coupled BLD has one.
+
+    Raises:
+        ArtifactError: the store lacks the search of the first stage.
+    """
+    if plan.spec.bld.coupled != "shortlist":
+        return plan
+    first = context.store().record(SearchRecord, plan.search().key)
+    return plan.coupled_in(picked_variants(first, plan.variants, plan.inputs.shape))
+
+
+def known_plan(plan: Plan, context: RunContext) -> Plan:
+    """As `answering_plan`, as far as the store says: the first stage's where that has no search yet."""
+    return answering_plan(plan, context) if context.store().has(plan.search().key) else plan
+
+
+def _search(plan: Plan, context: RunContext) -> None:
     spec = plan.spec
     with tracked("search", spec) as run:
         show_tracked(plan, run)
         measure_target(plan, context)
         stored_keys = context.store().keys(ScoreWork.stage)
-        missing = [work for work in plan.all_scores() if work.key not in stored_keys]
+        missing = [work for work in (*plan.all_scores(), *plan.long_scores()) if work.key not in stored_keys]
         if missing:
             raise CoverageError(
                 f"{len(missing)} scores are not in the store {spec.runtime.store}, the first being layer "
-                f"{missing[0].layer} {missing[0].block}: run `puzzle build-library` with this spec first"
+                f"{missing[0].layer} {missing[0].option}: run `puzzle build-library` with this spec first"
             )
+        _measure_influence(plan, context)
         key = ensure(
             stage_tasks.choose_architecture,
             plan.search(),
@@ -72,6 +103,19 @@ def search_planned_architecture(plan: Plan, context: RunContext) -> None:
         )
         record_architecture(plan, context, run, key)
         show_architecture(plan, context, key)
+
+
+def _measure_influence(plan: Plan, context: RunContext) -> None:
+    """Ensure what baselines drop layers by, where the specification names such."""
+    work = plan.influence()
+    if work is None or context.store().has(work.key):
+        return
+    ensure_tokens(plan, context, "scoring")
+    with context.lock_activations(work.tokens, work.dtype):
+        for layer in plan.layers:
+            stage_tasks.capture_layer(work.parent, work.tokens, work.dtype, layer, False, context)
+        ensure(stage_tasks.measure_influence, work, context)
+        stage_tasks.drop_activations(context.activations_directory(work.parent, work.tokens, work.dtype))
 
 
 def _score_for_answer(plan: Plan, context: RunContext) -> tuple[str, ...]:
@@ -90,7 +134,7 @@ def _score_for_answer(plan: Plan, context: RunContext) -> tuple[str, ...]:
     tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
     with context.lock_activations(tokens, dtype):
         while asked := stage_tasks.ask_for_scores(search, plan.spec.target, context, keys):
-            works = [plan.exact_score(layer, block) for layer, block in asked]
+            works = [plan.exact_score(layer, option) for layer, option in asked]
             side_by_side(score_exactly, context, scores_at_a_time(plan, context))(plan, context, works)
             keys += tuple(work.key for work in works)
         stage_tasks.drop_activations(context.activations_directory(plan.inputs.parent, tokens, dtype))
@@ -101,5 +145,5 @@ def _score_for_answer(plan: Plan, context: RunContext) -> tuple[str, ...]:
 def measure_target(plan: Plan, context: RunContext) -> None:
     """Ensure the costs of all scenarios and batch sizes, and check that an architecture can meet the limits."""
     for work in plan.costs().values():
-        ensure(stage_tasks.find_costs, work, context)
+        ensure(stage_tasks.find_costs, work, context.of_first)
     stage_tasks.check_limits(plan.search(), plan.spec.target, context)

@@ -50,7 +50,7 @@ def plan_run(spec: RunSpec) -> tuple[Plan, RunContext]:
     store = context.store()
     done = [store.keys(work.stage) for work in (BldWork, GradientsWork, ScoreWork)]
     needed = resources(plan, done=set().union(*done))
-    check_disk_space(context, needed.scratch_bytes, needed.store_bytes)
+    check_disk_space(context, needed.scratch_bytes, needed.store_bytes * (1 + len(spec.rounds)))
     if needed.scratch_bytes:
         check_cluster(context, plan.inputs.parent)
     return plan, context
@@ -110,7 +110,7 @@ def ensure_tokens(plan: Plan, context: RunContext, *splits: str) -> None:
         DataError: the texts have fewer tokens than a split needs.
     """
     for split in splits:
-        ensure(pack_tokens, plan.tokens(split), context, texts=plan.texts(split))
+        ensure(pack_tokens, plan.tokens(split), context.of_first, texts=plan.texts(split))
 
 
 def retry_after_damage(spec: RunSpec, act: Callable[[], T]) -> T:

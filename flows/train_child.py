@@ -6,6 +6,7 @@ from prefect import flow
 
 from flows.permissions import permitted
 from flows.refine_search import evaluate_missing, find_answer
+from flows.search_architecture import answering_plan
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side
 from puzzle_core.architecture import Architecture
@@ -21,6 +22,7 @@ from tasks.ui_artifacts import show_tracked
 
 log = logging.getLogger("puzzle")
 PARENT, ASSEMBLED, TRAINED = "parent", "child after assembly", "child after GKD"
+FUSED = "child after FFN fusion"
 
 
 @flow(
@@ -38,7 +40,8 @@ def train_child(spec: RunSpec) -> None:
         spec: The run specification; its search must be in the store.
     """
     spec = permitted(spec)
-    train_planned_child.fn(*plan_run(spec))
+    plan, context = plan_run(spec)
+    train_planned_child.fn(answering_plan(plan, context), context)
 
 
 @flow(
@@ -57,12 +60,14 @@ def train_planned_child(plan: Plan, context: RunContext) -> None:
         architectures = children(search)
         for label, architecture in architectures.items():
             ensure(stage_tasks.assemble_child, plan.assemble(architecture), context, label=label)
+        if plan.fused(search.best.architecture) != search.best.architecture:
+            ensure(stage_tasks.assemble_child, plan.assemble(search.best.architecture, True), context, label=FUSED)
         for split, work in plan.trainings(search.best.architecture).items():
-            ensure(stage_tasks.distil_child, work, context, run=run, label=split)
+            ensure(stage_tasks.distil_child, work, context.of_first, run=run, label=split)
         if timing := plan.timing(timed(plan, search), search.best.prediction.batch_size):
-            ensure(stage_tasks.time_models, timing, context)
+            ensure(stage_tasks.time_models, timing, context.of_first)
         with context.lock_activations(plan.tokens("evaluation").key, plan.spec.evaluation.dtype):
-            side_by_side(evaluate_models, context)(plan, context)
+            side_by_side(evaluate_models, context)(plan, context.of_first)
         record_child(plan, context, run, report_work(plan, context))
 
 
@@ -87,23 +92,35 @@ def children(search: SearchRecord) -> dict[str, Architecture]:
 
 
 def timed(plan: Plan, search: SearchRecord) -> dict[str, Architecture]:
-    """The architectures that are timed, by label: the parent, the child and the baselines."""
-    return {PARENT: Architecture.of_parent(plan.inputs.shape)} | children(search)
+    """The architectures that are timed, by label: the parent, children of earlier rounds, the child, the baselines."""
+    earlier = {_of_round(number): child.architecture for number, child in enumerate(plan.inputs.first.children)}
+    fused = plan.fused(search.best.architecture)
+    after_fusion = {FUSED: fused} if fused != search.best.architecture else {}
+    return {PARENT: Architecture.of_parent(plan.inputs.first.shape)} | earlier | children(search) | after_fusion
 
 
 def evaluated(plan: Plan, search: SearchRecord) -> dict[str, str | None]:
     """Artifact keys of all evaluated models by label; none for the parent."""
     assembled = {label: plan.assemble(architecture).key for label, architecture in children(search).items()}
-    return {PARENT: None, TRAINED: plan.gkd(search.best.architecture).key, **assembled}
+    earlier = {_of_round(number): child.key for number, child in enumerate(plan.inputs.first.children)}
+    if FUSED in timed(plan, search):
+        assembled[FUSED] = plan.assemble(search.best.architecture, fuse_ffn=True).key
+    return {PARENT: None, **earlier, TRAINED: plan.gkd(search.best.architecture).key, **assembled}
+
+
+def _of_round(number: int) -> str:
+    """The label of the child of an earlier round, which became a parent."""
+    return f"child of round {number + 1}"
 
 
 def report_work(plan: Plan, context: RunContext) -> ReportWork:
     """The report of a plan; the search must be in the store, and refined if the specification says so."""
     search = find_answer(plan, context)
-    parent = Architecture.of_parent(plan.inputs.shape)
-    architectures = {PARENT: parent, ASSEMBLED: search.best.architecture, TRAINED: search.best.architecture}
-    architectures |= children(search)
-    kinds = {PARENT: "parent", ASSEMBLED: "child", TRAINED: "child"}
+    architectures = timed(plan, search) | {TRAINED: plan.fused(search.best.architecture)}
+    earlier = [_of_round(number) for number in range(plan.round)]
+    steps = [step for step in (ASSEMBLED, FUSED, TRAINED) if step in architectures]
+    order = [PARENT, *earlier, *steps, *(baseline.method for baseline in search.baselines)]
+    kinds = {PARENT: "parent", **dict.fromkeys(steps, "child"), **dict.fromkeys(earlier, "round")}
     keys = evaluated(plan, search)
     batch_size = search.best.prediction.batch_size
     refine = plan.refine()
@@ -111,7 +128,8 @@ def report_work(plan: Plan, context: RunContext) -> ReportWork:
     *first, gkd = [training.key for training in plan.trainings(search.best.architecture).values()]
     return ReportWork(
         spec=plan.spec_of_content(),
-        shape=plan.inputs.shape,
+        shape=plan.inputs.first.shape,
+        scored=plan.inputs.shape if plan.inputs.before else None,
         search=plan.search().key,
         bld=tuple(work.key for work in plan.all_bld()),
         scores=tuple(work.key for work in plan.all_scores()),
@@ -124,9 +142,9 @@ def report_work(plan: Plan, context: RunContext) -> ReportWork:
             ReportedModel(
                 name=label,
                 kind=kinds.get(label, "baseline"),
-                architecture=architecture,
+                architecture=architectures[label],
                 evaluation=plan.evaluate(keys[label]).key,
             )
-            for label, architecture in architectures.items()
+            for label in order
         ),
     )

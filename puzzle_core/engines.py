@@ -96,13 +96,20 @@ def _several_kv_heads(architecture: Architecture) -> str | None:
     return f"wants one number of KV heads in all layers that attend (here {listed})" if len(kv_heads) > 1 else None
 
 
+def _windows(architecture: Architecture) -> str | None:
+    windows = [f"layer {n} {b.attention}" for n, b in enumerate(architecture.layers) if b.attention.window]
+    return f"has no sliding windows in files of children ({', '.join(windows)})" if windows else None
+
+
 RESTRICTIONS: dict[str, Restriction] = {
     "no_linear": Restriction(_linear),
+    "no_windows": Restriction(_windows),
     "width_grid": Restriction(_off_grid, {"ffn_multiple_of": WIDTH_GRID}),
     "attention_first": Restriction(_no_attention_first, {"attention_first": True}),
     "one_kv_heads": Restriction(_several_kv_heads, {"uniform_kv_heads": True}),
 }
 _OWN_BENCHMARK = "measure with {title}'s own benchmark and set `costs: imported` with the `table` (docs/targets.md)"
+_DECILM_WINDOWS = "a DeciLM directory gives the KV heads of an attention and no window"
 _SGLANG = "SGLang 0.5.23's source, not run:"
 
 ENGINES: dict[str, Engine] = {
@@ -127,6 +134,7 @@ ENGINES: dict[str, Engine] = {
             formats=("hf",),
             rules=(
                 Rule("no_linear", "vLLM 0.32.0 was run: heads // None in layers with replace_with_linear, a TypeError"),
+                Rule("no_windows", _DECILM_WINDOWS),
                 Rule("attention_first", "vLLM 0.32.0 was run: the first norm expects a residual, a ValueError"),
             ),
             not_measured=_OWN_BENCHMARK.format(title="vLLM"),
@@ -138,6 +146,7 @@ ENGINES: dict[str, Engine] = {
             formats=("hf",),
             rules=(
                 Rule("no_linear", f"{_SGLANG} replace_with_linear is not read, as in vLLM"),
+                Rule("no_windows", _DECILM_WINDOWS),
                 Rule("width_grid", f"{_SGLANG} widths come from ffn_mult alone, rounded up to the grid"),
                 Rule("one_kv_heads", f"{_SGLANG} model_config.py raises for 'Variable GQA' of nemotron-nas"),
             ),
@@ -148,6 +157,7 @@ ENGINES: dict[str, Engine] = {
             title="TensorRT-LLM",
             formats=("hf",),
             rules=(
+                Rule("no_windows", _DECILM_WINDOWS),
                 Rule(
                     "width_grid",
                     "TensorRT-LLM's PyTorch backend's source, not run: widths come from ffn_mult, rounded up",
@@ -159,6 +169,7 @@ ENGINES: dict[str, Engine] = {
             name="llama.cpp",
             title="llama.cpp",
             formats=("gguf",),
+            rules=(Rule("no_windows", "GGUF files of arch deci have no key for the windows of layers"),),
             gguf_types=("f32", "f16", "bf16", "q8_0"),
             devices=("cpu",),
             costs_module="puzzle_core.cost.llama_cpp",

@@ -116,16 +116,16 @@ def estimate_score(
 
     Args:
         activations: the parent's, captured through the layer.
-        weights: trained weights by variant id.
+        weights: trained weights by the id of a variant or option.
         gradients_dir: the artifact of `measure_gradients` on the same tokens.
 
     Raises:
         NonFiniteError: the estimate is NaN or infinite; the message names the layer and the block.
     """
-    trained = {v: weights[str(v)] for v in (work.block.attention, work.block.ffn) if str(v) in weights}
-    block = load_subblocks(activations.parent, work.layer, work.block, trained, activations.dtype, activations.device)
-    output, total = activations.layer_input(work.layer + 1), 0.0
-    with safe_open(_file(gradients_dir, work.layer), framework="pt") as file:
+    block = load_subblocks(activations.parent, work.layer, work.option, weights, activations.dtype, activations.device)
+    leaving = work.layer + work.span
+    output, total = activations.layer_input(leaving), 0.0
+    with safe_open(_file(gradients_dir, leaving - 1), framework="pt") as file:
         gradients = file.get_slice(GRADIENTS)
         for rows in activations.batches():
             changed_BTD = block_output(work, activations, block, rows).float()
@@ -137,7 +137,12 @@ def estimate_score(
     if not math.isfinite(kl):
         raise NonFiniteError(f"the estimated score of layer {work.layer} {work.block} is not finite ({kl})")
     return ScoreRecord(
-        layer=work.layer, block=work.block, kl_nats_per_token=kl, tokens=activations.ids_NT.numel(), method="fisher"
+        layer=work.layer,
+        block=work.block,
+        span=work.span,
+        kl_nats_per_token=kl,
+        tokens=activations.ids_NT.numel(),
+        method="fisher",
     )
 
 

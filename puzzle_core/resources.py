@@ -7,7 +7,7 @@ kernels that skip the masked pairs do fewer. docs/scale.md has the figures of a 
 from collections.abc import Container
 from typing import NamedTuple
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Option, Variant
 from puzzle_core.plan import Plan
 from puzzle_core.sizes import (
     DTYPE_BYTES,
@@ -17,6 +17,7 @@ from puzzle_core.sizes import (
     variant_size,
     watched_windows,
 )
+from puzzle_core.spec import LONG_SCORING_SPLIT
 from puzzle_core.work import BldWork, ScoreWork
 
 BLD_STATES = 7
@@ -87,6 +88,8 @@ def resources(
     spec, shape = plan.spec, plan.inputs.shape
     variants = [work for work in plan.all_bld() if work.key not in done]
     scores = [work for work in plan.all_scores() if work.key not in done]
+    longs = [work for work in plan.long_scores() if work.key not in done]
+    long_tokens = spec.scoring.long.tokens if spec.scoring.long else 0
     gradients = plan.gradients() if scores else None
     if gradients and gradients.key in done:
         gradients = None
@@ -99,27 +102,31 @@ def resources(
     state, score_state, evaluation_state = (
         part.tokens * shape.hidden * DTYPE_BYTES[part.dtype] for part in (spec.bld, spec.scoring, spec.evaluation)
     )
-    some_exact = spec.scoring.method != "fisher"
-    log_probabilities = _stored_log_probability_bytes(plan, spec.scoring.tokens) if some_exact else 0
     gradient_bytes = gradients.samples * shape.layers * score_state if gradients else 0
     score_flops_per_token = sum(score_flops(plan, work) for work in scores)
     if gradients:
         score_flops_per_token += gradient_flops(plan, gradients.samples)
+    long_flops_per_token = sum(score_flops(plan, work, LONG_SCORING_SPLIT) for work in longs)
+    only_estimates = spec.scoring.method == "fisher"
+    score_scratch = _score_scratch_bytes(plan, spec.scoring.tokens, only_estimates) if scores else 0
+    long_scratch = _score_scratch_bytes(plan, long_tokens) if longs else 0
     streamed = spec.bld.source == "streamed"
     bld_flops_per_token = sum(bld_flops(plan, work) for work in variants)
-    if streamed:
-        bld_flops_per_token += stream_flops(plan, streamed_groups(plan, device_bytes), variants)
-    library = sum(DTYPE_BYTES["float32"] * variant_size(shape, work.variant).parameters for work in variants)
+    for whole in (False, True) if streamed else ():
+        trained = [work for work in variants if isinstance(work.variant, Option) == whole]
+        bld_flops_per_token += stream_flops(plan, streamed_groups(plan, device_bytes, whole), trained)
+    library = sum(DTYPE_BYTES["float32"] * _parameters(shape, work.variant) for work in variants)
+    states = BLD_STATES + 2 * (max(plan.variants.spans, default=1) - 1)
     child_bytes = child_size * DTYPE_BYTES[plan.target.served_dtype]
     return Resources(
         bld_tasks=len(variants),
-        score_tasks=len(scores),
+        score_tasks=len(scores) + len(longs),
         bld_tokens=len(variants) * bld_tokens,
-        score_tokens=len(scores) * spec.scoring.tokens,
+        score_tokens=len(scores) * spec.scoring.tokens + len(longs) * long_tokens,
         gkd_tokens=sum(gkd_tokens.values()),
         state_bytes=state,
-        bld_scratch_bytes=BLD_STATES * state if variants and not streamed else 0,
-        score_scratch_bytes=(2 * shape.layers + 1) * score_state + log_probabilities if scores else 0,
+        bld_scratch_bytes=states * state if variants and not streamed else 0,
+        score_scratch_bytes=max(score_scratch, long_scratch),
         evaluation_scratch_bytes=2 * evaluation_state + _stored_log_probability_bytes(plan, spec.evaluation.tokens),
         library_bytes=library,
         child_bytes=child_bytes,
@@ -128,7 +135,7 @@ def resources(
         gkd_device_bytes=(child_size * TRAINING_BYTES + parent_size * DTYPE_BYTES[spec.gkd.dtype]) // gkd_processes,
         gkd_checkpoint_bytes=child_size * (CHECKPOINT_BYTES + (BEST_WEIGHT_BYTES if spec.gkd.held_back_checks else 0)),
         bld_flops=bld_tokens * bld_flops_per_token,
-        score_flops=spec.scoring.tokens * score_flops_per_token,
+        score_flops=spec.scoring.tokens * score_flops_per_token + long_tokens * long_flops_per_token,
         gkd_flops=sum(
             tokens * gkd_flops(plan, child, recompute=gkd_processes > 1 or spec.runtime.gkd_recompute, split=split)
             for split, tokens in gkd_tokens.items()
@@ -137,13 +144,15 @@ def resources(
 
 
 def bld_flops(plan: Plan, work: BldWork) -> float:
-    """Operations per token of one variant's training, its two passes over the held-back windows included.
+    """Operations per token of one training, its two passes over the held-back windows included.
 
-    The gradient of an attention passes through the parent's FFN.
+    The gradient of an attention alone passes through the parent's FFN.
     """
     shape, length = plan.inputs.shape, plan.splits["bld"].sequence_length
-    weights, products = _forward(shape, work.variant, length)
-    ffn = _forward(shape, shape.parent_block.ffn, length)[0] if work.variant.subblock == "attn" else 0
+    parts, ffn = _subblocks(work.variant), 0.0
+    weights, products = map(sum, zip(*(_forward(shape, variant, length) for variant in parts), strict=True))
+    if [variant.subblock for variant in parts] == ["attn"]:
+        ffn = _forward(shape, shape.parent_block(work.layer).ffn, length)[0]
     training = FORWARD_BACKWARD * weights + ATTENTION_FORWARD_BACKWARD * products + 2 * ffn
     return training + _held_back_passes(plan) * (weights + products + ffn)
 
@@ -151,13 +160,13 @@ def bld_flops(plan: Plan, work: BldWork) -> float:
 def stream_flops(plan: Plan, groups: list[range], works: list[BldWork]) -> float:
     """Operations per token of the parent in a streamed BLD: for each group, all layers up to the last one it trains."""
     shape, length = plan.inputs.shape, plan.splits["bld"].sequence_length
-    last_layers = (max((work.layer for work in works if work.layer in group), default=-1) for group in groups)
-    block = _block_forward(shape, shape.parent_block, length)
-    return (1 + _held_back_passes(plan)) * sum((last + 1) * block for last in last_layers)
+    last_layers = (max((work.last_layer for work in works if work.layer in group), default=-1) for group in groups)
+    passes = sum(_layers_forward(shape, range(last + 1), length) for last in last_layers)
+    return (1 + _held_back_passes(plan)) * passes
 
 
-def streamed_groups(plan: Plan, device_bytes: float) -> list[range]:
-    """The groups of layers of a streamed BLD: the variants of a group train at the same time.
+def streamed_groups(plan: Plan, device_bytes: float, whole: bool = False) -> list[range]:
+    """The groups of layers of a streamed BLD: what a group trains, variants or else options, is under way together.
 
     A group has as many layers as half of the devices' memory holds trainings for, or as `runtime.bld_side_by_side`
     allows trainings, and at least one.
@@ -166,8 +175,8 @@ def streamed_groups(plan: Plan, device_bytes: float) -> list[range]:
     groups: list[range] = []
     trainings, training_bytes = 0, 0
     for layer in plan.layers:
-        variants = plan.trained(layer)
-        needed = sum(TRAINING_BYTES * variant_size(shape, variant).parameters for variant in variants)
+        variants = plan.trained_whole(layer) if whole else plan.trained(layer)
+        needed = sum(TRAINING_BYTES * _parameters(shape, variant) for variant in variants)
         trainings, training_bytes = trainings + len(variants), training_bytes + needed
         fits = trainings <= most if most else training_bytes <= device_bytes / 2 and trainings <= MOST_TRAININGS
         if groups and fits:
@@ -178,6 +187,14 @@ def streamed_groups(plan: Plan, device_bytes: float) -> list[range]:
     return groups
 
 
+def _subblocks(trained: Variant | Option) -> tuple[Variant, ...]:
+    return trained.block.subblocks if isinstance(trained, Option) else (trained,)
+
+
+def _parameters(shape: ModelShape, trained: Variant | Option) -> int:
+    return sum(variant_size(shape, variant).parameters for variant in _subblocks(trained))
+
+
 def _held_back_passes(plan: Plan) -> float:
     """Passes over held-back windows of BLD, as a share of the passes over training tokens."""
     spec = plan.spec.bld
@@ -185,21 +202,29 @@ def _held_back_passes(plan: Plan) -> float:
     return 2 * held_back_windows(windows) / (windows * spec.epochs)
 
 
-def score_flops(plan: Plan, work: ScoreWork) -> float:
+def _score_scratch_bytes(plan: Plan, tokens: int, only_estimates: bool = False) -> int:
+    """Size of the states of all layers and of the parent's log-probabilities on so many tokens."""
+    shape, dtype = plan.inputs.shape, plan.spec.scoring.dtype
+    log_probabilities = 0 if only_estimates else _stored_log_probability_bytes(plan, tokens)
+    return (2 * shape.layers + 1) * tokens * shape.hidden * DTYPE_BYTES[dtype] + log_probabilities
+
+
+def score_flops(plan: Plan, work: ScoreWork, split: str = "scoring") -> float:
     """Operations per token of one score: the block, the layers after it, and the head.
 
     A block with the parent's attention starts at its FFN. The parent's head runs again if its log-probabilities are
     too large for the scratch disk. An estimate needs the block and the gradients.
     """
-    shape, length = plan.inputs.shape, plan.splits["scoring"].sequence_length
-    parent = shape.parent_block
+    shape, size = plan.inputs.shape, plan.splits[split]
+    length = size.sequence_length
     block = _block_forward(shape, work.block, length)
-    if work.block.attention == parent.attention:
+    if work.block.attention == shape.parent_block(work.layer).attention and not work.whole:
         block = sum(_forward(shape, work.block.ffn, length))
     if work.gradients:
         return block + 2 * plan.spec.scoring.label_samples * shape.hidden
-    heads = 1 if _stored_log_probability_bytes(plan, plan.spec.scoring.tokens) else 2
-    return block + (shape.layers - 1 - work.layer) * _block_forward(shape, parent, length) + heads * _head(shape)
+    heads = 1 if _stored_log_probability_bytes(plan, size.tokens) else 2
+    following = range(work.layer + work.span, shape.layers)
+    return block + _layers_forward(shape, following, length) + heads * _head(shape)
 
 
 def gradient_flops(plan: Plan, samples: int) -> float:
@@ -209,10 +234,10 @@ def gradient_flops(plan: Plan, samples: int) -> float:
     """
     shape, length = plan.inputs.shape, plan.splits["scoring"].sequence_length
     forward_backward: float = _head(shape) * (FORWARD + samples)
-    for variant in shape.parent_block.subblocks:
+    for variant in (variant for layer in range(1, shape.layers) for variant in shape.parent_block(layer).subblocks):
         weights, products = _forward(shape, variant, length)
         back = weights + (ATTENTION_FORWARD_BACKWARD - FORWARD) * products
-        forward_backward += (shape.layers - 1) * (weights + products + samples * back)
+        forward_backward += weights + products + samples * back
     return forward_backward
 
 
@@ -223,7 +248,7 @@ def gkd_flops(plan: Plan, child: Architecture, recompute: bool, split: str = "gk
     """
     shape, length, spec = plan.inputs.shape, plan.splits[split].sequence_length, plan.spec.gkd
     spec = dict(zip(plan.gkd_splits, spec.trainings, strict=True))[split]
-    parent = shape.layers * _block_forward(shape, shape.parent_block, length) + _head(shape)
+    parent = _layers_forward(shape, range(shape.layers), length) + _head(shape)
     training, forward = float(FORWARD_BACKWARD * _head(shape)), float(FORWARD * _head(shape))
     for block in child.layers:
         for variant in block.subblocks:
@@ -240,6 +265,11 @@ def _stored_log_probability_bytes(plan: Plan, tokens: int) -> int:
     """Size of the parent's log-probabilities on the scratch disk; 0 where they are too large for it."""
     size = tokens * plan.inputs.shape.vocabulary * DTYPE_BYTES["float32"]
     return size if size <= LARGEST_LOG_PROBABILITIES_BYTES else 0
+
+
+def _layers_forward(shape: ModelShape, layers: range, length: int) -> float:
+    """Operations per token of a forward pass through these layers of the parent."""
+    return sum(_block_forward(shape, shape.parent_block(layer), length) for layer in layers)
 
 
 def _block_forward(shape: ModelShape, block: BlockVariant, length: int) -> float:

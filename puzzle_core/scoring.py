@@ -52,7 +52,7 @@ def score_block(
 
     Args:
         activations: those of the model whose block is replaced, parent or child, captured through the last layer.
-        weights: trained weights by variant id.
+        weights: trained weights by the id of a variant or option.
         slot: the thread's compute slot; by default of a device where one thread computes at a time.
 
     Raises:
@@ -66,13 +66,12 @@ def score_block(
 
 def _score(work: ScoreWork, activations: Activations, weights: dict[str, State], suffix: "_Suffix") -> ScoreRecord:
     parent, dtype, device = activations.parent, activations.dtype, activations.device
-    trained = {v: weights[str(v)] for v in (work.block.attention, work.block.ffn) if str(v) in weights}
-    block = load_subblocks(parent, work.layer, work.block, trained, dtype, device, suffix.parent_block)
+    block = load_subblocks(parent, work.layer, work.option, weights, dtype, device, suffix.parent_block)
     comparison = _TokenComparison()
     for number, chunk in enumerate(suffix.chunks):
         hidden = [block_output(work, activations, block, rows) for rows in chunk]
         contexts = [activations.contexts(rows) for rows in chunk]
-        for layer, following_block in enumerate(suffix.blocks(number), work.layer + 1):
+        for layer, following_block in enumerate(suffix.blocks(number), work.layer + work.span):
             hidden = [following_block(h_BTD, **c[layer]) for h_BTD, c in zip(hidden, contexts, strict=True)]
         for rows, final_BTD in zip(chunk, hidden, strict=True):
             comparison.add(activations, rows, final_BTD)
@@ -95,7 +94,7 @@ class _Suffix(NamedTuple):
 @contextlib.contextmanager
 def _cached_suffix(work: ScoreWork, activations: Activations, slot: ComputeSlot) -> Iterator[_Suffix]:
     """The suffix from the parent's cache, which holds all of it: window batches go through it one by one."""
-    blocks = [activations.block(layer) for layer in range(work.layer + 1, activations.parent.shape.layers)]
+    blocks = [activations.block(layer) for layer in range(work.layer + work.span, activations.parent.shape.layers)]
     with slot:
         yield _Suffix([[rows] for rows in _window_batches(activations)], lambda _: iter(blocks))
 
@@ -119,7 +118,7 @@ def _shared_suffix(work: ScoreWork, activations: Activations, slot: ComputeSlot)
     with join(key, make, frozenset({BLOCK}), slot, first=work.layer) as reader:
 
         def blocks(chunk: int) -> Iterator[Subblocks]:
-            following = range(work.layer + 1, layers)
+            following = range(work.layer + work.span, layers)
             return (reader.take(chunk * layers + layer)[BLOCK] for layer in following)
 
         @functools.cache
@@ -137,7 +136,7 @@ def _window_batches(activations: Activations) -> list[slice]:
 
 def block_output(work: ScoreWork, activations: Activations, block: Subblocks, rows: slice) -> torch.Tensor:
     """What leaves the replaced block, (B, T, D), for some windows of the stored states."""
-    if work.block.attention == activations.attention(work.layer):
+    if not work.whole and work.block.attention == activations.attention(work.layer):
         return block.feed(activations.post_attention(work.layer)[rows].to(activations.device))
     input_BTD = activations.layer_input(work.layer)[rows].to(activations.device)
     return block(input_BTD, **activations.contexts(rows)[work.layer])
@@ -182,6 +181,7 @@ def _record(work: ScoreWork, activations: Activations, comparison: _TokenCompari
     return ScoreRecord(
         layer=work.layer,
         block=work.block,
+        span=work.span,
         kl_nats_per_token=max(values[0], 0.0),
         lm_loss_increase_nats_per_token=values[1],
         top1_agreement=values[2],

@@ -1,8 +1,10 @@
 """Exact costs from shapes: parameters and KV-cache bytes (METHOD section 5). No torch."""
 
+import math
 from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, ModelShape, Variant
+from puzzle_core.errors import SpecError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 LARGEST_LOG_PROBABILITIES_BYTES = 2**30
@@ -16,7 +18,7 @@ WATCHED_PART, MOST_WATCHED = 64, 32
 
 
 class VariantSize(NamedTuple):
-    """Parameters and KV-cache entries per token of one subblock variant."""
+    """Parameters of one subblock variant, and KV-cache entries per token that it sees."""
 
     parameters: int
     kv_entries_per_token: int
@@ -27,6 +29,15 @@ def variant_size(shape: ModelShape, variant: Variant) -> VariantSize:
     row, size = variant.row, variant.size
     parameters = row.parameters(shape, size) + row.keeps_norm * shape.norms * shape.hidden
     return VariantSize(parameters, row.kv_entries(shape, size))
+
+
+def is_cheaper(shape: ModelShape, variant: Variant, own: Variant) -> bool:
+    """Whether a variant can take the place of a parent's own to save something: parameters or KV entries."""
+    if variant.rank <= own.rank or variant.kv_heads > own.kv_heads or variant.ffn_width > own.ffn_width:
+        return False
+    size, own_size = variant_size(shape, variant), variant_size(shape, own)
+    fewer_entries = size.kv_entries_per_token < own_size.kv_entries_per_token
+    return fewer_entries or size.parameters <= own_size.parameters
 
 
 def outside_parameters(shape: ModelShape) -> int:
@@ -41,14 +52,31 @@ def architecture_parameters(shape: ModelShape, architecture: Architecture) -> in
     return outside_parameters(shape) + sum(variant_size(shape, variant).parameters for variant in variants)
 
 
-def kv_entries_per_token(shape: ModelShape, architecture: Architecture) -> int:
-    """KV-cache entries per token of a whole child."""
-    return sum(variant_size(shape, block.attention).kv_entries_per_token for block in architecture.layers)
+def kv_entries(shape: ModelShape, architecture: Architecture, tokens: int) -> int:
+    """KV-cache entries of a whole child for one sequence of so many tokens; a window caps its layer's part."""
+    attentions = (shape.in_layer(layer, block.attention) for layer, block in enumerate(architecture.layers))
+    return sum(a.seen(tokens) * variant_size(shape, a).kv_entries_per_token for a in attentions)
 
 
 def kv_copies(kv_heads: int, tensor_parallel: int) -> float:
     """Copies of an attention's cache that its devices hold together: a whole head each where KV heads are fewer."""
     return max(1.0, tensor_parallel / kv_heads) if kv_heads else 1.0
+
+
+def check_devices(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int = 1) -> None:
+    """Refuse a number of devices that cannot share the model.
+
+    Raises:
+        SpecError: query heads or FFN width are no multiple of `tensor_parallel`, or stages are more than layers.
+    """
+    for what, count in (("heads", shape.heads), ("FFN channels", shape.ffn_width)):
+        if count % tensor_parallel:
+            raise SpecError(
+                f"tensor_parallel is {tensor_parallel}, and the model has {count} {what}, which so many devices cannot "
+                f"share: take a divisor of {math.gcd(shape.heads, shape.ffn_width)}"
+            )
+    if pipeline_parallel > shape.layers:
+        raise SpecError(f"pipeline_parallel is {pipeline_parallel}, and the model has {shape.layers} layers")
 
 
 def watched_windows(windows: int, checks: int) -> int:

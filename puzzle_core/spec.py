@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from puzzle_core.architecture import BlockVariant, ModelShape, Variant, VariantId, variants_named
+from puzzle_core.architecture import (
+    EMPTY_BLOCK,
+    BlockId,
+    BlockVariant,
+    ModelShape,
+    Option,
+    Variant,
+    VariantId,
+    variants_named,
+)
 from puzzle_core.credentials import SCHEMA_PATTERN, has_credentials
 from puzzle_core.engines import ServingEngine, required_constraints, restrictions
 from puzzle_core.quantities import (
@@ -25,11 +34,12 @@ from puzzle_core.quantities import (
     parse_throughput,
 )
 from puzzle_core.records import Record
-from puzzle_core.target import ComputeDtype, Count, Name, Positive, Share
+from puzzle_core.sizes import is_cheaper
+from puzzle_core.target import ComputeDtype, Count, Name, Positive, Reservation, Share
 from puzzle_core.target import Dtype as Dtype
 from puzzle_core.target import TargetSpec as TargetSpec
 from puzzle_core.text_sources import Texts
-from puzzle_core.variants.kinds import KINDS, Subblock, kinds_of
+from puzzle_core.variants.kinds import KINDS, kinds_of
 from puzzle_core.yaml_file import parse_record
 
 Bytes = Annotated[str, BeforeValidator(parse_bytes.check), Field(json_schema_extra=parse_bytes.form)]
@@ -43,6 +53,8 @@ WindowTokens = Annotated[int, Field(ge=8, le=10**9)]
 
 GKD_SPLITS = ("gkd", "gkd-long")
 """The splits of the texts that the trainings of a child read, in their order."""
+LONG_SCORING_SPLIT = "scoring-long"
+"""The split of the second scores."""
 PRODUCTS = "Type of activations and matrix products; auto: bfloat16 where this machine has fast products of it"
 MOST = 1000
 """The most solutions, points of a frontier, rounds and combinations of batch sizes: each is a search of its own."""
@@ -122,6 +134,11 @@ class VariantRange(Record):
     first_layer: int = Field(ge=0, description="Counted from 0")
     last_layer: int = Field(ge=0, description="Inclusive")
     kv_heads: tuple[Positive, ...] | None = Field(None, description="Replaces the value for all layers")
+    windows: tuple[Positive, ...] | None = Field(
+        None,
+        description="Replaces the value for all layers",
+        exclude_if=lambda windows: windows is None,
+    )
     ffn_ratios: tuple[Share, ...] | None = Field(None, description="Replaces the value for all layers")
     ffn_widths: tuple[Positive, ...] | None = Field(None, description="Replaces the value for all layers")
     linear: bool | None = Field(None, description="Offer one linear layer in place of each subblock here")
@@ -141,6 +158,11 @@ class VariantsSpec(Record):
     """The search space: the variants of every layer. The parent's own variant is always among them."""
 
     kv_heads: tuple[Positive, ...] = Field((), description="KV heads of reduced attentions; divisors of the parent's")
+    windows: tuple[Positive, ...] = Field(
+        (),
+        description="Sliding windows in tokens, for the parent's KV heads and for those of kv_heads",
+        exclude_if=lambda windows: not windows,
+    )
     ffn_ratios: tuple[Share, ...] = Field((), description="Widths of reduced FFNs as a share of the parent's")
     ffn_widths: tuple[Positive, ...] = Field((), description="Widths of reduced FFNs in channels")
     ffn_multiple_of: Positive = Field(1, description="Widths from ratios are rounded to a multiple of this")
@@ -149,12 +171,23 @@ class VariantsSpec(Record):
     ids: tuple[VariantId, ...] = Field(
         (), description="Further variants of any kind, for instance attn:kv2", exclude_if=lambda ids: not ids
     )
+    spans: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (),
+        description="Offer every block of a layer also in the place of so many layers from there on; its halves are "
+        "trained together",
+        exclude_if=lambda spans: not spans,
+    )
+    span_blocks: tuple[BlockId, ...] = Field(
+        (),
+        description="The only blocks that are offered in the place of several layers; empty: all",
+        exclude_if=lambda blocks: not blocks,
+    )
     layers: tuple[VariantRange, ...] = Field(
         (), description="Exceptions for ranges of layers; a later one has precedence"
     )
 
     def of_layer(self, layer: int, shape: ModelShape) -> tuple[list[Variant], list[Variant]]:
-        """Attention variants and FFN variants of one layer, the parent's own first.
+        """Attention variants and FFN variants of one layer: the parent's own, and those that are cheaper.
 
         Raises:
             SpecError: the parent does not support a variant.
@@ -166,10 +199,10 @@ class VariantsSpec(Record):
                 if {"ffn_ratios", "ffn_widths"} & changes.keys():
                     rules |= {"ffn_ratios": (), "ffn_widths": ()}
                 rules |= changes
-        rules["ffn_widths"] = self._widths(rules["ffn_ratios"], rules["ffn_widths"], shape)
+        rules["ffn_widths"] = self._widths(rules["ffn_ratios"], rules["ffn_widths"], shape.of_layer(layer))
         attentions, ffns = (
-            [parent, *sorted(_offered(rules, parent.subblock, shape) - {parent}, key=lambda variant: variant.rank)]
-            for parent in shape.parent_block.subblocks
+            [own, *sorted(_offered(rules, own, layer, shape), key=lambda variant: variant.rank)]
+            for own in shape.parent_block(layer).subblocks
         )
         return attentions, ffns
 
@@ -178,8 +211,43 @@ class VariantsSpec(Record):
         attentions, ffns = self.of_layer(layer, shape)
         return [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
 
+    def spans_of_layer(self, layer: int, shape: ModelShape) -> list[Option]:
+        """The options that replace several layers, of which this is the first."""
+        blocks = [block for block in self.blocks_of_layer(layer, shape) if block != EMPTY_BLOCK]
+        offered = [block for block in blocks if block in self.span_blocks or not self.span_blocks]
+        return [
+            Option(block, span) for span in sorted({*self.spans}) if layer + span <= shape.layers for block in offered
+        ]
+
+    def options_of_layer(self, layer: int, shape: ModelShape) -> list[Option]:
+        """All block variants of one layer, the parent's own first, and those that replace also layers after it."""
+        return [*map(Option, self.blocks_of_layer(layer, shape)), *self.spans_of_layer(layer, shape)]
+
+    def in_widths(self, shape: ModelShape, multiple_of: int = 1) -> "VariantsSpec":
+        """The same space with FFN widths in place of ratios, as far as they are a multiple of this."""
+
+        def changes(part: "VariantsSpec | VariantRange") -> dict[str, Any]:
+            if (part.ffn_ratios, part.ffn_widths) == (None, None):
+                return {}
+            widths = self._widths(part.ffn_ratios or (), part.ffn_widths or (), shape)
+            return {"ffn_ratios": (), "ffn_widths": tuple(sorted(w for w in widths if not w % multiple_of))}
+
+        layers = tuple(exception.model_copy(update=changes(exception)) for exception in self.layers)
+        if shape.blocks:
+            layers += tuple(self._in_widths_of(layer, shape, multiple_of) for layer in range(shape.layers))
+        return self.model_copy(update=changes(self) | {"layers": layers})
+
+    def _in_widths_of(self, layer: int, shape: ModelShape, multiple_of: int) -> VariantRange:
+        """The FFN widths of one layer."""
+        widths = {variant.ffn_width for variant in self.of_layer(layer, shape)[1]} - {0}
+        kept = tuple(sorted(width for width in widths if not width % multiple_of))
+        return VariantRange(first_layer=layer, last_layer=layer, ffn_widths=kept)
+
     def served_by(self, engines: tuple[ServingEngine, ...], shape: ModelShape) -> "VariantsSpec":
-        """The same space without the variants that one of these engines supports in no layer."""
+        """The same space without the variants that one of these engines supports in no layer.
+
+        Ratios become widths where an engine has a grid for these, layer by layer where the parent's layers differ.
+        """
         constraints = ConstraintsSpec().for_engines(engines)
         switches = {
             row.spec_field: False
@@ -189,15 +257,16 @@ class VariantsSpec(Record):
 
         def changed(part: "VariantsSpec | VariantRange") -> dict[str, Any]:
             changes: dict[str, Any] = {name: False for name in switches if getattr(part, name)}
+            if part.windows and "no_windows" in restrictions(engines):
+                changes["windows"] = ()
             if part.ids:
                 changes["ids"] = tuple(variant for variant in part.ids if constraints.allows(variant, engines))
-            if (multiple := constraints.ffn_multiple_of) > 1 and (part.ffn_ratios, part.ffn_widths) != (None, None):
-                widths = self._widths(part.ffn_ratios or (), part.ffn_widths or (), shape)
-                changes |= {"ffn_ratios": (), "ffn_widths": tuple(sorted(w for w in widths if not w % multiple))}
             return changes
 
         layers = tuple(exception.model_copy(update=changed(exception)) for exception in self.layers)
-        return self.model_copy(update=changed(self) | {"layers": layers})
+        served = self.model_copy(update=changed(self) | {"layers": layers})
+        multiple = constraints.ffn_multiple_of
+        return served.in_widths(shape, multiple) if multiple > 1 else served
 
     def _widths(self, ratios: tuple[float, ...], widths: tuple[int, ...], shape: ModelShape) -> set[int]:
         """FFN widths in channels, from ratios and from widths."""
@@ -205,20 +274,29 @@ class VariantsSpec(Record):
         return {max(round(r * shape.ffn_width / multiple) * multiple, multiple) for r in ratios} | set(widths)
 
 
-def _offered(rules: Mapping[str, Any], subblock: Subblock, shape: ModelShape) -> set[Variant]:
-    """The variants of one subblock that these fields of a `VariantsSpec` offer.
+def _offered(rules: Mapping[str, Any], own: Variant, layer: int, shape: ModelShape) -> set[Variant]:
+    """The variants cheaper than the parent's own subblock of a layer that these fields of a `VariantsSpec` offer.
+
+    A window that the layer's own is as short as makes no difference, so it is none of them.
 
     Raises:
-        SpecError: the parent does not support a variant.
+        SpecError: the layer does not support a variant, or no layer is large enough for it.
     """
+    subblock, of_layer, own_window = own.subblock, shape.of_layer(layer), shape.window(layer)
     offered = {variant for variant in rules["ids"] if variant.subblock == subblock}
     for row in kinds_of(subblock):
         value = rules[row.spec_field] if row.spec_field else ()
-        sizes = value if row.sized else [0] if value else []
-        offered |= {Variant(subblock, row.name, size) for size in sizes}
+        if row.windowed:
+            kv_heads = {own.kv_heads, *rules["kv_heads"]} - {0}
+            offered |= {Variant(subblock, row.name, size, window) for size in kv_heads for window in value}
+        else:
+            sizes = value if row.sized else [0] if value else []
+            offered |= {Variant(subblock, row.name, size) for size in sizes}
     for variant in sorted(offered, key=lambda variant: variant.rank):
-        shape.check(variant)
-    return offered
+        fits_largest = variant.kv_heads <= shape.kv_heads and variant.ffn_width <= shape.ffn_width
+        if not fits_largest or is_cheaper(of_layer, variant, own):
+            of_layer.check(variant)
+    return {v for v in offered if is_cheaper(of_layer, v, own) and not 0 < own_window <= v.window}
 
 
 class ImportanceSpec(Record):
@@ -237,6 +315,8 @@ class OptimizerSpec(Record):
     gradient_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient")
 
 
+Coupled = Literal["none", "linear_and_no_op", "shortlist", "all"]
+"""Which blocks have halves that are trained together."""
 BldSource = Literal["stored", "streamed"]
 """Where BLD gets the parent's states: from files, or from the parent as it trains."""
 
@@ -261,6 +341,12 @@ class BldSpec(Record):
         "token, where a few tokens have huge activations (token)",
         exclude_if=lambda loss: loss == "tensor",
     )
+    initial_weights: Literal["default", "best"] = Field(
+        "default",
+        description="Weights that a variant starts from: means of KV heads and channels of one pass (default), or of "
+        "all ways that there are for its kind the one with the least loss before training (best)",
+        exclude_if=lambda way: way == "default",
+    )
     source: BldSource = Field(
         "stored",
         description="Where the parent's states come from: captured into files of runtime.scratch, layer by layer "
@@ -268,12 +354,27 @@ class BldSpec(Record):
         "computation. Weights are the same, and so are their keys",
         exclude_if=lambda source: source == "stored",
     )
+    coupled: Coupled = Field(
+        "none",
+        description="Blocks whose halves are trained once more, together: those with a linear layer or a no-op, those "
+        "that a first search picks (shortlist: at most 4 attentions and 3 FFNs of a layer, which a second search "
+        "chooses from), or all",
+        exclude_if=lambda coupled: coupled == "none",
+    )
     dtype: ComputeDtype = Field("float32", description=f"{PRODUCTS}; weights stay float32")
     optimizer: OptimizerSpec = OptimizerSpec()
 
 
 ScoringMethod = Literal["exact", "fisher"]
 """How one score is made: by the layers after the block, or from gradients of the parent."""
+
+
+class LongScoringSpec(Record):
+    """A second score of every block, on longer windows."""
+
+    tokens: Positive = Field(16_384, description="Held-out tokens per score, after those of the evaluation")
+    sequence_length: WindowTokens = Field(description="Tokens per window: more than those of the first scores")
+    weight: float = Field(1.0, gt=0, description="The score of a block is the first one plus this times the long one")
 
 
 class ScoringSpec(Record):
@@ -297,6 +398,12 @@ class ScoringSpec(Record):
         8,
         description="Backward passes of an estimate, each on labels drawn from the parent's predictions",
         exclude_if=lambda samples: samples == 8,
+    )
+
+    long: LongScoringSpec | None = Field(
+        None,
+        description="A second score on longer windows, which tells what a variant loses of a long context",
+        exclude_if=lambda long: long is None,
     )
 
 
@@ -376,6 +483,12 @@ class ScenarioSpec(Record):
     batch_sizes: tuple[Count, ...] = Field(
         (1,), min_length=1, description="The search tries each batch size and keeps the best"
     )
+    batching: Literal["static", "continuous"] = Field(
+        "static",
+        description="static: the batch is prefilled, then decodes. continuous: sequences come and go, so prefills of "
+        "others lie between the tokens of each, and a first token waits for one prompt, not for the batch",
+        exclude_if=lambda batching: batching == "static",
+    )
     throughput_counts: Literal["generated", "total"] = Field(
         "generated", description="Tokens that `throughput` counts: generated tokens, or prompt and generated tokens"
     )
@@ -429,6 +542,20 @@ class ConstraintsSpec(Record):
         multiple = math.lcm(self.ffn_multiple_of, required.get("ffn_multiple_of", 1))
         return self.model_copy(update=required | {"ffn_multiple_of": multiple})
 
+    def on_devices(self, target: TargetSpec) -> "ConstraintsSpec":
+        """These constraints and what the devices of the target can share.
+
+        Raises:
+            SpecError: `tensor_parallel` is set here too, to another number.
+        """
+        devices = target.hardware.tensor_parallel if target.hardware else self.tensor_parallel
+        if self.tensor_parallel not in (1, devices):
+            raise SpecError(
+                f"constraints.tensor_parallel is {self.tensor_parallel} and target.hardware.tensor_parallel {devices}: "
+                "set the target's alone"
+            )
+        return self.model_copy(update={"tensor_parallel": devices})
+
     def allows(self, variant: Variant, engines: tuple[ServingEngine, ...]) -> bool:
         """Whether these constraints and these engines allow a variant in any layer."""
         row = variant.row
@@ -439,7 +566,11 @@ class ConstraintsSpec(Record):
         return row.fits_devices(variant.size, self.tensor_parallel) and variant.ffn_width % self.ffn_multiple_of == 0
 
 
-Baseline = Literal["mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"]
+Baseline = Literal[
+    "mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters", "depth", "depth_run"
+]
+DEPTH = {"depth", "depth_run"}
+"""The baselines that drop whole layers: those of least influence, or those of the run of least influence."""
 
 
 class SearchSpec(Record):
@@ -481,8 +612,32 @@ class SearchSpec(Record):
     )
     baselines: tuple[Baseline, ...] = Field(
         ("mip_no_op_only", "mip_lm_loss", "greedy", "uniform", "random", "maximise_parameters"),
-        description="Baseline search methods; their children are assembled and evaluated too",
+        description="Baseline search methods; their children are assembled and evaluated too. Beside the default ones, "
+        "depth and depth_run drop whole layers by their influence, the least ones or a run of them",
     )
+
+
+class ServedOn(Record):
+    """What the target's devices and engine hold, whatever limits a scenario has; for roofline costs alone."""
+
+    devices: str = Field(description="Number and name of the devices")
+    memory: Bytes = Field(description="For weights and KV cache, all devices together")
+    reservation: Reservation = Field("guaranteed", description="Cache that a sequence holds")
+    max_sequences: Positive | None = Field(None, description="Most sequences at a time")
+    accuracy: str = Field("", description="How far the costs are from measurements of this engine on this device")
+
+    @classmethod
+    def of(cls, target: TargetSpec) -> "ServedOn | None":
+        """Of a target; none where its costs are not computed from figures."""
+        if (hardware := target.hardware) is None:
+            return None
+        return cls(
+            devices=f"{hardware.devices} x {hardware.device}",
+            memory=f"{max(0.1, math.floor(hardware.usable_bytes / 2**30 * 10) / 10)}GiB",
+            reservation=hardware.serving.reservation,
+            max_sequences=hardware.serving.max_sequences,
+            accuracy=target.accuracy,
+        )
 
 
 class SearchRequest(Record):
@@ -497,6 +652,9 @@ class SearchRequest(Record):
         description="Serving engines that must all run the child; variants that one does not support are excluded",
     )
     search: SearchSpec = SearchSpec()
+    served_on: ServedOn | None = Field(
+        None, description="What the devices hold", exclude_if=lambda served_on: served_on is None
+    )
 
     @property
     def scenarios(self) -> tuple[ScenarioSpec, ...]:
@@ -537,6 +695,41 @@ class LongGkdSpec(Record):
     learning_rate: float | None = Field(None, gt=0, description="After the warm-up")
 
 
+class RoundGkdSpec(Record):
+    """The GKD of an earlier round of iterated Puzzle. What is not set is as in the last round."""
+
+    tokens: Positive = Field(description="Training tokens")
+    epochs: Positive | None = Field(None, description="Passes over these tokens")
+    batch_tokens: Positive | None = Field(None, description="Tokens per optimizer step; whole windows")
+    learning_rate: float | None = Field(None, gt=0, description="After the warm-up")
+
+
+class RoundSpec(Record):
+    """A round of iterated Puzzle before the last one, whose child is the next round's parent (METHOD section 10)."""
+
+    limits: LimitsSpec = Field(
+        description="Milder limits of the main scenario; shares are of the first parent's value. Limits of other "
+        "scenarios and of the mix hold in the last round alone"
+    )
+    gkd: RoundGkdSpec
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> "RoundSpec":
+        if not self.limits.by_name():
+            raise ValueError("no limit given: a round searches at a limit that is milder than the next round's")
+        return self
+
+
+class ChildSpec(Record):
+    """How a child is put together (METHOD section 7)."""
+
+    fuse_ffn: bool = Field(
+        False,
+        description="FFNs with no attention between them become one wide FFN before GKD: fewer and larger products, "
+        "but an approximation, since all of them then read the input of the first",
+    )
+
+
 class GkdSpec(Record):
     """Global knowledge distillation (METHOD section 7)."""
 
@@ -572,12 +765,14 @@ class GkdSpec(Record):
     def trainings(self) -> tuple["GkdSpec", ...]:
         """The trainings in their order, each with its settings whole."""
         first = self.model_copy(update={"long": None})
-        if self.long is None:
-            return (first,)
-        changes = {name: value for name, value in self.long if value is not None}
-        if rate := changes.pop("learning_rate", None):
-            changes["optimizer"] = self.optimizer.model_copy(update={"learning_rate": rate})
-        return first, first.model_copy(update=changes)
+        return (first,) if self.long is None else (first, first.changed(self.long))
+
+    def changed(self, changes: "LongGkdSpec | RoundGkdSpec") -> "GkdSpec":
+        """This training with the settings that `changes` has."""
+        values = {name: value for name, value in changes if value is not None}
+        if rate := values.pop("learning_rate", None):
+            values["optimizer"] = self.optimizer.model_copy(update={"learning_rate": rate})
+        return self.model_copy(update=values)
 
     @model_validator(mode="after")
     def _check_weights(self) -> "GkdSpec":
@@ -761,14 +956,26 @@ class RunSpec(Record):
         description="Serving engines that must all run the child; variants that one does not support are excluded",
     )
     search: SearchSpec = SearchSpec()
+    child: ChildSpec = Field(
+        ChildSpec(), description="How a child is put together", exclude_if=lambda child: child == ChildSpec()
+    )
     gkd: GkdSpec = GkdSpec()
+    rounds: tuple[RoundSpec, ...] = Field(
+        (),
+        max_length=MOST,
+        description="Iterated Puzzle: earlier rounds, each at limits of its own. The child of a round is the next "
+        "one's parent; the last round is at the limits of the scenario",
+        exclude_if=lambda rounds: not rounds,
+    )
     evaluation: EvaluationSpec = EvaluationSpec()
     runtime: RuntimeSpec = RuntimeSpec()
 
     @property
     def request(self) -> SearchRequest:
         """The input of the search."""
-        return SearchRequest(**{name: getattr(self, name) for name in SearchRequest.model_fields})
+        fields = {name: getattr(self, name) for name in SearchRequest.model_fields if name != "served_on"}
+        fields["constraints"] = self.constraints.on_devices(self.target)
+        return SearchRequest(**fields, served_on=ServedOn.of(self.target))
 
     @property
     def scenarios(self) -> tuple[ScenarioSpec, ...]:
@@ -781,6 +988,7 @@ class RunSpec(Record):
         gkd = zip(GKD_SPLITS, self.gkd.trainings, strict=False)
         stages: dict[str, Any] = {"calibration": self.importance, "bld": self.bld, **dict(gkd)}
         stages |= {"scoring": self.scoring, "evaluation": self.evaluation}
+        stages |= {LONG_SCORING_SPLIT: self.scoring.long} if self.scoring.long else {}
         lengths = {name: getattr(stage, "sequence_length", None) for name, stage in stages.items()}
         return {
             name: SplitSize(stage.tokens, lengths[name] or self.data.sequence_length) for name, stage in stages.items()
@@ -790,7 +998,7 @@ class RunSpec(Record):
     def sequence_lengths(self) -> dict[str, int]:
         """Tokens per window, by the fields that set them."""
         parts: dict[str, Any] = {"data": self.data, "bld": self.bld, "gkd": self.gkd, "gkd.long": self.gkd.long}
-        parts |= {"scoring": self.scoring, "evaluation": self.evaluation}
+        parts |= {"scoring": self.scoring, "scoring.long": self.scoring.long, "evaluation": self.evaluation}
         lengths = {f"{name}.sequence_length": getattr(part, "sequence_length", None) for name, part in parts.items()}
         return {field: length for field, length in lengths.items() if length}
 
@@ -800,6 +1008,25 @@ class RunSpec(Record):
         return self.model_copy(
             update={
                 name: part.model_copy(update={"dtype": auto}) for name, part in parts.items() if part.dtype == "auto"
+            }
+        )
+
+    def of_round(self, number: int) -> "RunSpec":
+        """The settings of a round, counted from 0; those of the last round are the specification's own.
+
+        An earlier round has no baselines and no second distillation: its child is a step on the way.
+        """
+        if number >= len(self.rounds):
+            return self
+        changes = self.rounds[number]
+        without = tuple(scenario.model_copy(update={"limits": LimitsSpec()}) for scenario in self.more_scenarios)
+        return self.model_copy(
+            update={
+                "scenario": self.scenario.model_copy(update={"limits": changes.limits}),
+                "more_scenarios": without,
+                "mix": None,
+                "search": self.search.model_copy(update={"baselines": ()}),
+                "gkd": self.gkd.trainings[0].changed(changes.gkd),
             }
         )
 
@@ -814,7 +1041,10 @@ class RunSpec(Record):
 
     @model_validator(mode="after")
     def _check_request(self) -> "RunSpec":
-        _ = self.request
+        try:
+            _ = self.request
+        except SpecError as error:
+            raise ValueError(str(error)) from error
         return self
 
     @model_validator(mode="after")
@@ -835,6 +1065,45 @@ class RunSpec(Record):
         return self
 
     @model_validator(mode="after")
+    def _check_long_scores(self) -> "RunSpec":
+        if (long := self.scoring.long) is None:
+            return self
+        first = self.splits["scoring"].sequence_length
+        if long.sequence_length <= first:
+            raise ValueError(
+                f"scoring.long.sequence_length is {long.sequence_length}, and the first scores read windows of {first} "
+                "tokens: set a larger one, or leave out scoring.long"
+            )
+        if self.scoring.method != "exact":
+            raise ValueError(f"scoring.long is exact, and scoring.method is {self.scoring.method}: set it to exact")
+        if self.search.shortlist > 1 or self.search.iterations:
+            raise ValueError(
+                "search.shortlist and search.iterations measure children on the windows of the first scores alone: "
+                "leave them out, or scoring.long"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_coupled(self) -> "RunSpec":
+        if self.bld.coupled in ("linear_and_no_op", "all") and self.scoring.composition == "subblocks":
+            raise ValueError(
+                f"bld.coupled is {self.bld.coupled}, and scoring.composition: subblocks adds up scores of halves, "
+                "which a block that is trained as a whole does not have: set scoring.composition to pairs, or "
+                "bld.coupled to shortlist"
+            )
+        if self.variants.spans and self.search.iterations:
+            raise ValueError(
+                "search.iterations scores single layers of a child, which blocks in the place of several layers do not "
+                "have: leave out search.iterations or variants.spans"
+            )
+        if (self.variants.spans or self.child.fuse_ffn) and self.rounds:
+            raise ValueError(
+                "rounds compares every child layer by layer with the first parent, which a child with fewer layers is "
+                f"not: leave out rounds or {'variants.spans' if self.variants.spans else 'child.fuse_ffn'}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_source(self) -> "RunSpec":
         if self.bld.source == "streamed" and self.runtime.task_runner == "dask":
             raise ValueError(
@@ -850,9 +1119,11 @@ class RunSpec(Record):
         trainings: dict[str, Any] = {
             "bld": self.bld,
             **dict(zip(("gkd", "gkd.long"), self.gkd.trainings, strict=False)),
+            **{f"rounds.{number}.gkd": self.of_round(number).gkd for number in range(len(self.rounds))},
         }
         for name, training in trainings.items():
-            field = f"{name}.sequence_length" if f"{name}.sequence_length" in lengths else "data.sequence_length"
+            own = f"{'gkd' if name.startswith('rounds') else name}.sequence_length"
+            field = own if own in lengths else "data.sequence_length"
             batch, micro = training.batch_tokens, getattr(training, "micro_batch_tokens", None)
             if micro and batch % micro:
                 raise ValueError(f"{name}.batch_tokens must be a multiple of {name}.micro_batch_tokens")

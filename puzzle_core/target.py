@@ -216,6 +216,22 @@ class TargetSpec(Record):
         assert self.hardware, "only roofline costs have factors"
         return self.fit.efficiency if self.fit else self.hardware.efficiency
 
+    @property
+    def accuracy(self) -> str:
+        """How far roofline costs are from measurements, as a sentence; nothing for other costs."""
+        if self.hardware is None:
+            return ""
+        if (fit := self.fit) is None:
+            return f"{self.engine} on {self.hardware.device}: not compared with measurements, factors are assumed"
+        error = (
+            f"{fit.engine} {fit.version} on {self.hardware.device}: throughput within {fit.mean_error:.1%} in the "
+            f"mean and {fit.largest_error:.0%} at most of {fit.held_out_rows} held-out measurements"
+        )
+        if self.hardware.tensor_parallel not in fit.tensor_parallel or self.hardware.pipeline_parallel > 1:
+            known = ", ".join(map(str, fit.tensor_parallel))
+            error += f"; none is of {self.hardware.devices} devices like this (tensor_parallel {known})"
+        return error
+
     def for_parent(self, dtype: Dtype) -> Self:
         """The same target with the parent's `dtype`, if it has none of its own."""
         return self if self.dtype else self.model_copy(update={"dtype": dtype})

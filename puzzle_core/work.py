@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, VariantId
+from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Option, TrainedId, VariantId
 from puzzle_core.records import Record, Work
 from puzzle_core.spec import (
     BldSpec,
@@ -98,30 +98,42 @@ class ImportanceRecord(Record):
 
 
 class BldWork(Work):
-    """The training of one variant of one layer; `seed` is that of the order of the windows."""
+    """The training of one variant of one layer, or of both halves of an option together, whose first layer it is.
+
+    `halves` are the library keys of the attention and of the FFN that an option starts from; None for the parent's own
+    and for no-ops. `seed` is that of the order of the windows.
+    """
 
     stage: ClassVar[str] = "bld"
     version: ClassVar[int] = 3
 
     parent: str
     layer: int
-    variant: VariantId
+    variant: TrainedId
     tokens: str
     contributions: str | None
+    halves: tuple[str | None, str | None] | None = Field(None, exclude_if=lambda keys: keys is None)
     seed: int
     spec: BldSpec
+
+    @property
+    def last_layer(self) -> int:
+        """The layer whose output is the target."""
+        return self.layer + self.variant.span - 1 if isinstance(self.variant, Option) else self.layer
 
 
 class BldRecord(Record):
     """Result of a variant's training; losses are normalised MSE by `bld.loss`, without unit.
 
-    `initial_loss` and `final_loss` are measured on the same held-back windows. If training does not lower the loss,
-    the initial weights are kept and both are equal. `curve` has the training loss of every step.
+    `initial_loss` and `final_loss` are measured on the same held-back windows. `compared` has the loss of each way to
+    start before training, by its name, on the first batch of these; the least one was taken. If training does not lower
+    the loss, the initial weights are kept and both are equal. `curve` has the training loss of every step.
     """
 
     layer: int
-    variant: VariantId
+    variant: TrainedId
     initial_loss: float
+    compared: dict[str, float] = {}
     final_loss: float
     curve: tuple[float, ...]
     tokens: int
@@ -129,7 +141,10 @@ class BldRecord(Record):
 
 
 class AssembleWork(Work):
-    """One architecture; `library` has the keys of the trained variants of each layer, by variant id."""
+    """One architecture; `library` has the keys of what was trained of each layer, by the id of a variant or option.
+
+    With `fuse_ffn`, FFNs with no attention between them are one in the child.
+    """
 
     stage: ClassVar[str] = "child"
     version: ClassVar[int] = 1
@@ -138,6 +153,7 @@ class AssembleWork(Work):
     architecture: Architecture
     library: tuple[tuple[tuple[str, str], ...], ...]
     dtype: Dtype
+    fuse_ffn: bool = Field(False, exclude_if=lambda fuses: not fuses)
 
 
 class GradientsWork(Work):
@@ -161,11 +177,30 @@ class GradientsRecord(Record):
     tokens: int
 
 
+class InfluenceWork(Work):
+    """How much the layers of one parent change the hidden state, on one set of tokens."""
+
+    stage: ClassVar[str] = "influence"
+    version: ClassVar[int] = 1
+
+    parent: str
+    tokens: str
+    dtype: Dtype
+
+
+class InfluenceRecord(Record):
+    """`influence[i][n]` is 1 - cos of what enters layer i and what leaves layer i+n, the mean over tokens."""
+
+    influence: tuple[tuple[float, ...], ...]
+    tokens: int
+
+
 class ScoreWork(Work):
     """The score of one block variant in one layer.
 
-    `attention` and `ffn` are library keys of trained variants, None for the parent's own variant and for no-ops. The
-    block replaces a block of the parent, or of the child `base`. A score that is estimated names its `gradients`.
+    `attention` and `ffn` are library keys of trained variants, None for the parent's own variant and for no-ops;
+    `whole` is that of a block whose halves were trained together. The block replaces `span` layers of the parent, or a
+    block of the child `base`. A score that is estimated names its `gradients`.
     """
 
     stage: ClassVar[str] = "score"
@@ -174,12 +209,27 @@ class ScoreWork(Work):
     parent: str
     layer: int
     block: BlockVariant
+    span: int = Field(1, exclude_if=lambda span: span == 1)
     attention: str | None
     ffn: str | None
+    whole: str | None = Field(None, exclude_if=lambda key: key is None)
     tokens: str
     dtype: Dtype
     base: AssembleWork | None = None
     gradients: str | None = Field(None, exclude_if=lambda key: key is None)
+
+    @property
+    def option(self) -> Option:
+        """The block and the layers that it replaces."""
+        return Option(self.block, self.span)
+
+    @property
+    def trained(self) -> dict[str, str]:
+        """The library keys of what the block is made of, by the id of a variant or option."""
+        if self.whole:
+            return {str(self.option): self.whole}
+        keys = zip(self.block.subblocks, (self.attention, self.ffn), strict=True)
+        return {str(variant): key for variant, key in keys if key}
 
 
 class ScoreRecord(Record):
@@ -187,11 +237,17 @@ class ScoreRecord(Record):
 
     layer: int
     block: BlockVariant
+    span: int = Field(1, exclude_if=lambda span: span == 1)
     kl_nats_per_token: float
     lm_loss_increase_nats_per_token: float | None = None
     top1_agreement: float | None = None
     tokens: int
     method: ScoringMethod = "exact"
+
+    @property
+    def option(self) -> Option:
+        """The block and the layers that it replaces."""
+        return Option(self.block, self.span)
 
 
 class Traffic(Record):
@@ -254,9 +310,10 @@ class CostRecord(Record):
 
 
 class ChildRecord(Record):
-    """Architecture and size of a child."""
+    """Architecture and size of a child; `unfused` is the architecture before FFN fusion, where there was one."""
 
     architecture: Architecture
+    unfused: Architecture | None = None
     parameters: int
     parameter_bytes: int
 
@@ -360,12 +417,15 @@ class SearchWork(Work):
     """One search: the space, the keys of scores and costs, and the request.
 
     `costs` are (scenario, batch size, key) of cost records; an imported cost table has the digest of its file instead.
-    With a `base`, the scores hold for blocks in that child. `exact` are the exact scores that a search over estimates
-    may use: the estimates alone decide which of them it uses, and in which order it asks for them.
+    With a `base`, the scores hold for blocks in that child. `first` is the first parent of iterated Puzzle, where the
+    parent is a child of it: shares in limits are of its values. `exact` are the exact scores that a search over
+    estimates may use: the estimates alone decide which of them it uses, and in which order it asks for them.
+    `influence` is what baselines that drop layers choose by. `long_scores` are of the same blocks on longer windows,
+    and count `long_weight` times.
     """
 
     stage: ClassVar[str] = "search"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     parent: str
     shape: ModelShape
@@ -377,7 +437,11 @@ class SearchWork(Work):
     target: str
     request: SearchRequest
     base: AssembleWork | None = None
+    first: ModelShape | None = Field(None, exclude_if=lambda shape: shape is None)
     exact: tuple[str, ...] = Field((), exclude_if=lambda keys: not keys)
+    influence: str | None = Field(None, exclude_if=lambda key: key is None)
+    long_scores: tuple[str, ...] = Field((), exclude_if=lambda keys: not keys)
+    long_weight: float = Field(1.0, exclude_if=lambda weight: weight == 1)
 
 
 class RefineWork(Work):
@@ -414,7 +478,7 @@ class ReportedModel(Record):
     """One row of the final table: a model and the key of its evaluation."""
 
     name: str
-    kind: Literal["parent", "child", "baseline"]
+    kind: Literal["parent", "round", "child", "baseline"]
     architecture: Architecture
     evaluation: str
 
@@ -422,7 +486,8 @@ class ReportedModel(Record):
 class ReportWork(Work):
     """Everything that a report shows, by key. `spec` is `Plan.spec_of_content`, which has no paths.
 
-    `gkd` is the distillation that gave the child, `first_gkd` the one before it where there are two.
+    `gkd` is the distillation that gave the child, `first_gkd` the one before it where there are two. Where children
+    became parents, `shape` is that of the first parent, and `scored` that of the last, whose blocks have the scores.
     """
 
     stage: ClassVar[str] = "report"
@@ -430,6 +495,7 @@ class ReportWork(Work):
 
     spec: RunSpec
     shape: ModelShape
+    scored: ModelShape | None = Field(None, exclude_if=lambda shape: shape is None)
     search: str
     bld: tuple[str, ...]
     scores: tuple[str, ...]

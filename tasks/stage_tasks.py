@@ -10,7 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from puzzle_core import data, evaluation, fisher, scoring
+from puzzle_core import data, evaluation, fisher, influence, scoring
+from puzzle_core.architecture import Architecture
 from puzzle_core.benchmark_items import digest_items, read_items
 from puzzle_core.chats import as_texts, check_template
 from puzzle_core.cost import roofline
@@ -29,7 +30,7 @@ from puzzle_core.plan import Inputs
 from puzzle_core.records import digest_file
 from puzzle_core.search.lazy import Place, lazy_scores, next_to_score
 from puzzle_core.search.problem_builder import ProblemBuilder
-from puzzle_core.search.record_tables import cost_table, score_table, unscored_table
+from puzzle_core.search.record_tables import cost_table, score_table, unscored_table, with_long_scores
 from puzzle_core.search.run_search import check_feasible, find_architecture
 from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.search.table_files import read_costs
@@ -50,6 +51,8 @@ from puzzle_core.work import (
     GradientsWork,
     ImportanceRecord,
     ImportanceWork,
+    InfluenceRecord,
+    InfluenceWork,
     RefineWork,
     ReportWork,
     ScoreRecord,
@@ -219,14 +222,17 @@ def drop_activations(directory: Path, layer: int | None = None) -> None:
 @stage_task("bld", "bld layer {work.layer} {work.variant}")
 @with_shared_gpu
 def train_variant(work: BldWork, context: RunContext, source: BldSource = "stored") -> str:
-    """Blockwise local distillation of one variant of one layer, on captured states or on those that it computes."""
+    """Blockwise local distillation of one variant or option, on captured states or on those that it computes."""
     use_threads(context.threads_per_task)
     activations, checkpoints = context.activations(work.parent, work.tokens, work.spec.dtype), context.checkpoints(work)
-    contributions = context.store().fetch(work.contributions) if work.contributions else None
+    inputs = (work.contributions, *(work.halves or (None, None)))
+    contributions, *halves = (context.store().fetch(key) if key else None for key in inputs)
     slot = context.compute_slot
 
     def train(out: Path) -> BldRecord:
-        return bld.train_variant(work, activations, contributions, out, checkpoints, slot=slot, source=source)
+        return bld.train_variant(
+            work, activations, contributions, out, checkpoints, slot=slot, source=source, halves=(halves[0], halves[1])
+        )
 
     return produce(work, context, train)
 
@@ -240,13 +246,21 @@ def measure_gradients(work: GradientsWork, context: RunContext) -> str:
     return produce(work, context, lambda out: fisher.measure_gradients(work, activations, out))
 
 
-@stage_task("score", "score layer {work.layer} {work.block}")
+@stage_task("influence", "influence")
+@with_gpu
+def measure_influence(work: InfluenceWork, context: RunContext) -> str:
+    """The influence of the parent's layers, which baselines drop layers by."""
+    use_threads(context.threads_per_task)
+    activations = context.activations(work.parent, work.tokens, work.dtype)
+    return produce(work, context, lambda _: influence.measure_influence(work, activations))
+
+
+@stage_task("score", "score layer {work.layer} {work.option}")
 @with_shared_gpu
 def score_block(work: ScoreWork, context: RunContext) -> str:
     """Replace-1-block score of one block variant in one layer: exact, or estimated where it names gradients."""
     use_threads(context.threads_per_task)
-    subblocks = ((str(work.block.attention), work.attention), (str(work.block.ffn), work.ffn))
-    weights = {variant: load_weights(context.store().fetch(key)) for variant, key in subblocks if key}
+    weights = {name: load_weights(context.store().fetch(key)) for name, key in work.trained.items()}
     activations = context.activations(work.parent, work.tokens, work.dtype, work.base)
     gradients = context.store().fetch(work.gradients) if work.gradients else None
 
@@ -284,16 +298,15 @@ def check_limits(work: SearchWork, target: TargetSpec, context: RunContext) -> N
     Raises:
         InfeasibleError: no architecture can.
     """
-    check_feasible(
-        ProblemBuilder(work.request, unscored_table(work.variants, work.shape), _costs(work, target, context))
-    )
+    scores = unscored_table(work.variants, work.shape, _reference(work))
+    check_feasible(ProblemBuilder(work.request, scores, _costs(work, target, context)))
 
 
 @stage_task("ask for scores", "ask for exact scores", cached=False)
 def ask_for_scores(work: SearchWork, target: TargetSpec, context: RunContext, exact: tuple[str, ...]) -> list[Place]:
     """The blocks that a search over estimates should score exactly next, with these exact scores so far."""
     known = context.store().records(ScoreRecord, exact).values()
-    places = {(score.layer, score.block) for score in known}
+    places = {(score.layer, score.option) for score in known}
     scores, costs = _scores(work, context, exact), _costs(work, target, context)
     return next_to_score(work.request, scores, costs, work.composition, places)
 
@@ -312,9 +325,11 @@ def choose_architecture(work: SearchWork, target: TargetSpec, context: RunContex
         SolveLimitError: the clock cut a solve at `search.time_limit_s`; such an answer is not stored.
     """
     scores = _scores(work, context, exact)
+    layers = context.store().record(InfluenceRecord, work.influence).influence if work.influence else None
 
     def find(_: Path) -> SearchRecord:
-        record = find_architecture(ProblemBuilder(work.request, scores, _costs(work, target, context)))
+        builder = ProblemBuilder(work.request, scores, _costs(work, target, context))
+        record = find_architecture(builder, influence=layers)
         record = record.model_copy(update={"exact_scores": exact})
         if record.met_time_limit:
             best = record.best
@@ -460,10 +475,18 @@ def _scores(work: SearchWork, context: RunContext, exact: tuple[str, ...]) -> Sc
     """The scores that a search uses; with `exact` keys, the others are estimates, calibrated by these."""
     store = context.store()
     records = list(store.records(ScoreRecord, work.scores).values())
+    if work.long_scores:
+        longs = store.records(ScoreRecord, work.long_scores).values()
+        records = with_long_scores(records, list(longs), work.long_weight)
     if work.exact:
         records = lazy_scores(records, list(store.records(ScoreRecord, exact).values()))
     base, objective = work.base.architecture if work.base else None, work.request.search.objective
-    return score_table(records, work.composition, objective, work.variants, work.shape, base)
+    return score_table(records, work.composition, objective, work.variants, work.shape, base, _reference(work))
+
+
+def _reference(work: SearchWork) -> Architecture | None:
+    """The first parent, whose values shares in limits are of, where the parent is a child of it."""
+    return Architecture.of_parent(work.first) if work.first else None
 
 
 def _costs(work: SearchWork, target: TargetSpec, context: RunContext) -> CostTable:
@@ -472,7 +495,8 @@ def _costs(work: SearchWork, target: TargetSpec, context: RunContext) -> CostTab
         return read_named_costs(work.cost_table, Path(target.table))
     store = context.store()
     records = {(scenario, batch): store.record(CostRecord, key) for scenario, batch, key in work.costs}
-    return cost_table(work.variants, work.shape, records)
+    request_tokens = {s.name: s.prompt_tokens + s.generated_tokens for s in work.request.scenarios}
+    return cost_table(work.variants, work.first or work.shape, records, request_tokens)
 
 
 def _short(key: str) -> str:

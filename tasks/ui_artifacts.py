@@ -56,10 +56,10 @@ def show_cached(stage: str, plan: Plan, works: Sequence[Work], context: RunConte
     """Results that the store had already: what they are of, their keys, and which run made each when."""
     rows = []
     for work, manifest in zip(works, context.store().manifests(work.key for work in works).values(), strict=True):
-        fields = work.model_dump(mode="json", include={"layer", "variant", "block"})
+        fields = work.model_dump(mode="json", include={"layer", "variant", "block", "span"})
         rows.append(fields | {"key": work.key, "made by": manifest.made_by, "made at": manifest.made_at})
     if rows:
-        _table(f"found-{stage}-{plan.spec.name}", rows, f"{stage}: {len(rows)} results were in the store")
+        _table(f"found-{stage}-{plan.name}", rows, f"{stage}: {len(rows)} results were in the store")
 
 
 @_log_errors
@@ -72,14 +72,14 @@ def show_library(plan: Plan, context: RunContext) -> None:
     for bld in trained:
         losses = {"initial loss": bld.initial_loss, "final loss": bld.final_loss}
         rows.append({"layer": bld.layer, "variant": str(bld.variant)} | losses | {"seconds": round(bld.seconds, 2)})
-    _table(f"library-{plan.spec.name}", rows, f"{about}: normalised MSE before and after BLD")
+    _table(f"library-{plan.name}", rows, f"{about}: normalised MSE before and after BLD")
     rows = []
     for score in scored:
         kl, agreement = score.kl_nats_per_token, score.top1_agreement
-        row = {"layer": score.layer, "block": str(score.block), "KL, nats per token": kl}
+        row = {"layer": score.layer, "block": str(score.option), "KL, nats per token": kl}
         rows.append(row if agreement is None else row | {"agreement": agreement})
     made = "" if plan.spec.scoring.method == "exact" else ", estimated from gradients"
-    _table(f"scores-{plan.spec.name}", rows, f"{about}: what each block costs, alone in the parent{made}")
+    _table(f"scores-{plan.name}", rows, f"{about}: what each block costs, alone in the parent{made}")
 
 
 @_log_errors

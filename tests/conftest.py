@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
+from puzzle_core.architecture import Architecture, BlockVariant, Variant
 from puzzle_core.cost import latency
 from puzzle_core.distill import importance
 from puzzle_core.model import child
@@ -31,7 +31,7 @@ from puzzle_core.model.surgery import WEIGHTS
 from puzzle_core.spec import Dtype, ParentSpec
 from puzzle_core.state_dict import State
 from puzzle_core.work import AssembleWork, ImportanceWork
-from tests.pico import PICOS, SIZES, write_pico
+from tests.pico import PICOS, SIZES, UNEQUAL, write_pico
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
@@ -39,6 +39,8 @@ pytest_plugins = ["tests.workflow", "tests.s3", "tests.faults", "tests.hub"]
 
 CPU = torch.device("cpu")
 LONGEST_FILES = ("test_deploy.py", "test_store_s3.py", "test_dask_cluster.py", "test_puzzle.py")
+SERVERS = 4
+"""Workers whose tests need the session's Prefect server."""
 MIXED = (
     "attn:no_op+ffn:i24",
     "attn:kv1+ffn:no_op",
@@ -48,10 +50,9 @@ MIXED = (
 )
 
 
-def trained_variants(block: BlockVariant, shape: ModelShape) -> list[str]:
-    """Ids of the subblocks of a block that come from the library: neither the parent's nor no-ops."""
-    parent_block = (shape.parent_block.attention, shape.parent_block.ffn)
-    return [str(v) for v in (block.attention, block.ffn) if v.kind != "no_op" and v not in parent_block]
+def trained_variants(block: BlockVariant, own: BlockVariant) -> list[str]:
+    """Ids of the subblocks of a block that come from the library: neither those of the parent's own nor no-ops."""
+    return [str(v) for v in block.subblocks if v.kind != "no_op" and v not in own.subblocks]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,7 +67,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep all cores busy to the end; the order that pytest-randomly gave stays as it is otherwise.
 
     Tests of commands, flows and tasks wait for servers half of their time, and those of the core compute: files of both
-    kinds take turns. The longest files come first, for a long file that begins last has one worker alone.
+    kinds take turns. The longest files come first, for a long file that begins last has one worker alone. The tests of
+    a file have one worker, and files that need the session's Prefect server share a few: each starts a server, and most
+    make a whole run.
     """
     folders, waiting = ("e2e", "flows", "tasks"), dict[Path, tuple[int, int]]()
     files = dict.fromkeys(item.path for item in items)
@@ -82,6 +85,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for number, file in enumerate(group)
     }
     items.sort(key=lambda item: place[item.path])
+    with_server = [item.path for item in items if "prefect_server" in getattr(item, "fixturenames", ())]
+    group_of = {file: f"server-{number % SERVERS}" for number, file in enumerate(dict.fromkeys(with_server))}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of.get(item.path, item.path.stem)))
 
 
 def pytest_configure() -> None:
@@ -112,7 +119,8 @@ def ticking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a pico parent by name; shared, so never changed."""
-    return functools.cache(lambda name: write_pico(tmp_path_factory.mktemp(name), PICOS[name]))
+    picos = PICOS | UNEQUAL
+    return functools.cache(lambda name: write_pico(tmp_path_factory.mktemp(name), picos[name]))
 
 
 @pytest.fixture(scope="session")
@@ -212,7 +220,8 @@ def initial_state(
         variant, parent = Variant.parse(variant_id), parent_of(name)
         pruned = variant.row.needs_contributions
         contribution_I = importance.load_contribution(contributions_of(name), layer) if pruned else None
-        return variant.row.initial_state(parent.layer_tensors(layer), parent.shape, variant.size, contribution_I)
+        own_sizes = parent.shape.of_layer(layer)
+        return variant.row.initial_state(parent.layer_tensors(layer), own_sizes, variant.size, contribution_I)
 
     return state
 
@@ -225,18 +234,20 @@ def assemble(
 ) -> Callable[..., Path]:
     """Assemble a new child of a pico parent from training-free weights; of the parent's own blocks if not said."""
 
-    def write(name: str, blocks: tuple[str, ...] | None = None, dtype: Dtype = "float32") -> Path:
+    def write(
+        name: str, blocks: tuple[str, ...] | None = None, dtype: Dtype = "float32", fuse_ffn: bool = False
+    ) -> Path:
         parent, library_dir = parent_of(name), tmp_path_factory.mktemp("library")
         architecture = Architecture.parse(blocks) if blocks else Architecture.of_parent(parent.shape)
         library: list[dict[str, Path]] = []
         for layer, block in enumerate(architecture.layers):
-            trained = trained_variants(block, parent.shape)
+            trained = trained_variants(block, parent.shape.parent_block(layer))
             library.append({variant: library_dir / f"{layer}-{variant}" for variant in trained})
             for variant, directory in library[layer].items():
                 directory.mkdir()
                 save_file(initial_state(name, layer, variant), directory / WEIGHTS)
         out_dir = tmp_path_factory.mktemp("child")
-        work = AssembleWork(parent=name, architecture=architecture, library=(), dtype=dtype)
+        work = AssembleWork(parent=name, architecture=architecture, library=(), dtype=dtype, fuse_ffn=fuse_ffn)
         child.assemble(work, parent, library, out_dir)
         return out_dir
 

@@ -15,7 +15,11 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from puzzle_core.architecture import Architecture
+from puzzle_core.formats.block_configs import block_config
 from puzzle_core.model.checkpoint import SINGLE
+from puzzle_core.model.child_config import child_config
+from puzzle_core.model.parent import random_model
 
 START = "<s>"
 CHARACTERS = [*map(chr, range(33, 127)), "Ċ", "Ġ"]  # printable ASCII, newline and blank as ByteLevel writes them
@@ -41,6 +45,7 @@ class Pico(NamedTuple):
     config: dict[str, Any] = {}
     saved: dict[str, Any] = {}
     dtype: torch.dtype = torch.float32
+    blocks: tuple[str, ...] = ()
 
 
 def _rope(kind: str, **settings: float) -> Pico:
@@ -110,11 +115,28 @@ PICOS = {
 }
 
 
+BLOCKS = (
+    "attn:kv2+ffn:i24",
+    "attn:no_op+ffn:i48",
+    "attn:linear+ffn:i40",
+    "attn:kv4+ffn:linear",
+    "attn:no_op+ffn:no_op",
+)
+_WHOLE = [name for name, pico in PICOS.items() if not pico.saved and "-" not in name]
+UNEQUAL = {f"{name}, unequal": PICOS[name]._replace(blocks=BLOCKS) for name in _WHOLE}
+"""Parents whose layers differ, one of every family: children of this project with random weights."""
+
+
 def write_pico(directory: Path, pico: Pico) -> Path:
-    """Write this parent to `directory`, by transformers itself."""
+    """Write this parent to `directory`, by transformers itself, or as a child of this project is stored."""
     torch.manual_seed(0)
     sizes = {k: v for k, v in SIZES.items() if k not in pico.config}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(pico.family, **sizes, **pico.config))
+    config = AutoConfig.for_model(pico.family, **sizes, **pico.config)
+    if pico.blocks:
+        blocks = [block_config(block) for block in Architecture.parse(pico.blocks).layers]
+        model = random_model(child_config(config, blocks))
+    else:
+        model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2 if parameter.dim() > 1 else 0.1)

@@ -31,11 +31,19 @@ def run(spec: SpecFile, /, *, overrides: Overrides = ()) -> None:
     log.info("%s done in %.0f s; look at the run with `puzzle ui`", run_spec.name, time.monotonic() - started)
 
 
-def build_library(spec: SpecFile, /, *, overrides: Overrides = ()) -> None:
+def build_library(
+    spec: SpecFile,
+    /,
+    *,
+    overrides: Overrides = (),
+    layers: Annotated[
+        str | None, Parameter(metavar="FIRST-LAST", help="Only these layers, where machines share a store.")
+    ] = None,
+) -> None:
     """Build the block library of the specification's parent, and its scores."""
     run_spec = load_spec(spec, overrides)
     with _flow_module("build_library") as module:
-        module.build_library(run_spec)
+        module.build_library(run_spec, layers)
 
 
 def search_spec(spec: Path, overrides: tuple[str, ...]) -> None:

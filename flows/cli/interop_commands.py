@@ -109,6 +109,7 @@ def export_library(
     out: Annotated[Path, Parameter(metavar="FILE", help="The library.json to write.")],
 ) -> None:
     """Write the index of a specification's block library."""
+    from flows.search_architecture import known_plan
     from puzzle_core.plan import Plan
     from puzzle_core.report.library_index import StoredArtifact, library_index, library_keys
     from puzzle_core.spec_file import load_spec
@@ -118,7 +119,7 @@ def export_library(
     run_spec = load_spec(spec, overrides)
     context = RunContext.of(run_spec)
     inputs = open_inputs.fn(context, run_spec)
-    plan, store = Plan(run_spec, inputs), context.store()
+    plan, store = known_plan(Plan(run_spec, inputs), context), context.store()
     stored_keys = store.keys("bld") | store.keys("score")
     manifests = store.manifests(key for key in library_keys(plan) if key in stored_keys)
     stored = {key: StoredArtifact(manifest.record, manifest.size_bytes) for key, manifest in manifests.items()}

@@ -15,7 +15,7 @@ from puzzle_core.cost.measuring import hardware_name, timing_of
 from puzzle_core.engines import ENGINES, engines_with
 from puzzle_core.errors import SpecError
 from puzzle_core.export.source import RandomSource, Source
-from puzzle_core.sizes import kv_entries_per_token
+from puzzle_core.sizes import kv_entries
 from puzzle_core.target import TargetSpec
 from puzzle_core.work import Traffic
 
@@ -92,15 +92,15 @@ def _points(sources: Mapping[str, Source], traffics: Sequence[Traffic], times: B
     """One point per traffic and model; memory is the weights, and the KV cache of the batch at its full context."""
     points = []
     for traffic, rounds in zip(traffics, times.rounds, strict=True):
-        tokens = traffic.batch_size * (traffic.prompt_tokens + traffic.generated_tokens)
+        tokens = traffic.prompt_tokens + traffic.generated_tokens
         for name, source in sources.items():
-            cache_bytes = times.entry_bytes * tokens * kv_entries_per_token(source.shape, source.architecture)
+            entries = traffic.batch_size * kv_entries(source.shape, source.architecture, tokens)
             points.append(
                 BenchPoint(
                     **traffic.model_dump(),
                     model=name,
                     timing=timing_of(rounds[name]),
-                    memory_bytes=times.weight_bytes[name] + cache_bytes,
+                    memory_bytes=times.weight_bytes[name] + times.entry_bytes * entries,
                 )
             )
     return points

@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from puzzle_core.cost.calibrate import fit_serving
 from puzzle_core.cost.measurements import Measurement, shape_of
 from puzzle_core.errors import SpecError
 from puzzle_core.precisions import Precision
 from puzzle_core.records import write_text_atomic
 from puzzle_core.target import Fit, TargetSpec
-from puzzle_core.yaml_file import read_keys
+from puzzle_core.yaml_file import read_keys, yaml_text
 
 ALIASES: dict[str, Precision] = {"fp16": "float16", "f16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 SIXTEEN_BITS = ("bfloat16", "float16")
@@ -76,7 +74,7 @@ def write_fit(path: Path, fit: Fit) -> None:
     ]
     content["hardware"]["fits"] = [*others, fit_content(fit)]
     comments = [line for line in path.read_text(encoding="utf-8-sig").splitlines(keepends=True) if line.startswith("#")]
-    write_text_atomic(path, "".join(comments) + target_text(content))
+    write_text_atomic(path, "".join(comments) + yaml_text(content))
 
 
 def fit_content(fit: Fit) -> dict[str, object]:
@@ -84,8 +82,3 @@ def fit_content(fit: Fit) -> dict[str, object]:
     content = fit.model_dump(mode="json")
     factors = content["efficiency"]
     return content | {"efficiency": {name: float(f"{value:.3g}") for name, value in factors.items()}}
-
-
-def target_text(content: dict[str, object]) -> str:
-    """A target as YAML, keys in their order."""
-    return str(yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True))

@@ -58,9 +58,8 @@ def cost_models(work: CostWork, parent: Parent) -> dict[str, PuzzleForCausalLM]:
     device, dtype = target_device(work.target), torch_dtype(work.target.served_dtype)
     layers = {OUTSIDE: (EMPTY_BLOCK,) * parent.shape.layers, PARENT: Architecture.of_parent(parent.shape).layers}
     for variant in work.variants:
-        copies = _copies(work, parent.shape, variant)
-        rest = (EMPTY_BLOCK,) * (parent.shape.layers - copies)
-        layers[str(variant)] = (EMPTY_BLOCK.with_variant(variant),) * copies + rest
+        copies, block = _copies(work, parent.shape, variant), EMPTY_BLOCK.with_variant(variant)
+        layers[str(variant)] = tuple(block if layer in copies else EMPTY_BLOCK for layer in range(parent.shape.layers))
     return {name: random_child(parent, Architecture(layers=stack), dtype, device) for name, stack in layers.items()}
 
 
@@ -70,7 +69,7 @@ def cost_record(work: CostWork, parent: Parent, times: Mapping[str, Rounds]) -> 
     Raises:
         MeasurementError: the time of a variant is not positive, so the noise is larger than what is measured.
     """
-    copies = {str(variant): _copies(work, parent.shape, variant) for variant in work.variants}
+    copies = {str(variant): len(_copies(work, parent.shape, variant)) for variant in work.variants}
     return CostRecord(
         source="measured",
         variants={name: _difference(name, times[name], times[OUTSIDE], number) for name, number in copies.items()},
@@ -85,10 +84,12 @@ def cost_record(work: CostWork, parent: Parent, times: Mapping[str, Rounds]) -> 
     )
 
 
-def _copies(work: CostWork, shape: ModelShape, variant: Variant) -> int:
-    """The number of layers of a variant's stack that have it: all, unless these are too large."""
+def _copies(work: CostWork, shape: ModelShape, variant: Variant) -> list[int]:
+    """The layers of a variant's stack that have it: all where it runs without a shorter window of the layer's own,
+    unless these are too large."""
     size = variant_size(shape, variant).parameters * DTYPE_BYTES[work.target.served_dtype]
-    return max(1, min(shape.layers, STACK_BYTES // size))
+    layers = [layer for layer in range(shape.layers) if shape.in_layer(layer, variant) == variant]
+    return layers[: max(1, STACK_BYTES // size)]
 
 
 def _difference(name: str, stack: Rounds, outside: Rounds, copies: int) -> Timing:
@@ -167,7 +168,7 @@ def cache_length(cache: DynamicCache, default: int) -> int:
 
 def _filled_cache(model: PuzzleForCausalLM, batch: int, length: int) -> DynamicCache:
     """A cache of random keys and values: per attention, (batch, KV heads, length, head width)."""
-    cache, index = DynamicCache(), 0
+    cache, index = model.model.cache(), 0
     for block, config in zip(model.model.layers, model.config.block_configs, strict=True):
         kv_heads = config["attention"]["num_key_value_heads"]
         if kv_heads:

@@ -8,6 +8,8 @@ of n layers with attention a and FFN f. Its first layer keeps the parent's atten
     narrowest     (T(none, narrowest) - one layer of it) / (n - 1)
     outside       that one layer, less its two subblocks
 
+Where the parent's layers differ, its largest block is meant.
+
 A subblock takes longer beside another subblock than alone (a tenth longer on small parents), because less of it stays
 in the processor's cache. The means divide this extra time between the two subblocks.
 
@@ -94,7 +96,7 @@ def bench_models(request: BenchRequest, report: Callable[[str], None]) -> BenchT
 
 def cost_architectures(work: CostWork, shape: ModelShape) -> dict[str, Architecture]:
     """The models that a cost record is made from: the parent, one layer, and stacks named after their block."""
-    block, depth = shape.parent_block, _depth(work, shape)
+    block, depth = shape.largest_block, _depth(work, shape)
     attentions = {NO_ATTENTION, block.attention, *(v for v in work.variants if v.subblock == "attn")}
     ffns = {NARROWEST, block.ffn, *(v for v in work.variants if v.subblock == "ffn")}
     pairs = {(a, f) for a in attentions for f in (block.ffn, NARROWEST)}
@@ -112,7 +114,7 @@ def cost_record(work: CostWork, shape: ModelShape, times: Mapping[str, Rounds]) 
     Raises:
         MeasurementError: the time of a variant is not positive, so the noise is larger than what is measured.
     """
-    depth, block, one_layer = _depth(work, shape), shape.parent_block, times[ONE_LAYER]
+    depth, block, one_layer = _depth(work, shape), shape.largest_block, times[ONE_LAYER]
 
     def attention(variant: Variant, ffn: Variant) -> Rounds:
         return _less(times[_name(variant, ffn)], times[_name(NO_ATTENTION, ffn)], over=depth - 1)
@@ -194,7 +196,7 @@ def _first_lengths(traffic: Traffic) -> list[int]:
 
 def _depth(work: CostWork, shape: ModelShape) -> int:
     """Layers of a stack: as many as the parent has, unless these are too large, and at least two."""
-    block = shape.parent_block
+    block = shape.largest_block
     size = sum(variant_size(shape, variant).parameters for variant in block.subblocks)
     return max(2, min(shape.layers, int(STACK_BYTES / (size * BYTES[gguf_type(work.target)]))))
 

@@ -7,6 +7,7 @@ Legend: N tokens of one forward pass, all sequences together. Everything is per 
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from puzzle_core.architecture import ModelShape, Variant
 from puzzle_core.errors import SpecError
 from puzzle_core.precisions import LAYOUTS, Products
 from puzzle_core.quantities import parse_bandwidth, parse_duration, parse_rate
-from puzzle_core.sizes import kv_copies, variant_size
+from puzzle_core.sizes import check_devices, kv_copies, variant_size
 from puzzle_core.target import Efficiency, HardwareSpec, TargetSpec
 from puzzle_core.work import CostRecord, Timing, Traffic
 
@@ -26,20 +27,31 @@ LOGIT_BYTES = 4
 
 
 class Pass(NamedTuple):
-    """One forward pass: its sequences, new tokens per sequence, and tokens that a new one attends to on average.
+    """One forward pass: its sequences, new tokens per sequence, and the least and the largest context of a new one.
 
-    Sequences are a mean where a batch is shared out over passes, so they need not be whole.
+    Sequences are a mean where a batch is shared out over passes, so they need not be whole. A decode step stands for
+    all of a generation, whose contexts grow by one token at a time.
     """
 
     sequences: float
-    new_tokens: float
-    context: float
+    new_tokens: int
+    first_context: int
+    last_context: int
     decoding: bool
 
     @property
     def tokens(self) -> float:
         """Tokens of the pass, N."""
         return self.sequences * self.new_tokens
+
+    def context(self, variant: Variant) -> float:
+        """Tokens that a new one attends to on average: those of its context that the variant's window holds."""
+        first, last = self.first_context, self.last_context
+        window = variant.seen(last)
+        if window == last:
+            return (first + last) / 2
+        short = max(0, window - first)  # contexts that are shorter than the window
+        return (short * (first + window - 1) / 2 + (last - first + 1 - short) * window) / (last - first + 1)
 
 
 @dataclass(frozen=True)
@@ -100,22 +112,28 @@ def roofline(shape: ModelShape, variants: Iterable[Variant], traffic: Traffic, t
         )
     hardware = target.hardware
     check_devices(shape, hardware.tensor_parallel, hardware.pipeline_parallel)
-    device, parent_block = Device(hardware, target.efficiency), shape.parent_block
+    device = Device(hardware, target.efficiency)
     passes = passes_of(traffic, hardware)
 
     def timing(variant: Variant) -> Timing:
         return passes.timing(partial(subblock_s, device, shape, variant))
 
     outside = passes.timing(partial(outside_s, device, shape))
-    blocks = [timing(variant) for variant in parent_block.subblocks]
+    subblocks = Counter(
+        shape.in_layer(layer, variant)
+        for layer in range(shape.layers)
+        for variant in shape.parent_block(layer).subblocks
+        if not variant.is_empty
+    )
+    blocks = [(count, timing(variant)) for variant, count in subblocks.items()]
     layout = LAYOUTS[hardware.weights]
     return CostRecord(
         source="roofline",
         variants={str(variant): timing(variant) for variant in variants if not variant.is_empty},
         outside=outside,
         parent=Timing(
-            prefill_ms=outside.prefill_ms + shape.layers * sum(subblock.prefill_ms for subblock in blocks),
-            decode_ms=outside.decode_ms + shape.layers * sum(subblock.decode_ms for subblock in blocks),
+            prefill_ms=outside.prefill_ms + sum(count * subblock.prefill_ms for count, subblock in blocks),
+            decode_ms=outside.decode_ms + sum(count * subblock.decode_ms for count, subblock in blocks),
         ),
         hardware=f"{hardware.devices} x {hardware.device}",
         weight_bytes=layout.bytes,
@@ -123,22 +141,6 @@ def roofline(shape: ModelShape, variants: Iterable[Variant], traffic: Traffic, t
         kv_bytes=LAYOUTS[hardware.kv_cache].bytes,
         tensor_parallel=hardware.tensor_parallel,
     )
-
-
-def check_devices(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int = 1) -> None:
-    """Refuse a number of devices that cannot share the model.
-
-    Raises:
-        SpecError: query heads or FFN width are no multiple of `tensor_parallel`, or stages are more than layers.
-    """
-    for what, count in (("heads", shape.heads), ("FFN channels", shape.ffn_width)):
-        if count % tensor_parallel:
-            raise SpecError(
-                f"tensor_parallel is {tensor_parallel}, and the model has {count} {what}, which so many devices cannot "
-                f"share: take a divisor of {math.gcd(shape.heads, shape.ffn_width)}"
-            )
-    if pipeline_parallel > shape.layers:
-        raise SpecError(f"pipeline_parallel is {pipeline_parallel}, and the model has {shape.layers} layers")
 
 
 def subblock_s(device: Device, shape: ModelShape, variant: Variant, work: Pass) -> float:
@@ -182,9 +184,10 @@ def _attend_s(device: Device, shape: ModelShape, variant: Variant, work: Pass) -
     """Seconds of softmax(Q K) V: the cache is read once per pass, and new entries are written."""
     hardware, row = device.hardware, variant.row
     entries = row.kv_entries(shape, variant.size)
-    cached = work.context if work.decoding else work.new_tokens
+    context = work.context(variant)
+    cached = context if work.decoding else work.new_tokens
     seconds = device.kernel_s(
-        operations=work.tokens * row.context_operations(shape, variant.size) * work.context,
+        operations=work.tokens * row.context_operations(shape, variant.size) * context,
         moved_bytes=work.sequences
         * cached
         * entries
@@ -211,7 +214,7 @@ class Passes(NamedTuple):
 
 
 def passes_of(traffic: Traffic, hardware: HardwareSpec) -> Passes:
-    """The passes of a batch. A pass has at most `max_tokens` tokens; each is taken at its mean context.
+    """The passes of a batch, at most `max_tokens` tokens each, at their mean contexts: attention is linear in them.
 
     A pipeline's stages work on one part of the batch each, so a step of the whole batch takes as long as one part
     takes through all stages.
@@ -221,7 +224,7 @@ def passes_of(traffic: Traffic, hardware: HardwareSpec) -> Passes:
     prefills = max(1.0, sequences * prompt / hardware.serving.max_tokens)
     return Passes(
         prefills=prefills,
-        prefill=Pass(sequences / prefills, prompt, context=(prompt + 1) / 2, decoding=False),
+        prefill=Pass(sequences / prefills, prompt, 1, prompt, decoding=False),
         steps=generated - 1,
-        step=Pass(sequences, 1, context=prompt + generated / 2, decoding=True),
+        step=Pass(sequences, 1, prompt + 1, prompt + max(1, generated - 1), decoding=True),
     )

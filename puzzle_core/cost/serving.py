@@ -5,10 +5,12 @@ others lie between the tokens of each: a token takes (prefill + decode) / genera
 token one prompt's prefill, a step, and the wait for other prompts.
 """
 
+import math
 from collections import Counter
 from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, ModelShape
+from puzzle_core.batching import reserved_tokens, waiting_prompts
 from puzzle_core.cost.measurements import Measurement
 from puzzle_core.cost.roofline import roofline
 from puzzle_core.errors import SpecError
@@ -34,19 +36,14 @@ def weight_bytes(shape: ModelShape, architecture: Architecture, hardware: Hardwa
     return blocks * layout.bytes + outside * layout.embedding_bytes
 
 
-def cache_bytes_per_token(shape: ModelShape, architecture: Architecture, hardware: HardwareSpec) -> float:
-    """Bytes of the KV cache per token, on all devices together: copies of heads included."""
+def cache_bytes(shape: ModelShape, architecture: Architecture, hardware: HardwareSpec, tokens: float) -> float:
+    """Bytes of the KV cache of a sequence of so many tokens, on all devices together: copies of heads included."""
     entries = 0.0
-    for block in architecture.layers:
-        size = variant_size(shape, block.attention)
-        entries += size.kv_entries_per_token * kv_copies(block.attention.kv_heads, hardware.tensor_parallel)
+    for layer, block in enumerate(architecture.layers):
+        attention = shape.in_layer(layer, block.attention)
+        copies = kv_copies(attention.kv_heads, hardware.tensor_parallel)
+        entries += attention.seen(math.ceil(tokens)) * variant_size(shape, attention).kv_entries_per_token * copies
     return entries * LAYOUTS[hardware.kv_cache].bytes
-
-
-def reserved_tokens(hardware: HardwareSpec, prompt_tokens: int, generated_tokens: int) -> float:
-    """Tokens of cache that a sequence holds: its whole context, or optimistically the mean over its time."""
-    held = generated_tokens if hardware.serving.reservation == "guaranteed" else generated_tokens / 2
-    return prompt_tokens + held
 
 
 def largest_batch(
@@ -58,9 +55,8 @@ def largest_batch(
         SpecError: the weights and one sequence do not fit.
     """
     weights = weight_bytes(shape, architecture, hardware)
-    sequence = cache_bytes_per_token(shape, architecture, hardware) * reserved_tokens(
-        hardware, prompt_tokens, generated_tokens
-    )
+    held = reserved_tokens(hardware.serving.reservation, prompt_tokens, generated_tokens)
+    sequence = cache_bytes(shape, architecture, hardware, held)
     free = hardware.usable_bytes - weights
     if free < max(sequence, 1):
         raise SpecError(
@@ -110,19 +106,14 @@ def serve(
     return Served(batch, 1e3 * batch * generated_tokens / runtime_ms, first, token)
 
 
-def waiting_prompts(prefill_ms: float, runtime_ms: float) -> float:
-    """Prefills that a new prompt waits for on average: a queue with one server and equal jobs (M/D/1).
-
-    Args:
-        prefill_ms, runtime_ms: of a batch; their ratio is the share of the time that the device prefills.
-    """
-    busy = prefill_ms / runtime_ms
-    return busy / (2 * (1 - busy)) if busy < 1 else 0.0
-
-
 def model_times(shape: ModelShape, architecture: Architecture, target: TargetSpec, traffic: Traffic) -> Timing:
     """Prefill and decode of a whole model."""
-    counts = Counter(variant for block in architecture.layers for variant in block.subblocks if not variant.is_empty)
+    counts = Counter(
+        shape.in_layer(layer, variant)
+        for layer, block in enumerate(architecture.layers)
+        for variant in block.subblocks
+        if not variant.is_empty
+    )
     costs = roofline(shape, counts, traffic, target)
     parts = [(1, costs.outside), *((count, costs.variants[str(variant)]) for variant, count in counts.items())]
     return Timing(

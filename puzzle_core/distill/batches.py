@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from puzzle_core.architecture import Variant
 from puzzle_core.compute_slots import ComputeSlot
 from puzzle_core.data import batch_rows
 from puzzle_core.distill.loop import micro_batches
@@ -72,7 +73,7 @@ class Schedule(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Some windows: what enters the trained subblock, and what leaves the parent's layer, (B, T, D).
+    """Some windows: what enters what is trained, and what leaves the parent's layer that it imitates, (B, T, D).
 
     `rows` are the windows, and `share` the share that they have in the batch of their position.
     """
@@ -97,8 +98,9 @@ class Batches:
         spec = work.spec
         self.schedule = schedule = Schedule(windows, spec.batch_tokens // length, spec.epochs, work.seed)
         self._part_windows = (spec.micro_batch_tokens or spec.batch_tokens) // length
-        enters = layer_input_name if work.variant.subblock == "attn" else post_attention_name
-        self._names = enters(work.layer), layer_input_name(work.layer + 1)
+        only_ffn = isinstance(work.variant, Variant) and work.variant.subblock == "ffn"
+        enters = post_attention_name if only_ffn else layer_input_name
+        self._names = enters(work.layer), layer_input_name(work.last_layer + 1)
         self._copies = _Copies(activations.device)
         self._item: tuple[int, dict[str, States]] = (-1, {})
         streamed, self._together = source == "streamed", 1

@@ -3,7 +3,8 @@
     loss = cosine_weight * sum over layers (1 - cos(h_child, h_parent))
          + kl_weight * KL(parent || child) + lm_weight * LM
 
-Hidden states h are the outputs of the layers. Child weights are float32 during training, whatever their saved type.
+Hidden states h are the outputs of the child's layers, and of the last parent's layer that each of them replaces. Child
+weights are float32 during training, whatever their saved type.
 KL on held-back windows is measured a few times, and the child gets the weights where it was lowest.
 
 Legend: N windows, B batch, T tokens.
@@ -91,6 +92,7 @@ def distil(
     micro = (spec.micro_batch_tokens or spec.batch_tokens) // length
     if group:
         micro = min(micro, -(-batch // group.mesh.size()))
+    imitated = [layer + option.span - 1 for layer, option in work.architecture.options.items()]
     steps = max(1, windows * spec.epochs // batch)
     held_back = watched_windows(windows, spec.held_back_checks)
 
@@ -98,7 +100,7 @@ def distil(
         ids_BT = windows_NT[rows].long().to(device)
         positions_BT = None if positions_NT is None else positions_NT[rows].long().to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
-            losses = loss_terms(parent_model, child, ids_BT, terms, positions_BT)
+            losses = loss_terms(parent_model, child, ids_BT, terms, positions_BT, imitated)
         return {name: loss * (weight * len(ids_BT)) for name, loss in losses.items()}
 
     def mean_over(rows: Sequence[int], terms: GkdSpec) -> list[MicroBatch]:
@@ -145,10 +147,12 @@ def loss_terms(
     ids_BT: torch.Tensor,
     spec: GkdSpec,
     positions_BT: torch.Tensor | None = None,
+    imitated: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Compute the weighted loss terms of one batch, each a scalar; a term of weight 0 is skipped.
 
-    Where positions are given and start again, attention does not reach back.
+    Where positions are given and start again, attention does not reach back. `imitated` are the parent's layers whose
+    outputs those of the child's layers imitate; by default all.
     """
     given = {"input_ids": ids_BT, "position_ids": positions_BT, "output_hidden_states": True}
     given["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=ids_BT.device)
@@ -157,7 +161,8 @@ def loss_terms(
     output = child(**given)
     terms: dict[str, torch.Tensor] = {}
     if spec.cosine_weight:
-        pairs = zip(target.hidden_states, output.hidden_states, strict=True)
+        layers = range(len(target.hidden_states)) if imitated is None else imitated
+        pairs = zip([target.hidden_states[layer] for layer in layers], output.hidden_states, strict=True)
         distances = [computed_again(cosine_distance, p, c) for p, c in pairs]
         terms["cosine"] = spec.cosine_weight * torch.stack(distances).sum()
     if spec.kl_weight or spec.lm_weight:

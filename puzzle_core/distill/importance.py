@@ -25,7 +25,9 @@ from puzzle_core.work import ImportanceRecord, ImportanceWork
 def measure_contributions(
     work: ImportanceWork, parent: Parent, tokens_dir: Path, out_dir: Path, report: Report = no_report
 ) -> ImportanceRecord:
-    """Measure channel contributions and write them to `contributions.safetensors`, one float32 tensor (I,) per layer.
+    """Measure channel contributions and write them to `contributions.safetensors`.
+
+    There is one float32 tensor (I,) per layer, and none of a layer whose FFN has no channels.
 
     Args:
         report: called after every batch of every layer.
@@ -42,17 +44,21 @@ def measure_contributions(
     down = FAMILIES[parent.shape.family].ffn_names.down
     contributions: dict[str, torch.Tensor] = {}
     for layer in range(parent.shape.layers):
-        block, total_I = parent.block(layer, dtype, device), torch.zeros(parent.shape.ffn_width, dtype=torch.float64)
-        channels_of = _without(block.ffn_subblock, down)
+        block, width = parent.block(layer, dtype, device), parent.shape.parent_block(layer).ffn.ffn_width
+        total_I = torch.zeros(width, dtype=torch.float64)
+        channels_of = without(block.ffn_subblock, down) if width else None
         for batch, input_BTD in enumerate(hidden):
             contexts = same
             if positions_NT is not None:
                 contexts = block_contexts(parent, positions_NT[batch * rows : (batch + 1) * rows], dtype, device)
             post_attention = block.attend(input_BTD, **contexts[layer])
-            x = channels_of(block.normalise_ffn_input(post_attention))
-            total_I += x.abs().sum((0, 1), dtype=torch.float64).cpu()
+            if channels_of:
+                x = channels_of(block.normalise_ffn_input(post_attention))
+                total_I += x.abs().sum((0, 1), dtype=torch.float64).cpu()
             hidden[batch] = block.feed(post_attention)
             report(layer * len(hidden) + batch + 1, parent.shape.layers * len(hidden))
+        if not channels_of:
+            continue
         norms_I = getattr(block.ffn_subblock, down).weight.double().norm(dim=0).cpu()
         contribution_I = (total_I / ids_NT.numel() * norms_I).float()
         if not torch.isfinite(contribution_I).all():
@@ -62,10 +68,10 @@ def measure_contributions(
     return ImportanceRecord(layers=parent.shape.layers, tokens=ids_NT.numel())
 
 
-def _without(ffn: nn.Module, projection: str) -> nn.Module:
-    """The same FFN, which stays as it is, without one of its projections: what enters it comes out."""
-    changed = copy.copy(ffn)
-    changed._modules = {**ffn._modules, projection: nn.Identity()}
+def without(subblock: nn.Module, projection: str) -> nn.Module:
+    """The same subblock, which stays as it is, without one of its projections: what enters it comes out."""
+    changed = copy.copy(subblock)
+    changed._modules = {**subblock._modules, projection: nn.Identity()}
     return changed
 
 

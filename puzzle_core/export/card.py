@@ -6,7 +6,7 @@ from puzzle_core.architecture import Architecture
 from puzzle_core.engines import obstacles
 from puzzle_core.export.source import ExportRecord, Source
 from puzzle_core.records import Record
-from puzzle_core.sizes import kv_entries_per_token
+from puzzle_core.sizes import kv_entries
 from puzzle_core.work import EvaluationRecord
 
 HEADER = """---
@@ -41,7 +41,7 @@ class Provenance(Record):
 
 def model_card(name: str, source: Source, written: ExportRecord, provenance: Provenance | None) -> str:
     """README.md of an exported directory."""
-    shape, entries = source.shape, kv_entries_per_token(source.shape, source.architecture)
+    shape, entries = source.shape, kv_entries(source.shape, source.architecture, tokens=1)
     facts = [
         f"- parent: {shape.family}, {shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads, "
         f"{shape.kv_heads} KV heads, FFN {shape.ffn_width}, vocabulary {shape.vocabulary:,}",

@@ -16,7 +16,7 @@ from puzzle_core.families.family import FAMILIES, Family
 from puzzle_core.formats.block_configs import block_config, from_block_configs
 from puzzle_core.formats.llama_blocks import unlike_llama
 from puzzle_core.model.checkpoint import Checkpoint
-from puzzle_core.model.child_config import child_config, read_child_config
+from puzzle_core.model.child_config import child_config, read_child_config, with_layers_of
 from puzzle_core.model.parent import Parent, tensor_shapes
 from puzzle_core.model.parent_config import shape_of
 from puzzle_core.model.remote.configuration_puzzle import PuzzleConfig
@@ -175,7 +175,9 @@ class RandomSource(Source):
             ArtifactError, ParentError: as `Source`.
         """
         super().__init__(like)
-        self.architecture = architecture or Architecture.of_parent(self.shape)
+        architecture = architecture or Architecture.of_parent(self.shape)
+        self.config, self.architecture = with_layers_of(architecture, self.config), architecture.of_child
+        self.shape = self.shape.model_copy(update={"layers": len(self.architecture.layers)})
         blocks = [block_config(block) for block in self.architecture.layers]
         self.shapes = tensor_shapes(child_config(self.config, blocks))
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
 from puzzle_core.errors import SpecError
-from puzzle_core.variants.entries import brief
-from puzzle_core.variants.kinds import Subblock, kinds_of
+from puzzle_core.variants.entries import brief, whole_number
+from puzzle_core.variants.kinds import WINDOW_KEY, Subblock, kinds_of
 
 _KEYS: dict[str, Subblock] = {"attention": "attn", "ffn": "ffn"}
 """The keys of a block's entry."""
@@ -27,7 +27,7 @@ BlockConfig = dict[str, dict[str, Any]]
 def block_config(block: BlockVariant) -> BlockConfig:
     """A block variant as an entry in the form of our own checkpoints."""
     return {
-        key: variant.row.entry(variant.size) | _flags(variant)
+        key: variant.row.entry(variant.size) | _window(variant) | _flags(variant)
         for key, variant in zip(_KEYS, block.subblocks, strict=True)
     }
 
@@ -44,7 +44,7 @@ def to_block_configs(architecture: Architecture, shape: ModelShape) -> list[Bloc
     for layer, block in enumerate(architecture.layers):
         try:
             pairs = zip(_KEYS, block.subblocks, strict=True)
-            entries.append({key: _published_entry(variant, shape) for key, variant in pairs})
+            entries.append({key: _published_entry(variant, shape.of_layer(layer)) for key, variant in pairs})
         except SpecError as error:
             raise SpecError(f"layer {layer} {block}: {error}") from error
     return entries
@@ -90,15 +90,20 @@ def variant_of(entry: Any, subblock: Subblock, hidden: int, heads: int, place: s
     """
     entry, rows = _mapping(entry, place), kinds_of(subblock)
     flags = {row.flag: entry.get(row.flag, False) for row in rows if row.flag}
-    _refuse_others(entry, (*flags, *(key for row in rows for key in row.size_keys)), place)
+    windows = (WINDOW_KEY,) * any(row.windowed for row in rows)
+    _refuse_others(entry, (*flags, *windows, *(key for row in rows for key in row.size_keys)), place)
     for key, value in flags.items():
         if not isinstance(value, bool):
             raise SpecError(f"{place}: {key} is {brief(value)}; use true or false")
     true_flags = [key for key, value in flags.items() if value]
     if len(true_flags) > 1:
         raise SpecError(f"{place}: {' and '.join(sorted(true_flags))} are both true; it can be one of them")
-    row = next(row for row in rows if row.flag == (true_flags[0] if true_flags else None))
-    return Variant(subblock, row.name, row.entry_size(entry, hidden, heads, place))
+    window = whole_number(entry, WINDOW_KEY, place) if windows else None
+    told = true_flags[0] if true_flags else None, window is not None
+    row = next((row for row in rows if (row.flag, row.windowed) == told), None)
+    if row is None:
+        raise SpecError(f"{place}: {WINDOW_KEY} is {window} and {told[0]} is true; it can be one of them")
+    return Variant(subblock, row.name, row.entry_size(entry, hidden, heads, place), window or 0)
 
 
 def _published_entry(variant: Variant, shape: ModelShape) -> dict[str, Any]:
@@ -107,6 +112,10 @@ def _published_entry(variant: Variant, shape: ModelShape) -> dict[str, Any]:
     if variant.kv_heads:
         shape.check(variant)
     return variant.row.published_entry(shape, variant.size) | _flags(variant)
+
+
+def _window(variant: Variant) -> dict[str, int]:
+    return {WINDOW_KEY: variant.window} if variant.row.windowed else {}
 
 
 def _flags(variant: Variant) -> dict[str, bool]:

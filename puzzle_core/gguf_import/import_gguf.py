@@ -82,7 +82,7 @@ def _write(source: GgufFile, config: dict[str, Any], directory: Path) -> GgufImp
 
 def _expected_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Shapes by name of the tensors that the config.json in a directory asks for."""
-    config = read_config(directory)
+    config, _ = read_config(directory)
     with as_config_says(directory):
         layers = Architecture.of_parent(shape_of(config, directory)).layers
         return tensor_shapes(child_config(config, [block_config(block) for block in layers]))

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from puzzle_core.architecture import BlockVariant
+from puzzle_core.architecture import Architecture, BlockVariant
 from puzzle_core.errors import CoverageError, NonFiniteError, SpecError
 from puzzle_core.formats.block_configs import block_of
 from puzzle_core.formats.foreign_json import Foreign, parse_foreign, read_json
@@ -100,7 +100,11 @@ def import_puzzle_dir(
     _write_csv(out / "scores.csv", rows)
     _write_csv(out / "costs.csv", list(costs.csv_rows()))
     return ImportSummary(
-        campaign.metric, scores.parent, len(campaign.scores), costs, _write_scenarios(costs, out / "scenarios")
+        campaign.metric,
+        scores.parent.layers[0],
+        len(campaign.scores),
+        costs,
+        _write_scenarios(costs, out / "scenarios"),
     )
 
 
@@ -149,7 +153,7 @@ class _Campaign:
         layers: list[dict[Option, float]] = [{Option(parent): self._parent_score} for _ in range(count)]
         for (layer, option), score in self.scores.items():
             layers[layer][option] = score
-        return ScoreTable(parent, tuple(layers), self.metric)
+        return ScoreTable(Architecture(layers=(parent,) * count), tuple(layers), self.metric)
 
     def _read_library(self, path: Path) -> set[_Key]:
         content = read_json(path, "the replacement library", list, dict)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from puzzle_core.architecture import Architecture, Variant
+from puzzle_core.architecture import EMPTY_BLOCK, Architecture, Option, Variant
 from puzzle_core.errors import StorageError
 from puzzle_core.model.parent import Parent, contexts_by_kind
 from puzzle_core.model.predictions import Chunk, chunks, from_states
@@ -102,9 +102,9 @@ class Activations:
         parent_block = self.parent.load_block(layer, self.dtype, self.device)
         return Subblocks(parent_block, parent_block)
 
-    def attention(self, layer: int) -> Variant:
-        """The attention variant whose output is `post_attention(layer)`."""
-        return self.parent.shape.parent_block.attention
+    def attention(self, layer: int) -> Variant | None:
+        """The attention variant whose output is `post_attention(layer)`; None where only one block has its weights."""
+        return self.parent.shape.parent_block(layer).attention
 
     def has_layer_input(self, layer: int) -> bool:
         """Whether `layer_input(layer)` was captured."""
@@ -206,9 +206,9 @@ class ChildActivations(Activations):
         directory: Path,
         parents: Activations,
         architecture: Architecture,
-        weights: Callable[[int], dict[Variant, State]],
+        weights: Callable[[int], dict[str, State]],
     ):
-        """`weights` gives the trained weights of a layer's variants."""
+        """`weights` gives what was trained of a layer, by the id of a variant or option."""
         super().__init__(directory, parents.parent, parents.ids_NT, parents.dtype, parents.device, parents.positions_NT)
         self._parents, self._architecture, self._weights = parents, architecture, weights
         self._blocks: dict[int, Subblocks] = {}
@@ -219,11 +219,15 @@ class ChildActivations(Activations):
         return self._blocks[layer]
 
     def load_block(self, layer: int) -> Subblocks:
-        block, weights = self._architecture.layers[layer], self._weights(layer)
-        return load_subblocks(self.parent, layer, block, weights, self.dtype, self.device)
+        option, weights = self._option(layer), self._weights(layer)
+        return load_subblocks(self.parent, layer, option, weights, self.dtype, self.device)
 
-    def attention(self, layer: int) -> Variant:
-        return self._architecture.layers[layer].attention
+    def attention(self, layer: int) -> Variant | None:
+        option = self._option(layer)
+        return None if str(option) in self._weights(layer) else option.block.attention
+
+    def _option(self, layer: int) -> Option:
+        return self._architecture.options.get(layer, Option(EMPTY_BLOCK))
 
     def predictions(self, rows: slice) -> Chunk:
         return self._parents.predictions(rows)

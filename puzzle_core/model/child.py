@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
-from puzzle_core.architecture import Architecture
+from puzzle_core.architecture import Architecture, Option
 from puzzle_core.errors import ArtifactError
 from puzzle_core.families.family import FAMILIES
+from puzzle_core.fusible import fused, fusible_runs
 from puzzle_core.model import remote
 from puzzle_core.model.checkpoint import Checkpoint, write_checkpoint
 from puzzle_core.model.child_config import read_child_config
+from puzzle_core.model.fusion import fused_ffn
 from puzzle_core.model.parent import Parent, load_model, random_model, served_as, torch_dtype
 from puzzle_core.model.remote.modeling_puzzle import PuzzleForCausalLM
 from puzzle_core.model.surgery import load_weights
@@ -38,21 +40,21 @@ def assemble(work: AssembleWork, parent: Parent, weights_dirs: list[dict[str, Pa
     """Write the child's checkpoint to `out_dir`.
 
     Args:
-        weights_dirs: for every layer, the directories of its trained variants by variant id.
+        weights_dirs: for every layer, the directories of what was trained of it, by the id of a variant or option.
     """
-    dtype = torch_dtype(work.dtype)
+    dtype, architecture = torch_dtype(work.dtype), fused(work.architecture) if work.fuse_ffn else work.architecture
     counted = {"parameters": 0, "parameter_bytes": 0}
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in _child_tensors(parent, work.architecture, weights_dirs):
+        for name, tensor in _child_tensors(parent, work, weights_dirs):
             converted = tensor.to(dtype)
             counted["parameters"] += converted.numel()
             counted["parameter_bytes"] += converted.numel() * converted.element_size()
             yield name, converted
 
     write_checkpoint(out_dir, tensors())
-    write_description(parent, work.architecture, work.dtype, out_dir)
-    return ChildRecord(architecture=work.architecture, **counted)
+    write_description(parent, architecture, work.dtype, out_dir)
+    return ChildRecord(architecture=architecture, unfused=work.architecture if work.fuse_ffn else None, **counted)
 
 
 def write_description(parent: Parent, architecture: Architecture, dtype: Dtype, out_dir: Path) -> None:
@@ -92,21 +94,40 @@ def random_child(
 
 
 def _child_tensors(
-    parent: Parent, architecture: Architecture, weights_dirs: list[dict[str, Path]]
+    parent: Parent, work: AssembleWork, weights_dirs: list[dict[str, Path]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name in parent.checkpoint.headers:
         skipped = name == "lm_head.weight" and parent.shape.tied_embeddings
         if not name.startswith("model.layers.") and not skipped:
             yield name, parent.checkpoint.tensor(name)
-    family = FAMILIES[parent.shape.family]
-    prefixes = (family.attention_prefixes, family.ffn_prefixes)
-    for layer, block in enumerate(architecture.layers):
-        parent_tensors, trained = parent.layer_tensors(layer), weights_dirs[layer]
-        state: State = {}
-        for variant, subblock_prefixes in zip((block.attention, block.ffn), prefixes, strict=True):
-            if str(variant) in trained:
-                state |= load_weights(trained[str(variant)])
-            elif not variant.is_empty:
-                state |= {name: t for name, t in parent_tensors.items() if name.startswith(subblock_prefixes)}
+    layers = list(work.architecture.options.items())
+    runs = (
+        fusible_runs([option for _, option in layers])
+        if work.fuse_ffn
+        else [range(n, n + 1) for n in range(len(layers))]
+    )
+    for number, run in enumerate(runs):
+        states = [
+            (option, _state(parent, layer, option, weights_dirs[layer]))
+            for layer, option in layers[run.start : run.stop]
+        ]
+        state = states[0][1]
+        if len(states) > 1:
+            ffns = [(option.block.ffn.ffn_width, each) for option, each in states if option.block.ffn.ffn_width]
+            state |= fused_ffn([each for _, each in ffns], [width for width, _ in ffns], parent.shape)
         for name, tensor in state.items():
-            yield f"model.layers.{layer}.{name}", tensor
+            yield f"model.layers.{number}.{name}", tensor
+
+
+def _state(parent: Parent, layer: int, option: Option, trained: dict[str, Path]) -> State:
+    """The tensors of one layer of a child, from the library and from the parent's layer."""
+    if str(option) in trained:
+        return load_weights(trained[str(option)])
+    family, parent_tensors, state = FAMILIES[parent.shape.family], parent.layer_tensors(layer), State()
+    prefixes = (family.attention_prefixes, family.ffn_prefixes)
+    for variant, subblock_prefixes in zip(option.block.subblocks, prefixes, strict=True):
+        if str(variant) in trained:
+            state |= load_weights(trained[str(variant)])
+        elif not variant.is_empty:
+            state |= {name: t for name, t in parent_tensors.items() if name.startswith(subblock_prefixes)}
+    return state

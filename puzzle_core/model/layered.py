@@ -6,6 +6,7 @@ GROUP_BYTES. Weights that are stored in the type of the computation are mapped f
 Legend: B sequences, T tokens, D hidden width.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from puzzle_core.errors import ArtifactError
 from puzzle_core.model.checkpoint import Checkpoint
 from puzzle_core.model.child_config import read_child_config
 from puzzle_core.model.parent import Parent, contexts_by_kind, load_block, load_outside, tensor_shapes
-from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock, PuzzleForCausalLM
+from puzzle_core.model.remote.modeling_puzzle import PuzzleBlock, PuzzleForCausalLM, own_window
 from puzzle_core.progress import Report, no_report
 
 GROUP_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
@@ -93,12 +94,16 @@ class LayeredModel:
             config, visible = self.outside.model.parent_config, _visible(batch.segments)
             dtype = self.outside.lm_head.weight.dtype
             distance_B1TT = (positions[:, :, None] - positions[:, None, :])[:, None]
-            for kind, context in contexts.items():
-                near = distance_B1TT < config.sliding_window if kind == "sliding_attention" else True
-                mask = (visible & near).to(self.device)
+
+            @functools.cache
+            def within(window: int) -> torch.Tensor:
+                mask = (visible & (distance_B1TT < window) if window else visible).to(self.device)
                 if config._attn_implementation == "eager":  # it adds its mask to the logits
                     mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-                context["attention_mask"] = mask
+                return mask
+
+            for kind, context in contexts.items():
+                context |= {"attention_mask": within(own_window(config, kind)), "narrowed_mask": within}
         return contexts
 
 

@@ -1,5 +1,8 @@
 """The parent: a Hugging Face causal LM of a supported family, read lazily, one layer at a time.
 
+Layers may differ: a child of this project and a DeciLM (Nemotron-NAS) checkpoint are parents, too. Their own code is
+never run, since this project's blocks have all of their parts.
+
 `puzzle_core/families` describes the families. What this project cannot run correctly is refused by name before any work
 (parent_config.py).
 """
@@ -22,7 +25,7 @@ from puzzle_core.architecture import Architecture, ModelShape
 from puzzle_core.errors import NonFiniteError, ParentError, PuzzleError, reason
 from puzzle_core.formats.block_configs import block_config
 from puzzle_core.model.checkpoint import INDEX, SINGLE, Checkpoint, checkpoint_files
-from puzzle_core.model.child_config import child_config
+from puzzle_core.model.child_config import child_config, with_layers_of
 from puzzle_core.model.parent_config import (
     ADAPTER,
     as_config_says,
@@ -68,9 +71,9 @@ class Parent:
         """
         self.spec = spec
         self.directory = directory or fetch(spec)
-        self.config = read_config(self.directory)
+        self.config, blocks = read_config(self.directory)
         with as_config_says(self.directory):
-            self.shape = shape_of(self.config, self.directory)
+            self.shape = shape_of(self.config, self.directory, blocks)
             expected = tensor_shapes(self.puzzle_config())
         self.checkpoint = Checkpoint(self.directory, ParentError)
         _check_types(self.checkpoint)
@@ -82,13 +85,15 @@ class Parent:
 
     def puzzle_config(self, architecture: Architecture | None = None) -> PuzzleConfig:
         """The configuration of a child with this architecture; without one, of the child that equals the parent."""
-        layers = (architecture or Architecture.of_parent(self.shape)).layers
-        return child_config(self.config, [block_config(block) for block in layers])
+        architecture = architecture or Architecture.of_parent(self.shape)
+        blocks = [block_config(block) for block in architecture.of_child.layers]
+        return child_config(with_layers_of(architecture, self.config), blocks)
 
     @cached_property
     def digest(self) -> str:
         """Digest of the config and of all weight files; the first call reads the whole checkpoint."""
         digest = hashlib.sha256(canonical_json(_plain(self.config)).encode())
+        digest.update(" ".join(map(str, self.shape.blocks)).encode())
         for file in self.checkpoint.files:
             digest.update(digest_file(file).encode())
         for name, place in sorted(self.checkpoint.chosen.items()):

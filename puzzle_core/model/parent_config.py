@@ -8,17 +8,18 @@ import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from puzzle_core.architecture import ModelShape
-from puzzle_core.errors import ParentError, PuzzleError, reason
+from puzzle_core.architecture import BlockVariant, ModelShape
+from puzzle_core.errors import ParentError, PuzzleError, SpecError, reason
 from puzzle_core.families.family import FAMILIES, Family, flag
 from puzzle_core.families.missing import missing_of
+from puzzle_core.formats.decilm_config import family_config
 from puzzle_core.installed_file import local_path
 from puzzle_core.model.checkpoint import INDEX, SINGLE
-from puzzle_core.model.remote.modeling_puzzle import attention_kinds
+from puzzle_core.model.remote.modeling_puzzle import attention_kinds, own_window
 from puzzle_core.model.tokenizer import MORE_TEMPLATES, TOKENIZER_FILES
 from puzzle_core.spec import ParentSpec
 
@@ -74,8 +75,15 @@ def _weight_names(directory: Path) -> list[str]:
     return sorted(glob.escape(shard) for shard in shards)
 
 
-def read_config(directory: Path) -> PreTrainedConfig:
-    """The config of a supported parent.
+class ParentConfig(NamedTuple):
+    """The config of a parent's family, and the parent's own block of every layer where its config lists these."""
+
+    config: PreTrainedConfig
+    blocks: tuple[BlockVariant, ...]
+
+
+def read_config(directory: Path) -> ParentConfig:
+    """The config of a supported parent: of a family, a child of this project, or a DeciLM (Nemotron-NAS) model.
 
     Raises:
         ParentError: the config is missing or not valid (names the field), or has a value that is not supported.
@@ -88,6 +96,10 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise ParentError(f"{directory / 'config.json'} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ParentError(f"{directory / 'config.json'} is not a JSON object")
+    try:
+        content, blocks = family_config(content, str(directory / "config.json"))
+    except SpecError as error:
+        raise ParentError(str(error)) from error
     family = _family_of(content, directory)
     _check_weights_are_whole(content, directory)
     if content.get("quantization_config"):
@@ -95,12 +107,15 @@ def read_config(directory: Path) -> PreTrainedConfig:
     _check_sizes(content, directory)
     _check_keys(content, family, directory)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if blocks:
+            config: PreTrainedConfig = CONFIG_MAPPING[family.model_type].from_dict(content)
+        else:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
         raise ParentError(f"{directory / 'config.json'} is not valid: {reason(error)}") from error
     _check_attention_kinds(config, family, directory)
     _check_rope(config.rope_parameters or {}, family, directory)
-    return config
+    return ParentConfig(config, blocks)
 
 
 def _check_weights_are_whole(content: dict[str, Any], directory: Path) -> None:
@@ -207,8 +222,12 @@ def as_config_says(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def shape_of(config: PreTrainedConfig, directory: Path) -> ModelShape:
+def shape_of(config: PreTrainedConfig, directory: Path, blocks: tuple[BlockVariant, ...] = ()) -> ModelShape:
     """The sizes and options of a parent, as all stages use them.
+
+    Args:
+        directory: names the parent in messages.
+        blocks: the parent's own block of every layer, where these may differ.
 
     Raises:
         ParentError: the KV heads do not divide the attention heads.
@@ -217,7 +236,7 @@ def shape_of(config: PreTrainedConfig, directory: Path) -> ModelShape:
     if heads % kv_heads:
         raise ParentError(f"{directory}: {kv_heads} KV heads do not divide {heads} attention heads")
     family = FAMILIES[config.model_type]
-    return ModelShape(
+    shape = ModelShape(
         family=config.model_type,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -235,5 +254,11 @@ def shape_of(config: PreTrainedConfig, directory: Path) -> ModelShape:
         qk_norm_whole=family.qk_norm_whole,
         gated=family.ffn_names.gate is not None,
         norms=len(family.attention_norms.names),
-        windows="sliding_attention" in attention_kinds(config),
+        windows=_windows(config),
     )
+    return shape.with_blocks(blocks) if blocks else shape
+
+
+def _windows(config: PreTrainedConfig) -> tuple[int, ...]:
+    kinds = attention_kinds(config)
+    return tuple(own_window(config, kind) for kind in kinds) if "sliding_attention" in kinds else ()

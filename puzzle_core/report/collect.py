@@ -8,7 +8,7 @@ from puzzle_core.architecture import Architecture
 from puzzle_core.records import Record
 from puzzle_core.report.report_inputs import ModelResult, ReportInputs
 from puzzle_core.search.search_record import RefineRecord, SearchRecord, with_refinement
-from puzzle_core.sizes import DTYPE_BYTES, architecture_parameters, kv_entries_per_token
+from puzzle_core.sizes import DTYPE_BYTES, architecture_parameters, kv_entries
 from puzzle_core.work import BldRecord, CostRecord, EvaluationRecord, GkdRecord, ReportWork, ScoreRecord, TimingRecord
 
 R = TypeVar("R", bound=Record)
@@ -50,7 +50,7 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]], parent
             )
         )
     scores, of_search = ([record(ScoreRecord, key) for key in keys] for keys in (work.scores, search.exact_scores))
-    exact = {(score.layer, score.block): score for score in of_search}
+    exact = {(score.layer, score.option): score for score in of_search}
     timing = work.timing.key if work.timing else None
     artifacts = {"search": work.search, "costs": work.costs, "first gkd": work.first_gkd, "gkd": work.gkd}
     artifacts |= {"timing": timing}
@@ -58,9 +58,10 @@ def collect(work: ReportWork, record_of: Callable[[str], dict[str, Any]], parent
         spec=work.spec,
         parent_name=Path(parent_path).name,
         shape=work.shape,
+        scored=work.scored,
         search=search,
         bld=tuple(record(BldRecord, key) for key in work.bld),
-        scores=tuple(exact.get((score.layer, score.block), score) for score in scores),
+        scores=tuple(exact.get((score.layer, score.option), score) for score in scores),
         costs=costs,
         refine=refine,
         gkd=record(GkdRecord, work.trainings[0]),
@@ -75,6 +76,6 @@ def _memory_bytes(work: ReportWork, architecture: Architecture, batch_size: int,
     stored = DTYPE_BYTES[work.spec.target.served_dtype]
     weight_bytes, kv_bytes = (costs.weight_bytes, costs.kv_bytes) if costs else (stored, stored)
     scenario, shape = work.spec.scenario, work.shape
-    tokens = batch_size * (scenario.prompt_tokens + scenario.generated_tokens)
-    cache = tokens * kv_entries_per_token(shape, architecture) * kv_bytes
+    entries = kv_entries(shape, architecture, scenario.prompt_tokens + scenario.generated_tokens)
+    cache = batch_size * entries * kv_bytes
     return architecture_parameters(shape, architecture) * weight_bytes + cache

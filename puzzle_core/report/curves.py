@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from puzzle_core.architecture import Variant
+from puzzle_core.architecture import Option, Variant
 from puzzle_core.report.plotting import (
     BLACK,
     BLUE,
@@ -38,7 +38,7 @@ TERMS = {
 
 def bld_figure(records: tuple[BldRecord, ...]) -> Figure:
     """One panel per variant, one smoothed line per layer, losses on a logarithmic scale."""
-    by_variant: dict[Variant, list[BldRecord]] = defaultdict(list)
+    by_variant: dict[Variant | Option, list[BldRecord]] = defaultdict(list)
     for record in records:
         by_variant[record.variant].append(record)
     columns = min(4, len(by_variant))

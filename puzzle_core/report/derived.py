@@ -2,12 +2,12 @@
 
 from typing import NamedTuple
 
-from puzzle_core.architecture import Architecture, BlockVariant, Variant
+from puzzle_core.architecture import Architecture, BlockVariant, Option, Variant
 from puzzle_core.report.accuracies import kept_in_the_mean
 from puzzle_core.report.report_inputs import ModelResult, ReportInputs
 from puzzle_core.search.record_tables import score_table
 from puzzle_core.search.search_record import FoundArchitecture, Prediction
-from puzzle_core.search.tables import OUTSIDE, Option
+from puzzle_core.search.tables import OUTSIDE
 from puzzle_core.work import Timing
 
 
@@ -45,6 +45,11 @@ class LayerFact(NamedTuple):
     def saved_ms(self) -> float:
         """Prefill and decode that this layer saves; negative where its variants are slower than the parent's."""
         return self.parent_ms - self.attention_ms - self.ffn_ms
+
+    @property
+    def saved_share(self) -> float:
+        """The part of the parent's layer that is saved: nothing of a layer without subblocks."""
+        return self.saved_ms / self.parent_ms if self.parent_ms else 0.0
 
 
 def total_ms(timing: Timing) -> float:
@@ -120,33 +125,35 @@ def block_time_share(inputs: ReportInputs, prediction: Prediction) -> float:
     return (prediction.total_ms - outside) / (inputs.search.parent.total_ms - outside)
 
 
-def scores(inputs: ReportInputs) -> dict[tuple[int, BlockVariant], float]:
-    """The score of every layer and block variant, as the search saw it."""
+def scores(inputs: ReportInputs) -> dict[tuple[int, Option], float]:
+    """The score of every layer and option, as the search saw it."""
     spec, shape = inputs.spec, inputs.shape
     objective = inputs.search.objective
-    table = score_table(inputs.scores, spec.scoring.composition, objective, spec.served_variants(shape), shape)
+    variants, scored = spec.served_variants(shape), inputs.scored_shape
+    table = score_table(inputs.scores, spec.scoring.composition, objective, variants, scored)
     return {
-        (layer, option.block): score
+        (layer, option): score
         for layer, scores in enumerate(table.layers)
         for option, score in scores.items()
-        if option != Option(table.parent)
+        if option.block != table.parent.layers[layer]
     }
 
 
 def layer_facts(inputs: ReportInputs) -> list[LayerFact]:
     """The child layer by layer."""
-    table, parent = scores(inputs), inputs.shape.parent_block
+    table, own, scored = scores(inputs), inputs.shape.parent_block, inputs.scored_shape.parent_block
+    options = inputs.chosen.architecture.options
     return [
         LayerFact(
             layer=layer,
             block=block,
-            score=0.0 if block == parent else table[layer, block],
+            score=0.0 if block == scored(layer) or layer not in options else table[layer, options[layer]],
             attention_ms=_variant_ms(inputs, block.attention),
             ffn_ms=_variant_ms(inputs, block.ffn),
-            parent_attention_ms=_variant_ms(inputs, parent.attention),
-            parent_ffn_ms=_variant_ms(inputs, parent.ffn),
+            parent_attention_ms=_variant_ms(inputs, own(layer).attention),
+            parent_ffn_ms=_variant_ms(inputs, own(layer).ffn),
         )
-        for layer, block in enumerate(inputs.child.architecture.layers)
+        for layer, block in enumerate(inputs.chosen.architecture.layers)
     ]
 
 

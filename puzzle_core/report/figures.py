@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
-from puzzle_core.architecture import BlockVariant
+from puzzle_core.architecture import Option
 from puzzle_core.report import derived
 from puzzle_core.report.curves import bld_figure, gkd_figure
 from puzzle_core.report.plotting import (
@@ -59,7 +59,8 @@ def architecture_figure(inputs: ReportInputs) -> Figure:
     layers = derived.layer_facts(inputs)
     figure = new_figure(8.5, 1.7 + 0.24 * len(layers))
     axes = figure.add_subplot()
-    scale, unit = time_scale(max(fact.parent_ms for fact in layers))
+    largest_ms = max(fact.parent_ms for fact in layers)
+    scale, unit = time_scale(largest_ms)
     parts = (
         ("attention, kept", [fact.attention_ms for fact in layers], BLUE, ""),
         ("FFN, kept", [fact.ffn_ms for fact in layers], ORANGE, ""),
@@ -71,7 +72,8 @@ def architecture_figure(inputs: ReportInputs) -> Figure:
         width = np.array(times_ms) / scale
         axes.barh(rows, width, 0.78, left, label=name, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
         left += width
-    axes.axvline(layers[0].parent_ms / scale, color=BLACK, linewidth=1, linestyle="--", label="parent's layer")
+    label = "parent's largest layer" if inputs.shape.blocks else "parent's layer"
+    axes.axvline(largest_ms / scale, color=BLACK, linewidth=1, linestyle="--", label=label)
     label_axes(axes, "What each layer became", f"prefill + decode, predicted ({unit})", "")
     axes.grid(False, axis="y")
     cells = [("layer", "attention", "FFN"), *((str(f.layer), str(f.block.attention), str(f.block.ffn)) for f in layers)]
@@ -79,7 +81,7 @@ def architecture_figure(inputs: ReportInputs) -> Figure:
     axes.set_yticks(rows, names, family="monospace", fontsize=8)
     axes.annotate(header, (0, 1), (-7, 5), "axes fraction", "offset points", ha="right", family="monospace", fontsize=8)
     axes.set_ylim(len(layers) - 0.4, -0.6)
-    axes.set_xlim(0, 1.04 * max(left.max(), layers[0].parent_ms / scale))
+    axes.set_xlim(0, 1.04 * max(left.max(), largest_ms / scale))
     figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     return figure
 
@@ -110,7 +112,8 @@ def quality_figure(inputs: ReportInputs) -> Figure:
 
 def predicted_figure(inputs: ReportInputs) -> Figure:
     """Predicted against measured: times of whole models, and the sum of scores if it is a KL."""
-    with_scores = inputs.search.objective == "kl" and _score_points(inputs)
+    alike = inputs.search.objective == "kl" and not inputs.rounds  # scores of a later round are KL to its own parent
+    with_scores = alike and _score_points(inputs)
     figure = new_figure(10.5 if with_scores else 5.8, 6.4)
     panels = figure.subplots(1, 2 if with_scores else 1, squeeze=False)[0]
     _draw_times(panels[0], inputs)
@@ -123,8 +126,8 @@ def predicted_figure(inputs: ReportInputs) -> Figure:
 
 def scores_figure(inputs: ReportInputs) -> Figure:
     """KL of every scored block variant in every layer, with marks on the child's blocks."""
-    kl = {(score.layer, score.block): score.kl_nats_per_token for score in inputs.scores}
-    blocks = sorted({block for _, block in kl}, key=lambda b: (variant_order(b.attention), variant_order(b.ffn)))
+    kl = {(score.layer, score.option): score.kl_nats_per_token for score in inputs.scores}
+    blocks = sorted({block for _, block in kl}, key=variant_order)
     layers = range(inputs.shape.layers)
     table_LJ = np.array([[kl.get((layer, block), np.nan) for block in blocks] for layer in layers])
     figure = new_figure(3.2 + 0.2 * max(len(blocks), 12), 2.9 + 0.19 * max(len(layers), 5))
@@ -188,7 +191,8 @@ def _draw_predicted(axes: Axes, inputs: ReportInputs, scale: float) -> None:
         )
     for (marker, colour), solution in zip(_styles(search.baselines), search.baselines, strict=True):
         _mark(axes, solution.prediction.total_ms / scale, solution.score, marker, colour, derived.method_name(solution))
-    _mark(axes, search.parent.total_ms / scale, 0, "o", BLACK, "parent")
+    if not inputs.rounds:
+        _mark(axes, search.parent.total_ms / scale, 0, "o", BLACK, "parent")
     chosen = search.best
     _mark(axes, chosen.prediction.total_ms / scale, chosen.score, "*", VERMILLION, "child, after assembly")
 
@@ -275,9 +279,11 @@ def _identity(axes: Axes, values: list[float]) -> list[float]:
     return ends
 
 
-def _scored_blocks(inputs: ReportInputs, layer: int) -> list[BlockVariant]:
-    """The scored blocks of the child's layer: the block itself, or one block per scored subblock."""
-    block, parent = inputs.child.architecture.layers[layer], inputs.shape.parent_block
-    if inputs.spec.scoring.composition == "pairs":
-        return [block]
-    return [parent.with_variant(variant) for variant in block.subblocks]
+def _scored_blocks(inputs: ReportInputs, layer: int) -> list[Option]:
+    """The scored options of the child's layer: the block itself, or one block per scored subblock."""
+    option, parent = inputs.chosen.architecture.options.get(layer), inputs.scored_shape.parent_block(layer)
+    if option is None:
+        return []
+    if inputs.spec.scoring.composition == "pairs" or option.span > 1:
+        return [option]
+    return [Option(parent.with_variant(variant)) for variant in option.block.subblocks]

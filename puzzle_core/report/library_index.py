@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from puzzle_core.architecture import ModelShape, VariantId
+from pydantic import Field
+
+from puzzle_core.architecture import ModelShape, TrainedId, VariantId
 from puzzle_core.errors import ArtifactError
 from puzzle_core.plan import Plan
 from puzzle_core.records import Record, Work
@@ -19,12 +21,12 @@ class StoredArtifact(NamedTuple):
 
 
 class IndexedVariant(Record):
-    """A trained variant: where its weights are, and how well it imitates the parent's own subblock.
+    """A trained variant, or an option whose halves are one artifact: where its weights are, and how well it imitates.
 
     Losses are MSE relative to that of an output of nothing, before BLD and after it.
     """
 
-    variant: VariantId
+    variant: TrainedId
     key: str
     size_bytes: int
     initial_loss: float
@@ -37,6 +39,7 @@ class IndexedScore(Record):
 
     attention: VariantId
     ffn: VariantId
+    span: int = Field(1, exclude_if=lambda span: span == 1)
     key: str
     kl_nats_per_token: float
     lm_loss_increase_nats_per_token: float | None
@@ -89,8 +92,8 @@ def library_index(plan: Plan, stored_artifacts: Mapping[str, StoredArtifact]) ->
     layers = tuple(
         IndexedLayer(
             layer=layer,
-            variants=tuple(_variants((plan.bld(layer, variant) for variant in plan.trained(layer)), stored_artifacts)),
-            scores=tuple(_scores((plan.score(layer, block) for block in plan.scored(layer)), stored_artifacts)),
+            variants=tuple(_variants((work for work in plan.all_bld() if work.layer == layer), stored_artifacts)),
+            scores=tuple(_scores((work for work in plan.all_scores() if work.layer == layer), stored_artifacts)),
         )
         for layer in plan.layers
     )
@@ -123,6 +126,7 @@ def _scores(works: Iterable[ScoreWork], stored_artifacts: Mapping[str, StoredArt
         yield IndexedScore(
             attention=record.block.attention,
             ffn=record.block.ffn,
+            span=record.span,
             key=work.key,
             kl_nats_per_token=record.kl_nats_per_token,
             lm_loss_increase_nats_per_token=record.lm_loss_increase_nats_per_token,

@@ -22,6 +22,7 @@ from puzzle_core.report.units import (
     speed_text,
     times_text,
 )
+from puzzle_core.spec import RoundSpec
 from puzzle_core.work import CostRecord, GkdRecord
 
 MARKDOWN, HTML, INPUTS = "report.md", "report.html", "report.json"
@@ -127,6 +128,7 @@ def making_table(inputs: ReportInputs) -> report_tables.Table:
         ("hardware", derived.hardware(inputs)),
         ("costs", _costs_text(inputs.costs)),
         ("served in", spec.target.served_dtype),
+        *((f"round {number}", _round_text(earlier)) for number, earlier in enumerate(spec.rounds, start=1)),
         ("BLD", f"{len(inputs.bld)} variants, {count_text(tokens)} tokens, {duration_text(seconds)} in all"),
         ("scores", f"{len(inputs.scores)} blocks on {count_text(spec.scoring.tokens)} tokens each{estimated}"),
         (
@@ -147,6 +149,11 @@ def _gkd_text(record: GkdRecord) -> str:
         return done
     first, least = (number_text(point.kl_nats_per_token) for point in (record.held_back[0], best))
     return f"{done}; KL on held-back windows {first} to {least}, least after step {best.step} of {len(record.curve)}"
+
+
+def _round_text(earlier: RoundSpec) -> str:
+    limits = ", ".join(f"{name} {text}" for name, text in earlier.limits.by_name().items())
+    return f"at {limits}; GKD on {count_text(earlier.gkd.tokens)} tokens"
 
 
 def _costs_text(costs: CostRecord | None) -> str:

@@ -15,7 +15,7 @@ class ModelResult(Record):
     """One model: what it is made of, how good and how fast it was measured to be."""
 
     name: str
-    kind: Literal["parent", "child", "baseline"]
+    kind: Literal["parent", "round", "child", "baseline"]
     architecture: Architecture
     evaluation: EvaluationRecord
     timing: Timing | None
@@ -24,11 +24,19 @@ class ModelResult(Record):
 
 
 class ReportInputs(Record):
-    """Everything that a report shows. Models are listed in the order parent, children as they came to be, baselines."""
+    """Everything that a report shows.
+
+    Models are listed in the order parent, children of earlier rounds, children as they came to be, baselines.
+    """
 
     spec: RunSpec = Field(description="With digests in place of the paths of parent, texts and cost table")
     parent_name: str = Field("", description="How the report calls the parent")
     shape: ModelShape
+    scored: ModelShape | None = Field(
+        None,
+        description="The last round's parent, whose blocks have the scores, where children became parents",
+        exclude_if=lambda shape: shape is None,
+    )
     search: SearchRecord
     bld: tuple[BldRecord, ...]
     scores: tuple[ScoreRecord, ...]
@@ -64,6 +72,16 @@ class ReportInputs(Record):
         return next(model for model in self.models if model.kind == "parent")
 
     @property
+    def scored_shape(self) -> ModelShape:
+        """The parent in which blocks were scored: the last round's."""
+        return self.scored or self.shape
+
+    @property
+    def rounds(self) -> tuple[ModelResult, ...]:
+        """The children of earlier rounds, which became parents."""
+        return tuple(model for model in self.models if model.kind == "round")
+
+    @property
     def children(self) -> tuple[ModelResult, ...]:
         """The child after each step of its making."""
         return tuple(model for model in self.models if model.kind == "child")
@@ -72,6 +90,11 @@ class ReportInputs(Record):
     def child(self) -> ModelResult:
         """The child as it is delivered."""
         return self.children[-1]
+
+    @property
+    def chosen(self) -> ModelResult:
+        """The child as the search chose it, before its FFNs were fused and before GKD."""
+        return self.children[0]
 
     @property
     def baselines(self) -> tuple[ModelResult, ...]:

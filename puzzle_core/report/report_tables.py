@@ -3,9 +3,9 @@
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from puzzle_core.architecture import Architecture, Variant
+from puzzle_core.architecture import Architecture, Option, Variant
 from puzzle_core.report import derived
 from puzzle_core.report.accuracies import Accuracy, accuracies, can_be_kept, kept, kept_in_the_mean, means
 from puzzle_core.report.report_inputs import ModelResult, ReportInputs
@@ -74,7 +74,7 @@ def format_text(table: Table) -> str:
 
 def final_table(inputs: ReportInputs) -> Table:
     """The parent and the child after each step: size, speed, quality, and ratios to the parent."""
-    parent, children, scenario = inputs.parent, inputs.children, inputs.spec.scenario
+    parent, children, scenario = inputs.parent, (*inputs.rounds, *inputs.children), inputs.spec.scenario
     rows = []
     for quantity in _quantities(inputs):
         parent_value = quantity.value(parent)
@@ -97,7 +97,7 @@ def final_table(inputs: ReportInputs) -> Table:
 
 def benchmarks_table(inputs: ReportInputs) -> Table:
     """Accuracies of parent and children, and what is kept of the parent's; without rows if the spec names none."""
-    parent, children = inputs.parent, inputs.children
+    parent, children = inputs.parent, (*inputs.rounds, *inputs.children)
     found = {
         model.name: {(a.benchmark, a.metric): a for a in [*accuracies(model), *means(inputs, model)]}
         for model in (parent, *children)
@@ -196,19 +196,20 @@ def layers_table(inputs: ReportInputs) -> Table:
             str(fact.block.ffn),
             number_text(fact.score),
             ms_text(fact.saved_ms),
-            percent_text(fact.saved_ms / fact.parent_ms),
+            percent_text(fact.saved_share),
         )
         for fact in layers
     ]
     saved, parent = sum(fact.saved_ms for fact in layers), sum(fact.parent_ms for fact in layers)
     sums = number_text(sum(fact.score for fact in layers)), ms_text(saved), percent_text(saved / parent)
-    rows.append(("all", *_variant_counts(inputs.child.architecture), *sums))
+    rows.append(("all", *_variant_counts(inputs.chosen.architecture), *sums))
+    scored_in = f"the {inputs.rounds[-1].name}" if inputs.rounds else "the parent"
     return Table(
         title="The architecture, layer by layer",
         columns=("layer", "attention", "FFN", "score", "time saved", "of the layer"),
         rows=tuple(rows),
         text_columns=3,
-        note=f"Score: what this block alone costs in the parent ({OBJECTIVE_UNITS[inputs.search.objective]}). Time "
+        note=f"Score: what this block alone costs in {scored_in} ({OBJECTIVE_UNITS[inputs.search.objective]}). Time "
         "saved: prefill plus decode, predicted.",
     )
 
@@ -231,7 +232,7 @@ def predicted_table(inputs: ReportInputs) -> Table:
 
 def bld_table(inputs: ReportInputs) -> Table:
     """BLD losses of every variant: medians over layers, and the best and the worst layer."""
-    by_variant: dict[Variant, list[BldRecord]] = defaultdict(list)
+    by_variant: dict[Variant | Option, list[BldRecord]] = defaultdict(list)
     for record in inputs.bld:
         by_variant[record.variant].append(record)
     rows = []
@@ -251,8 +252,10 @@ def bld_table(inputs: ReportInputs) -> Table:
     )
 
 
-def variant_order(variant: Variant) -> tuple[str, int, int, str]:
-    """Sort key: attention before FFN, the widest variant first, no-op last."""
+def variant_order(variant: Variant | Option) -> tuple[Any, ...]:
+    """Sort key: attention before FFN, the widest variant first, no-op last; then options by their span and halves."""
+    if isinstance(variant, Option):
+        return "option", variant.span, *(half.rank for half in variant.block.subblocks)
     return variant.subblock, *variant.rank
 
 

@@ -49,7 +49,7 @@ def answer_warnings(search: SearchRecord) -> list[str]:
     """Sentences on the best architecture of a search."""
     best = search.best
     layers = len(best.architecture.layers)
-    covered = sum(span - 1 for span in best.spans.values())
+    covered = sum(span - 1 for _, span in best.architecture.spans)
     empty = sum(block == EMPTY_BLOCK for block in best.architecture.layers) - covered
     warnings = []
     if empty > EMPTY_SHARE * layers:
@@ -72,6 +72,8 @@ def answer_warnings(search: SearchRecord) -> list[str]:
             "The clock cut a solve at search.time_limit_s: the same request may have another answer in another run. "
             "search.node_limit gives the same answer everywhere."
         )
+    if search.accuracy:
+        warnings.append(f"Computed costs: {search.accuracy}.")
     return warnings
 
 

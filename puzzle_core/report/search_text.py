@@ -68,10 +68,8 @@ def _limits(record: SearchRecord) -> Table:
 
 
 def _layers(record: SearchRecord) -> Table:
-    rows = []
-    for layer, block in enumerate(record.best.architecture.layers):
-        span = record.best.spans.get(layer, 1)
-        rows.append((str(layer), f"{block} x{span}" if span > 1 else str(block)))
+    chosen = record.best.architecture
+    rows = [(str(layer), str(chosen.options.get(layer, block))) for layer, block in enumerate(chosen.layers)]
     return Table(title="Layers", columns=("layer", "chosen"), rows=tuple(rows), text_columns=2)
 
 

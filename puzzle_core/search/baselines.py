@@ -8,7 +8,7 @@ Legend: L layers, J options of a layer, K limits.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ ROUNDING = 1e-12
 """A step must change a use by more than this part of its span, or it is rounding and no step."""
 
 UNCHOSEN = -1
+Influence = Sequence[Sequence[float]]
+"""By first layer and number of layers less one, how much these layers change the hidden state."""
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -88,6 +90,38 @@ def uniform(problem: Problem) -> Solution:
         )
     best = min(fitting, key=problem.total_score)
     return describe(problem, best, method="uniform", seconds=time.perf_counter() - started)
+
+
+def drop_layers(problem: Problem, influence: Influence, empty: str, together: bool) -> Solution:
+    """The parent without the fewest layers that holds the limits; those of least influence are dropped.
+
+    Args:
+        influence: `influence[i][n]` is that of layers i to i+n together.
+        empty: the option of a layer that is dropped.
+        together: drop a run of layers, by the influence of the run; else single layers, by their own.
+
+    Raises:
+        InfeasibleError: no number of layers that may be dropped is enough.
+    """
+    started = time.perf_counter()
+    layers = range(len(problem.options))
+    droppable = [layer for layer in layers if empty in problem.options[layer]]
+    least_first = sorted(droppable, key=lambda layer: influence[layer][0])
+    for count in range(len(droppable) + 1):
+        dropped = [set(least_first[:count])]
+        if together and count:
+            firsts = sorted(layers[: len(layers) - count + 1], key=lambda first: influence[first][count - 1])
+            dropped = [run for first in firsts if (run := set(range(first, first + count))) <= {*droppable}]
+        for run in dropped:
+            choice = list(problem.parent)
+            for layer in run:
+                choice[layer] = problem.options[layer].index(empty)
+            if problem.feasible(choice):
+                return describe(problem, choice, method="depth", seconds=time.perf_counter() - started)
+    raise InfeasibleError(
+        f"no limits hold for the parent without layers: {len(droppable)} of {len(layers)} may be dropped (those with a "
+        f"score of {empty}), and the others alone use too much: other searches may still find an architecture"
+    )
 
 
 def maximise(problem: Problem, resource: str, *, effort: Effort = BY_NODES, relative_gap: float = 1e-6) -> Solution:

@@ -9,7 +9,7 @@ better than its optimistic estimate.
 from collections.abc import Container, Sequence
 from statistics import median
 
-from puzzle_core.architecture import Architecture, BlockVariant
+from puzzle_core.architecture import Architecture, Option
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.run_search import find_architecture, find_solutions
 from puzzle_core.search.search_record import FoundArchitecture
@@ -19,35 +19,35 @@ from puzzle_core.work import ScoreRecord
 
 OPTIMISM = 0.8
 """What a calibrated estimate is taken times."""
-Place = tuple[int, BlockVariant]
-"""A layer, and a block that is scored there."""
+Place = tuple[int, Option]
+"""A layer, and an option that is scored there."""
 
 
 def lazy_scores(estimates: Sequence[ScoreRecord], exact: Sequence[ScoreRecord]) -> list[ScoreRecord]:
     """One score per estimate: the exact one, or the estimate times OPTIMISM and the median ratio of exact scores to
     their estimates."""
-    known = {(score.layer, score.block): score for score in exact}
+    known = {(score.layer, score.option): score for score in exact}
     ratios = [
-        known[score.layer, score.block].kl_nats_per_token / score.kl_nats_per_token
+        known[score.layer, score.option].kl_nats_per_token / score.kl_nats_per_token
         for score in estimates
-        if (score.layer, score.block) in known and score.kl_nats_per_token > 0
+        if (score.layer, score.option) in known and score.kl_nats_per_token > 0
     ]
     factor = OPTIMISM * (median(ratios) if ratios else 1.0)
     return [
-        known.get((score.layer, score.block))
+        known.get((score.layer, score.option))
         or score.model_copy(update={"kl_nats_per_token": factor * score.kl_nats_per_token})
         for score in estimates
     ]
 
 
 def not_exact(
-    found: Sequence[FoundArchitecture], composition: str, parent: BlockVariant, exact: Container[Place]
+    found: Sequence[FoundArchitecture], composition: str, parent: Architecture, exact: Container[Place]
 ) -> list[Place]:
     """The blocks of some architectures that have no exact score, in order.
 
     Args:
         composition: `pairs`, or `subblocks`, where each subblock is scored beside the parent's other one.
-        parent: the parent's block, whose score is 0.
+        parent: the parent's own blocks, whose scores are 0.
         exact: the blocks with exact scores.
     """
     used = {place for one in found for place in _used(one.architecture, composition, parent)}
@@ -75,9 +75,11 @@ def next_to_score(
     return not_exact(found.frontier, composition, scores.parent, exact)
 
 
-def _used(architecture: Architecture, composition: str, parent: BlockVariant) -> set[Place]:
+def _used(architecture: Architecture, composition: str, parent: Architecture) -> set[Place]:
     """The blocks whose scores an architecture's score is the sum of."""
-    blocks = list(enumerate(architecture.layers))
-    if composition == "subblocks":
-        blocks = [(layer, parent.with_variant(variant)) for layer, block in blocks for variant in block.subblocks]
-    return {(layer, block) for layer, block in blocks if block != parent}
+    places, own = set[Place](), parent.layers
+    for layer, option in architecture.options.items():
+        alone = composition == "subblocks" and option.span == 1
+        used = [Option(own[layer].with_variant(v)) for v in option.block.subblocks] if alone else [option]
+        places |= {(layer, one) for one in used if one != Option(own[layer])}
+    return places

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 
-from puzzle_core.architecture import Architecture
 from puzzle_core.errors import InfeasibleError
 from puzzle_core.search.infeasible import Conflict
 from puzzle_core.search.problem_builder import BatchSizes, ProblemBuilder, ResolvedLimit
@@ -45,8 +44,7 @@ def _rule_text(conflict: Conflict) -> str:
 
 def _reachable(limit: ResolvedLimit, least: float, builder: ProblemBuilder, batch_sizes: BatchSizes) -> str:
     """The least use by blocks as a value of the limit, rounded so that it can be met."""
-    parent = Architecture(layers=(builder.scores.parent,) * len(builder.layers))
-    uses = {(use.scenario, use.name): use for use in builder.limit_uses(parent, batch_sizes)}
+    uses = {(use.scenario, use.name): use for use in builder.limit_uses(builder.reference, batch_sizes)}
     value = limit.in_terms(least + limit.outside)
     own = uses[limit.scenario, limit.name].usage
     if value == math.inf:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from puzzle_core.architecture import EMPTY_BLOCK, Architecture, BlockVariant
+from puzzle_core.batching import reserved_tokens, waiting_prompts
 from puzzle_core.errors import SpecError
 from puzzle_core.quantities import (
     Quantity,
@@ -37,12 +38,21 @@ from puzzle_core.spec import ConstraintsSpec, ScenarioSpec, SearchRequest
 
 MIX = "(mix)"
 """The weighted mix of all scenarios, in the names of limits and resources. No scenario can have this name."""
+COVERED = "covered by layer"
+"""How the id begins of a layer's option that belongs to an option of an earlier layer."""
 DERIVED = {
     "memory_bytes": ("parameter_bytes", "kv_bytes_per_token"),
     "runtime_ms": ("prefill_ms", "decode_ms"),
     "active_parameters": ("parameters",),
 }
 """Columns that are computed from others when a table lacks them."""
+
+FIRST_TOKEN = "first_token_ms"
+"""Of continuous batching: the prefill of one prompt, its wait for others, and one step."""
+CONTINUOUS_COLUMNS = {"time_to_first_token": FIRST_TOKEN, "time_per_output_token": "runtime_ms"}
+"""The columns of limits that mean something else under continuous batching."""
+TARGET_MEMORY = "target_memory"
+"""The limit that every scenario has where the target's devices are known: what they hold."""
 
 BatchSizes = Mapping[str, int]
 """The batch size of every scenario, by its name."""
@@ -159,18 +169,24 @@ class ProblemBuilder:
         self.constraints = self.request.constraints.for_engines(self.request.engines)
         _check_constraints(self.request, self.constraints, self.scores)
         self.costs.check_scenarios(scenario.name for scenario in self.request.scenarios)
-        parent = Option(self.scores.parent)
+        own = [Option(block) for block in self.scores.parent.layers]
         self.layers = tuple(
-            (parent, *(option for option in scores if option != parent and self._allowed(layer, option)))
+            (own[layer], *(option for option in scores if option != own[layer] and self._allowed(layer, option)))
             for layer, scores in enumerate(self.scores.layers)
         )
         for scenario in self.request.scenarios:
+            self._check_batch_sizes(scenario)
             for name in scenario.limits.by_name():
                 if not counter(name, scenario.limits):
                     self._check_column(scenario.name, name)
         if self.request.mix:
             for scenario in self.request.scenarios:
                 self._check_column(scenario.name, "latency")
+
+    @property
+    def reference(self) -> Architecture:
+        """The architecture whose values shares in limits are of."""
+        return self.scores.reference or self.scores.parent
 
     def problem(self, batch_sizes: BatchSizes) -> Problem:
         """The problem at these batch sizes, with every limit of the request.
@@ -190,7 +206,7 @@ class ProblemBuilder:
             options=tuple(
                 (
                     *(str(option) for option in options),
-                    *(f"covered by layer {first}: {option}" for first, option in more),
+                    *(f"{COVERED} {first}: {option}" for first, option in more),
                 )
                 for options, more in zip(self.layers, covering, strict=True)
             ),
@@ -215,8 +231,17 @@ class ProblemBuilder:
                 resource = f"{scenario.name}/{limit_type.column}"
                 tokens = float(batch * scenario.counted_tokens) if name == "throughput" else 0.0
                 steps = max(1, scenario.generated_tokens - 1) if name == "time_per_output_token" else 1
+                if scenario.batching == "continuous" and name in CONTINUOUS_COLUMNS:
+                    resource = f"{scenario.name}/{CONTINUOUS_COLUMNS[name]}"
+                    steps = scenario.generated_tokens if name == "time_per_output_token" else 1
                 limits.append(
                     self._resolve(scenario.name, name, text, resource, limit_type, tokens, steps, batch_sizes)
+                )
+            if served_on := self.request.served_on:
+                resource = f"{scenario.name}/memory_bytes"
+                text, limit_type = served_on.memory, LIMIT_TYPES["memory"]
+                limits.append(
+                    self._resolve(scenario.name, TARGET_MEMORY, text, resource, limit_type, 0.0, 1, batch_sizes)
                 )
         for name, text in self.request.mix.by_name().items() if self.request.mix else ():
             column = "request_ms" if name == "throughput" else "runtime_ms"
@@ -294,8 +319,8 @@ class ProblemBuilder:
         outside = self.outside(resource, batch_sizes) if limit_type.outside else 0.0
         quantity = limit_type.parse(text)
         if quantity.relative:
-            layers = range(len(self.layers))
-            blocks = sum(self._resource_of(resource, layer, self.scores.parent, batch_sizes) for layer in layers)
+            whole = enumerate(self.reference.layers)
+            blocks = sum(self._resource_of(resource, layer, block, batch_sizes) for layer, block in whole)
             if not blocks + outside:
                 unit = f"limit with a unit, or fill in the cost table's {resource.partition('/')[2]}"
                 raise SpecError(
@@ -355,7 +380,30 @@ class ProblemBuilder:
             for scenario, weight in self._weights()
         )
 
+    def _check_batch_sizes(self, scenario: ScenarioSpec) -> None:
+        served_on = self.request.served_on
+        most = served_on.max_sequences if served_on else None
+        if served_on and most and max(scenario.batch_sizes) > most:
+            raise SpecError(
+                f"scenario {scenario.name} has batch size {max(scenario.batch_sizes):,}, and the engine on "
+                f"{served_on.devices} takes {most:,} sequences at a time: leave larger ones out, or raise "
+                "target.hardware.serving.max_sequences"
+            )
+
+    def _waiting_prompts(self, scenario: ScenarioSpec, batch: int) -> float:
+        """Prefills that a new prompt waits for, of the reference: a queue of equal jobs with one server (M/D/1)."""
+        totals = {}
+        for column in DERIVED["runtime_ms"]:
+            layers = enumerate(self.reference.layers)
+            blocks = sum(
+                self._cost(column, layer, block, scenario, batch) for layer, block in layers if block != EMPTY_BLOCK
+            )
+            totals[column] = blocks + self._outside(column, scenario, batch)
+        return waiting_prompts(totals["prefill_ms"], sum(totals.values()))
+
     def _cost(self, column: str, layer: int, block: BlockVariant, scenario: ScenarioSpec, batch: int) -> float:
+        if column == FIRST_TOKEN:
+            return self._first_token(scenario, batch, lambda name, of: self._cost(name, layer, block, scenario, of))
         key = column, scenario.name, batch, (layer, block) if self.costs.by_layer else block
         if key not in self._costs:
             self._costs[key] = self._derived(
@@ -363,14 +411,25 @@ class ProblemBuilder:
             )
         return self._costs[key]
 
+    def _first_token(self, scenario: ScenarioSpec, batch: int, cost: Callable[[str, int], float]) -> float:
+        """The prefill of one prompt, its wait for others, and a step of the batch."""
+        wait, steps = self._waiting_prompts(scenario, batch), max(1, scenario.generated_tokens - 1)
+        return (1 + wait) * cost("prefill_ms", 1) + cost("decode_ms", batch) / steps
+
     def _outside(self, column: str, scenario: ScenarioSpec, batch: int) -> float:
+        if column == FIRST_TOKEN:
+            return self._first_token(scenario, batch, lambda name, of: self._outside(name, scenario, of))
         return self._derived(column, scenario, batch, lambda name: self.costs.outside(name, scenario.name, batch))
 
     def _derived(self, column: str, scenario: ScenarioSpec, batch: int, raw: Callable[[str], float]) -> float:
         if column in self.costs.columns or column not in DERIVED:
             return raw(column)
         if column == "memory_bytes":
-            tokens = batch * (scenario.prompt_tokens + scenario.generated_tokens)
+            served_on = self.request.served_on
+            held = reserved_tokens(
+                served_on.reservation if served_on else "guaranteed", scenario.prompt_tokens, scenario.generated_tokens
+            )
+            tokens = batch * held
             return raw("parameter_bytes") + tokens * raw("kv_bytes_per_token")
         return sum(raw(part) for part in DERIVED[column])
 
@@ -426,7 +485,7 @@ class ProblemBuilder:
         return AtMostDistinct(name, groups, at_most)
 
     def _allowed(self, layer: int, option: Option) -> bool:
-        constraints, parent, count = self.constraints, self.scores.parent, len(self.scores.layers)
+        constraints, parent, count = self.constraints, self.scores.parent.layers[layer], len(self.scores.layers)
         covered = range(layer, layer + option.span)
         for kept, subblock in ((constraints.keep.attention, "attention"), (constraints.keep.ffn, "ffn")):
             changed = getattr(option.block, subblock) != getattr(parent, subblock)
@@ -451,7 +510,7 @@ def _check_constraints(request: SearchRequest, constraints: ConstraintsSpec, sco
         for layer in layers:
             if not -count <= layer < count:
                 raise SpecError(f"constraints.keep.{subblock} names layer {layer}, and there are {count} layers")
-    for variant in scores.parent.subblocks:
+    for variant in dict.fromkeys(variant for block in scores.parent.layers for variant in block.subblocks):
         if not constraints.allows(variant, request.engines):
             of_engines = f", for engines {', '.join(request.engines)}" if request.engines else ""
             raise SpecError(

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from puzzle_core.architecture import EMPTY_BLOCK, Architecture
+from puzzle_core.architecture import EMPTY_BLOCK, Architecture, Option
 from puzzle_core.errors import InfeasibleError, SolveLimitError, SpecError
-from puzzle_core.search.baselines import greedy, maximise, random_choice, uniform
+from puzzle_core.search.baselines import Influence, drop_layers, greedy, maximise, random_choice, uniform
 from puzzle_core.search.best_of import Alternative, solve_best
 from puzzle_core.search.effort import Effort
 from puzzle_core.search.frontier import NODES, capacity_range, frontier, sweep_frontier, traded, without_free
@@ -26,11 +26,16 @@ BASELINE_GAP = 1e-4
 """Of the baseline `maximise`, whose score nobody reads to more digits."""
 
 
-def find_architecture(builder: ProblemBuilder, on_answer: Callable[[SearchRecord], None] | None = None) -> SearchRecord:
+def find_architecture(
+    builder: ProblemBuilder,
+    on_answer: Callable[[SearchRecord], None] | None = None,
+    influence: Influence | None = None,
+) -> SearchRecord:
     """Search all batch sizes and keep the one whose best architecture scores best; at a tie, the larger batch.
 
     Args:
         on_answer: gets the answer as soon as it is known, without baselines, frontier, prices and runners-up.
+        influence: of runs of layers, for baselines that drop layers.
 
     Raises:
         InfeasibleError: no architecture meets the limits at any combination of batch sizes; gives the distance to each.
@@ -40,7 +45,7 @@ def find_architecture(builder: ProblemBuilder, on_answer: Callable[[SearchRecord
     answer, batch_sizes, problem, best = _answer(builder, effort)
     if on_answer:
         on_answer(answer)
-    baselines, omissions = _baselines(builder, problem, batch_sizes, effort)
+    baselines, omissions = _baselines(builder, problem, batch_sizes, effort, influence)
     points: list[FoundArchitecture] = []
     try:
         points = _frontier(builder, problem, batch_sizes, effort)
@@ -80,7 +85,7 @@ def _answer(builder: ProblemBuilder, effort: Effort) -> tuple[SearchRecord, Batc
     answer = SearchRecord(
         objective=builder.scores.objective,
         batch_sizes=dict(batch_sizes),
-        parents=builder.predict(_parent(builder), batch_sizes),
+        parents=builder.predict(builder.reference, batch_sizes),
         times=builder.times(batch_sizes),
         solutions=tuple(_architecture(builder, solution, batch_sizes) for solution in solutions),
         baselines=(),
@@ -91,6 +96,7 @@ def _answer(builder: ProblemBuilder, effort: Effort) -> tuple[SearchRecord, Batc
         largest_score=builder.scores.largest,
         omissions={},
         met_time_limit=effort.met_time_limit,
+        accuracy=builder.request.served_on.accuracy if builder.request.served_on else "",
     )
     return answer, batch_sizes, problem, best
 
@@ -164,7 +170,7 @@ def _effort(builder: ProblemBuilder) -> Effort:
 
 
 def _baselines(
-    builder: ProblemBuilder, problem: Problem, batch_sizes: BatchSizes, effort: Effort
+    builder: ProblemBuilder, problem: Problem, batch_sizes: BatchSizes, effort: Effort, influence: Influence | None
 ) -> tuple[list[FoundArchitecture], dict[str, str]]:
     """The architectures of the baselines, and the reason for every baseline that has none."""
     parameters = f"{builder.request.scenario.name}/parameters"
@@ -175,6 +181,8 @@ def _baselines(
         "uniform": uniform,
         "random": lambda problem: random_choice(problem, seed=0),
         "maximise_parameters": lambda problem: maximise(problem, parameters, effort=effort, relative_gap=BASELINE_GAP),
+        "depth": lambda problem: _depth(problem, influence, together=False),
+        "depth_run": lambda problem: _depth(problem, influence, together=True),
     }
     architectures, omissions = [], {}
     for name in builder.request.search.baselines:
@@ -188,11 +196,10 @@ def _baselines(
 
 def _no_op_only(builder: ProblemBuilder, problem: Problem, effort: Effort) -> Solution:
     """The exact search where every subblock is the parent's or a no-op."""
-    parent = builder.scores.parent
-    attentions = (parent.attention, EMPTY_BLOCK.attention)
-    ffns = (parent.ffn, EMPTY_BLOCK.ffn)
 
     def kept(layer: int, option_id: str) -> bool:
+        own = builder.scores.parent.layers[layer]
+        attentions, ffns = (own.attention, EMPTY_BLOCK.attention), (own.ffn, EMPTY_BLOCK.ffn)
         blocks = (option.block for option in builder.layers[layer] if str(option) == option_id)
         return any(block.attention in attentions and block.ffn in ffns for block in blocks)
 
@@ -206,6 +213,13 @@ def _lm_loss(builder: ProblemBuilder, problem: Problem, effort: Effort) -> Solut
         raise SpecError(f"the scores are {builder.scores.objective}, and have no increase of the next-token loss")
     score = builder.column(lambda layer, option: lm_loss[layer][option])
     return _as_choice(problem, solve(replace(problem, score=score), effort=effort))
+
+
+def _depth(problem: Problem, influence: Influence | None, together: bool) -> Solution:
+    """Whole layers of the parent dropped."""
+    if influence is None:
+        raise SpecError("there is no influence of layers, which a run measures in its parent and tables do not have")
+    return drop_layers(problem, influence, str(Option(EMPTY_BLOCK)), together)
 
 
 def _as_choice(problem: Problem, solution: Solution) -> Solution:
@@ -306,11 +320,10 @@ def _explanations(
 def _architecture(builder: ProblemBuilder, solution: Solution, batch_sizes: BatchSizes) -> FoundArchitecture:
     """A solution as an architecture; the layers that a spanning block covers are empty."""
     options = builder.options_of(solution.choice)
-    architecture = Architecture(layers=tuple(option.block if option else EMPTY_BLOCK for option in options))
+    architecture = Architecture.of_options(option for option in options if option)
     return FoundArchitecture(
         method=solution.method,
         architecture=architecture,
-        spans={layer: option.span for layer, option in enumerate(options) if option and option.span > 1},
         score=solution.objective,
         bound=solution.bound,
         gap=solution.gap,
@@ -319,7 +332,3 @@ def _architecture(builder: ProblemBuilder, solution: Solution, batch_sizes: Batc
         predictions=builder.predict(architecture, batch_sizes),
         limits=builder.limit_uses(architecture, batch_sizes),
     )
-
-
-def _parent(builder: ProblemBuilder) -> Architecture:
-    return Architecture(layers=(builder.scores.parent,) * len(builder.layers))

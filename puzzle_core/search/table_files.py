@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from puzzle_core.architecture import BlockVariant, Variant
+from puzzle_core.architecture import Architecture, BlockVariant, Variant
 from puzzle_core.errors import CoverageError, NonFiniteError, SpecError, reason
 from puzzle_core.search.tables import OUTSIDE, CostRow, CostTable, Option, ScoreTable
 
@@ -81,7 +81,7 @@ def read_scores(
         )
     for scores in layers:
         scores.setdefault(Option(parent), 0.0)
-    return ScoreTable(parent, tuple(layers), column)
+    return ScoreTable(Architecture(layers=(parent,) * len(layers)), tuple(layers), column)
 
 
 def read_costs(path: Path) -> CostTable:
@@ -246,7 +246,7 @@ def _variant(place: str, subblock: str, text: Any) -> Variant:
         raise SpecError(f"{place} has no {'attention' if subblock == 'attn' else subblock}: give its variant")
     written = _name(text)
     try:
-        variant = Variant.parse(written if ":" in written else f"{subblock}:{written}")
+        variant = Variant.parse(written if written.startswith(("attn:", "ffn:")) else f"{subblock}:{written}")
     except ValueError as error:
         raise SpecError(f"{place}: {error}") from error
     if variant.subblock != subblock:

@@ -12,42 +12,35 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from puzzle_core.architecture import BlockVariant
+from puzzle_core.architecture import Architecture, BlockVariant
+from puzzle_core.architecture import Option as Option
 from puzzle_core.errors import CoverageError, NonFiniteError, SpecError
 
 OUTSIDE = "outside"
 
 
-class Option(NamedTuple):
-    """A block variant that replaces `span` consecutive layers; all but the first become empty blocks."""
-
-    block: BlockVariant
-    span: int = 1
-
-    def __str__(self) -> str:
-        return str(self.block) if self.span == 1 else f"{self.block} x{self.span}"
-
-
 @dataclass(frozen=True)
 class ScoreTable:
-    """The score of every option of every layer, lower is better; the parent's own option is one of them.
+    """The score of every option of every layer, lower is better; the parent's own block is one of them.
 
     `lm_loss` scores the same options by the increase of the next-token loss, if it is known and is not the main score.
+    Shares in limits are of what `reference` takes, the first parent where children became parents; by default `parent`.
 
     Raises (on construction):
         CoverageError: a layer lacks the parent's own block, or an option spans layers beyond the last.
         NonFiniteError: a score is NaN or infinite.
     """
 
-    parent: BlockVariant
+    parent: Architecture
     layers: tuple[Mapping[Option, float], ...]
     objective: str = "score"
     lm_loss: tuple[Mapping[Option, float], ...] | None = None
+    reference: Architecture | None = None
 
     def __post_init__(self) -> None:
         for layer, scores in enumerate(self.layers):
-            if Option(self.parent) not in scores:
-                raise CoverageError(f"layer {layer} has no score of the parent's own block {self.parent}")
+            if Option(self.parent.layers[layer]) not in scores:
+                raise CoverageError(f"layer {layer} has no score of the parent's own block {self.parent.layers[layer]}")
             for option, score in scores.items():
                 if not math.isfinite(score):
                     raise NonFiniteError(f"the {self.objective} of layer {layer} {option} is {score}: score it again")

@@ -6,6 +6,8 @@ The rows of kinds.py name these functions. State dicts are by the names within a
 Legend: D hidden width, H heads, K KV heads, G heads per KV head, d head width.
 """
 
+from collections.abc import Callable, Iterable
+
 import torch
 
 from puzzle_core.families.family import FAMILIES
@@ -22,15 +24,42 @@ def pooled_attention(layer: State, shape: ParentShape, kv_heads: int, contributi
         kv_heads: a divisor of the parent's.
         contribution_I: of no use here.
     """
+    return _with_heads(layer, shape, lambda rows: mean_pool(rows, kv_heads, shape.head_dim))
+
+
+def first_heads(layer: State, shape: ParentShape, kv_heads: int, inner_NI: torch.Tensor) -> State:
+    """An attention of the first of each group of adjacent KV heads."""
+    kept = range(0, shape.kv_heads, shape.kv_heads // kv_heads)
+    return _with_heads(layer, shape, lambda rows: _heads(rows, kept, shape.head_dim))
+
+
+def largest_heads(layer: State, shape: ParentShape, kv_heads: int, inner_NI: torch.Tensor) -> State:
+    """An attention of the KV head of each group whose query heads contribute most to the output.
+
+    The contribution of a query head is the mean over tokens of the norm of what it adds, x W_O.
+
+    Args:
+        inner_NI: what enters the output projection, for N tokens.
+    """
+    output = f"{FAMILIES[shape.family].attention_names.path('output')}.weight"
+    x_NHd = inner_NI.float().view(len(inner_NI), shape.heads, shape.head_dim)
+    out_DHd = layer[output].to(x_NHd).view(-1, shape.heads, shape.head_dim)
+    squares_NH = torch.einsum("nhd,hde,nhe->nh", x_NHd, torch.einsum("ohd,ohe->hde", out_DHd, out_DHd), x_NHd)
+    contribution_KG = squares_NH.clamp(min=0).sqrt().mean(0).view(shape.kv_heads, -1)
+    groups = contribution_KG.sum(1).view(kv_heads, -1)
+    first = torch.arange(0, shape.kv_heads, groups.shape[1], device=groups.device)
+    kept = (first + groups.argmax(1)).tolist()
+    return _with_heads(layer, shape, lambda rows: _heads(rows, kept, shape.head_dim))
+
+
+def _with_heads(layer: State, shape: ParentShape, merged: Callable[[torch.Tensor], torch.Tensor]) -> State:
+    """The parent's attention with other rows for all that has rows by KV head."""
     state, names = _attention_tensors(layer, shape), FAMILIES[shape.family].attention_names
     parts = read_parts(state, names, attention_rows(shape, shape.kv_heads))
     if shape.qk_norm_whole:
         parts |= {"key_norm.weight": state[f"{names.path('key_norm')}.weight"]}
-    pooled = {
-        name: mean_pool(tensor, kv_heads, shape.head_dim) if name.startswith(("key", "value")) else tensor
-        for name, tensor in parts.items()
-    }
-    return state | write_parts(pooled, names)
+    changed = {name: merged(tensor) if name.startswith(("key", "value")) else tensor for name, tensor in parts.items()}
+    return state | write_parts(changed, names)
 
 
 def linear_attention(layer: State, shape: ParentShape, size: int, contribution_I: None = None) -> State:
@@ -64,6 +93,11 @@ def mean_pool(rows: torch.Tensor, kv_heads: int, head_dim: int) -> torch.Tensor:
         return rows
     grouped = rows.float().view(kv_heads, -1, head_dim, *rows.shape[1:])
     return grouped.mean(1).flatten(0, 1).to(rows.dtype)
+
+
+def _heads(rows: torch.Tensor, kept: Iterable[int], head_dim: int) -> torch.Tensor:
+    """The rows of some heads, in their order."""
+    return torch.cat([rows[head * head_dim : (head + 1) * head_dim] for head in kept])
 
 
 def _attention_tensors(layer: State, shape: ParentShape) -> State:

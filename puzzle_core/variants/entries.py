@@ -73,6 +73,16 @@ def ffn_width_of(entry: SubblockEntry, hidden: int, place: str) -> int:
     return int(width) if width else width_of(ffn_mult or 0.0, hidden)
 
 
+def whole_number(entry: SubblockEntry, key: str, place: str) -> int | None:
+    """The whole number above 0 under a key; None where the entry has none.
+
+    Raises:
+        SpecError: it is something else; `place` names the entry.
+    """
+    number = _size(entry, key, place, int)
+    return None if number is None else int(number)
+
+
 def _size(entry: SubblockEntry, key: str, place: str, kind: type) -> float | None:
     value = entry.get(key)
     if value is None:

@@ -11,7 +11,7 @@ torch, so a row has the name of its function, which is imported when it is calle
 import importlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from puzzle_core.variants.entries import ffn_mult_of, ffn_width_of, kv_heads_of
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 Subblock = Literal["attn", "ffn"]
-_ID = re.compile(r"([a-z]+):([a-z_]+)([0-9]{0,12})")
+_ID = re.compile(r"([a-z]+):([a-z_]+)([0-9]{0,12})(?::w([0-9]{1,12}))?")
 
 
 class ParentShape(Protocol):
@@ -69,6 +69,9 @@ class VariantKind:
         name: its name in code; lists of variants inside keys are sorted by it.
         word: how it is written in ids, `attn:WORD`, or `attn:WORD4` where it has a size.
         sized: whether its variants have a size.
+        windowed: whether its variants have a window too, `attn:WORD4:w1024`: a token sees so many tokens, itself
+            included.
+        in_window: the name of the kind that is this one within a window; None where it does not attend.
         order: place in lists, where kinds stand from the most capable to nothing; larger sizes stand first within one.
         spec_field: the field of `variants` in a spec that offers it: a list of sizes, or a switch. Without one it is
             offered by ids alone (`variants.ids`).
@@ -85,6 +88,7 @@ class VariantKind:
         fits_devices: whether so many devices can share a variant of this size (tensor parallelism).
         linear_bias: for a single linear layer, whether it has a bias; None for every other kind.
         initial_weights: the function that makes them, `module:function`; None where there are no weights to train.
+        other_weights: functions that make other ones, by name, for `bld.initial_weights: best`.
         needs_contributions: whether initial weights need the contributions of the parent's FFN channels.
         flag: the key that is true in its `block_configs` entry; None where sizes alone are given.
         entry: the sizes in its entry of our own checkpoints.
@@ -97,6 +101,8 @@ class VariantKind:
     name: str
     word: str
     sized: bool = False
+    windowed: bool = False
+    in_window: str | None = None
     order: int
     spec_field: str | None = None
     constraint_field: str | None = None
@@ -112,6 +118,7 @@ class VariantKind:
     fits_devices: Callable[[int, int], bool] = lambda size, devices: True
     linear_bias: Callable[[ParentShape], bool] | None = None
     initial_weights: str | None = None
+    other_weights: Mapping[str, str] = field(default_factory=dict)
     needs_contributions: bool = False
     flag: str | None = None
     entry: Callable[[int], dict[str, Any]]
@@ -120,9 +127,15 @@ class VariantKind:
     entry_size: Callable[[Mapping[str, Any], int, int, str], int] = lambda entry, hidden, heads, place: 0
 
     @property
+    def title(self) -> str:
+        """The kind as the start of its ids names it: `attn:kv`; with a window `attn:kv:w`."""
+        return f"{self.subblock}:{self.word}{':w' if self.windowed else ''}"
+
+    @property
     def pattern(self) -> str:
         """The regular expression of its ids."""
-        return f"{self.subblock}:{self.word}{'[1-9][0-9]*' if self.sized else ''}"
+        size, window = ("[1-9][0-9]*" if has else "" for has in (self.sized, self.windowed))
+        return f"{self.subblock}:{self.word}{size}{window and f':w{window}'}"
 
     def initial_state(
         self,
@@ -139,9 +152,24 @@ class VariantKind:
         """
         if self.initial_weights is None:
             return {}
-        module, _, function = self.initial_weights.partition(":")
-        make = getattr(importlib.import_module(module), function)
+        make = _function(self.initial_weights)
         return make(dict(layer), shape, size, contribution_I)  # type: ignore[no-any-return]
+
+    def other_states(
+        self, layer: "Mapping[str, torch.Tensor]", shape: ParentShape, size: int, inner_NI: "torch.Tensor"
+    ) -> "dict[str, dict[str, torch.Tensor]]":
+        """Other training-free weights, by the name of the way that they are made.
+
+        Args:
+            inner_NI: what enters the last projection of the parent's own subblock, for N tokens.
+        """
+        makers = {name: _function(place) for name, place in self.other_weights.items()}
+        return {name: make(dict(layer), shape, size, inner_NI) for name, make in makers.items()}
+
+
+def _function(place: str) -> Callable[..., Any]:
+    module, _, function = place.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
 def _kv_heads_problem(shape: ParentShape, size: int) -> str | None:
@@ -178,35 +206,53 @@ def _ffn_bias(shape: ParentShape) -> bool:
     return shape.mlp_bias
 
 
+WINDOW_KEY = "sliding_window"
+"""The key of a window in the `block_configs` entry of an attention."""
 _ATTENTION_KEYS = ("n_heads_in_group", "num_key_value_heads")
 _FFN_KEYS = ("ffn_mult", "intermediate_size")
 
+_SIZED_ATTENTION = VariantKind(
+    subblock="attn",
+    name="sized",
+    word="kv",
+    sized=True,
+    in_window="window",
+    order=0,
+    spec_field="kv_heads",
+    parameters=_attention_parameters,
+    kv_heads=lambda size: size,
+    kv_entries=lambda shape, size: 2 * size * shape.head_dim,
+    context_operations=lambda shape, size: 4 * shape.heads * shape.head_dim,
+    inner_channels=lambda shape, size: 2 * 2 * (shape.heads + size) * shape.head_dim,
+    problem=_kv_heads_problem,
+    fits_devices=lambda size, devices: size % devices == 0 or devices % size == 0,
+    initial_weights="puzzle_core.variants.attention:pooled_attention",
+    other_weights={
+        "first": "puzzle_core.variants.attention:first_heads",
+        "largest": "puzzle_core.variants.attention:largest_heads",
+    },
+    entry=lambda size: {"num_key_value_heads": size},
+    published_entry=lambda shape, size: {"n_heads_in_group": shape.heads // size},
+    size_keys=_ATTENTION_KEYS,
+    entry_size=lambda entry, hidden, heads, place: kv_heads_of(entry, heads, place),
+)
+
 _ROWS = (
-    VariantKind(
-        subblock="attn",
-        name="sized",
-        word="kv",
-        sized=True,
-        order=0,
-        spec_field="kv_heads",
-        parameters=_attention_parameters,
-        kv_heads=lambda size: size,
-        kv_entries=lambda shape, size: 2 * size * shape.head_dim,
-        context_operations=lambda shape, size: 4 * shape.heads * shape.head_dim,
-        inner_channels=lambda shape, size: 2 * 2 * (shape.heads + size) * shape.head_dim,
-        problem=_kv_heads_problem,
-        fits_devices=lambda size, devices: size % devices == 0 or devices % size == 0,
-        initial_weights="puzzle_core.variants.attention:pooled_attention",
-        entry=lambda size: {"num_key_value_heads": size},
-        published_entry=lambda shape, size: {"n_heads_in_group": shape.heads // size},
-        size_keys=_ATTENTION_KEYS,
-        entry_size=lambda entry, hidden, heads, place: kv_heads_of(entry, heads, place),
+    _SIZED_ATTENTION,
+    replace(
+        _SIZED_ATTENTION,
+        name="window",
+        windowed=True,
+        order=1,
+        spec_field="windows",
+        restricted_by=frozenset({"no_windows"}),
+        published_entry=None,
     ),
     VariantKind(
         subblock="attn",
         name="linear",
         word="linear",
-        order=1,
+        order=2,
         spec_field="linear",
         constraint_field="linear",
         restricted_by=frozenset({"no_linear"}),
@@ -222,7 +268,7 @@ _ROWS = (
         subblock="attn",
         name="no_op",
         word="no_op",
-        order=2,
+        order=3,
         spec_field="no_op",
         constraint_field="no_op",
         keeps_norm=False,
@@ -244,6 +290,7 @@ _ROWS = (
         problem=_width_problem,
         fits_devices=lambda size, devices: size % devices == 0,
         initial_weights="puzzle_core.variants.ffn:pruned_ffn",
+        other_weights={"iterative": "puzzle_core.variants.ffn:iteratively_pruned_ffn"},
         needs_contributions=True,
         entry=lambda size: {"intermediate_size": size},
         published_entry=lambda shape, size: {"ffn_mult": ffn_mult_of(size, shape.hidden)},
@@ -290,19 +337,22 @@ def kinds_of(subblock: Subblock) -> list[VariantKind]:
     return sorted((row for row in KINDS.values() if row.subblock == subblock), key=lambda row: row.order)
 
 
-def parse_id(text: str) -> tuple[VariantKind, int]:
-    """The kind and the size that a variant id names; the size is 0 where the kind has none.
+def parse_id(text: str) -> tuple[VariantKind, int, int]:
+    """The kind, the size and the window that a variant id names; 0 where the kind has none.
 
     Raises:
         ValueError: no variant has this id.
     """
     if match := _ID.fullmatch(text):
-        subblock, word, digits = match.groups()
+        subblock, word, *numbers = match.groups(default="")
         for row in KINDS.values():
-            named = (row.subblock, row.word, row.sized) == (subblock, word, bool(digits))
-            if named and (not digits or int(digits)):
-                return row, int(digits or 0)
-    raise ValueError(f"{text!r} is no variant id: use attn:kv4, attn:linear, attn:no_op, ffn:i512 and so on")
+            named = (row.subblock, row.word, row.sized, row.windowed) == (subblock, word, *map(bool, numbers))
+            if named and all(int(digits) for digits in numbers if digits):
+                size, window = (int(digits or 0) for digits in numbers)
+                return row, size, window
+    raise ValueError(
+        f"{text!r} is no variant id: use attn:kv4, attn:kv4:w1024, attn:linear, attn:no_op, ffn:i512 and so on"
+    )
 
 
 def id_pattern() -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from puzzle_core.architecture import Variant
 from puzzle_core.compute_slots import ComputeSlot
 from puzzle_core.data import read_positions, read_windows
 from puzzle_core.device import available_cores, default_device
@@ -37,10 +36,12 @@ from tasks.store.store import Store
 class RunContext(Record):
     """The parent and the runtime settings of one run, with what tasks open by them.
 
-    `parent_commit` is the hub's commit that the parent was fetched at, `mlflow_run` the id of the run in MLflow.
+    `parent_commit` is the hub's commit that the parent was fetched at, `mlflow_run` the id of the run in MLflow. In a
+    later round of iterated Puzzle `child` is the key of the child that is the parent, and `parent` is the first one.
     """
 
     parent: ParentSpec
+    child: str | None = None
     runtime: RuntimeSpec
     parent_commit: str | None = None
     mlflow_run: str | None = None
@@ -56,6 +57,11 @@ class RunContext(Record):
             return self
         parent = self.parent.model_copy(update={"revision": commit})
         return self.model_copy(update={"parent": parent, "parent_commit": commit})
+
+    @property
+    def of_first(self) -> "RunContext":
+        """The context of tasks that read the first parent, in every round."""
+        return self.model_copy(update={"child": None})
 
     @property
     def scratch(self) -> Path:
@@ -97,7 +103,10 @@ class RunContext(Record):
 
     def open_parent(self) -> Parent:
         """The parent as its files are now, opened once per process until they change."""
-        return open_parent(self.parent, self.scratch)
+        if self.child is None:
+            return open_parent(self.parent, self.scratch)
+        place = {"path": str(self.store().fetch(self.child)), "revision": None}
+        return open_parent(self.parent.model_copy(update=place), self.scratch)
 
     @property
     def readable_parent(self) -> ParentSpec:
@@ -113,7 +122,7 @@ class RunContext(Record):
             ParentError: it is another one.
         """
         parent = self.open_parent()
-        actual = parent_digest(parent, self.scratch)
+        actual = self.child or parent_digest(parent, self.scratch)
         if actual != digest:
             raise ParentError(
                 f"the parent {self.parent.path} is not the one of this run: its digest was {digest} when the run "
@@ -145,8 +154,8 @@ class RunContext(Record):
             return of_parent
         library = base.library
 
-        def weights(layer: int) -> dict[Variant, State]:
-            return {Variant.parse(variant): load_weights(self.store().fetch(key)) for variant, key in library[layer]}
+        def weights(layer: int) -> dict[str, State]:
+            return {name: load_weights(self.store().fetch(key)) for name, key in library[layer]}
 
         directory = self.activations_directory(digest, tokens, dtype, base)
         return ChildActivations(directory, of_parent, base.architecture, weights)

@@ -21,13 +21,14 @@ from puzzle_core.work import (
     EvaluateWork,
     GkdWork,
     ImportanceWork,
+    InfluenceWork,
     ScoreWork,
     TimingWork,
     TokensWork,
 )
 from tasks.runtime.context import RunContext
 
-_OF_PARENT = (ImportanceWork, BldWork, ScoreWork, AssembleWork, GkdWork, EvaluateWork)
+_OF_PARENT = (ImportanceWork, InfluenceWork, BldWork, ScoreWork, AssembleWork, GkdWork, EvaluateWork)
 
 
 def check_parent(work: Work, context: RunContext) -> None:

@@ -1,4 +1,7 @@
-"""Making one artifact: lock it, compute it in a staging directory, publish it, and drop its checkpoint."""
+"""Making one artifact: lock it, compute it in a staging directory, publish it, and drop its checkpoint.
+
+A lock of this machine (locks.py) and, for a store in a bucket, a lease among machines (lease.py) leave it to one run.
+"""
 
 import contextlib
 import platform
@@ -11,6 +14,7 @@ from prefect.runtime import flow_run, task_run
 from puzzle_core.device import default_device, device_name
 from puzzle_core.records import Record, Work
 from tasks.runtime.context import RunContext
+from tasks.runtime.lease import lease
 from tasks.runtime.locks import LockMode, artifact_lock, machine_lock
 from tasks.runtime.named_inputs import check_parent
 from tasks.runtime.software import software
@@ -38,7 +42,10 @@ def produce(
         ParentError: the parent is not the one that `work` names, or changed meanwhile; nothing is stored.
     """
     store = context.store()
-    with artifact_lock(f"{work.key} for {store.place}"):
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(artifact_lock(f"{work.key} for {store.place}"))
+        if store.bucket and not store.has(work.key):
+            locks.enter_context(lease(store.bucket, work.key))
         if not store.has(work.key):
             check_parent(work, context)
             with store.staging() as staged:

@@ -187,6 +187,10 @@ class Bucket:
         options = {"chunksize": part} if self._is_s3 else {}
         self._request("write", lambda: self.fs.put_file(str(file), f"{self._root}/{path}", **options))
 
+    def write(self, path: str, data: bytes) -> None:
+        """Write a small object, over one that exists."""
+        self._request("write", lambda: self.fs.pipe_file(f"{self._root}/{path}", data))
+
     def put_new(self, path: str, data: bytes) -> bool:
         """Write a small object unless it exists. On a server without conditional writes the last writer wins.
 

@@ -38,6 +38,8 @@ def _distilled_tokens(store: Store, manifest: Manifest) -> int | None:
     if "tokens" not in manifest.record:
         return None
     before = manifest.work["child"]
+    if not before.startswith(f"{GkdWork.stage}/") and store.has(before):  # it was assembled from this parent
+        before = store.manifest(before).work["parent"]
     was_distilled = before.startswith(f"{GkdWork.stage}/") and store.has(before)
     earlier = _distilled_tokens(store, store.manifest(before)) if was_distilled else 0
     return int(manifest.record["tokens"]) + (earlier or 0)

@@ -78,6 +78,11 @@ class Store:
         """The store's absolute name: equal for runs started in different directories."""
         return str(self._root.resolve()) if self.is_local else self.url.rstrip("/")
 
+    @property
+    def bucket(self) -> Bucket | None:
+        """The bucket of a remote store; none of a local directory."""
+        return self._bucket
+
     def has(self, key: str) -> bool:
         """Whether the store has this artifact."""
         if self._bucket is None:

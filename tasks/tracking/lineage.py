@@ -24,6 +24,7 @@ from tasks.tracking.lineage_steps import (
     Steps,
     artifact_table,
     bld_curve,
+    child_name,
     gkd_curve,
     uri_of,
 )
@@ -66,9 +67,9 @@ def record_library(plan: Plan, context: RunContext, run: TrackedRun) -> None:
     for trained in store.records(BldRecord, steps.bld).values():
         metrics.append((f"bld_loss/{trained.variant}", trained.final_loss, trained.layer))
     for scored in store.records(ScoreRecord, steps.scored).values():
-        metrics.append((f"kl/{scored.block}", scored.kl_nats_per_token, scored.layer))
+        metrics.append((f"kl/{scored.option}", scored.kl_nats_per_token, scored.layer))
     run.metrics(metrics)
-    run.reads(_texts(plan, context, "calibration", "bld", "scoring"))
+    run.reads(_texts(plan, context, "calibration", "bld", *plan.scoring_splits))
     run.text(artifact_table(store, (*steps.library_keys, *steps.score_keys)), TABLE)
     run.uses(steps.parent)
     run.makes(steps.library)
@@ -100,7 +101,7 @@ def record_refined(plan: Plan, context: RunContext, run: TrackedRun, record: Ref
 
 @_tolerate_missing
 def record_child(plan: Plan, context: RunContext, run: TrackedRun, work: ReportWork) -> None:
-    """Log the child's quality; the run makes the child, which becomes a registered version.
+    """Log the child's quality; the run makes the child, which becomes a registered version if it is the run's answer.
 
     Args:
         plan: of the run.
@@ -123,9 +124,9 @@ def record_child(plan: Plan, context: RunContext, run: TrackedRun, work: ReportW
     run.uses(*steps.all())
     child = TrackedModel(
         kind="child",
-        name=f"child-{plan.spec.name}",
+        name=child_name(plan.spec.name, None if plan.is_last else plan.round),
         key=work.gkd,
-        sources=(steps.answer.key, steps.library.key, steps.parent.key),
+        sources=tuple(dict.fromkeys((steps.answer.key, steps.library.key, steps.parent.key, steps.first_parent.key))),
         headline=headline,
         about={"uri": uri_of(context.store(), work.gkd), "store": context.runtime.store} | steps.descent,
         files=lambda: {TABLE: artifact_table(context.store(), keys), CARD: _card(steps, work, inputs, context)},
@@ -135,7 +136,7 @@ def record_child(plan: Plan, context: RunContext, run: TrackedRun, work: ReportW
             for point in gkd_curve(split, context.store().record(GkdRecord, key))
         ],
     )
-    run.makes(child, _version(plan, child, numbers))
+    run.makes(child, _version(plan, child, numbers) if plan.is_last else None)
 
 
 @_tolerate_missing
@@ -215,7 +216,7 @@ def _version(plan: Plan, child: TrackedModel, numbers: dict[str, float]) -> Vers
     spec, family = plan.spec, allowed_name(Path(plan.spec.parent.path).name)
     lines = [child.headline, f"Answer for {spec.scenario.name} on {spec.target.name}, from specification {spec.name}."]
     lines += [f"- {what}: `{key}`" for what, key in ({"artifact": child.key} | dict(child.about)).items()]
-    tags = {"puzzle.parent": plan.inputs.parent, "puzzle.spec": spec.digest(), "puzzle.spec_name": spec.name}
+    tags = {"puzzle.parent": plan.inputs.first.parent, "puzzle.spec": spec.digest(), "puzzle.spec_name": spec.name}
     return Version(
         name=f"puzzle-{family}",
         about_name=f"Children of {spec.parent.path}. Aliases name a target and a scenario: the newest child for these.",

@@ -27,7 +27,10 @@ CURVE_POINTS = 100
 
 
 class Steps:
-    """The models of a plan, from the parent to the architecture; each is built when it is first read."""
+    """The models of a plan, from the parent to the architecture; each is built when it is first read.
+
+    In a later round of iterated Puzzle the parent is the child of the round before, which MLflow knows as that child.
+    """
 
     def __init__(self, plan: Plan, context: RunContext):
         self._plan, self._store = plan, context.store()
@@ -36,12 +39,14 @@ class Steps:
         tokens = [plan.tokens(split).key for split in ("calibration", "bld")]
         self.library_keys = (*tokens, plan.importance().key, *self.bld)
         gradients = plan.gradients()
-        self.score_keys = (plan.tokens("scoring").key, *([gradients.key] if gradients else []), *self.scored)
+        scoring = [*(plan.tokens(split).key for split in plan.scoring_splits), *([gradients.key] if gradients else [])]
+        self.score_keys = (*scoring, *self.scored, *(work.key for work in plan.long_scores()))
         self.cost_keys = tuple(work.key for work in plan.costs().values())
 
     def all(self) -> list[TrackedModel]:
         """Every step, each after its sources."""
-        steps = [self.parent, self.library, self.scores, self.costs, self.architecture]
+        steps = [self.first_parent, self.library, self.scores, self.costs, self.architecture]
+        steps[1:1] = [self.parent] if self._plan.round else []
         return steps if self.answer.key == self.architecture.key else [*steps, self.answer]
 
     @property
@@ -51,15 +56,26 @@ class Steps:
 
     @cached_property
     def parent(self) -> TrackedModel:
-        """The parent model."""
-        shape, path = self._plan.inputs.shape, self._plan.spec.parent.path
+        """The parent model of the round."""
+        if not self._plan.round:
+            return self.first_parent
+        name = child_name(self._plan.spec.name, self._plan.round - 1)
+        return TrackedModel(kind="child", name=name, key=self._plan.inputs.parent)
+
+    @cached_property
+    def first_parent(self) -> TrackedModel:
+        """The parent model that the specification names."""
+        first, path = self._plan.inputs.first, self._plan.spec.parent.path
+        shape = first.shape
         parameters = architecture_parameters(shape, Architecture.of_parent(shape))
         return TrackedModel(
             kind="parent",
             name=allowed_name(Path(path).name),
-            key=f"parent/{self._plan.inputs.parent}",
+            key=f"parent/{first.parent}",
             headline=f"{count_text(parameters)} parameters, {shape.layers} layers, {shape.family}: {path}",
-            about={"path": path} | shape.model_dump(),
+            about={"path": path}
+            | shape.model_dump(exclude={"blocks"})
+            | {f"layer.{layer}": str(block) for layer, block in enumerate(shape.blocks)},
         )
 
     @cached_property
@@ -101,7 +117,7 @@ class Steps:
             kind="cost-table",
             name=f"costs-{allowed_name(target.name)}",
             key=f"costs/{_digest([*self.cost_keys, self._plan.inputs.cost_table or ''])}",
-            sources=(self.parent.key,),
+            sources=(self.first_parent.key,),
             headline=f"{target.costs} for {target.name} ({self._plan.inputs.hardware}): {traffic}",
             about={"target": target.name, "hardware": self._plan.inputs.hardware, "costs": target.costs},
             files=partial(self._table, self.cost_keys),
@@ -138,13 +154,18 @@ class Steps:
             key=key,
             sources=sources,
             headline=f"{remark}predicted score {number_text(found.score)}; {', '.join(used)}",
-            about=about | {f"layer.{layer}": str(block) for layer, block in enumerate(found.architecture.layers)},
+            about=about | {f"layer.{layer}": str(option) for layer, option in found.architecture.options.items()},
             files=partial(self._table, (key,)),
         )
 
     def _table(self, keys: tuple[str, ...]) -> dict[str, str]:
         stored = self._store.keys()  # the tokens of a library may be gone: later stages do not read them
         return {TABLE: artifact_table(self._store, [key for key in keys if key in stored])}
+
+
+def child_name(spec_name: str, round_number: int | None = None) -> str:
+    """The name of a specification's child, or of the child of an earlier round, counted from 0."""
+    return f"child-{spec_name}" if round_number is None else f"child-{spec_name}-round-{round_number + 1}"
 
 
 def artifact_table(store: Store, keys: Iterable[str]) -> str:

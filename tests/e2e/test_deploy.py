@@ -1,6 +1,7 @@
 """`make up` as users have it: services on loopback, deployments, a worker; runs are started as the UI starts them."""
 
 import contextlib
+import datetime
 import json
 import os
 import shutil
@@ -26,7 +27,8 @@ from tests.workflow import artifacts, check_whole, merged, of_stage, placed, pub
 
 ROOT = Path(__file__).parents[2]
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-FLOWS = {"puzzle", "build-library", "search-architecture", "train-child", "research-targets"}
+FLOWS = {"puzzle", "build-library", "build-layers", "fan-out-library", "search-architecture", "train-child"}
+FLOWS |= {"research-targets"}
 ENDLESS = 1_000_000  # epochs
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -247,12 +249,12 @@ def test_a_new_target_file_leads_by_itself_to_a_registered_answer(up, values, tm
     path = f"/deployments/{deployment['id']}"
     parameters = {"parameters": {"spec": values, "targets": str(targets)}}
     assert up.call("PATCH", path, parameters)[0] == 204
-    status, often = up.call("POST", f"{path}/schedules", [{"schedule": {"interval": 10}, "active": True}])
-    assert status == 201, often
+    schedules = [schedule_soon(up, path)]
     try:
         assert wait_for(lambda: len(of_stage(artifacts(tmp_path / "store"), "search")) == 1)
         first = of_stage(artifacts(tmp_path / "store"), "search")
         shutil.copy(ROOT / "deployments/targets/b200.yaml", targets)  # all that a person does
+        schedules.append(schedule_soon(up, path))
         assert wait_for(lambda: len(of_stage(artifacts(tmp_path / "store"), "search")) == 2)
         (new,) = of_stage(artifacts(tmp_path / "store"), "search") - first
         client = MlflowClient(up.tracking)
@@ -264,7 +266,8 @@ def test_a_new_target_file_leads_by_itself_to_a_registered_answer(up, values, tm
         assert wait_for(registered)
         assert json.loads((tmp_path / "store" / new / "record.json").read_text())["work"]["target"] == "b200"
     finally:
-        assert up.call("DELETE", f"{path}/schedules/{often[0]['id']}")[0] == 204
+        for schedule in schedules:
+            assert up.call("DELETE", f"{path}/schedules/{schedule}")[0] == 204
         assert up.call("PATCH", path, {"parameters": deployment["parameters"]})[0] == 204
         assert wait_for(lambda: not up.left())
 
@@ -287,11 +290,8 @@ def test_cancelling_stops_the_work_and_leaves_the_store_whole(up, values, tmp_pa
     assert up.ended(again)["type"] == "COMPLETED"
 
 
-@pytest.mark.fault(
-    "a power cut during a worker's run", "SIGKILL to server, worker, MLflow and run at once, then `make up`"
-)
-def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, values, tmp_path, outcome):
-    """Stops the services, kills them, and starts them again."""
+@pytest.mark.long
+def test_a_stop_cancels_what_runs_and_the_next_start_finds_the_data(up, values):
     endless, home = merged(values, {"name": "endless", "bld": {"epochs": ENDLESS}}), up.place / PREFECT_HOME
     before = up.call("POST", "/flow_runs/count", {})[1]
     assert running_api(home) == f"http://127.0.0.1:{up.ports.prefect}/api"
@@ -304,12 +304,20 @@ def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, v
     assert up.state(cancelled)["type"] == "CANCELLED"
     assert up.call("POST", "/flow_runs/count", {})[1] > before
 
-    crashed = start_training(up, endless)
+
+@pytest.mark.fault(
+    "a power cut during a worker's run", "SIGKILL to server, worker, MLflow and run at once, then `make up`"
+)
+def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, values, tmp_path, outcome):
+    """Kills the services, and starts them again."""
+    before = up.call("POST", "/flow_runs/count", {})[1]
+    crashed = start_training(up, merged(values, {"name": "endless", "bld": {"epochs": ENDLESS}}))
     for pid in processes(up.place):  # as a power cut does
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     assert wait_for(lambda: not processes(up.place))
     assert "marked as crashed" in act("up", up.place, up.ports).stderr
+    assert up.call("POST", "/flow_runs/count", {})[1] > before
     assert up.state(crashed)["type"] == "CRASHED"
     assert up.running() == []
     check_whole(tmp_path / "store", tmp_path / "unused")
@@ -322,6 +330,15 @@ def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, v
         store="whole",
         shown="Crashed and KILLED, with what was within; none open",
     )
+
+
+def schedule_soon(up, path):
+    """A schedule of every minute whose first time is now; its id."""
+    soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=5)
+    schedule = {"interval": 60, "anchor_date": soon.isoformat(), "timezone": "UTC"}
+    status, made = up.call("POST", f"{path}/schedules", [{"schedule": schedule, "active": True}])
+    assert status == 201, made
+    return made[0]["id"]
 
 
 def start_training(up, spec):

@@ -9,6 +9,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import is_valid_schema, validate
 from prefect.utilities.schema_tools.validation import ValidationError
 
+from flows.fan_out_library import BUILD_LAYERS
 from puzzle_core.spec import parse_spec
 from puzzle_core.spec_file import load_spec
 from tests.workflow import merged
@@ -16,7 +17,9 @@ from tests.workflow import merged
 ROOT = Path(__file__).parents[2]
 FILE = yaml.safe_load((ROOT / "prefect.yaml").read_text())
 DEPLOYMENTS = {deployment["name"]: deployment for deployment in FILE["deployments"]}
-FLOWS = {"puzzle", "build-library", "search-architecture", "train-child", "research-targets"}
+FLOWS = {"puzzle", "build-library", "fan-out-library", "search-architecture", "train-child", "research-targets"}
+OF_FLOWS = {"build-layers": "build-library"}
+"""Deployments that are called otherwise than their flow."""
 NONSENSE = {
     "unknown key": ({"bdl": {"tokens": 5}}, "'bdl' was unexpected"),
     "unknown key inside": ({"bld": {"batch_token": 5}}, "'batch_token' was unexpected"),
@@ -47,15 +50,23 @@ def properties(form):
 
 
 def test_every_flow_is_deployed_by_its_module_path():
-    assert DEPLOYMENTS.keys() == FLOWS
+    assert DEPLOYMENTS.keys() == FLOWS | OF_FLOWS.keys()
     for name, deployment in DEPLOYMENTS.items():
         assert ":" not in deployment["entrypoint"]
-        assert load_flow_from_entrypoint(deployment["entrypoint"]).name == name
+        assert load_flow_from_entrypoint(deployment["entrypoint"]).name == OF_FLOWS.get(name, name)
+
+
+def test_ranges_of_layers_run_beside_each_other_and_their_deployment_is_the_one_that_is_started():
+    flow, _, name = BUILD_LAYERS.partition("/")
+    assert OF_FLOWS[name] == flow
+    assert [name for name, deployment in DEPLOYMENTS.items() if "concurrency_limit" not in deployment] == [name]
 
 
 def test_the_form_asks_for_a_specification_and_for_no_plan():
     fields = {name: set(form_of(deployment)["properties"]) for name, deployment in DEPLOYMENTS.items()}
     assert fields.pop("research-targets") == {"spec", "targets"}
+    assert fields.pop("build-library") == fields.pop("build-layers") == {"spec", "layers"}
+    assert fields.pop("fan-out-library") == {"spec", "ranges", "deployment"}
     assert set(map(frozenset, fields.values())) == {frozenset({"spec"})}
 
 

@@ -52,11 +52,11 @@ def test_a_score_in_a_child_is_the_kl_of_the_child_so_changed(again, composition
     spec = again(scoring={"composition": composition})
     plan, context = plan_of(spec)
     score_variants(plan, context, base)
-    places = [(layer, block) for layer in (0, 2) for block in plan.scored(layer, base)[:3]]
-    measure_candidates([base.replace(layer, block) for layer, block in places], plan, context)
-    for layer, block in places:
-        score = ScoreRecord.model_validate(context.store().manifest(plan.score(layer, block, base).key).record)
-        manifest = context.store().manifest(plan.measure(base.replace(layer, block)).key)
+    places = [(layer, option) for layer in (0, 2) for option in plan.scored(layer, base)[:3]]
+    measure_candidates([base.replace(layer, option.block) for layer, option in places], plan, context)
+    for layer, option in places:
+        score = ScoreRecord.model_validate(context.store().manifest(plan.score(layer, option, base).key).record)
+        manifest = context.store().manifest(plan.measure(base.replace(layer, option.block)).key)
         measured = EvaluationRecord.model_validate(manifest.record).kl_nats_per_token
         assert score.kl_nats_per_token == pytest.approx(measured, rel=1e-4, abs=1e-6)
 

@@ -37,7 +37,7 @@ def test_replace_changes_one_layer(parent):
     own, block = Architecture.of_parent(parent.shape), BlockVariant.parse(MIXED[0])
     changed = own.replace(2, block)
     assert changed.layers[2] == block
-    assert changed.replace(2, parent.shape.parent_block) == own
+    assert changed.replace(2, parent.shape.largest_block) == own
 
 
 def test_a_parent_refuses_what_it_cannot_have(parent):

@@ -31,7 +31,7 @@ INPUTS = ("parent", "tokenizer", "train_texts", "held_out_texts", "hardware")
 def shape_of_parent(parent: ParentSpec) -> ModelShape:
     """The parent's shape. SmolLM2's is that of a stored config: its package need not be installed."""
     if parent.path.startswith(PREFIX):
-        return shape_of(read_config(SMOLLM2), SMOLLM2)
+        return shape_of(read_config(SMOLLM2).config, SMOLLM2)
     return Parent(parent).shape
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from puzzle_core.architecture import Architecture, Variant
+from puzzle_core.architecture import Architecture, Option, Variant
 from puzzle_core.errors import SpecError
-from puzzle_core.plan import Inputs, Plan
+from puzzle_core.plan import Inputs, Plan, layer_ranges
 from puzzle_core.resources import resources
 from puzzle_core.spec import parse_spec
 from tests.conftest import MIXED
@@ -148,6 +148,45 @@ def test_the_source_of_states_is_in_no_key_and_micro_batches_are(plan):
     assert resources(streamed).bld_flops > resources(plan()).bld_flops
 
 
+def test_pairs_with_a_linear_layer_or_a_no_op_are_trained_whole_and_leave_the_keys_of_halves(plan):
+    coupled, halves = plan(bld={"coupled": "linear_and_no_op"}), {work.key for work in plan().all_bld()}
+    whole = [work for work in coupled.all_bld() if isinstance(work.variant, Option)]
+    assert {work.key for work in coupled.all_bld()} == halves | {work.key for work in whole}
+    assert len(whole) == 5 * (4 * 4 - 2 * 2 - 1)  # but the pairs of real attentions and real FFNs, and nothing at all
+    started = {key for work in whole for key in work.halves if key}
+    assert started == halves
+    scores = {str(work.block): work for work in coupled.all_scores() if work.layer == 2}
+    together, apart = scores["attn:no_op+ffn:i24"], scores["attn:kv1+ffn:i24"]
+    assert (together.attention, together.ffn, together.whole) == (None, None, coupled.library_key(2, together.option))
+    assert apart in plan().all_scores()
+    assert len(plan(bld={"coupled": "all"}).trained_whole(0)) == 4 * 4 - 2
+    assert plan(bld={"coupled": "shortlist"}).all_scores() == plan().all_scores()
+
+
+def test_the_second_stage_trains_every_pair_that_the_first_search_picks(plan):
+    first = plan(bld={"coupled": "shortlist"}, scoring={"composition": "subblocks"})
+    ranges = [{"first_layer": 0, "last_layer": 4, "linear": False, "no_op": False, "ids": ["attn:kv1", "ffn:no_op"]}]
+    second = first.coupled_in(parse_spec(SPEC | {"variants": {"layers": ranges}}, "spec").variants)
+    assert [str(option) for option in second.trained_whole(0)] == [
+        "attn:kv4+ffn:no_op",
+        "attn:kv1+ffn:i48",
+        "attn:kv1+ffn:no_op",
+    ]
+    assert {work.key for work in second.all_bld()} & {work.key for work in first.all_bld()}
+    assert all(work.whole for work in second.all_scores())
+
+
+def test_spans_are_offered_where_layers_are_left_and_start_from_the_halves_of_the_first(plan):
+    spec = {"kv_heads": [1], "ffn_ratios": [0.5], "spans": [2, 3], "span_blocks": ["attn:kv1+ffn:i48"]}
+    found = plan(variants=spec)
+    spans = [work for work in found.all_bld() if isinstance(work.variant, Option)]
+    assert [(w.layer, w.last_layer) for w in spans] == [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3), (2, 4), (3, 4)]
+    assert spans[0].halves == (found.library_key(0, Variant.parse("attn:kv1")), None)
+    assert [work.key for work in found.all_scores() if work.span == 1] == [work.key for work in plan().all_scores()]
+    architecture = Architecture.parse(["attn:kv4+ffn:i48", "attn:kv1+ffn:i48 x3", "attn:kv4+ffn:i48"])
+    assert found.assemble(architecture).library == ((), ((str(spans[3].variant), spans[3].key),), (), (), ())
+
+
 def test_only_pruned_ffns_wait_for_contributions(plan):
     waiting = {str(work.variant) for work in plan().all_bld() if work.contributions}
     assert waiting == {"ffn:i24"}
@@ -197,6 +236,12 @@ def test_what_is_done_takes_nothing_more(plan):
         ({"bld": {"sequence_length": 256}}, "bld.sequence_length is 256, but the parent's context holds 128"),
         ({"gkd": {"long": {"sequence_length": 256, "tokens": 9}}}, "gkd.long.sequence_length is 256, but the parent's"),
         ({"scenario": SPEC["scenario"] | {"prompt_tokens": 121}}, "scenario chatbot is 129"),
+        ({"bld": {"coupled": "all"}, "scoring": {"composition": "subblocks"}}, "set scoring.composition to pairs"),
+        ({"variants": {"spans": [2]}, "search": {"iterations": 1}}, "leave out search.iterations or variants.spans"),
+        (
+            {"variants": {"spans": [2]}, "rounds": [{"limits": {"memory": "90%"}, "gkd": {"tokens": 8192}}]},
+            "leave out rounds or variants.spans",
+        ),
     ],
 )
 def test_what_the_parent_cannot_have_is_refused_before_any_work(plan, parts, message):
@@ -220,3 +265,22 @@ def test_keys_hold_what_auto_is_on_the_machine(plan, dtype):
 def test_the_type_of_an_evaluation_is_in_its_key_alone(plan):
     other, own = keys(plan(evaluation={"dtype": "bfloat16"})), keys(plan())
     assert {stage for stage in own if own[stage] != other[stage]} == {"evaluation"}
+
+
+def test_ranges_of_layers_are_the_whole_with_the_same_keys(plan):
+    whole = plan()
+    parts = [whole.of_layers(layers) for layers in layer_ranges(len(whole.layers), 2)]
+    assert [part.name for part in parts] == [f"{whole.spec.name}-layers-0-1", f"{whole.spec.name}-layers-2-4"]
+    for works in ("all_bld", "all_scores"):
+        assert [work.key for part in parts for work in getattr(part, works)()] == [
+            work.key for work in getattr(whole, works)()
+        ]
+    assert [work.layer for work in whole.of_layers("3").all_bld()] == [3] * len(whole.trained(3))
+    assert whole.of_layers(None) is whole
+    assert layer_ranges(3, 8) == ["0-0", "1-1", "2-2"]
+
+
+@pytest.mark.parametrize("layers", ["3-5", "5", "4-3", "-2", "1,2", "first"])
+def test_layers_that_the_parent_lacks_are_refused(plan, layers):
+    with pytest.raises(SpecError, match=rf"layers is '{layers}', but the parent has layers 0 to 4"):
+        plan().of_layers(layers)

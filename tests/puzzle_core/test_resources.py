@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from puzzle_core import evaluation, fisher, resources, scoring
-from puzzle_core.architecture import Architecture, BlockVariant, Variant
+from puzzle_core.architecture import Architecture, Option, Variant
 from puzzle_core.distill import bld, gkd
 from puzzle_core.model.activations import Activations, layer_input_name
 from puzzle_core.plan import Inputs, Plan
@@ -88,7 +88,7 @@ def test_groups_of_a_streamed_bld_fill_half_of_the_devices_memory(plan):
 @pytest.mark.parametrize("layer", [0, 3])
 def test_scores(block, layer, plan, counted, activations):
     activations.capture_log_probabilities()
-    work = plan.score(layer, BlockVariant.parse(block))
+    work = plan.score(layer, Option.parse(block))
     counts = counted(lambda: scoring.score_block(work, activations, {}))
     assert 96 * resources.score_flops(plan, work) == pytest.approx(counts, rel=CLOSE)
 
@@ -98,7 +98,7 @@ def test_estimates(plan, counted, activations, tmp_path):
     plan = Plan(plan.spec.model_copy(update={"scoring": scoring_spec}), plan.inputs)
     counts = counted(lambda: fisher.measure_gradients(plan.gradients(), activations, tmp_path))
     assert 96 * resources.gradient_flops(plan, 3) == pytest.approx(counts, rel=0.05)  # less here, for CLOSE's reason
-    work = plan.score(3, BlockVariant.parse("attn:no_op+ffn:i48"))
+    work = plan.score(3, Option.parse("attn:no_op+ffn:i48"))
     counts = counted(lambda: fisher.estimate_score(work, activations, {}, tmp_path))
     assert 96 * resources.score_flops(plan, work) == pytest.approx(counts, rel=CLOSE)
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from puzzle_core import scoring
-from puzzle_core.architecture import Architecture, BlockVariant, Variant
+from puzzle_core.architecture import Architecture, BlockVariant
 from puzzle_core.compute_slots import ComputeSlot
 from puzzle_core.errors import NonFiniteError
 from puzzle_core.model import activations as activations_module
@@ -81,7 +81,9 @@ def test_scores_are_those_of_a_child_run_whole_in_every_family(
     """Windows, norms behind subblocks and rotary positions by kind hold in the layers after the block, too."""
     activations, layer = activations_of(name), 1
     variants = BlockVariant.parse(block)
-    weights = {v: initial_state(name, layer, v) for v in trained_variants(variants, activations.parent.shape)}
+    weights = {
+        v: initial_state(name, layer, v) for v in trained_variants(variants, activations.parent.shape.largest_block)
+    }
     work = ScoreWork(parent="p", layer=layer, block=variants, attention=None, ffn=None, tokens="t", dtype="float32")
     blocks = tuple(block if number == layer else "attn:kv4+ffn:i48" for number in range(LAST + 1))
     parent = AutoModelForCausalLM.from_pretrained(checkpoint_of(name), dtype=torch.float32)
@@ -205,7 +207,7 @@ def test_scores_in_a_child_share_its_layers_too(beyond_memory, weights_of, tmp_p
     architecture = Architecture.parse(MIXED)
 
     def library(layer):
-        return {Variant.parse(v): weights for v, weights in weights_of(layer, MIXED[layer]).items() if weights}
+        return {v: weights for v, weights in weights_of(layer, MIXED[layer]).items() if weights}
 
     def opened():
         return ChildActivations(tmp_path / "child", beyond_memory, architecture, library)

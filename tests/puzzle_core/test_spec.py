@@ -198,7 +198,7 @@ def test_variants_start_with_the_parents_own_and_repeat_none(parent):
     assert ids(ffns) == ["ffn:i48", "ffn:i40", "ffn:i24", "ffn:i12", "ffn:linear", "ffn:no_op"]
     blocks = variants.blocks_of_layer(0, parent.shape)
     assert len(set(blocks)) == 5 * 6
-    assert blocks[0] == parent.shape.parent_block
+    assert blocks[0] == parent.shape.largest_block
 
 
 def test_widths_from_ratios_are_multiples(parent):

@@ -172,7 +172,7 @@ def searched(spec_of):
         plan, context = plan_of(spec)
         store, random = context.store(), Random(0)
         for work in plan.all_scores():
-            loss = 0.0 if work.block == plan.inputs.shape.parent_block else random.random()
+            loss = 0.0 if work.block == plan.inputs.shape.largest_block else random.random()
             record = ScoreRecord(
                 layer=work.layer, block=work.block, kl_nats_per_token=loss, lm_loss_increase_nats_per_token=loss,
                 top1_agreement=1.0, tokens=1,

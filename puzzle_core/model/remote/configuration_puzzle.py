@@ -9,10 +9,11 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 class PuzzleConfig(PreTrainedConfig):
     """A parent's configuration plus `block_configs`, one entry per layer, and a description of the parent's family.
 
-    An entry is `{"attention": {"num_key_value_heads", "no_op", "replace_with_linear"},
-    "ffn": {"intermediate_size", "no_op", "replace_with_linear"}}`; a size is null where the
-    subblock has none. `family` says what Hugging Face's classes of the family do not decide: its class names, names of
-    modules, norms, biases and scalars. The fields that tools look for (`hidden_size` and so on) repeat the parent's.
+    An entry is `{"attention": {"num_key_value_heads", "sliding_window", "no_op", "replace_with_linear"},
+    "ffn": {"intermediate_size", "no_op", "replace_with_linear"}}`; a size is null where the subblock has none, and
+    the window is there where an attention has one that its layer in the parent lacks. `family` says what Hugging
+    Face's classes of the family do not decide: its class names, names of modules, norms, biases and scalars. The
+    fields that tools look for (`hidden_size` and so on) repeat the parent's.
     """
 
     model_type = "puzzle"

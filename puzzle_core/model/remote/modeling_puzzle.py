@@ -4,17 +4,20 @@ Attention, FFN, norm and rotary classes are those of the parent's family. `confi
 decide: names of modules, names and places of norms, biases, and scalars. A layer without a subblock has no norm for it
 either; a linear subblock keeps its norms (Puzzle paper, arXiv 2411.19146, section 2). The cache numbers real
 attentions, not layers: transformers reads the past length from cache entry 0, which must exist even if layer 0 lost its
-attention.
+attention. An attention may have a window that is shorter than its layer's own; its part of the cache holds no more.
 
 Legend: B batch, T tokens, D hidden width, V vocabulary.
 """
 
+import copy
+import functools
 import importlib
 import inspect
 
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -37,6 +40,11 @@ def attention_kinds(parent) -> list[str]:
     """The kind of every layer's attention; without `layer_types` in the config, a window is that of all layers."""
     same = "sliding_attention" if getattr(parent, "sliding_window", None) else "full_attention"
     return getattr(parent, "layer_types", None) or [same] * parent.num_hidden_layers
+
+
+def own_window(parent, kind: str) -> int:
+    """The window of a parent's kind of attention in tokens; 0 where it sees all."""
+    return parent.sliding_window if kind == "sliding_attention" else 0
 
 
 def has_bias(family: dict, projections: str, parent) -> bool:
@@ -89,6 +97,11 @@ class PuzzleBlock(nn.Module):
         self.attention_name, self.ffn_name = module_name(family, "attention"), module_name(family, "ffn")
         self.residual_scale = scalar(family, "residual_scale", parent)
         self.attention_kind = attention_kinds(parent)[layer]
+        self.kv_heads = block["attention"]["num_key_value_heads"] or 0
+        self.cache_index, own = cache_index, own_window(parent, self.attention_kind)
+        self.window = min(filter(None, (block["attention"].get("sliding_window"), own)), default=0)
+        """Tokens that a token sees, itself included; 0: all before it."""
+        self.is_narrowed = self.window != own
         attention = ffn = None
 
         self._add_norms(self.attention_norms, parent, family, absent=block["attention"]["no_op"])
@@ -121,8 +134,10 @@ class PuzzleBlock(nn.Module):
         """The attention subblock with its residual connection."""
         if self.attention_subblock is None:
             return layer_input_BTD
-        normalised = self._normalise(layer_input_BTD, self.attention_norms["before"])
-        output = self.attention_subblock(hidden_states=normalised, **context)[0]
+        narrowed_mask = context.pop("narrowed_mask", None)
+        if self.is_narrowed:
+            context["attention_mask"] = narrowed_mask(self.window)
+        output = self.attention_subblock(hidden_states=self.normalise_attention_input(layer_input_BTD), **context)[0]
         return self._add(layer_input_BTD, self._normalise(output, self.attention_norms["after"]))
 
     def feed(self, post_attention_BTD: torch.Tensor) -> torch.Tensor:
@@ -131,6 +146,10 @@ class PuzzleBlock(nn.Module):
             return post_attention_BTD
         output = self.ffn_subblock(self.normalise_ffn_input(post_attention_BTD))
         return self._add(post_attention_BTD, self._normalise(output, self.ffn_norms["after"]))
+
+    def normalise_attention_input(self, layer_input_BTD: torch.Tensor) -> torch.Tensor:
+        """What the attention sees of what enters the layer."""
+        return self._normalise(layer_input_BTD, self.attention_norms["before"])
 
     def normalise_ffn_input(self, post_attention_BTD: torch.Tensor) -> torch.Tensor:
         """What the FFN sees of what leaves the attention subblock."""
@@ -183,14 +202,28 @@ class PuzzleModel(PuzzlePreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList()
         attentions = 0
-        for layer, block in enumerate(config.block_configs):
+        for layer in range(len(config.block_configs)):
             self.layers.append(PuzzleBlock(config, parent, layer, cache_index=attentions))
-            attentions += block["attention"]["num_key_value_heads"] is not None
+            attentions += self.layers[-1].kv_heads > 0
         norm = family_class(family, "RMSNorm")(config.hidden_size, eps=parent.rms_norm_eps)
         self.final_norm_name = family.get("final_norm", "norm")
         setattr(self, self.final_norm_name, norm)
         self.rotary_emb = family_class(family, "RotaryEmbedding")(config=parent)
         self.post_init()
+
+    def cache(self) -> DynamicCache:
+        """An empty KV cache; the parts of attentions with a window hold what these see."""
+        cache = DynamicCache()
+        self._fit(cache)
+        return cache
+
+    def _fit(self, cache: Cache | None) -> None:
+        """Give an empty dynamic cache a part for every attention, of its window's length where it has one."""
+        if type(cache) is not DynamicCache or any(layer.is_initialized for layer in cache.layers):
+            return
+        attending = (block for block in self.layers if block.kv_heads)
+        parts = [DynamicSlidingWindowLayer(block.window) if block.window else DynamicLayer() for block in attending]
+        cache.layers[: len(parts)] = parts
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """What enters the first layer, (B, T, D)."""
@@ -210,16 +243,39 @@ class PuzzleModel(PuzzlePreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> dict[str, dict]:
-        """By kind of attention, its mask and positions; some families rotate channels of each kind at other rates."""
+        """By kind of attention, its mask and positions; some families rotate channels of each kind at other rates.
+
+        `narrowed_mask` gives the mask of a window that is shorter than that of the kind.
+        """
         parent, contexts = self.parent_config, {}
-        masked = {"config": parent, "inputs_embeds": hidden_BTD, "attention_mask": attention_mask}
-        masked |= {"position_ids": position_ids, CACHE: cache}
+        masked = {"inputs_embeds": hidden_BTD, "attention_mask": attention_mask, "position_ids": position_ids}
+
+        def part(**properties) -> dict:
+            """The part of the cache of the first attention with these properties: masks take their sizes from it."""
+            if cache is None or not hasattr(cache, "layers"):
+                return {CACHE: cache}
+            attending = (block for block in self.layers if block.kv_heads)
+            like = (b.cache_index for b in attending if all(getattr(b, k) == v for k, v in properties.items()))
+            one, index = copy.copy(cache), next(like, 0)
+            one.layers = cache.layers[index : index + 1]
+            return {CACHE: one}
+
+        @functools.cache
+        def narrowed_mask(window: int) -> torch.Tensor | None:
+            seen = cache.get_seq_length() if cache is not None else 0
+            kind = "sliding_attention" if seen + hidden_BTD.shape[1] > window else "full_attention"
+            config = copy.copy(parent)
+            config.sliding_window = window
+            return MASKS[kind](config=config, **masked, **part(window=window))
+
         for kind in dict.fromkeys(attention_kinds(parent)):
             rates = {"layer_type": kind} if kind in (parent.rope_parameters or {}) else {}
+            own = part(attention_kind=kind, is_narrowed=False)
             contexts[kind] = {
-                "attention_mask": MASKS[kind](**masked),
+                "attention_mask": MASKS[kind](config=parent, **masked, **own),
                 "position_ids": position_ids,
                 "position_embeddings": self.rotary_emb(hidden_BTD, position_ids=position_ids, **rates),
+                "narrowed_mask": narrowed_mask,
             }
         return contexts
 
@@ -247,6 +303,9 @@ class PuzzleModel(PuzzlePreTrainedModel):
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache()
+        self._fit(cache)
+        if any(block.is_narrowed for block in self.layers) and "flash" in self.config._attn_implementation:
+            raise ValueError("layers have windows of their own, which are masks: use attn_implementation='sdpa'")
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + past).unsqueeze(0)

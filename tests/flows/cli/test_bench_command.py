@@ -10,7 +10,7 @@ from flows.cli.main import main
 from puzzle_core.architecture import Architecture
 from puzzle_core.bench.bench_record import BenchRecord
 from puzzle_core.engines import ENGINES
-from puzzle_core.sizes import architecture_parameters, kv_entries_per_token
+from puzzle_core.sizes import architecture_parameters, kv_entries
 from tests import toy_engine
 from tests.conftest import MIXED
 from tests.puzzle_core.export.conftest import STDLIB
@@ -86,7 +86,7 @@ def test_memory_is_weights_and_cache(command, assemble, parent, tmp_path):
     for point in BenchRecord.read(tmp_path / "out" / "bench.json").points:
         own = Architecture.of_parent(parent.shape)
         found = own if point.model == "parent" else Architecture.parse(MIXED)
-        entries = 2 * 16 * kv_entries_per_token(parent.shape, found)
+        entries = 2 * kv_entries(parent.shape, found, tokens=16)
         assert point.memory_bytes == 2 * (architecture_parameters(parent.shape, found) + entries)
 
 

@@ -101,7 +101,7 @@ def overwrite(directory, factor):
 @pytest.mark.fault(
     "weights change under a long-lived worker ({runner})", "model.safetensors written in place between and during runs"
 )
-@pytest.mark.parametrize("runner", ["threads", "dask"])
+@pytest.mark.parametrize("runner", [pytest.param("threads", marks=pytest.mark.long), "dask"])
 def test_nothing_is_made_from_weights_that_a_process_has_still_open(
     runner, spec_of, copy_of, address, prefect_server, tmp_path, outcome
 ):

@@ -37,7 +37,7 @@ def test_a_variant_takes_its_own_time_and_the_rest_is_outside(ticking, parent, m
 
 
 def test_variants_and_outside_add_up_to_the_parent(ticking, parent):
-    own = parent.shape.parent_block
+    own = parent.shape.largest_block
     record = latency.measure_costs(work((own.attention, own.ffn)), parent)
     for phase in ("prefill_ms", "decode_ms"):
         blocks = parent.shape.layers * sum(getattr(timing, phase) for timing in record.variants.values())

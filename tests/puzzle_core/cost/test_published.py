@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.published_targets import PUBLISHED, TARGET, compare, ratio, read_published, reserved_as
 from puzzle_core.architecture import Architecture
-from puzzle_core.sizes import architecture_parameters, kv_entries_per_token, outside_parameters
+from puzzle_core.sizes import architecture_parameters, kv_entries, outside_parameters
 from puzzle_core.target import load_target
 
 CONFIG = Path(__file__).parents[4] / "shared/data/nemotron49b_config.json"
@@ -29,7 +29,7 @@ def test_the_published_child_has_the_published_size(published):
     assert architecture_parameters(shape, Architecture.of_parent(shape)) == 70_553_706_496
     assert outside_parameters(shape) == 2 * 128_256 * 8192 + 8192
     assert [sum(a.kind == kind for a in attentions) for kind in ("sized", "no_op")] == [49, 31]
-    assert kv_entries_per_token(shape, child) == 49 * 2 * 8 * 128
+    assert kv_entries(shape, child, tokens=1) == 49 * 2 * 8 * 128
 
 
 def test_its_parameters_are_those_of_a_count_by_hand(published):

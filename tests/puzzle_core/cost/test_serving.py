@@ -10,7 +10,7 @@ from puzzle_core.architecture import Architecture, BlockVariant
 from puzzle_core.cost.calibrate import fit_serving
 from puzzle_core.cost.fit_file import fit_rows
 from puzzle_core.cost.measurements import SHAPES, Measurement, read_measurements
-from puzzle_core.cost.serving import cache_bytes_per_token, largest_batch, on_devices, predict, serve
+from puzzle_core.cost.serving import cache_bytes, largest_batch, on_devices, predict, serve
 from puzzle_core.errors import MeasurementError, SpecError
 from puzzle_core.target import Efficiency, load_target
 
@@ -89,7 +89,7 @@ def test_heads_that_devices_hold_twice_take_memory(h100):
     """One KV head on eight devices is no smaller than eight."""
     one = Architecture(layers=(BlockVariant.parse(f"attn:kv1+ffn:i{SHAPE.ffn_width}"),) * SHAPE.layers)
     alone, shared = (
-        [cache_bytes_per_token(SHAPE, child, on_devices(h100, devices).hardware) for child in (one, PARENT)]
+        [cache_bytes(SHAPE, child, on_devices(h100, devices).hardware, 1) for child in (one, PARENT)]
         for devices in (1, 8)
     )
     assert alone[1] == 8 * alone[0]

@@ -49,6 +49,7 @@ MIXED = (
     "attn:linear+ffn:no_op",
 )
 CHILDREN |= {"mixed": MIXED, "parent": (OWN,) * 8}
+CHILDREN |= {"a block in the place of two layers": (*(OWN,) * 3, "attn:kv2+ffn:i256 x2", *(OWN,) * 3)}
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "seed_oss")
 CARRIED = [name for name, pico in PICOS.items() if pico.family in LIKE_LLAMA and "window" not in name] + ["phi4"]
 """Pico parents whose children every format holds."""
@@ -66,7 +67,7 @@ def stdlib_child(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[st
         library_dir, out_dir = tmp_path_factory.mktemp("library"), tmp_path_factory.mktemp("child")
         architecture, library = Architecture.parse(blocks), []
         for layer, block in enumerate(architecture.layers):
-            own, trained = parent.layer_tensors(layer), trained_variants(block, parent.shape)
+            own, trained = parent.layer_tensors(layer), trained_variants(block, parent.shape.parent_block(layer))
             library.append({variant: library_dir / f"{layer}-{variant}" for variant in trained})
             for variant in block.subblocks:
                 if str(variant) in trained:

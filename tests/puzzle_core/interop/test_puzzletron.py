@@ -108,7 +108,7 @@ def test_one_block_may_replace_several_layers(campaign: Campaign, tmp_path: Path
     campaign.spans = {(1, 2): 0.0001}
     import_puzzle_dir(campaign.write(), tmp_path / "out")
     record = search(tmp_path / "out", TRAFFICS[0], {"parameters": "90%"})
-    assert (record.best.score, record.best.spans) == (0.0001, {1: 2})
+    assert (record.best.score, record.best.architecture.spans) == (0.0001, ((1, 2),))
 
 
 def test_another_measure_counts_from_the_parents_own(campaign: Campaign, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from puzzle_core.errors import ArtifactError
 from puzzle_core.model import child
 from puzzle_core.model.checkpoint import Checkpoint
 from puzzle_core.model.child import load_child, load_parent, random_child
-from puzzle_core.sizes import architecture_parameters, kv_entries_per_token
+from puzzle_core.sizes import architecture_parameters, kv_entries
 from puzzle_core.work import ChildRecord
 from tests.conftest import CPU, MIXED
 from tests.pico import PICOS, edit_tensors
@@ -113,7 +113,7 @@ def test_the_cache_holds_what_was_counted(assemble, parent, ids_NT):
     model = load_child(assemble("llama", MIXED), torch.float32, CPU)
     cache = model(input_ids=ids_NT[:1].long(), use_cache=True).past_key_values
     entries = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    assert entries == 16 * kv_entries_per_token(parent.shape, Architecture.parse(MIXED))
+    assert entries == kv_entries(parent.shape, Architecture.parse(MIXED), tokens=16)
 
 
 @pytest.mark.parametrize("name", ["llama", "tied"])

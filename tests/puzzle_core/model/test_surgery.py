@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from puzzle_core.architecture import BlockVariant, Variant
+from puzzle_core.architecture import Option, Variant
 from puzzle_core.distill import bld
 from puzzle_core.model.surgery import Subblocks, load_subblocks, variant_block
 from puzzle_core.records import digest_file
@@ -16,7 +16,7 @@ from tests.pico import PICOS
 @pytest.mark.parametrize("name", PICOS)
 def test_block_replaced_by_a_copy_of_itself_is_bitwise_the_parents(name, activations_of, initial_state):
     activations = activations_of(name)
-    parent, own, contexts = activations.parent, activations.parent.shape.parent_block, activations.contexts()
+    parent, own, contexts = activations.parent, activations.parent.shape.largest_block, activations.contexts()
     for layer in range(parent.shape.layers):
         block = Subblocks(
             *(
@@ -28,7 +28,7 @@ def test_block_replaced_by_a_copy_of_itself_is_bitwise_the_parents(name, activat
 
 
 def test_another_layers_weights_would_be_seen(activations, initial_state):
-    attention = activations.parent.shape.parent_block.attention
+    attention = activations.parent.shape.largest_block.attention
     state = initial_state("llama", 2, str(attention))
     block = variant_block(activations.parent, 1, attention, state, torch.float32, CPU)
     output = block.attend(activations.layer_input(1), **activations.contexts()[1])
@@ -36,19 +36,19 @@ def test_another_layers_weights_would_be_seen(activations, initial_state):
 
 
 def test_no_op_subblocks_add_nothing(activations):
-    block = BlockVariant.parse("attn:no_op+ffn:no_op")
-    empty = load_subblocks(activations.parent, 0, block, {}, torch.float32, CPU)
+    option = Option.parse("attn:no_op+ffn:no_op")
+    empty = load_subblocks(activations.parent, 0, option, {}, torch.float32, CPU)
     assert torch.equal(empty(activations.layer_input(0), **activations.contexts()[0]), activations.layer_input(0))
 
 
 def test_subblocks_are_the_parents_own_modules_where_nothing_is_swapped(parent):
     linear = {
-        Variant("ffn", "linear"): {
+        "ffn:linear": {
             "mlp.linear_mlp.weight": torch.eye(32),
             "post_attention_layernorm.weight": torch.ones(32),
         }
     }
-    block = load_subblocks(parent, 0, BlockVariant.parse("attn:kv4+ffn:linear"), linear, torch.float32, CPU)
+    block = load_subblocks(parent, 0, Option.parse("attn:kv4+ffn:linear"), linear, torch.float32, CPU)
     assert block.attention is parent.block(0, torch.float32, CPU)
     assert block.ffn.self_attn is None
 
@@ -62,7 +62,7 @@ def test_nothing_writes_to_the_parent_even_when_a_training_dies(activations, con
         if progress.step == 2:
             raise KeyboardInterrupt
 
-    for variant in (Variant.parse("attn:kv1"), parent.shape.parent_block.ffn):
+    for variant in (Variant.parse("attn:kv1"), parent.shape.largest_block.ffn):
         work = BldWork(
             parent="p",
             layer=1,

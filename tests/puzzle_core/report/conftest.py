@@ -12,7 +12,7 @@ from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table
 from puzzle_core.search.search_record import FoundArchitecture, LimitUse, Prediction, SearchRecord
 from puzzle_core.search.tables import Option, ScoreTable
-from puzzle_core.sizes import architecture_parameters, kv_entries_per_token
+from puzzle_core.sizes import architecture_parameters, kv_entries
 from puzzle_core.spec import RunSpec, parse_spec
 from puzzle_core.work import BldRecord, CostRecord, EvaluationRecord, GkdRecord, HeldBackKl, ScoreRecord, Timing
 
@@ -49,7 +49,7 @@ class MadeUp:
             },
         }  # fmt: skip
         self.spec: RunSpec = parse_spec(content | changes, "test")
-        self.own = self.shape.parent_block
+        self.own = self.shape.largest_block
         attentions, ffns = self.spec.variants.of_layer(0, self.shape)
         self.blocks = [BlockVariant(attention=a, ffn=f) for a in attentions for f in ffns]
         self.trained = [v for v in (*attentions[1:], *ffns[1:]) if v.kind != "no_op"]
@@ -74,7 +74,7 @@ class MadeUp:
             if block != self.own
         }
         scores = ScoreTable(
-            self.own,
+            Architecture.of_parent(self.shape),
             tuple({Option(b): self.scores.get((layer, b), 0.0) for b in self.blocks} for layer in range(layers)),
             "kl",
         )
@@ -119,7 +119,7 @@ class MadeUp:
 
     def model(self, name: str, kind: Any, architecture: Architecture, kl: float) -> ModelResult:
         p = self.predict(architecture)[self.name]
-        entries = kv_entries_per_token(self.shape, architecture)
+        entries = kv_entries(self.shape, architecture, tokens=1)
         parameters = architecture_parameters(self.shape, architecture)
         return ModelResult(
             name=name,

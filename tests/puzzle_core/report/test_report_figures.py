@@ -64,7 +64,7 @@ def test_heat_map_has_every_score(inputs: ReportInputs) -> None:
     image = axes.images[0].get_array()
     assert image is not None
     assert image.shape == (8, 29)
-    changed = sum(block != inputs.shape.parent_block for block in inputs.child.architecture.layers)
+    changed = sum(block != inputs.shape.largest_block for block in inputs.child.architecture.layers)
     assert len(np.asarray(axes.collections[0].get_offsets())) == changed
     assert axes.get_xticklabels()[0].get_text() == "attn:kv4+ffn:i768"
 

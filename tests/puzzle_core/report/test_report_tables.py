@@ -136,7 +136,7 @@ def test_layers_sum_up_to_what_was_predicted(inputs: ReportInputs) -> None:
 
 def test_layer_scores_of_single_subblocks_add_up(make_inputs: Make) -> None:
     inputs = make_inputs(layers=2)
-    own = inputs.shape.parent_block
+    own = inputs.shape.largest_block
     spec = inputs.spec.model_copy(
         update={"scoring": inputs.spec.scoring.model_copy(update={"composition": "subblocks"})}
     )
@@ -163,7 +163,7 @@ def test_baselines_beside_the_chosen(inputs: ReportInputs) -> None:
 
 
 def test_a_baseline_that_the_search_does_not_know_is_not_dropped(inputs: ReportInputs) -> None:
-    own, odd = inputs.shape.parent_block, inputs.baselines[0].architecture
+    own, odd = inputs.shape.largest_block, inputs.baselines[0].architecture
     stranger = inputs.baselines[0].model_copy(update={"name": "by hand", "architecture": odd.replace(4, own)})
     table = report_tables.baselines_table(inputs.model_copy(update={"models": (*inputs.models, stranger)}))
     assert table.rows[-1][:2] == ("by hand", "–")

@@ -71,7 +71,7 @@ def test_a_better_baseline(inputs: ReportInputs) -> None:
 @pytest.mark.parametrize(("empty", "warned"), [(4, False), (5, True)])
 def test_most_layers_empty(inputs: ReportInputs, empty: int, warned: bool) -> None:
     nothing = BlockVariant.parse("attn:no_op+ffn:no_op")
-    layers = (nothing,) * empty + (inputs.shape.parent_block,) * (8 - empty)
+    layers = (nothing,) * empty + (inputs.shape.largest_block,) * (8 - empty)
     best = inputs.search.best.model_copy(update={"architecture": Architecture(layers=layers)})
     search = inputs.search.model_copy(update={"solutions": (best,)})
     found = report_warnings(inputs.model_copy(update={"search": search}))

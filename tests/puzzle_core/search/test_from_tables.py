@@ -109,9 +109,9 @@ def test_larger_scores_may_be_better(tmp_path: Path) -> None:
 
 def test_the_parent_is_the_widest_or_the_one_that_is_named(tmp_path: Path) -> None:
     scores, _, _ = write(tmp_path)
-    assert str(read_scores(scores).parent) == "attn:kv4+ffn:i512"
+    assert str(read_scores(scores).parent.layers[0]) == "attn:kv4+ffn:i512"
     named = BlockVariant.parse("attn:kv4+ffn:i256")
-    assert read_scores(scores, parent=named).parent == named
+    assert set(read_scores(scores, parent=named).parent.layers) == {named}
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_an_absolute_score_needs_the_parents_own(tmp_path, maximise):
 def test_the_parent_of_a_distance_scores_0(tmp_path):
     (tmp_path / "scores.csv").write_text("layer,attention,ffn,kl\n0,kv8,i8,0\n0,kv8,i4,0.2\n1,kv8,i4,0.3\n")
     table = read_scores(tmp_path / "scores.csv", distance=True)
-    assert [scores[Option(table.parent)] for scores in table.layers] == [0, 0]
+    assert [scores[Option(table.parent.layers[0])] for scores in table.layers] == [0, 0]
     with pytest.raises(SpecError, match="give --distance or --maximise"):
         read_scores(tmp_path / "scores.csv", distance=True, maximise=True)
 

@@ -1,8 +1,12 @@
-"""Requests and tables of every kind: each ends in an answer that trying all architectures confirms, or in an error."""
+"""Requests and tables of every kind: each ends in an answer that trying all architectures confirms, or in an error.
+
+PUZZLE_FUZZ multiplies the number of examples: 4 gives 2,000.
+"""
 
 import csv
 import io
 import json
+import os
 from contextlib import suppress
 from itertools import product
 from typing import Any
@@ -25,6 +29,7 @@ from puzzle_core.yaml_file import parse_record
 
 SETTINGS: dict[str, Any] = {"database": None, "deadline": None, "derandomize": True}
 SETTINGS["suppress_health_check"] = list(HealthCheck)
+TIMES = int(os.environ.get("PUZZLE_FUZZ", "1"))
 ATTENTIONS, FFNS = ("kv8", "kv4", "linear", "no_op"), ("i512", "i256", "no_op")
 COLUMNS = ("parameters", "parameter_bytes", "kv_bytes_per_token", "prefill_ms", "decode_ms", "energy_mj")
 
@@ -145,7 +150,7 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
-@settings(max_examples=450, **SETTINGS)
+@settings(max_examples=112 * TIMES, **SETTINGS)
 @given(rows=tables(), content=requests())
 def test_every_readable_request_has_the_best_answer_or_an_error(place, rows, content):
     scores, costs = (place / name for name in ("scores.csv", "costs.csv"))
@@ -199,7 +204,7 @@ names = st.one_of(
 )
 
 
-@settings(max_examples=1000, **SETTINGS)
+@settings(max_examples=250 * TIMES, **SETTINGS)
 @given(
     columns=st.lists(names, max_size=7),
     rows=st.lists(st.lists(values, max_size=7), max_size=3),
@@ -218,7 +223,7 @@ def test_every_table_is_read_or_refused(place, columns, rows, ending, maximise):
             read()
 
 
-@settings(max_examples=300, **SETTINGS)
+@settings(max_examples=75 * TIMES, **SETTINGS)
 @given(content=st.binary(max_size=60) | st.text(alphabet='[]{}:,"0aé\n ', max_size=60).map(str.encode))
 def test_every_file_is_read_or_refused(place, content):
     for ending in (".csv", ".json", ".parquet", ".yaml"):
@@ -247,7 +252,7 @@ def spoilt(draw: st.DrawFn) -> Any:
     return content
 
 
-@settings(max_examples=250, **SETTINGS)
+@settings(max_examples=63 * TIMES, **SETTINGS)
 @given(content=spoilt())
 def test_every_request_is_read_or_refused(place, content):
     file = place / "request.yaml"

@@ -13,27 +13,27 @@ from puzzle_core.search.run_search import find_architecture
 from puzzle_core.search.tables import Option, ScoreTable
 from puzzle_core.spec import VariantsSpec
 from puzzle_core.work import ScoreRecord
-from tests.puzzle_core.search.test_problem_builder import HALVES, LAYERS, LOST, OWN, costs, request
+from tests.puzzle_core.search.test_problem_builder import HALVES, LAYERS, LOST, OWN, PARENT, costs, request
 
 BLOCKS = [BlockVariant.parse(f"{a}+{f}") for a in HALVES if a[0] == "a" for f in HALVES if f[0] == "f"]
 
 
 def record(layer, block, kl, method="exact"):
-    block = BlockVariant.parse(block) if isinstance(block, str) else block
-    return ScoreRecord(layer=layer, block=block, kl_nats_per_token=kl, tokens=1, method=method)
+    option = Option.parse(block) if isinstance(block, str) else block
+    return ScoreRecord(layer=layer, block=option.block, kl_nats_per_token=kl, tokens=1, method=method)
 
 
 def table(records):
-    by_place = {(score.layer, score.block): score.kl_nats_per_token for score in records}
-    layers = ({Option(b): by_place.get((layer, b), 0.0) for b in BLOCKS} for layer in range(LAYERS))
-    return ScoreTable(OWN, tuple(layers))
+    by_place = {(score.layer, score.option): score.kl_nats_per_token for score in records}
+    layers = ({Option(b): by_place.get((layer, Option(b)), 0.0) for b in BLOCKS} for layer in range(LAYERS))
+    return ScoreTable(PARENT, tuple(layers))
 
 
 def exact_scores(seed):
     """Scores of a small library with some noise, so that no two blocks tie."""
     noise = random.Random(seed)
     return {
-        (layer, block): (1 + layer) * (LOST[str(block.attention)] + LOST[str(block.ffn)]) * noise.uniform(0.8, 1.2)
+        (layer, Option(block)): (1 + layer) * sum(LOST[str(half)] for half in block.subblocks) * noise.uniform(0.8, 1.2)
         for layer in range(LAYERS)
         for block in BLOCKS
         if block != OWN
@@ -73,9 +73,9 @@ def test_what_an_architecture_uses_is_its_blocks_or_their_subblocks_alone():
     found = find_architecture(ProblemBuilder(search, table([]), costs())).best
     mixed = Architecture.parse(["attn:kv2+ffn:i96", *[str(OWN)] * 2, "attn:kv4+ffn:no_op"])
     found = found.model_copy(update={"architecture": mixed})
-    pairs = not_exact([found], "pairs", OWN, ())
+    pairs = not_exact([found], "pairs", PARENT, ())
     assert [(layer, str(block)) for layer, block in pairs] == [(0, "attn:kv2+ffn:i96"), (3, "attn:kv4+ffn:no_op")]
-    alone = not_exact([found], "subblocks", OWN, {pairs[1]})
+    alone = not_exact([found], "subblocks", PARENT, {pairs[1]})
     assert [(layer, str(block)) for layer, block in alone] == [(0, "attn:kv2+ffn:i512"), (0, "attn:kv4+ffn:i96")]
 
 
@@ -92,7 +92,7 @@ def test_the_answer_is_that_of_all_exact_scores_where_estimates_are_within_the_i
     assert lazily.best.architecture == best.best.architecture
     assert lazily.best.score == pytest.approx(best.best.score)
     assert [p.score for p in lazily.frontier] == pytest.approx([p.score for p in best.frontier])
-    assert not not_exact(lazily.solutions, "pairs", OWN, known)
+    assert not not_exact(lazily.solutions, "pairs", PARENT, known)
     assert 0 < len(known) < len(exact)
 
 
@@ -100,7 +100,7 @@ def test_estimates_that_are_far_off_still_end_in_an_answer_of_exact_scores():
     exact, asked_for = exact_scores(0), request({"parameters": "55%"})
     known, scores = run_lazily(estimates_of(exact, 5, 0.3, 3.0), exact, asked_for)
     lazily = find_architecture(ProblemBuilder(asked_for, table(scores), costs())).best
-    assert lazily.score == pytest.approx(sum(exact.get((n, b), 0.0) for n, b in enumerate(lazily.architecture.layers)))
+    assert lazily.score == pytest.approx(sum(exact.get(place, 0.0) for place in lazily.architecture.options.items()))
     assert known
 
 

@@ -15,6 +15,7 @@ from puzzle_core.spec import SearchRequest
 
 LAYERS = 4
 OWN = BlockVariant.parse("attn:kv4+ffn:i512")
+PARENT = Architecture(layers=(OWN,) * LAYERS)
 HALVES = {
     # parameters, KV bytes per token, prefill and decode at batch size 1
     "attn:kv4": (100, 8, 2.0, 20.0),
@@ -33,7 +34,7 @@ LOST |= {"ffn:i512": 0.0, "ffn:i256": 1.5, "ffn:i96": 3.5, "ffn:no_op": 9.0}
 def scores(layers: int = LAYERS, scale: float = 1.0) -> ScoreTable:
     blocks = [BlockVariant.parse(f"{a}+{f}") for a in HALVES if a[0] == "a" for f in HALVES if f[0] == "f"]
     return ScoreTable(
-        OWN,
+        Architecture(layers=(OWN,) * layers),
         tuple(
             {Option(b): scale * (1 + layer) * (LOST[str(b.attention)] + LOST[str(b.ffn)]) for b in blocks}
             for layer in range(layers)
@@ -227,9 +228,9 @@ def test_a_block_that_spans_layers_empties_those_after_it() -> None:
     spanning = Option(BlockVariant.parse("attn:kv4+ffn:i512"), 2)
     layers = [dict(layer) for layer in table.layers]
     layers[1][spanning] = 0.25
-    made = ProblemBuilder(request({"block_time": "75%"}), ScoreTable(OWN, tuple(layers)), costs())
+    made = ProblemBuilder(request({"block_time": "75%"}), ScoreTable(PARENT, tuple(layers)), costs())
     chosen = find_architecture(made).best
-    assert chosen.spans == {1: 2}
+    assert chosen.architecture.spans == ((1, 2),)
     assert [str(block) for block in chosen.architecture.layers] == [
         str(OWN),
         str(OWN),
@@ -239,9 +240,9 @@ def test_a_block_that_spans_layers_empties_those_after_it() -> None:
     assert chosen.score == 0.25
     assert chosen.prediction.prefill_ms == 1 + 3 * 6
     kept = ProblemBuilder(
-        request({"block_time": "75%"}, constraints={"keep": {"ffn": [2]}}), ScoreTable(OWN, tuple(layers)), costs()
+        request({"block_time": "75%"}, constraints={"keep": {"ffn": [2]}}), ScoreTable(PARENT, tuple(layers)), costs()
     )
-    assert find_architecture(kept).best.spans == {}
+    assert find_architecture(kept).best.architecture.spans == ()
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -307,7 +308,7 @@ def test_tables_refuse_what_is_no_cost_or_score() -> None:
     with pytest.raises(SpecError, match="parameters of ffn:i96 is given twice"):
         costs((CostRow("ffn:i96", {"parameters": 1.0}),))
     with pytest.raises(NonFiniteError, match=r"score of layer 0 attn:kv4\+ffn:i512 is inf"):
-        ScoreTable(OWN, ({Option(OWN): float("inf")},))
+        ScoreTable(Architecture(layers=(OWN,)), ({Option(OWN): float("inf")},))
 
 
 def test_the_most_specific_row_wins_column_by_column() -> None:
@@ -427,13 +428,13 @@ def test_a_count_that_cannot_hold_says_what_can_be_had() -> None:
 def test_layers_that_a_block_spans_count_as_empty() -> None:
     layers = [dict(layer) for layer in scores().layers]
     layers[1][Option(OWN, 2)] = 0.25
-    table = ScoreTable(OWN, tuple(layers))
+    table = ScoreTable(PARENT, tuple(layers))
     asked = {"block_time": "75%", "attention_layers": 3}
     record = find_architecture(ProblemBuilder(request(asked), table, costs()))
-    assert record.best.spans == {1: 2}
+    assert record.best.architecture.spans == ((1, 2),)
     assert next(use.usage for use in record.best.limits if use.name == "attention_layers") == 3
     no_empty = request({"block_time": "75%", "counts": {"attn:no_op": "1 layers", "ffn:no_op": 1}})
-    assert find_architecture(ProblemBuilder(no_empty, table, costs())).best.spans == {1: 2}
+    assert find_architecture(ProblemBuilder(no_empty, table, costs())).best.architecture.spans == ((1, 2),)
 
 
 @pytest.mark.parametrize(
@@ -476,7 +477,7 @@ def test_other_ways_to_choose_are_searched_over_the_same_problem() -> None:
         {option: (LAYERS - layer) * s for option, s in found.items()} for layer, found in enumerate(table.layers)
     )
     asked = request({"block_time": "60%", "memory": "95%"}, search={"baselines": names})
-    record = find_architecture(ProblemBuilder(asked, ScoreTable(OWN, table.layers, "kl", lm_loss), costs()))
+    record = find_architecture(ProblemBuilder(asked, ScoreTable(table.parent, table.layers, "kl", lm_loss), costs()))
     found = {baseline.method: baseline for baseline in record.baselines}
     assert {*found, *(name.removeprefix("baseline ") for name in record.omissions)} == set(names)
     assert all(baseline.score >= record.best.score for baseline in found.values())
@@ -490,3 +491,54 @@ def test_other_ways_to_choose_are_searched_over_the_same_problem() -> None:
     assert lost(found["mip_lm_loss"].architecture) < lost(record.best.architecture)
     without = find_architecture(builder({"block_time": "60%"}, search={"baselines": ["mip_lm_loss"]}))
     assert "no increase of the next-token loss" in without.omissions["baseline mip_lm_loss"]
+
+
+SERVED_ON = {"devices": "2 x abacus", "memory": "9000B"}
+
+
+def test_the_memory_of_the_target_is_a_limit_that_another_may_tighten():
+    held = builder({"parameters": "100Gparams"}, served_on=SERVED_ON)
+    limits = {limit.name: limit.capacity for limit in held.problem({"chat": 2}).limits}
+    assert limits["chat/target_memory"] == 9000 - 4000
+    record = find_architecture(held)
+    assert record.best.prediction.memory_bytes <= 9000 < record.parent.memory_bytes
+    assert find_architecture(builder({"parameters": "100Gparams"})).best.score == 0 < record.best.score
+    tighter = find_architecture(builder({"memory": "6000B"}, served_on=SERVED_ON))
+    assert tighter.best.prediction.memory_bytes <= 6000
+    with pytest.raises(InfeasibleError, match="target_memory"):
+        check_feasible(builder({"parameters": "100Gparams"}, served_on=SERVED_ON | {"memory": "3000B"}))
+
+
+def test_an_optimistic_reservation_holds_the_mean_context():
+    chat = {"chat": 2}
+    whole = builder({"memory": "9000B"}, served_on=SERVED_ON).predict(PARENT, chat)["chat"]
+    mean = builder({"memory": "9000B"}, served_on=SERVED_ON | {"reservation": "optimistic"}).predict(PARENT, chat)
+    assert whole.memory_bytes - mean["chat"].memory_bytes == 2 * 5.5 * LAYERS * 8
+
+
+def test_more_sequences_than_the_engine_takes_are_refused():
+    with pytest.raises(SpecError, match="has batch size 2, and the engine on 2 x abacus takes 1 sequences"):
+        builder({"memory": "9000B"}, served_on=SERVED_ON | {"max_sequences": 1}, scenario={"batch_sizes": [1, 2]})
+
+
+def test_under_continuous_batching_a_token_shares_the_prefills_of_others():
+    """By hand: a token is the whole run over its tokens; a first token one prompt, its wait, and a step."""
+    limits = {"time_per_output_token": "20ms", "time_to_first_token": "1s"}
+    continuous = {"batching": "continuous"}
+    token, first = builder(limits, scenario=continuous).limit_uses(PARENT, {"chat": 2})
+    names = {use.name: use for use in (token, first)}
+    prefill, decode = 2 * (LAYERS * 6 + 1), LAYERS * 50 * 2**0.5 + 10
+    assert names["time_per_output_token"].usage == pytest.approx((prefill + decode) / 11)
+    busy = prefill / (prefill + decode)
+    expected = (1 + busy / (2 * (1 - busy))) * prefill / 2 + decode / 10
+    assert names["time_to_first_token"].usage == pytest.approx(expected)
+    static = {use.name: use.usage for use in builder(limits).limit_uses(PARENT, {"chat": 2})}
+    assert static == {
+        "time_per_output_token": pytest.approx(decode / 10),
+        "time_to_first_token": pytest.approx(prefill),
+    }
+
+
+def test_the_search_says_how_far_its_costs_are_from_measurements():
+    record = find_architecture(builder({"memory": "9000B"}, served_on=SERVED_ON | {"accuracy": "within 4 %"}))
+    assert "Computed costs: within 4 %." in answer_text(record)

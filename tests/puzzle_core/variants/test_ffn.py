@@ -41,7 +41,7 @@ def test_channels_of_one_projection_leave_the_gate_and_the_others(parent_of):
 @pytest.mark.parametrize("name", [*FFNS, "phi3", "glm4", "gemma2", "olmo2"])
 def test_pruned_ffn_is_the_dense_one_without_the_other_channels(name, activations_of):
     parent, middle = activations_of(name).parent, activations_of(name).post_attention(1)
-    narrow, dense = Variant("ffn", "sized", 20), parent.shape.parent_block.ffn
+    narrow, dense = Variant("ffn", "sized", 20), parent.shape.largest_block.ffn
     silenced = pruned_ffn(parent.layer_tensors(1), parent.shape, 48, CONTRIBUTIONS)
     dropped = [channel for channel in range(48) if channel not in KEPT]
     silenced["mlp.down_proj.weight"][:, dropped] = 0

@@ -42,7 +42,7 @@ ROWS = list(KINDS.values())
 
 def a_variant(row: VariantKind) -> Variant:
     """A variant of this kind that the plain parent can have."""
-    return Variant(row.subblock, row.name, 2 if row.sized else 0)
+    return Variant(row.subblock, row.name, 2 if row.sized else 0, 8 if row.windowed else 0)
 
 
 def row_id(row: VariantKind) -> str:
@@ -52,7 +52,7 @@ def row_id(row: VariantKind) -> str:
 @pytest.mark.parametrize("row", ROWS, ids=row_id)
 def test_ids_round_trip(row):
     for size in (1, 8, 12288) if row.sized else (0,):
-        variant = Variant(row.subblock, row.name, size)
+        variant = Variant(row.subblock, row.name, size, 1024 if row.windowed else 0)
         assert Variant.parse(str(variant)) == variant
 
 
@@ -74,7 +74,7 @@ def test_parameters_and_kv_entries_are_those_of_the_real_module(row, name, paren
 @pytest.mark.parametrize("row", ROWS, ids=row_id)
 def test_entries_are_read_back_and_have_the_keys_that_the_row_names(row, parent):
     shape, variant = parent.shape, a_variant(row)
-    block = parent.shape.parent_block.with_variant(variant)
+    block = parent.shape.largest_block.with_variant(variant)
     assert from_block_configs([block_config(block)], shape.hidden, shape.heads).layers == (block,)
     (key,) = row.entry(variant.size)
     assert key in row.size_keys
@@ -83,7 +83,8 @@ def test_entries_are_read_back_and_have_the_keys_that_the_row_names(row, parent)
 @pytest.mark.parametrize("subblock", ["attn", "ffn"])
 def test_what_tells_kinds_apart_is_given_once(subblock):
     rows = kinds_of(subblock)
-    for names in ([row.word for row in rows], [row.flag for row in rows], [row.order for row in rows]):
+    told = [(row.flag, row.windowed) for row in rows]
+    for names in ([row.title for row in rows], told, [row.order for row in rows]):
         assert len(set(names)) == len(names)
 
 

@@ -15,15 +15,18 @@ import pytest
 from puzzle_core.errors import ArtifactError, DamagedError, SpecError, StorageError
 from puzzle_core.spec import RuntimeSpec
 from tasks.store import bucket as store_bucket
+from tasks.store import packs as store_packs
 from tasks.store import store as store_module
 from tasks.store.cache import pin_entries
-from tasks.store.packs import LEAST_RECORDS, PACKS
+from tasks.store.packs import PACKS
 from tasks.store.store import MANIFEST, Store
 from tests.s3_server import BUCKET
 from tests.tasks.store.test_store import TEXT, PlainRecord, PlainWork, publish
 
 WORK = PlainWork()
-LARGE_BYTES = 70 * 2**20
+PART_BYTES, LARGE_BYTES = 5 * 2**20, 12 * 2**20
+"""The smallest part that S3 takes, and a file of three parts."""
+LEAST_RECORDS = 10
 
 
 def objects(store, key=""):
@@ -37,6 +40,14 @@ def uploads(store):
     """Uploads in parts that have not ended."""
     found = boto3.client("s3").list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
     return [upload for upload in found if upload["Key"].startswith(store.url.removeprefix(f"s3://{BUCKET}/"))]
+
+
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch):
+    """Files of many parts that are small, and packs of few records: the product's sizes take minutes with a mock."""
+    monkeypatch.setattr(store_bucket, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(store_bucket, "RANGE_BYTES", PART_BYTES // 2)
+    monkeypatch.setattr(store_packs, "LEAST_RECORDS", LEAST_RECORDS)
 
 
 def publish_large(store):
@@ -109,7 +120,8 @@ def test_a_writer_killed_during_its_upload_leaves_nothing_and_the_next_one_makes
 ):
     script = (
         "import sys; from pathlib import Path; from tasks.store.store import Store\n"
-        "from tests.tasks.store.test_store_s3 import publish_large\n"
+        "from tests.tasks.store.test_store_s3 import PART_BYTES, publish_large, store_bucket\n"
+        "store_bucket.PART_BYTES = PART_BYTES\n"
         "publish_large(Store(sys.argv[1], Path(sys.argv[2])))"
     )
     fault = proxy.inject("stall", times=99, matches=where)
@@ -143,7 +155,7 @@ def test_a_server_that_fails_for_a_while_is_waited_for(opened, proxy, harm, outc
 
 
 @pytest.mark.parametrize("harm", ["reset", "503 SlowDown", "cut"])
-@pytest.mark.fault("a part of a large upload is lost: {harm}", "proxy before S3: two parts of 70 MiB")
+@pytest.mark.fault("a part of a large upload is lost: {harm}", "proxy before S3: two of three parts")
 def test_a_part_that_is_lost_is_sent_again(opened, proxy, harm, outcome):
     proxy.inject(harm, times=2, matches=is_part)
     publish_large(opened())
