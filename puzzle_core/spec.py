@@ -22,6 +22,7 @@ from puzzle_core.architecture import (
 )
 from puzzle_core.credentials import SCHEMA_PATTERN, has_credentials
 from puzzle_core.engines import ServingEngine, required_constraints, restrictions
+from puzzle_core.errors import SpecError
 from puzzle_core.quantities import (
     column_unit,
     parse_bytes,
