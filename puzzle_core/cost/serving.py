@@ -15,7 +15,7 @@ from puzzle_core.cost.measurements import Measurement
 from puzzle_core.cost.roofline import roofline
 from puzzle_core.errors import SpecError
 from puzzle_core.precisions import LAYOUTS
-from puzzle_core.sizes import architecture_parameters, kv_copies, outside_parameters, variant_size
+from puzzle_core.sizes import kv_entries, parameter_bytes
 from puzzle_core.target import HardwareSpec, TargetSpec
 from puzzle_core.work import Timing, Traffic
 
@@ -31,18 +31,13 @@ class Served(NamedTuple):
 
 def weight_bytes(shape: ModelShape, architecture: Architecture, hardware: HardwareSpec) -> float:
     """Bytes of all weights, those of embedding and head in their own precision."""
-    layout, outside = LAYOUTS[hardware.weights], outside_parameters(shape)
-    blocks = architecture_parameters(shape, architecture) - outside
-    return blocks * layout.bytes + outside * layout.embedding_bytes
+    layout = LAYOUTS[hardware.weights]
+    return parameter_bytes(shape, architecture, layout.bytes, layout.embedding_bytes)
 
 
 def cache_bytes(shape: ModelShape, architecture: Architecture, hardware: HardwareSpec, tokens: float) -> float:
     """Bytes of the KV cache of a sequence of so many tokens, on all devices together: copies of heads included."""
-    entries = 0.0
-    for layer, block in enumerate(architecture.layers):
-        attention = shape.in_layer(layer, block.attention)
-        copies = kv_copies(attention.kv_heads, hardware.tensor_parallel)
-        entries += attention.seen(math.ceil(tokens)) * variant_size(shape, attention).kv_entries_per_token * copies
+    entries = kv_entries(shape, architecture, math.ceil(tokens), hardware.tensor_parallel)
     return entries * LAYOUTS[hardware.kv_cache].bytes
 
 

@@ -12,6 +12,8 @@ from puzzle_core.work import Timing
 EMPTY_SHARE, TIME_ERROR, TIME_SPREAD, KL_MARGIN = 0.5, 0.15, 0.15, 0.05
 """A warning appears above these shares: empty layers, error of predicted times, spread of times, gain of a baseline."""
 
+ALONE = ("time_to_first_token", "time_per_output_token")
+"""Limits that what is timed says nothing of under continuous batching: it is a batch that runs alone."""
 _MEASURED: dict[str, Callable[[Timing], float]] = {
     "time_to_first_token": lambda timing: timing.prefill_ms,
     "time_per_output_token": lambda timing: timing.decode_ms,
@@ -95,6 +97,11 @@ def _measured_limits(inputs: ReportInputs) -> list[str]:
     warnings = []
     for use in inputs.search.best.limits:
         time_of = _MEASURED.get(use.name)
+        if inputs.spec.scenario.batching == "continuous" and use.name in (
+            "time_to_first_token",
+            "time_per_output_token",
+        ):
+            continue  # what is timed is a batch that runs alone
         if time_of is None or not use.usage or use.scenario != inputs.spec.scenario.name:
             continue
         predicted = inputs.search.best.prediction
