@@ -32,6 +32,10 @@ FILES = {
     ("h100", "fp8"): "h100-80gb-fp8",
     ("a100", "fp16"): "a100-80gb",
     ("l40s", "fp8"): "l40s",
+    ("rtx-4090", "f16"): "rtx-4090-bf16",
+    ("rtx-4090", "q4_k_m"): "rtx-4090-q4-k-m",
+    ("m3-max", "f16"): "m3-max-f16",
+    ("m3-max", "q4_k_m"): "m3-max-q4-k-m",
 }
 """Shipped targets by the device and precision of a row."""
 FITTED_TABLE = "T1"

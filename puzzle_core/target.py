@@ -50,8 +50,12 @@ class Efficiency(Record):
     """What real kernels reach of the figures of a data sheet, and what they add; cost/calibrate.py fits it."""
 
     compute: Share = Field(0.6, description="Share of the peak rate that products of many tokens reach")
-    half_tokens: float = Field(
-        150.0, ge=0, description="Tokens of a product that reaches half of `compute`; it rises as N / (N + this)"
+    exposed: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="Share of a product's memory time that computing does not hide: rates rise with the tokens of a "
+        "product, whatever the phase",
     )
     bandwidth: Share = Field(0.9, description="Share of the memory bandwidth that is reached")
     link: Share = Field(0.6, description="Share of the bandwidth of the link between devices that is reached")

@@ -21,8 +21,8 @@ from puzzle_core.target import Efficiency, Fit, HardwareSpec, TargetSpec
 from puzzle_core.work import CostRecord, Timing, Traffic
 
 Vector = NDArray[np.float64]
-FACTORS = ("compute", "half_tokens", "bandwidth", "link", "overhead_us", "sequence_us", "pass_us")
-SHARES = ("compute", "bandwidth", "link")
+FACTORS = ("compute", "exposed", "bandwidth", "link", "overhead_us", "sequence_us", "pass_us")
+SHARES = ("compute", "exposed", "bandwidth", "link")
 LEAST, STEP = 1e-4, 1e-4
 """The least value of a factor, and the step in its log for numerical derivatives."""
 HELD: dict[str, float] = {"overhead_us": 0.3, "pass_us": 1.0}

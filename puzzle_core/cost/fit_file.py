@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from puzzle_core.cost.calibrate import fit_serving
 from puzzle_core.cost.measurements import Measurement, shape_of
 from puzzle_core.errors import SpecError
 from puzzle_core.precisions import Precision
 from puzzle_core.records import write_text_atomic
-from puzzle_core.target import Fit, TargetSpec
+from puzzle_core.target import Efficiency, Fit, TargetSpec
 from puzzle_core.yaml_file import read_keys, yaml_text
 
 ALIASES: dict[str, Precision] = {"fp16": "float16", "f16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -73,12 +74,30 @@ def write_fit(path: Path, fit: Fit) -> None:
         if (other["engine"], str(other["version"])) != (fit.engine, fit.version)
     ]
     content["hardware"]["fits"] = [*others, fit_content(fit)]
+    _write(path, content)
+
+
+def write_efficiency(path: Path, efficiency: Efficiency) -> None:
+    """Put factors into a target's file in place of assumed ones; its comment lines stay on top.
+
+    Raises:
+        SpecError: the file cannot be read.
+    """
+    content = read_keys(path, "target", "a target starts with `name:`")
+    content["hardware"]["efficiency"] = factors_content(efficiency)
+    _write(path, content)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
     comments = [line for line in path.read_text(encoding="utf-8-sig").splitlines(keepends=True) if line.startswith("#")]
     write_text_atomic(path, "".join(comments) + yaml_text(content))
 
 
+def factors_content(efficiency: Efficiency) -> dict[str, float]:
+    """Factors as plain values, to three digits."""
+    return {name: float(f"{value:.3g}") for name, value in efficiency.model_dump(mode="json").items()}
+
+
 def fit_content(fit: Fit) -> dict[str, object]:
     """The fit as plain values, factors to three digits."""
-    content = fit.model_dump(mode="json")
-    factors = content["efficiency"]
-    return content | {"efficiency": {name: float(f"{value:.3g}") for name, value in factors.items()}}
+    return fit.model_dump(mode="json") | {"efficiency": factors_content(fit.efficiency)}

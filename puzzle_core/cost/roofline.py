@@ -6,7 +6,6 @@ its bytes over the memory bandwidth. docs/targets.md has every formula and assum
 Legend: N tokens of one forward pass, all sequences together. Everything is per device of the tensor-parallel group.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -61,17 +60,17 @@ class Device:
     hardware: HardwareSpec
     efficiency: Efficiency
 
-    def kernel_s(self, operations: float, moved_bytes: float, products: Products, tokens: float = math.inf) -> float:
+    def kernel_s(self, operations: float, moved_bytes: float, products: Products, exposed: float = 0.0) -> float:
         """Seconds of one kernel; operations and bytes are those of the whole group.
 
         Args:
-            tokens: of a product, whose rate rises with them.
+            exposed: share of the memory's time that computing does not hide.
         """
-        devices, reached = self.hardware.tensor_parallel, self.efficiency.compute
-        peak = parse_rate(getattr(self.hardware.peak_rates, products)).value
+        devices = self.hardware.tensor_parallel
+        peak = parse_rate(getattr(self.hardware.peak_rates, products)).value * self.efficiency.compute
         bandwidth = parse_bandwidth(self.hardware.bandwidth).value * self.efficiency.bandwidth
-        slower = 1 + self.efficiency.half_tokens / tokens
-        return max(operations * slower / (devices * peak * reached), moved_bytes / (devices * bandwidth))
+        memory_s = moved_bytes / (devices * bandwidth)
+        return max(operations / (devices * peak) + exposed * memory_s, memory_s)
 
     def all_reduce_s(self, tokens: float, hidden: int) -> float:
         """Seconds of the all-reduce of a subblock's outputs over the group: a ring that does not overlap compute."""
@@ -152,7 +151,7 @@ def subblock_s(device: Device, shape: ModelShape, variant: Variant, work: Pass) 
         operations=2 * size.parameters * work.tokens,
         moved_bytes=size.parameters * LAYOUTS[hardware.weights].bytes + moved,
         products=hardware.linear_products,
-        tokens=work.tokens,
+        exposed=device.efficiency.exposed,
     )
     if size.kv_entries_per_token:
         seconds += _attend_s(device, shape, variant, work)
@@ -169,7 +168,7 @@ def outside_s(device: Device, shape: ModelShape, work: Pass) -> float:
         operations=2 * head * work.sequences,
         moved_bytes=head * layout.embedding_bytes + embedding + 2 * work.sequences * shape.vocabulary * LOGIT_BYTES,
         products=products,
-        tokens=work.sequences,
+        exposed=device.efficiency.exposed,
     )
     return seconds + device.pass_on_s(work.tokens, shape.hidden) + device.efficiency.pass_us * 1e-6
 

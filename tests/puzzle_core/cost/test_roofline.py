@@ -16,7 +16,7 @@ SHAPE = ModelShape(
 VARIANTS = tuple(
     map(Variant.parse, ("attn:kv8", "attn:kv4", "attn:linear", "attn:no_op", "ffn:i4096", "ffn:i512", "ffn:linear"))
 )
-PERFECT = Efficiency(compute=1, half_tokens=0, bandwidth=1, link=1, overhead_us=0, sequence_us=0, pass_us=0)
+PERFECT = Efficiency(compute=1, exposed=0, bandwidth=1, link=1, overhead_us=0, sequence_us=0, pass_us=0)
 SLOW, FAST = "1 GFLOP/s", "1000 PFLOP/s"
 
 
@@ -125,11 +125,16 @@ def test_half_of_an_efficiency_doubles_the_time_that_it_bounds(factor, rate, pha
     assert times[1] == pytest.approx(2 * times[0])
 
 
-def test_half_of_the_rate_is_reached_at_as_many_tokens_as_the_target_says():
-    slow = target(rate=SLOW, efficiency=PERFECT.model_copy(update={"half_tokens": 256}))
-    plain, halved = costs(target(rate=SLOW)).variants["ffn:i4096"], costs(slow).variants["ffn:i4096"]
-    assert halved.prefill_ms == pytest.approx(2 * plain.prefill_ms)
-    assert halved.decode_ms == pytest.approx((1 + 256 / 2) * plain.decode_ms)
+def test_memory_time_that_is_exposed_adds_to_computing_and_never_to_itself():
+    """At the ridge, where computing takes as long as memory, nothing hidden is twice as long as all hidden."""
+    bare = PERFECT.model_copy(update={"exposed": 1})
+    plain, exposed = costs(batch_size=1), costs(target(efficiency=bare), batch_size=1)
+    few = [record.variants["ffn:i4096"].decode_ms for record in (plain, exposed)]
+    assert few[1] == pytest.approx(few[0], rel=1e-3)
+    ffn = costs(target(rate="1 TFLOP/s", bandwidth="1000TB/s")).variants["ffn:i4096"].prefill_ms
+    memory = costs(target()).variants["ffn:i4096"].prefill_ms
+    both = costs(target(rate="1 TFLOP/s", efficiency=bare)).variants["ffn:i4096"].prefill_ms
+    assert both == pytest.approx(ffn + memory)
 
 
 def test_a_link_has_a_share_of_its_own():
