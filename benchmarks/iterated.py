@@ -1,21 +1,22 @@
 """Iterated Puzzle beside one step, at equal tokens and equal cost: `python -m benchmarks.iterated DIR`.
 
-Both runs have the quickstart's parent, space and limits, and share one store, so that they decide with the same costs.
-The one step trains every variant and the child on all tokens. Of two rounds, each trains variants on half of BLD's
-tokens, the first at a milder limit; GKD's tokens are shared out to the children of both rounds.
+Both runs have the quickstart's parent and space, or those of another parent with `--parent`. They share one store, so
+that they decide with the same costs. The one step trains every variant and the child on all tokens. Of two rounds, each
+trains variants on half of BLD's tokens, the first at a milder limit; GKD's tokens are shared out to both children.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.puzzle_run import REPOSITORY, last_report, manifests, open_store, run_puzzle
+import yaml
+
+from benchmarks.puzzle_run import last_report, manifests, open_store, run_puzzle
+from benchmarks.real_parents import DATA, QUICKSTART, make_spec
 from puzzle_core.report import derived
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.report.report_tables import Table, format_text
 from puzzle_core.report.units import count_text, number_text, percent_text, times_text
-
-QUICKSTART = REPOSITORY / "deployments" / "specs" / "quickstart.yaml"
 
 
 def main() -> None:
@@ -27,12 +28,20 @@ def main() -> None:
     parser.add_argument("--first-share", type=float, default=0.25, help="share of GKD's tokens for the first round")
     parser.add_argument("--limit", default="60%", help="block time at the end")
     parser.add_argument("--milder", default="78%", help="block time of the first round's child")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of documents and windows")
+    parser.add_argument("--parent", type=Path, help="a Hugging Face directory, with texts of its own")
+    parser.add_argument("--train", type=Path, default=DATA / "tinystories/train.json", help="its training texts")
+    parser.add_argument("--held-out", type=Path, default=DATA / "tinystories/heldout.json", help="its held-out texts")
     arguments = parser.parse_args()
     arguments.place.mkdir(parents=True, exist_ok=True)
-    batch = 512
+    spec, batch = QUICKSTART, 512
+    if arguments.parent:
+        spec = arguments.place / f"{arguments.parent.name}.yaml"
+        spec.write_text(yaml.safe_dump(make_spec(arguments.parent, arguments.train, arguments.held_out)))
     first = round(arguments.gkd_tokens * arguments.first_share / batch) * batch
     rounds = f"[{{limits: {{block_time: {arguments.milder}}}, gkd: {{tokens: {first}}}}}]"
     shared = [
+        f"data.seed={arguments.seed}",
         "scenario.batch_sizes=[8]",
         f"scenario.limits={{block_time: {arguments.limit}}}",
         "scoring.tokens=4096",
@@ -51,7 +60,7 @@ def main() -> None:
     }
     rows, before = [], dict.fromkeys(("bld", "gkd"), 0)
     for name, changes in runs.items():
-        run_puzzle(QUICKSTART, [*shared, *changes], arguments.place)
+        run_puzzle(spec, [*shared, *changes], arguments.place)
         store = open_store(arguments.place)
         tokens = {stage: sum(int(made.record["tokens"]) for made in manifests(store, stage)) for stage in before}
         rows.append(_row(name, {stage: tokens[stage] - before[stage] for stage in before}, last_report(store)))

@@ -7,7 +7,7 @@ is made once (tasks/runtime/lease.py).
 
 import logging
 import time
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
 from prefect import flow
@@ -17,8 +17,9 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from pydantic import Field
 
-from flows.build_library import build_planned_library
+from flows.build_library import announce_library, build_planned_library
 from flows.permissions import permitted
+from flows.run_graph import call_flow
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import plan_run
 from puzzle_core.errors import PuzzleError, SpecError
@@ -58,7 +59,8 @@ def fan_out_library(spec: RunSpec, ranges: Annotated[int, Field(ge=1)] = 2, depl
     parts = layer_ranges(len(plan.layers), ranges)
     build_ranges(spec, parts, deployment)
     _check_whole(plan, context, parts)
-    build_planned_library(plan, context)  # finds everything, and records the library
+    call_flow(build_planned_library, plan, context)  # makes options that span two ranges, and records the library
+    announce_library(plan)
 
 
 def build_ranges(spec: RunSpec, parts: list[str], deployment: str) -> None:
@@ -70,7 +72,7 @@ def build_ranges(spec: RunSpec, parts: list[str], deployment: str) -> None:
         PuzzleError: names every range that failed, once all others have ended.
         SpecError: the server does not have the deployment.
     """
-    content = spec.model_dump(mode="json", exclude_unset=True)
+    content = _share(spec, len(parts)).model_dump(mode="json", exclude_unset=True)
     attempts, failed, running = dict.fromkeys(parts, 0), [], dict[str, UUID]()
     with get_client(sync_client=True) as client:
         try:
@@ -95,6 +97,14 @@ def build_ranges(spec: RunSpec, parts: list[str], deployment: str) -> None:
         raise PuzzleError(f"{len(failed)} of {len(parts)} ranges failed:\n" + "\n".join(failed))
 
 
+def _share(spec: RunSpec, parts: int) -> RunSpec:
+    """The specification with one part's share of the budget, since every run keeps an account of its own."""
+    if not (budget := spec.runtime.budget):
+        return spec
+    share = budget.model_copy(update={"hours": budget.hours / parts})
+    return spec.model_copy(update={"runtime": spec.runtime.model_copy(update={"budget": share})})
+
+
 def _start(content: dict[str, object], part: str, deployment: str) -> UUID:
     try:
         run = run_deployment(deployment, parameters={"spec": content, "layers": part}, timeout=0)
@@ -102,10 +112,10 @@ def _start(content: dict[str, object], part: str, deployment: str) -> UUID:
         raise SpecError(
             f"the Prefect server has no deployment {deployment}: `prefect deploy --all` registers those of prefect.yaml"
         ) from error
-    return run.id
+    return run.id  # type: ignore[union-attr]  # a coroutine only in an event loop
 
 
-def _ended(client: SyncPrefectClient, running: dict[str, UUID]) -> dict[str, State]:
+def _ended(client: SyncPrefectClient, running: dict[str, UUID]) -> dict[str, State[Any]]:
     states = {part: client.read_flow_run(run).state for part, run in running.items()}
     return {part: state for part, state in states.items() if state and state.is_final()}
 
@@ -129,9 +139,9 @@ def _check_whole(plan: Plan, context: RunContext, parts: list[str]) -> None:
     """
     store = context.store()
     stored = store.keys(BldWork.stage) | store.keys(ScoreWork.stage)
-    missing = [
-        work.key for work in (*plan.all_bld(), *plan.all_scores(), *plan.long_scores()) if work.key not in stored
-    ]
+    ranges = [plan.of_layers(part) for part in parts]
+    works = [work for each in ranges for work in (*each.all_bld(), *each.all_scores(), *each.long_scores())]
+    missing = [work.key for work in works if work.key not in stored]
     if missing:
         raise PuzzleError(
             f"{len(parts)} ranges have ended well, but {len(missing)} of their artifacts are not in {store.place}, the "

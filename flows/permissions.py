@@ -9,13 +9,14 @@ import functools
 import json
 import os
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect.context import FlowRunContext
 
 from puzzle_core.errors import SpecError
-from puzzle_core.spec import RunSpec
+from puzzle_core.spec import RunSpec, RuntimeSpec
 
+V = TypeVar("V")
 ALLOWED = "PUZZLE_ALLOWED"
 """Environment variable of a worker: JSON with a list of values for keys of GUARDED."""
 PLACES = ("runtime.store", "runtime.scratch", "runtime.mlflow_uri")
@@ -41,17 +42,38 @@ def permitted(spec: RunSpec) -> RunSpec:
     for key in GUARDED:
         *parts, name = key.split(".")
         record = functools.reduce(getattr, parts, spec)
-        value, default, values = getattr(record, name), type(record).model_fields[name].default, allowed.get(key, [])
-        if value == default:
-            places = [other for other in values if key in PLACES and not other.endswith("*")]
-            spec = spec.model_copy(update={parts[0]: record.model_copy(update={name: places[0]})}) if places else spec
-        elif not any(_matches(value, other) for other in values):
-            raise SpecError(
-                f"{key} is {value!r}, which this worker does not allow: leave it out, take one of "
-                f"{values or 'its defaults'}, or have the worker's owner set {ALLOWED}='{json.dumps({key: [value]})}' "
-                "in its environment"
-            )
+        value, default = getattr(record, name), type(record).model_fields[name].default
+        if (chosen := _permitted(key, value, default, allowed.get(key, []))) != value:
+            spec = spec.model_copy(update={parts[0]: record.model_copy(update={name: chosen})})
     return spec
+
+
+def permitted_store(store: str) -> str:
+    """As `permitted`, for a form that asks for the store alone.
+
+    Raises:
+        SpecError: the worker does not allow the store.
+    """
+    key, default = "runtime.store", RuntimeSpec().store
+    return _permitted(key, store, default, _allowed().get(key, [])) if _worker_started() else store
+
+
+def _permitted(key: str, value: V, default: V, values: list[str]) -> V | str:
+    """The value of a key, or the worker's place for one that is left at its default.
+
+    Raises:
+        SpecError: the worker does not allow the value.
+    """
+    if value == default:
+        places = [other for other in values if key in PLACES and not other.endswith("*")]
+        return places[0] if places else value
+    if not any(_matches(str(value), other) for other in values):
+        raise SpecError(
+            f"{key} is {value!r}, which this worker does not allow: leave it out, take one of "
+            f"{values or 'its defaults'}, or have the worker's owner set {ALLOWED}='{json.dumps({key: [value]})}' "
+            "in its environment"
+        )
+    return value
 
 
 def _matches(value: str, allowed: str) -> bool:

@@ -79,6 +79,12 @@ class Variant:
         return self.row.order, -self.size, -self.window, self.kind
 
 
+def in_window(variant: Variant, window: int) -> Variant:
+    """The variant within a window of so many tokens, where it attends and sees more."""
+    kind = variant.row.in_window
+    return variant if kind is None or 0 < variant.window <= window else replace(variant, kind=kind, window=window)
+
+
 def variants_named(name: str) -> Callable[[Variant], bool]:
     """Whether a variant is the one with this id (`attn:kv4`), or one of this kind.
 
@@ -285,10 +291,7 @@ class ModelShape(Record):
 
     def in_layer(self, layer: int, variant: Variant) -> Variant:
         """The variant as it runs in this layer: within the layer's own window where that is the shorter one."""
-        own, kind = self.window(layer), variant.row.in_window
-        if not own or kind is None or 0 < variant.window <= own:
-            return variant
-        return replace(variant, kind=kind, window=own)
+        return in_window(variant, own) if (own := self.window(layer)) else variant
 
     def parent_block(self, layer: int) -> BlockVariant:
         """The parent's own block variant of a layer."""

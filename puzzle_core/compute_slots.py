@@ -13,6 +13,7 @@ from weakref import WeakSet
 POLL_SECONDS = 0.05
 """A thread that waits looks up this often, since one that waits in the kernel could not be cancelled."""
 
+_thread = threading.local()
 _changed = threading.Condition()
 _tickets = itertools.count()
 _computing: dict[str, "WeakSet[ComputeSlot]"] = defaultdict(WeakSet)
@@ -39,7 +40,7 @@ class ComputeSlot:
                 while len(computing) >= self._most or min(waiting) != ticket:
                     _changed.wait(POLL_SECONDS)
                 computing.add(self)
-                self._since = time.monotonic()
+                self._since = _thread.since = time.monotonic()
             finally:
                 waiting.remove(ticket)
                 _changed.notify_all()
@@ -58,5 +59,14 @@ class ComputeSlot:
             _computing[self._device].discard(self)
             _changed.notify_all()
         if self._since is not None:
-            self.held_s += time.monotonic() - self._since
+            held_s = time.monotonic() - self._since
+            self.held_s += held_s
+            _thread.held_s, _thread.since = getattr(_thread, "held_s", 0.0) + held_s, None
         self._since = None
+
+
+def held_seconds() -> float:
+    """How long the calling thread has held a slot in all, up to now."""
+    held_s: float = getattr(_thread, "held_s", 0.0)
+    since: float | None = getattr(_thread, "since", None)
+    return held_s if since is None else held_s + time.monotonic() - since

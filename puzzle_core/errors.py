@@ -53,6 +53,10 @@ class SolveLimitError(PuzzleError):
     """A search ended at its nodes or its time limit without a solution and without a proof of infeasibility."""
 
 
+class BudgetError(PuzzleError):
+    """A run has computed for as many hours as its budget allows."""
+
+
 class ArtifactError(PuzzleError):
     """An artifact in the store is missing or does not match its record."""
 
@@ -67,6 +71,10 @@ class ExportError(PuzzleError):
 
 class StorageError(PuzzleError):
     """The artifact store or the scratch directory cannot be written or read (disk full, no permission)."""
+
+
+class TrackingError(PuzzleError):
+    """MLflow does not have all records of a run whose `runtime.tracking` is `required`."""
 
 
 def reason(error: BaseException) -> str:

@@ -187,7 +187,7 @@ class Plan:
         return self.round >= len(self.spec.rounds)
 
     def of_layers(self, layers: str | None) -> "Plan":
-        """The same plan with the trainings and scores of some layers alone.
+        """The same plan with the trainings and scores of some layers alone, without options that span their end.
 
         Args:
             layers: the first and the last one (`10-19`), or one (`7`); none for all.
@@ -399,7 +399,9 @@ class Plan:
         return [work for split in self.scoring_splits[1:] for work in self.all_scores(split=split)]
 
     def _of_part(self, works: Iterable[LayerWork]) -> list[LayerWork]:
-        return [work for work in works if self.part is None or work.layer in self.part]
+        """The works whose layers all lie in the part; options that span its end are in no part."""
+        part = self.layers if self.part is None else self.part
+        return [work for work in works if work.layer in part and work.last_layer in part]
 
     @cached_property
     def _variants(self) -> dict[tuple[int, Variant | Option], BldWork]:
@@ -592,6 +594,7 @@ class Plan:
                 "bld": self._bld_of_content.model_copy(update={"coupled": spec.bld.coupled}),
                 "target": self.target.model_copy(update={"table": inputs.cost_table}),
                 "evaluation": spec.evaluation.model_copy(update={"tasks": benchmarks, "lm_eval": self._harness}),
+                "champion": None,
                 "runtime": RuntimeSpec(),
             }
         )

@@ -35,6 +35,8 @@ def is_cheaper(shape: ModelShape, variant: Variant, own: Variant) -> bool:
     """Whether a variant can take the place of a parent's own to save something: parameters or KV entries."""
     if variant.rank <= own.rank or variant.kv_heads > own.kv_heads or variant.ffn_width > own.ffn_width:
         return False
+    if own.window and variant.kv_heads and not 0 < variant.window <= own.window:
+        return False
     size, own_size = variant_size(shape, variant), variant_size(shape, own)
     fewer_entries = size.kv_entries_per_token < own_size.kv_entries_per_token
     return fewer_entries or size.parameters <= own_size.parameters

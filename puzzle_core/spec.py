@@ -6,7 +6,7 @@ so equal work has an equal key on every machine.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -18,6 +18,7 @@ from puzzle_core.architecture import (
     Option,
     Variant,
     VariantId,
+    in_window,
     variants_named,
 )
 from puzzle_core.credentials import SCHEMA_PATTERN, has_credentials
@@ -278,7 +279,8 @@ class VariantsSpec(Record):
 def _offered(rules: Mapping[str, Any], own: Variant, layer: int, shape: ModelShape) -> set[Variant]:
     """The variants cheaper than the parent's own subblock of a layer that these fields of a `VariantsSpec` offer.
 
-    A window that the layer's own is as short as makes no difference, so it is none of them.
+    A window that the layer's own is as short as makes no difference, so it is none of them. Where the layer's own is a
+    variant within a window, others that attend stay in it.
 
     Raises:
         SpecError: the layer does not support a variant, or no layer is large enough for it.
@@ -293,6 +295,8 @@ def _offered(rules: Mapping[str, Any], own: Variant, layer: int, shape: ModelSha
         else:
             sizes = value if row.sized else [0] if value else []
             offered |= {Variant(subblock, row.name, size) for size in sizes}
+    if own.window:
+        offered = {in_window(variant, own.window) for variant in offered}
     for variant in sorted(offered, key=lambda variant: variant.rank):
         fits_largest = variant.kv_heads <= shape.kv_heads and variant.ffn_width <= shape.ffn_width
         if not fits_largest or is_cheaper(of_layer, variant, own):
@@ -840,6 +844,15 @@ class EvaluationSpec(Record):
         return self
 
 
+class BudgetSpec(Record):
+    """What one run may compute; what the store has already costs nothing."""
+
+    hours: float = Field(
+        gt=0, le=1e9, description="Hours of GPUs in all, or of CPU cores where no GPU computes; then the run stops"
+    )
+    price_per_hour: float | None = Field(None, ge=0, description="Price of such an hour, for what a run came to")
+
+
 class RuntimeSpec(Record):
     """Locations, services and parallelism. This part is in no key."""
 
@@ -855,8 +868,22 @@ class RuntimeSpec(Record):
     cache_size: Annotated[str, BeforeValidator(parse_memory.check), Field(json_schema_extra=parse_memory.form)] = Field(
         "20GiB", description="Maximum size of local copies of a bucket's artifacts under scratch, for instance 20GiB"
     )
-    mlflow_uri: str = Field("sqlite:///.puzzle/mlflow.db", description="MLflow tracking URI")
+    mlflow_uri: str = Field(
+        "sqlite:///.puzzle/mlflow.db",
+        description="MLflow tracking URI; at its default, MLFLOW_TRACKING_URI of the environment counts, then the "
+        "server that `make up` runs here",
+    )
     mlflow_experiment: str = Field("puzzle", description="Name of the MLflow experiment")
+    tracking: Literal["best_effort", "required"] = Field(
+        "best_effort",
+        description="What a record that MLflow does not take means: the run goes on and says so, or it fails",
+        exclude_if=lambda tracking: tracking == "best_effort",
+    )
+    budget: BudgetSpec | None = Field(
+        None,
+        description="Stop before the run has computed for longer; finished work and checkpoints stay",
+        exclude_if=lambda budget: budget is None,
+    )
     workers: Positive | None = Field(None, description="Number of parallel tasks; default one per core or GPU")
     bld_side_by_side: Positive | None = Field(
         None,
@@ -900,6 +927,12 @@ class RuntimeSpec(Record):
     checkpoint_seconds: float = Field(60.0, ge=0, description="Minimum seconds between two checkpoints of a training")
 
     @model_validator(mode="after")
+    def _budget_is_kept_by_one_process(self) -> Self:
+        if self.budget and self.task_runner == "dask":
+            raise ValueError("budget is given, but task_runner is dask, whose workers keep no account: use threads")
+        return self
+
+    @model_validator(mode="after")
     def _refuse_credentials(self) -> "RuntimeSpec":
         """Refuse credentials, because a spec is logged and shown. The error does not repeat them."""
         if "://" in self.store and ("@" in self.store or "?" in self.store):
@@ -937,6 +970,15 @@ COMPUTING_PARTS = ("bld", "scoring", "gkd", "evaluation")
 """The parts with a type of matrix products."""
 
 
+class ChampionSpec(Record):
+    """The gate that makes a child the champion of its target and scenario in MLflow."""
+
+    kept_accuracy: float = Field(
+        gt=0, le=2, description="Least share of the parent's accuracy that the child keeps, for instance 0.97"
+    )
+    measured_limits: bool = Field(True, description="The limits must also hold as measured")
+
+
 class RunSpec(Record):
     """All settings of a run: parent, data, stages, hardware target, traffic, search and runtime."""
 
@@ -969,6 +1011,11 @@ class RunSpec(Record):
         exclude_if=lambda rounds: not rounds,
     )
     evaluation: EvaluationSpec = EvaluationSpec()
+    champion: ChampionSpec | None = Field(
+        None,
+        description="Gate of the champion; unset: `puzzle promote` makes champions",
+        exclude_if=lambda gate: gate is None,
+    )
     runtime: RuntimeSpec = RuntimeSpec()
 
     @property

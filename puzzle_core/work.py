@@ -224,6 +224,11 @@ class ScoreWork(Work):
         return Option(self.block, self.span)
 
     @property
+    def last_layer(self) -> int:
+        """The last of the layers that the block replaces."""
+        return self.layer + self.span - 1
+
+    @property
     def trained(self) -> dict[str, str]:
         """The library keys of what the block is made of, by the id of a variant or option."""
         if self.whole:
@@ -491,7 +496,7 @@ class ReportWork(Work):
     """
 
     stage: ClassVar[str] = "report"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     spec: RunSpec
     shape: ModelShape

@@ -20,8 +20,8 @@ from puzzle_core.cost.measuring import hardware_name
 from puzzle_core.device import available_cores, default_device, fast_dtype, on_first, use_threads, visible_gpus
 from puzzle_core.distill import bld, gkd, importance
 from puzzle_core.distill.launch import GkdRequest, launch
-from puzzle_core.distill.loop import Progress
-from puzzle_core.errors import PuzzleError, SolveLimitError, SpecError
+from puzzle_core.distill.loop import OVER_BUDGET, Progress
+from puzzle_core.errors import BudgetError, PuzzleError, SolveLimitError, SpecError
 from puzzle_core.model import child
 from puzzle_core.model.activations import Activations, drop_layer
 from puzzle_core.model.surgery import load_weights
@@ -62,6 +62,7 @@ from puzzle_core.work import (
     TokensRecord,
     TokensWork,
 )
+from tasks.runtime.budget import over_budget
 from tasks.runtime.context import RunContext
 from tasks.runtime.digest_cache import check_texts_disjoint, named_chat, parent_digest, texts_digest
 from tasks.runtime.locks import gpu_lock, machine_lock
@@ -75,6 +76,8 @@ from tasks.runtime.named_inputs import (
 from tasks.runtime.opened_parent import hub_commit
 from tasks.runtime.produce import produce
 from tasks.stage_progress import StageProgress
+from tasks.store.references import read_keys
+from tasks.store.stage_usage import usage_by_stage
 from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs, with_shared_gpu
 from tasks.tracking.live_curve import HELD_BACK_KL, LiveCurve
 from tasks.tracking.tracked_run import TrackedRun
@@ -376,6 +379,8 @@ def distil_child(work: GkdWork, run: TrackedRun, context: RunContext, label: str
         if progress.held_back is not None:
             terms = terms | {HELD_BACK_KL: progress.held_back}
             log.info("GKD: KL on held-back windows %.4f after step %d", progress.held_back, progress.step)
+        if context.launch and over_budget():
+            raise BudgetError(OVER_BUDGET)
         curve.add(progress.step, {"loss": progress.loss} | terms, last=progress.step == progress.steps)
 
     def distil(out: Path) -> GkdRecord:
@@ -399,7 +404,7 @@ def distil_child(work: GkdWork, run: TrackedRun, context: RunContext, label: str
             )
 
     with gpu_lock(context.runtime.gkd_processes) as numbers:
-        return produce(work, context, distil)
+        return produce(work, context, distil, devices=len(numbers) * context.runtime.gkd_machines or None)
 
 
 @stage_task("evaluate", "evaluate {label}")
@@ -439,6 +444,7 @@ def write_report(work: ReportWork, context: RunContext) -> str:
     from puzzle_core.report.report import render_report
 
     inputs = collect.collect(work, lambda key: context.store().manifest(key).record, context.parent.path)
+    inputs = inputs.model_copy(update={"usages": usage_by_stage(context.store(), read_keys(work))})
     return produce(work, context, lambda out: render_report(inputs, out))
 
 

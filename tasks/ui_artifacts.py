@@ -27,6 +27,7 @@ from puzzle_core.plan import Plan
 from puzzle_core.records import Work
 from puzzle_core.search.search_record import SearchRecord
 from puzzle_core.work import BldRecord, ScoreRecord
+from tasks.earlier_search import changes_since_last
 from tasks.runtime.context import RunContext
 from tasks.tracking.tracked_run import TrackedRun
 
@@ -84,11 +85,14 @@ def show_library(plan: Plan, context: RunContext) -> None:
 
 @_log_errors
 def show_architecture(plan: Plan, context: RunContext, key: str) -> None:
-    """The chosen architecture, with its limits and the baselines."""
+    """The chosen architecture, with its limits, what changed since the last search for the target, and baselines."""
     from puzzle_core.report.search_text import answer_text, explanation_text
 
     record = context.store().record(SearchRecord, key)
-    answer = f"{answer_text(record)}\n\n{explanation_text(record)}"
+    changes = changes_since_last(context.store(), key)
+    if changes:
+        log.info("%s", changes)
+    answer = "\n\n".join(filter(None, [answer_text(record), changes, explanation_text(record)]))
     spec = plan.spec
     create_markdown_artifact(
         f"```text\n{answer}\n```\n\nArtifact `{key}`\n",

@@ -14,6 +14,7 @@ from cyclopts import Parameter
 
 from flows.cli.arguments import Overrides, SpecFile
 from flows.services.prefect_server import PREFECT_HOME, prefect_api
+from puzzle_core.errors import PuzzleError
 from puzzle_core.spec_file import load_spec
 
 log = logging.getLogger("puzzle")
@@ -74,7 +75,11 @@ def targets(
 
     if search:
         with _flow_module("research_targets") as module:
-            module.research_targets(run_spec, str(targets))
+            if not module.research_targets(run_spec, str(targets)):
+                raise PuzzleError(
+                    f"no target was searched: {run_spec.runtime.store} lacks scores of {run_spec.parent.path}: run "
+                    f"`puzzle build-library {spec}` first"
+                )
     sys.stdout.write(describe_targets(run_spec, targets))
 
 

@@ -1,4 +1,4 @@
-"""`puzzle report`: the final table of a run."""
+"""`puzzle report` and `puzzle cost`: the final table of a run, and what it took."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -24,19 +24,53 @@ def report(
     Raises:
         SpecError: the store has no such report; names those that it has.
     """
-    from puzzle_core.work import ReportWork
     from tasks.store.store import Store
 
     opened = Store.of(RuntimeSpec(store=store))
+    print_report(opened, newest_report(opened, run))
+
+
+def cost(
+    run: Annotated[str, Parameter(help="Name of a flow run or of a specification, or the key of a report.")],
+    /,
+    *,
+    store: StoreUrl = STORE,
+    price_per_hour: Annotated[
+        float | None, Parameter(help="Price of an hour of a GPU, or of a core where no GPU computed.")
+    ] = None,
+) -> None:
+    """Print what the artifacts of a run took, stage by stage.
+
+    Raises:
+        SpecError: the store has no such report; names those that it has.
+    """
+    from puzzle_core.report.report_tables import format_text
+    from puzzle_core.report.usage_table import usage_table
+    from tasks.store.stage_usage import usage_by_stage
+    from tasks.store.store import Store
+
+    opened = Store.of(RuntimeSpec(store=store))
+    table = usage_table(usage_by_stage(opened, [newest_report(opened, run)]), price_per_hour)
+    sys.stdout.write(f"{format_text(table)}\n")
+
+
+def newest_report(store: "Store", run: str) -> str:
+    """The key of the newest report of a run.
+
+    Raises:
+        SpecError: the store has no such report; names those that it has.
+    """
+    from puzzle_core.work import ReportWork
+
     readable = f"{ReportWork.stage}/v{ReportWork.version}/"
-    manifests = [opened.manifest(key) for key in opened.keys(ReportWork.stage) if key.startswith(readable)]
+    manifests = [store.manifest(key) for key in store.keys(ReportWork.stage) if key.startswith(readable)]
     reports = [
         manifest for manifest in manifests if run in (manifest.key, manifest.made_by, manifest.work["spec"]["name"])
     ]
     if not reports:
         names = ", ".join(sorted({manifest.work["spec"]["name"] for manifest in manifests})) or "none"
-        raise SpecError(f"{store} holds no report of {run!r}; its reports: {names}")
-    print_report(opened, max(reports, key=lambda manifest: manifest.made_at).key)
+        raise SpecError(f"{store.url} holds no report of {run!r}; its reports: {names}")
+    return max(reports, key=lambda manifest: manifest.made_at).key
 
 
 def print_report(store: "Store", key: str) -> None:

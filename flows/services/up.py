@@ -13,24 +13,29 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import psutil
 
+from flows.services.automations import AUTOMATIONS, register_automations
 from flows.services.orphaned_runs import cancel_runs, crash_orphans, mark_cancelled
+from flows.services.postgres import DRIVER, Postgres, check_driver
 from flows.services.prefect_server import PREFECT_HOME, RUNNING, SETTINGS, running_api, server_command
+from flows.services.schedules import kept_schedules
+from flows.services.work_pool import POOL, ensure_work_pool
 from puzzle_core.errors import PuzzleError
 from tasks.runtime.private_files import private_directory
+from tasks.tracking.place import SERVED
 
 log = logging.getLogger("puzzle")
 START_SECONDS = 240
 STOP_SECONDS = 20
-POOL = "puzzle"
 WORKER_COMMAND, RUN_COMMAND = " worker start ", " -m prefect.engine "
 """Parts of the command lines of a worker, and of the processes that it starts for runs."""
 MARK = "PUZZLE_SERVICES_OF"
 """Environment variable of every service: the directory that it belongs to."""
 TRACKING = Path(".puzzle/mlflow.db")
+Database = Literal["sqlite", "postgres"]
 
 
 class Ports(NamedTuple):
@@ -49,28 +54,33 @@ class Service(NamedTuple):
     health: str
 
 
-def services(directory: Path, ports: Ports) -> list[Service]:
-    """The services in the order in which they start.
+def services(directory: Path, ports: Ports, postgres: Postgres | None = None) -> list[Service]:
+    """The services in the order in which they start, without the database server.
 
     Args:
         directory: holds `.puzzle/`, absolute; also the working directory of the worker and its runs.
         ports: the services' ports.
+        postgres: holds the servers' databases; none for files of SQLite.
     """
     data = directory / ".puzzle"
     prefect, mlflow = f"http://127.0.0.1:{ports.prefect}", f"http://127.0.0.1:{ports.mlflow}"
     command, environment = server_command(directory / PREFECT_HOME, ports.prefect)
     python = [sys.executable, "-m"]
     tracking = [*python, "mlflow", "server", "--host", "127.0.0.1", "--port", str(ports.mlflow), "--workers", "1"]
-    tracking += ["--backend-store-uri", f"sqlite:///{directory / TRACKING}"]
+    tracking += ["--backend-store-uri", tracking_uri(directory, postgres)]
     tracking += ["--artifacts-destination", str(data / "mlartifacts")]
+    tracking += ["--default-artifact-root", (data / "mlartifacts").as_uri()]  # as without the server (mlflow_client.py)
     worker_environment = {
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_HOME": str(directory / PREFECT_HOME),
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "puzzle,puzzle_core",
         "PUZZLE_MLFLOW_UI": mlflow,
+        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI", mlflow),
         "OMP_WAIT_POLICY": "PASSIVE",
     }
+    if postgres:
+        environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = postgres.url("prefect", "asyncpg")
     worker = [*python, "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "this-machine"]
     return [
         Service("prefect", command, environment, f"{prefect}/api/health"),
@@ -79,7 +89,12 @@ def services(directory: Path, ports: Ports) -> list[Service]:
     ]
 
 
-def up(directory: Path, ports: Ports) -> None:
+def tracking_uri(directory: Path, postgres: Postgres | None) -> str:
+    """Where MLflow's server keeps its records."""
+    return postgres.url("mlflow", DRIVER) if postgres else f"sqlite:///{directory / TRACKING}"
+
+
+def up(directory: Path, ports: Ports, database: Database = "sqlite") -> None:
     """Start the services, register the deployments of `prefect.yaml`, and wait until every service is ready.
 
     Raises:
@@ -92,20 +107,44 @@ def up(directory: Path, ports: Ports) -> None:
         raise PuzzleError(f"services of {directory} are running already: `make down` stops them")
     logs = directory / ".puzzle" / "logs"
     private_directory(logs)
-    started = services(directory, ports)
-    end_orphaned_runs(f"sqlite:///{directory / TRACKING}")
+    postgres = None
+    if database == "postgres":
+        check_driver()
+        postgres = Postgres.of(directory)
+    started = services(directory, ports, postgres)
     try:
+        if postgres:
+            _start_postgres(postgres, directory, logs)
+        end_orphaned_runs(tracking_uri(directory, postgres))
         servers = [(service, _start(service, directory, logs)) for service in started[:-1]]
         for service, process in servers:
             _wait(service, process, logs)
         worker = started[-1]
-        crash_orphans(worker.environment["PREFECT_API_URL"], deployments=True)
+        api = worker.environment["PREFECT_API_URL"]
+        crash_orphans(api, deployments=True)
+        ensure_work_pool(api)
         _wait(worker, _start(worker, directory, logs), logs)
-        _run(["prefect", "--no-prompt", "deploy", "--all"], worker.environment, directory, logs / "deploy.log")
-        (directory / PREFECT_HOME / RUNNING).write_text(worker.environment["PREFECT_API_URL"])
+        with kept_schedules(api):
+            _run(["prefect", "--no-prompt", "deploy", "--all"], worker.environment, directory, logs / "deploy.log")
+        register_automations(api, directory / AUTOMATIONS)
+        (directory / PREFECT_HOME / RUNNING).write_text(api)
+        (directory / SERVED).write_text(f"http://127.0.0.1:{ports.mlflow}")
     except BaseException:
         down(directory)
         raise
+
+
+def _start_postgres(postgres: Postgres, directory: Path, logs: Path) -> None:
+    """Start the database server, wait until it takes connections, and make the databases."""
+    postgres.create()
+    service = Service("postgres", postgres.command, {}, "")
+    process, deadline = _start(service, directory, logs), time.monotonic() + START_SECONDS
+    while not postgres.answers():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise PuzzleError(f"PostgreSQL did not start (exit code {process.poll()}): see {_log_of(service, logs)}")
+        time.sleep(0.2)
+    postgres.create_databases()
+    log.info("postgres is up; its log is %s", _log_of(service, logs))
 
 
 def down(directory: Path) -> int:
@@ -118,6 +157,7 @@ def down(directory: Path) -> int:
     api = running_api(directory / PREFECT_HOME)
     uncancelled = cancel_runs(api, STOP_SECONDS) if api and commands else []
     (directory / PREFECT_HOME / RUNNING).unlink(missing_ok=True)
+    (directory / SERVED).unlink(missing_ok=True)
     for part in (WORKER_COMMAND, RUN_COMMAND):
         _end(directory, [pid for pid, command in processes(directory).items() if part in f"{command} "])
     if api and uncancelled:

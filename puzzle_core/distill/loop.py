@@ -21,13 +21,19 @@ from puzzle_core.distill.training_checkpoint import (
     save,
     write_weights,
 )
-from puzzle_core.errors import NonFiniteError
+from puzzle_core.errors import BudgetError, NonFiniteError
 from puzzle_core.spec import OptimizerSpec
 
 if TYPE_CHECKING:  # the import of FSDP2 takes a second; only its users pay for it
     from puzzle_core.distill.distributed import ShardedGroup
 
 MicroBatch = Callable[[], dict[str, torch.Tensor]]
+
+
+OVER_BUDGET = (
+    "the run has computed for as long as runtime.budget allows. Finished work is in the store, and trainings have left "
+    "their checkpoints: raise runtime.budget.hours, or run again, to go on from there"
+)
 
 
 class Progress(NamedTuple):
@@ -84,6 +90,7 @@ def train(
     Raises:
         NonFiniteError: a loss is NaN or infinite; the message names `label` and the step.
         StorageError: the checkpoint to resume from cannot be read, or a new one cannot be written.
+        BudgetError: `checkpoints.stop` said so; the checkpoint is written.
     """
     optimizer = _adamw(parameters, spec)
     past = resume(checkpoints, parameters, optimizer, group)
@@ -119,10 +126,13 @@ def train(
             if stops:
                 break
             if checkpoints and step + 1 < steps:
-                due = time.monotonic() - saved >= checkpoints.least_seconds
+                over = checkpoints.stop is not None and checkpoints.stop()
+                due = over or time.monotonic() - saved >= checkpoints.least_seconds
                 if group.leader_value(due) if group else due:
                     save(checkpoints.file, parameters, optimizer, past, group)
                     saved = time.monotonic()
+                if over:
+                    raise BudgetError(OVER_BUDGET)
     if watch and best(past.held_back)[0] < len(past.curve):
         read_weights(watch.file, parameters, group)
     return past

@@ -7,7 +7,7 @@ training therefore gives bitwise the result of an uninterrupted one.
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,10 +28,14 @@ HeldBack = list[tuple[int, float]]
 
 
 class Checkpoints(NamedTuple):
-    """File of a training's checkpoint, and the least time in seconds between two writes."""
+    """File of a training's checkpoint, and the least time in seconds between two writes.
+
+    `stop` is asked after every step: where it is true, the training writes a checkpoint and ends with a BudgetError.
+    """
 
     file: Path
     least_seconds: float
+    stop: Callable[[], bool] | None = None
 
 
 class Past(NamedTuple):

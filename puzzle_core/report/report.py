@@ -22,6 +22,7 @@ from puzzle_core.report.units import (
     speed_text,
     times_text,
 )
+from puzzle_core.report.usage_table import usage_table
 from puzzle_core.spec import RoundSpec
 from puzzle_core.work import CostRecord, GkdRecord
 
@@ -79,6 +80,7 @@ def render_report(inputs: ReportInputs, out_dir: Path) -> ReportRecord:
                 "predicted": report_tables.predicted_table(inputs),
                 "bld": report_tables.bld_table(inputs),
                 "making": making_table(inputs),
+                "usage": usage_table(inputs.usages),
                 "artifacts": report_tables.Table(
                     "Artifacts", ("artifact", "store key"), tuple(inputs.artifacts.items()), 2
                 ),

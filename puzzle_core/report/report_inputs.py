@@ -23,6 +23,20 @@ class ModelResult(Record):
     memory_bytes: float = Field(description="Parameters plus KV cache at the full context of the batch")
 
 
+class StageUsage(Record):
+    """The artifacts of one stage: their number, bytes, and the device-seconds that they took, by kind of device.
+
+    `unknown` of them do not say what they took: an older version made them.
+    """
+
+    stage: str
+    artifacts: int
+    size_bytes: int
+    core_seconds: float
+    gpu_seconds: float
+    unknown: int = 0
+
+
 class ReportInputs(Record):
     """Everything that a report shows.
 
@@ -48,6 +62,9 @@ class ReportInputs(Record):
     )
     models: tuple[ModelResult, ...]
     artifacts: dict[str, str] = Field(description="Store keys by name")
+    usages: tuple[StageUsage, ...] = Field(
+        (), description="What all artifacts before the report took", exclude_if=lambda usages: not usages
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

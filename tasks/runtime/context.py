@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import shutil
+import uuid
 from glob import glob
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from puzzle_core.spec import ParentSpec, RunSpec, RuntimeSpec
 from puzzle_core.state_dict import State
 from puzzle_core.target import ComputeDtype
 from puzzle_core.work import AssembleWork
+from tasks.runtime.budget import over_budget
 from tasks.runtime.digest_cache import parent_digest
 from tasks.runtime.locks import artifact_lock
 from tasks.runtime.opened_parent import open_parent
@@ -45,11 +47,12 @@ class RunContext(Record):
     runtime: RuntimeSpec
     parent_commit: str | None = None
     mlflow_run: str | None = None
+    account: str | None = None
 
     @classmethod
     def of(cls, spec: RunSpec) -> "RunContext":
         """The context of a run specification."""
-        return cls(parent=spec.parent, runtime=spec.runtime)
+        return cls(parent=spec.parent, runtime=spec.runtime, account=uuid.uuid4().hex if spec.runtime.budget else None)
 
     def at_commit(self, commit: str | None) -> "RunContext":
         """The same context, whose tasks on all machines open a hub's parent at this commit."""
@@ -174,7 +177,7 @@ class RunContext(Record):
     def checkpoints(self, work: Work) -> Checkpoints:
         """Where a training keeps its checkpoint: a directory per work, which also holds a half-written checkpoint."""
         file = self.scratch / "checkpoints" / work.key / "checkpoint.safetensors"
-        return Checkpoints(file, self.runtime.checkpoint_seconds)
+        return Checkpoints(file, self.runtime.checkpoint_seconds, over_budget if self.account else None)
 
     def drop_finished_checkpoints(self) -> None:
         """Remove checkpoints whose artifact is in the store: a process was killed after it had published."""

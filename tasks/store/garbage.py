@@ -13,6 +13,7 @@ from tasks.store.bucket import FileStatus
 from tasks.store.manifest import KEY, MANIFEST, Manifest
 from tasks.store.references import reachable, references
 from tasks.store.store import Store
+from tasks.store.stored_targets import TARGETS
 
 INTERMEDIATE_STAGES = frozenset({"tokens", "importance", "bld", "gradients", "score", "cost", "evaluation"})
 DAY_SECONDS = 86_400.0
@@ -47,7 +48,7 @@ class Inventory(NamedTuple):
             key = "/".join(path.split("/")[:3])
             if key in manifests and _belongs(path, manifests[key]):
                 sizes[key] += entry.size_bytes
-            else:
+            elif not path.startswith(f"{TARGETS}/"):
                 strays[path] = entry
         artifacts = {key: ArtifactSize(sizes[key], entry.modified_s) for key, entry in records.items()}
         return cls(artifacts, strays, manifests)
@@ -115,6 +116,8 @@ def _is_record(path: str) -> bool:
 
 
 def _belongs(path: str, manifest: Manifest) -> bool:
-    """Whether a file of the listing is the manifest or one of its files."""
+    """Whether a file of the listing is the manifest, or one of its files or of those beside them in a bucket."""
     name = path.removeprefix(f"{manifest.key}/")
-    return name == MANIFEST or name.removeprefix(f"{manifest.place}/" if manifest.place else "") in manifest.files
+    if manifest.place:
+        return name == MANIFEST or name.startswith(f"{manifest.place}/")
+    return name == MANIFEST or name in manifest.files

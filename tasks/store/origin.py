@@ -1,5 +1,7 @@
 """What made an artifact: software, machine, and the ids of its runs. It lies beside the key, and changes none."""
 
+from typing import Literal
+
 from puzzle_core.records import Record
 
 
@@ -18,10 +20,24 @@ class Software(Record):
     versions: dict[str, str]
 
 
+class Usage(Record):
+    """What an artifact took: seconds from the start of its computation to its end, and device-seconds of computing.
+
+    A task that takes turns with others computes for a part of these seconds. `devices` are the CPU cores or GPUs that
+    computed meanwhile, and `device_seconds` is their number times the seconds in which they did.
+    """
+
+    seconds: float
+    kind: Literal["core", "GPU"]
+    devices: int
+    device_seconds: float
+
+
 class Origin(Record):
     """What made an artifact.
 
-    `parent` is the parent as the specification names it, and `parent_commit` the hub's commit that it was fetched at.
+    Older manifests lack `usage`. `parent` is the parent as the specification names it, and `parent_commit` the hub's
+    commit that it was fetched at.
     """
 
     software: Software
@@ -32,3 +48,4 @@ class Origin(Record):
     prefect_flow_run: str | None = None
     prefect_task_run: str | None = None
     mlflow_run: str | None = None
+    usage: Usage | None = None

@@ -3,14 +3,22 @@
 import re
 from collections.abc import Callable, Iterable
 
-from puzzle_core.records import canonical_json
+from puzzle_core.records import Work, canonical_json
 from tasks.store.manifest import KEY, Manifest
 from tasks.store.store import Store
+
+_NAMED = re.compile(rf"\b{KEY.pattern}\b")
 
 
 def references(manifest: Manifest) -> set[str]:
     """The keys that an artifact's work names, except its own."""
-    return set(re.findall(rf"\b{KEY.pattern}\b", canonical_json(manifest.work))) - {manifest.key}
+    return set(_NAMED.findall(canonical_json(manifest.work))) - {manifest.key}
+
+
+def read_keys(work: Work) -> list[str]:
+    """The keys that a work names, and those of the works that it holds, in their order."""
+    held = [value.key for _, value in work if isinstance(value, Work)]
+    return list(dict.fromkeys([*held, *_NAMED.findall(work.model_dump_json())]))
 
 
 def reachable(start: Iterable[str], neighbours: Callable[[set[str]], Iterable[str]]) -> set[str]:

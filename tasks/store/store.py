@@ -20,7 +20,7 @@ from typing import Literal, NoReturn, TypeVar
 
 from puzzle_core.errors import ArtifactError, DamagedError
 from puzzle_core.quantities import parse_memory
-from puzzle_core.records import Record, Work, digest_file
+from puzzle_core.records import Record, Work, digest_file, write_text_atomic
 from puzzle_core.spec import RuntimeSpec
 from tasks.store.bucket import Bucket, FileStatus
 from tasks.store.cache import Cache
@@ -82,6 +82,24 @@ class Store:
     def bucket(self) -> Bucket | None:
         """The bucket of a remote store; none of a local directory."""
         return self._bucket
+
+    def add_beside(self, key: str, directory: Path) -> str:
+        """Upload files beside those of an artifact of a bucket, for programs that look for them there.
+
+        They are no part of the artifact, and go when it is deleted.
+
+        Args:
+            key: of the artifact.
+            directory: holds the files; none has the name of a file of the artifact.
+
+        Returns:
+            The URI of the place where the artifact's files and these lie.
+        """
+        assert self._bucket is not None
+        place = f"{key}/{self.manifest(key).place}"
+        for file in sorted(path for path in directory.rglob("*") if path.is_file()):
+            self._bucket.put(file, f"{place}/{file.relative_to(directory).as_posix()}")
+        return f"{self.place}/{place}"
 
     def has(self, key: str) -> bool:
         """Whether the store has this artifact."""
@@ -239,6 +257,20 @@ class Store:
             move_into_place(staged, self._root / work.key, MANIFEST)
         elif not self.has(work.key) and self._upload(self._bucket, manifest, paths):
             self._cache.adopt(work.key, staged, manifest.place)
+
+    def documents(self, folder: str) -> dict[str, bytes]:
+        """The small files of a folder that are no artifacts, by path."""
+        paths = sorted(self.listing(f"{folder}/"))
+        if self._bucket is None:
+            return {path: data for path in paths if (data := _read(self._root / path)) is not None}
+        return self._bucket.read_all(paths)
+
+    def write_document(self, path: str, data: bytes) -> None:
+        """Write one of `documents`, over one that exists."""
+        if self._bucket is None:
+            write_text_atomic(self._root / path, data.decode())
+        else:
+            self._bucket.write(path, data)
 
     def delete(self, key: str) -> None:
         """Remove an artifact, its manifest first; artifacts that refer to it stay.

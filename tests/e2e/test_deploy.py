@@ -1,7 +1,6 @@
 """`make up` as users have it: services on loopback, deployments, a worker; runs are started as the UI starts them."""
 
 import contextlib
-import datetime
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
+import yaml
 from mlflow import MlflowClient
 
 from flows.permissions import ALLOWED
@@ -28,7 +28,7 @@ from tests.workflow import artifacts, check_whole, merged, of_stage, placed, pub
 ROOT = Path(__file__).parents[2]
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 FLOWS = {"puzzle", "build-library", "build-layers", "fan-out-library", "search-architecture", "train-child"}
-FLOWS |= {"research-targets"}
+FLOWS |= {"research-targets", "add-target"}
 ENDLESS = 1_000_000  # epochs
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -73,11 +73,25 @@ class Up(NamedTuple):
         return next(found for found in self.call("POST", "/deployments/filter", {})[1] if found["name"] == name)
 
     def run(self, name, spec, **parameters):
+        """Start a flow run with a specification."""
+        return self.start(name, {"spec": spec} | parameters)
+
+    def start(self, name, parameters):
         """Start a flow run with the form's values."""
         path = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
-        status, run = self.call("POST", path, {"parameters": {"spec": spec} | parameters})
+        status, run = self.call("POST", path, {"parameters": parameters})
         assert status == 201, run
         return run["id"]
+
+    def states(self, name):
+        """Names of the states of a deployment's runs."""
+        asked = {"flow_runs": {"deployment_id": {"any_": [self.deployment(name)["id"]]}}}
+        return [run["state"]["name"] for run in self.call("POST", "/flow_runs/filter", asked)[1]]
+
+    def start_on_events(self, enabled):
+        """Turn the automation on or off that starts re-searches."""
+        (found,) = self.call("POST", "/automations/filter", {"automations": {"name": {"any_": ["puzzle-new-work"]}}})[1]
+        assert self.call("PATCH", f"/automations/{found['id']}", {"enabled": enabled})[0] == 204
 
     def state(self, run):
         return self.call("GET", f"/flow_runs/{run}")[1]["state"]
@@ -135,15 +149,15 @@ def act(action, place, ports):
 
 @pytest.fixture(scope="module")
 def _started(tmp_path_factory):
-    """The services, on ports of their own, in a place of their own, where the shipped schedule is switched off."""
+    """The services, on ports of their own, in a place of their own; events start no runs unless a test says so."""
     place, ports = tmp_path_factory.mktemp("up"), Ports(free_port(), free_port())
     (place / "deployments").symlink_to(ROOT / "deployments")
-    shipped = (ROOT / "prefect.yaml").read_text()
-    assert shipped.count("active: true") == 1
-    (place / "prefect.yaml").write_text(shipped.replace("active: true", "active: false"))
+    shutil.copy(ROOT / "prefect.yaml", place)
     done = act("up", place, ports)
     assert done.returncode == 0, done.stderr
-    yield Up(place, ports, done.stdout)
+    started = Up(place, ports, done.stdout)
+    started.start_on_events(False)
+    yield started
     act("down", place, ports)
     assert processes(place) == {}
 
@@ -235,28 +249,37 @@ def test_a_run_from_the_form_leaves_artifacts_and_reads_like_the_method(up, valu
 
     again = up.run("puzzle", merged(values, {"name": "again"}))
     assert up.ended(again)["type"] == "COMPLETED"
-    found = json.loads(up.shown()["found-bld-again"]["data"])
-    assert {row["key"] for row in found} == of_stage(made, "bld")
-    assert all(row["made by"] and row["made at"] for row in found)
+    asked = {"state": {"name": {"any_": ["Cached"]}}, "name": {"like_": "bld layer"}}
+    within = {"flow_runs": {"start_time": {"after_": up.call("GET", f"/flow_runs/{again}")[1]["start_time"]}}}
+    assert wait_for(lambda: up.call("POST", "/task_runs/count", within | {"task_runs": asked})[1] == 10)
 
 
-def test_a_new_target_file_leads_by_itself_to_a_registered_answer(up, values, tmp_path):
-    assert up.ended(up.run("build-library", values))["type"] == "COMPLETED"
+def test_a_new_library_and_a_new_target_lead_by_themselves_to_registered_answers(up, values, tmp_path):
+    """Nobody starts a re-search here: events do, through the automation that `make up` has registered."""
     targets = tmp_path / "targets"
     targets.mkdir()
     shutil.copy(ROOT / "deployments/targets/l4.yaml", targets)
     deployment = up.deployment("research-targets")
     path = f"/deployments/{deployment['id']}"
-    parameters = {"parameters": {"spec": values, "targets": str(targets)}}
-    assert up.call("PATCH", path, parameters)[0] == 204
-    schedules = [schedule_soon(up, path)]
+
+    def searched():
+        return of_stage(artifacts(tmp_path / "store"), "search")
+
     try:
-        assert wait_for(lambda: len(of_stage(artifacts(tmp_path / "store"), "search")) == 1)
-        first = of_stage(artifacts(tmp_path / "store"), "search")
-        shutil.copy(ROOT / "deployments/targets/b200.yaml", targets)  # all that a person does
-        schedules.append(schedule_soon(up, path))
-        assert wait_for(lambda: len(of_stage(artifacts(tmp_path / "store"), "search")) == 2)
-        (new,) = of_stage(artifacts(tmp_path / "store"), "search") - first
+        up.start_on_events(True)
+        parameters = {"parameters": {"spec": values, "targets": str(targets)}}
+        assert up.call("PATCH", path, parameters)[0] == 204  # another specification: an event
+        assert wait_for(lambda: "NoLibrary" in up.states("research-targets"))
+        assert not up.deployment("research-targets")["schedules"][0]["active"]
+        assert up.ended(up.run("build-library", values))["type"] == "COMPLETED"
+        assert wait_for(lambda: len(searched()) == 1)
+        first = searched()
+        assert wait_for(lambda: up.deployment("research-targets")["schedules"][0]["active"])
+        target = yaml.safe_load((ROOT / "deployments/targets/b200.yaml").read_text())
+        added = {"target": target, "store": values["runtime"]["store"]}
+        assert up.ended(up.start("add-target", added))["type"] == "COMPLETED"
+        assert wait_for(lambda: len(searched()) == 2)
+        (new,) = searched() - first
         client = MlflowClient(up.tracking)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
 
@@ -266,8 +289,9 @@ def test_a_new_target_file_leads_by_itself_to_a_registered_answer(up, values, tm
         assert wait_for(registered)
         assert json.loads((tmp_path / "store" / new / "record.json").read_text())["work"]["target"] == "b200"
     finally:
-        for schedule in schedules:
-            assert up.call("DELETE", f"{path}/schedules/{schedule}")[0] == 204
+        up.start_on_events(False)
+        (schedule,) = up.deployment("research-targets")["schedules"]
+        assert up.call("PATCH", f"{path}/schedules/{schedule['id']}", {"active": False})[0] == 204
         assert up.call("PATCH", path, {"parameters": deployment["parameters"]})[0] == 204
         assert wait_for(lambda: not up.left())
 
@@ -330,15 +354,6 @@ def test_data_are_kept_no_process_is_left_and_no_dead_run_shows_as_running(up, v
         store="whole",
         shown="Crashed and KILLED, with what was within; none open",
     )
-
-
-def schedule_soon(up, path):
-    """A schedule of every minute whose first time is now; its id."""
-    soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=5)
-    schedule = {"interval": 60, "anchor_date": soon.isoformat(), "timezone": "UTC"}
-    status, made = up.call("POST", f"{path}/schedules", [{"schedule": schedule, "active": True}])
-    assert status == 201, made
-    return made[0]["id"]
 
 
 def start_training(up, spec):

@@ -15,13 +15,17 @@ from prefect.client.schemas.objects import Flow, FlowRun
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.schema_tools import validate
 from prefect.utilities.schema_tools.validation import ValidationError
+from prefect.utilities.templating import apply_values
 
-from puzzle_core.spec import parse_spec
+from flows.fan_out_library import BUILD_LAYERS
+from puzzle_core.spec import RuntimeSpec, parse_spec
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = json.loads((ROOT / "deployments/kubernetes/base-job-template.json").read_text())
 FILE = yaml.safe_load((ROOT / "deployments/kubernetes/prefect.yaml").read_text())
 DEPLOYMENTS = {deployment["name"]: deployment for deployment in FILE["deployments"]}
+KUBERNETES = "1.31"
+CHECKPOINTS = "/scratch/puzzle/checkpoints"
 SECRET = re.compile(r"key|secret|password|token|auth", re.IGNORECASE)
 
 
@@ -51,13 +55,43 @@ def test_the_server_takes_the_template_and_every_variable_is_used(prefect_server
 def test_every_deployment_loads_and_fits_the_template(name):
     deployment = DEPLOYMENTS[name]
     flow = load_flow_from_entrypoint(deployment["entrypoint"])
-    assert name.startswith(flow.name)
-    spec = parse_spec(deployment["parameters"]["spec"], name)
+    assert name.startswith(flow.name) or name == "build-layers"
     check(variables(deployment))
     assert variables(deployment).keys() <= TEMPLATE["variables"]["properties"].keys()
-    assert spec.runtime.store.startswith("s3://")
-    assert spec.runtime.scratch.startswith("/scratch/")
-    assert spec.runtime.gkd_processes <= max(1, variables(deployment)["gpus"])
+    parameters = deployment["parameters"]
+    runtime = parse_spec(parameters["spec"], name).runtime if "spec" in parameters else RuntimeSpec(**parameters)
+    assert runtime.store.startswith("s3://")
+    assert runtime.gkd_processes <= max(1, variables(deployment).get("gpus", 0))
+    if "spec" in parameters:
+        assert f"{runtime.scratch}/checkpoints" == CHECKPOINTS
+        assert all(path.startswith("/inputs/") for path in parameters["spec"]["data"]["train_texts"])
+
+
+def test_every_flow_of_the_other_deployments_has_one_here_and_events_find_theirs():
+    shipped = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    flows = [{deployment["entrypoint"] for deployment in file} for file in (shipped, FILE["deployments"])]
+    assert flows[0] == flows[1]
+    assert "concurrency_limit" not in DEPLOYMENTS[BUILD_LAYERS.partition("/")[2]]
+    assert "research-targets" in DEPLOYMENTS  # deployments/automations/new-work.yaml
+
+
+def test_manifests_fit_the_schemas_of_kubernetes():
+    validate_manifest = pytest.importorskip("kubernetes_validate").validate
+    for claim in yaml.safe_load_all((ROOT / "deployments/kubernetes/volumes.yaml").read_text()):
+        validate_manifest(claim, KUBERNETES, strict=True)
+    defaults = {name: variable.get("default") for name, variable in TEMPLATE["variables"]["properties"].items()}
+    for name, deployment in DEPLOYMENTS.items():
+        values = {"name": name, "command": ["prefect", "flow-run", "execute"], "env": [{"name": "A", "value": "b"}]}
+        job = apply_values(TEMPLATE["job_configuration"]["job_manifest"], defaults | values | variables(deployment))
+        job["metadata"]["labels"] = job["metadata"]["annotations"] = {"puzzle": name}
+        validate_manifest(without_nulls(job), KUBERNETES, strict=True)
+
+
+def without_nulls(value):
+    """What the worker sends: variables without a value are left out."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def test_variables_that_make_no_sense_are_refused():
@@ -97,12 +131,14 @@ def test_the_job_of_every_deployment(name, prefect_server):
     assert (job["apiVersion"], job["kind"], pod["restartPolicy"]) == ("batch/v1", "Job", "Never")
     assert container["image"] == asked["image"]
     assert container["args"] == ["prefect", "flow-run", "execute"]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == asked["gpus"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == asked.get("gpus", 0)
     assert container["envFrom"] == [{"secretRef": {"name": "puzzle"}}]
     assert [entry["name"] for entry in container["env"] if SECRET.search(entry["name"]) and entry.get("value")] == []
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted.pop("inputs") == "/inputs"
+    assert mounted.pop("checkpoints") == CHECKPOINTS
     assert mounted == {"scratch": "/scratch", "shared-memory": "/dev/shm"}
-    assert {volume["name"] for volume in pod["volumes"]} == mounted.keys()
+    assert {volume["name"] for volume in pod["volumes"]} == {"inputs", "checkpoints", *mounted}
     assert pod["securityContext"]["runAsUser"] == 10001
 
 

@@ -7,7 +7,7 @@ import pytest
 from prefect.client.orchestration import get_client
 
 from flows.build_library import build_library
-from flows.permissions import ALLOWED, GUARDED, permitted
+from flows.permissions import ALLOWED, GUARDED, permitted, permitted_store
 from puzzle_core.errors import SpecError
 from puzzle_core.spec import RuntimeSpec
 from tests.workflow import artifacts
@@ -45,6 +45,14 @@ def asked(spec_of, key, value):
 
 def test_every_guarded_key_is_tried():
     assert set(GUARDED) == set(FOREIGN)
+
+
+def test_a_form_that_asks_for_a_store_alone_is_held_to_the_same(by_worker, monkeypatch):
+    with pytest.raises(SpecError, match=f"runtime.store is 's3://elsewhere/puzzle'.*{ALLOWED}"):
+        permitted_store(FOREIGN["runtime.store"])
+    monkeypatch.setenv(ALLOWED, json.dumps({"runtime.store": [FOREIGN["runtime.store"]]}))
+    assert permitted_store(FOREIGN["runtime.store"]) == FOREIGN["runtime.store"]
+    assert permitted_store(PLACES["store"]) == FOREIGN["runtime.store"]
 
 
 @pytest.mark.parametrize("key", FOREIGN)

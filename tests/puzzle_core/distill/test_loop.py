@@ -11,7 +11,7 @@ from puzzle_core.distill import training_checkpoint
 from puzzle_core.distill.held_back import Watch, best
 from puzzle_core.distill.loop import learning_rate, micro_batches, train
 from puzzle_core.distill.training_checkpoint import Checkpoints, Past
-from puzzle_core.errors import NonFiniteError, StorageError
+from puzzle_core.errors import BudgetError, NonFiniteError, StorageError
 from puzzle_core.spec import OptimizerSpec
 
 STEPS = 10
@@ -67,6 +67,18 @@ def test_resumed_is_bitwise_the_uninterrupted(tmp_path, stopped_at):
     resumed = fresh()
     assert run(resumed, checkpoints=checkpoints, report=seen.append) == past
     assert seen[0].step == stopped_at
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+
+
+def test_a_training_that_is_told_to_stop_leaves_a_checkpoint_and_goes_on_bitwise(tmp_path):
+    uninterrupted, stopped, asked = fresh(), fresh(), []
+    past = run(uninterrupted)
+    checkpoints = Checkpoints(tmp_path / "checkpoint", 1e9, lambda: asked.append(1) or len(asked) == 4)
+    with pytest.raises(BudgetError, match=r"raise runtime.budget.hours"):
+        run(stopped, checkpoints=checkpoints)
+    seen, resumed = [], fresh()
+    assert run(resumed, checkpoints=Checkpoints(tmp_path / "checkpoint", 1e9), report=seen.append) == past
+    assert seen[0].step == 5
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
 
 

@@ -18,7 +18,7 @@ from puzzle_core.sizes import architecture_parameters
 from puzzle_core.spec import BldSpec, ParentSpec, VariantsSpec
 from puzzle_core.work import BldWork, ScoreWork
 from tests.conftest import CPU
-from tests.pico import BLOCKS, UNEQUAL, edit_config
+from tests.pico import BLOCKS, UNEQUAL, Pico, edit_config, write_pico
 from tests.puzzle_core.export.conftest import CARRIED
 from tests.reference.quality import comparison
 
@@ -139,3 +139,17 @@ def test_a_layer_of_another_size_than_the_config_says_is_refused(copy_of, checkp
     edit_config(directory, block_configs=entries)
     with pytest.raises(ParentError, match=r"other shapes than its config.*layers\.1\.mlp"):
         Parent(ParentSpec(path=str(directory)))
+
+
+def test_variants_of_a_layer_within_a_window_stay_in_it(ids_NT, tmp_path):
+    blocks = ("attn:kv4:w8+ffn:i48", "attn:kv4+ffn:i48") * 2 + ("attn:kv2:w4+ffn:i48",)
+    write_pico(tmp_path, Pico(blocks=blocks))
+    parent = Parent(ParentSpec(path=str(tmp_path)))
+    expected = logits_of(load_child(tmp_path, torch.float32, CPU), ids_NT)
+    assert torch.equal(logits_of(load_parent(parent, torch.float32, CPU), ids_NT), expected)
+    space = VariantsSpec(kv_heads=(2,), windows=(16, 6), linear=False)
+    assert [[str(v) for v in space.of_layer(layer, parent.shape)[0]] for layer in (0, 1, 4)] == [
+        ["attn:kv4:w8", "attn:kv4:w6", "attn:kv2:w8", "attn:kv2:w6", "attn:no_op"],
+        ["attn:kv4", "attn:kv2", "attn:kv4:w16", "attn:kv4:w6", "attn:kv2:w16", "attn:kv2:w6", "attn:no_op"],
+        ["attn:kv2:w4", "attn:no_op"],
+    ]
