@@ -96,19 +96,19 @@ def fit_serving(target: TargetSpec, shapes: Mapping[str, ModelShape], rows: Sequ
             f"{len(rows)} rows of {target.name} with {target.engine}: a fit needs {FEWEST_ROWS}, for half are held out"
         )
     assert target.hardware, "only hardware with figures has factors"
-    bare = target.model_copy(update={"engine_version": None})
+    hardware: HardwareSpec = target.hardware
 
     def errors_of(some: Sequence[Measurement]) -> Callable[[Efficiency], Vector]:
         def errors(efficiency: Efficiency) -> Vector:
-            hardware = bare.hardware.model_copy(update={"efficiency": efficiency, "fits": ()})  # type: ignore[union-attr]
-            at = bare.model_copy(update={"hardware": hardware})
+            tried = hardware.model_copy(update={"efficiency": efficiency, "fits": ()})
+            at = target.model_copy(update={"engine_version": None, "hardware": tried})
             return np.array([math.log(predict(row, shapes[row.model], at) / row.value) for row in some])
 
         return errors
 
     fitted, held_out = rows[::2], rows[1::2]
     held = {name: HELD.get(name, HELD_OTHERS) for name in FACTORS}
-    efficiency = _fitted(errors_of(fitted), target.hardware.efficiency, held)
+    efficiency = _fitted(errors_of(fitted), hardware.efficiency, held)
     held_errors = Held(np.exp(errors_of(held_out)(efficiency)) - 1)
     contexts = [row.input_tokens + row.output_tokens for row in rows]
     return Fit(
