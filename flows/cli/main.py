@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "build-library": ("flow_commands:build_library", "Train and score every variant of the parent's layers."),
     "search": ("search_command:search", "Choose an architecture for a specification's scenario, or from tables."),
     "targets": ("flow_commands:targets", "List hardware targets, and which of them have a search for this parent."),
+    "calibrate": ("calibrate_command:calibrate", "Fit a hardware target's factors to measured serving speeds."),
     "train-child": ("flow_commands:train_child", "Assemble, distil and evaluate the chosen architecture."),
     "check": ("flow_commands:check", "Validate a specification and print the plan: stored and missing artifacts."),
     "report": ("report_command:report", "Print the final table of a run and the path of its report."),

@@ -12,6 +12,8 @@ from puzzle_core.work import Timing
 EMPTY_SHARE, TIME_ERROR, TIME_SPREAD, KL_MARGIN = 0.5, 0.15, 0.15, 0.05
 """A warning appears above these shares: empty layers, error of predicted times, spread of times, gain of a baseline."""
 
+ALONE = ("time_to_first_token", "time_per_output_token")
+"""Limits that what is timed says nothing of under continuous batching: it is a batch that runs alone."""
 TIMED_LIMITS: dict[str, Callable[[Timing], float]] = {
     "time_to_first_token": lambda timing: timing.prefill_ms,
     "time_per_output_token": lambda timing: timing.decode_ms,
@@ -72,6 +74,8 @@ def answer_warnings(search: SearchRecord) -> list[str]:
             "The clock cut a solve at search.time_limit_s: the same request may have another answer in another run. "
             "search.node_limit gives the same answer everywhere."
         )
+    if search.accuracy:
+        warnings.append(f"Computed costs: {search.accuracy}.")
     return warnings
 
 
@@ -93,6 +97,8 @@ def exceeded_limits(inputs: ReportInputs) -> list[str]:
     warnings = []
     for use in inputs.search.best.limits:
         time_of = TIMED_LIMITS.get(use.name)
+        if inputs.spec.scenario.batching == "continuous" and use.name in ALONE:
+            continue
         if time_of is None or not use.usage or use.scenario != inputs.spec.scenario.name:
             continue
         predicted = inputs.search.best.prediction
