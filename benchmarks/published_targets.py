@@ -1,31 +1,48 @@
-"""Published throughputs of a 70B parent and its 51B child on H100s, and those of the roofline (METHOD section 8).
+"""Published serving speeds, and what the shipped targets predict for them (docs/targets.md).
 
-The architecture of the 51B is not available, so the 49B of the same family replaces it: 49.87B parameters and
-98 KiB of fp8 KV cache per token, against 51.5B and 93 KiB. No factor is fitted: the target is the shipped one, and the
-assumptions of docs/targets.md hold for all scenarios alike.
+`benchmarks/measurements/serving.csv` has the tables with their sources, figures only; `--measurements` takes any file
+of its form. Each row is predicted with the shipped target of its device and precision. Rows that the target's factors
+were fitted to are counted apart from those that were held out and from those of other engines, versions and models.
+
+`--config` also compares a published 70B parent with its 51B child (METHOD section 8). The architecture of the 51B is
+not available, so the 49B of the same family replaces it: 49.87B parameters and 98 KiB of fp8 KV cache per token,
+against 51.5B and 93 KiB. Nothing is fitted to these six scenarios.
 """
 
 import argparse
 import json
+import math
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from puzzle_core.architecture import Architecture, BlockVariant, ModelShape, Variant
-from puzzle_core.cost.roofline import roofline
-from puzzle_core.quantities import parse_memory
+from puzzle_core.cost.measurements import Measurement, read_measurements, shape_of
+from puzzle_core.cost.serving import Served, on_devices, predict, serve
+from puzzle_core.errors import SpecError
 from puzzle_core.report.report_tables import Table, format_text
-from puzzle_core.sizes import architecture_parameters, kv_entries
-from puzzle_core.target import PRECISION_BYTES, TargetSpec, load_target
-from puzzle_core.work import Traffic
+from puzzle_core.target import Reservation, TargetSpec, load_target
 
-TARGET = Path(__file__).parents[1] / "deployments/targets/h100-80gb-fp8.yaml"
+TARGETS = Path(__file__).parents[1] / "deployments/targets"
+TARGET = TARGETS / "h100-80gb-fp8.yaml"
+MEASUREMENTS = Path(__file__).parent / "measurements/serving.csv"
+FILES = {
+    ("h200", "fp8"): "h200",
+    ("h100", "fp8"): "h100-80gb-fp8",
+    ("a100", "fp16"): "a100-80gb",
+    ("l40s", "fp8"): "l40s",
+    ("rtx-4090", "f16"): "rtx-4090-bf16",
+    ("rtx-4090", "q4_k_m"): "rtx-4090-q4-k-m",
+    ("m3-max", "f16"): "m3-max-f16",
+    ("m3-max", "q4_k_m"): "m3-max-q4-k-m",
+}
+"""Shipped targets by the device and precision of a row."""
+FITTED_TABLE = "T1"
+"""Whose rows the shipped factors were fitted to, every other one of a device."""
 PARENT_DEVICES, CHILD_DEVICES = 4, 1
-MEMORY_SHARE = 0.9
-"""Share of the memory that weights and KV cache may take, the rest being activations and the engine's own."""
-BATCH_SHARES = (1.0, 0.75, 0.5, 0.25, 0.125)
+WITHIN = 0.25
+RESERVATIONS: tuple[Reservation, ...] = ("guaranteed", "optimistic")
 
 
 class Published(NamedTuple):
@@ -52,11 +69,17 @@ PUBLISHED = (
 )
 
 
-class Best(NamedTuple):
-    """The best batch size and its generated tokens per second and GPU."""
+class Row(NamedTuple):
+    """A measured row beside our figure for it; `fitted` where factors were fitted to it."""
 
-    throughput: float
-    batch_size: int
+    measured: Measurement
+    ours: float
+    fitted: bool
+
+    @property
+    def ratio(self) -> float:
+        """Ours over measured."""
+        return self.ours / self.measured.value
 
 
 def read_published(config: Path) -> tuple[ModelShape, Architecture]:
@@ -93,76 +116,58 @@ def _block(heads: int, hidden: int, block: dict[str, dict[str, Any]]) -> BlockVa
     )
 
 
-def best_throughput(
-    shape: ModelShape, architecture: Architecture, target: TargetSpec, prompt_tokens: int, generated_tokens: int
-) -> Best:
-    """The best over batch sizes that fit: sequences come and go, so the cache holds the mean context of each."""
-    assert target.hardware, "the roofline needs figures"
-    hardware = target.hardware
-    memory = MEMORY_SHARE * hardware.tensor_parallel * parse_memory(hardware.memory).value
-    free = memory - architecture_parameters(shape, architecture) * PRECISION_BYTES[hardware.weights]
-    per_token = kv_entries(shape, architecture, tokens=1) * PRECISION_BYTES[hardware.kv_cache]
-    most = int(free // (per_token * (prompt_tokens + generated_tokens / 2)))
-    found = []
-    for batch_size in {max(1, int(share * most)) for share in BATCH_SHARES}:
-        traffic = Traffic(prompt_tokens=prompt_tokens, generated_tokens=generated_tokens, batch_size=batch_size)
-        seconds = sum(_times_ms(shape, architecture, target, traffic)) / 1e3
-        found.append(Best(batch_size * generated_tokens / seconds / hardware.tensor_parallel, batch_size))
-    return max(found)
-
-
-def _times_ms(shape: ModelShape, architecture: Architecture, target: TargetSpec, traffic: Traffic) -> Iterator[float]:
-    """Prefill plus decode of what lies outside, and of all blocks."""
-    counts = Counter(variant for block in architecture.layers for variant in block.subblocks)
-    costs = roofline(shape, counts, traffic, target)
-    yield costs.outside.prefill_ms + costs.outside.decode_ms
-    for variant, count in counts.items():
-        if not variant.is_empty:
-            timing = costs.variants[str(variant)]
-            yield count * (timing.prefill_ms + timing.decode_ms)
-
-
-def on_devices(target: TargetSpec, devices: int) -> TargetSpec:
-    """The target with its model shared over some devices."""
-    assert target.hardware, "the roofline needs figures"
-    return target.model_copy(update={"hardware": target.hardware.model_copy(update={"tensor_parallel": devices})})
-
-
-def compare(shape: ModelShape, child: Architecture, target: TargetSpec) -> list[tuple[Published, Best, Best]]:
-    """Every scenario as published, and the roofline's parent and child."""
+def compare(shape: ModelShape, child: Architecture, target: TargetSpec) -> list[tuple[Published, Served, Served]]:
+    """Every scenario as published, and what the target serves of parent and child."""
     parent, ours = Architecture.of_parent(shape), []
     for row in PUBLISHED:
         tokens = row.prompt_tokens, row.generated_tokens
-        best_parent = best_throughput(shape, parent, on_devices(target, PARENT_DEVICES), *tokens)
-        best_child = best_throughput(shape, child, on_devices(target, CHILD_DEVICES), *tokens)
-        ours.append((row, best_parent, best_child))
+        of_parent = serve(shape, parent, on_devices(target, PARENT_DEVICES), *tokens)
+        of_child = serve(shape, child, on_devices(target, CHILD_DEVICES), *tokens)
+        ours.append((row, of_parent, of_child))
     return ours
 
 
-def comparison_table(compared: list[tuple[Published, Best, Best]]) -> Table:
+def reserved_as(target: TargetSpec, reservation: Reservation) -> TargetSpec:
+    """The target with cache reserved for the whole context of a sequence, or for its mean."""
+    assert target.hardware, "the roofline needs figures"
+    serving = target.hardware.serving.model_copy(update={"reservation": reservation})
+    return target.model_copy(update={"hardware": target.hardware.model_copy(update={"serving": serving})})
+
+
+def ratio(parent: Served, child: Served) -> float:
+    """How many times as much the child generates per device."""
+    return per_device(child, CHILD_DEVICES) / per_device(parent, PARENT_DEVICES)
+
+
+def per_device(served: Served, devices: int) -> float:
+    """Generated tokens per second and device."""
+    return served.tokens_per_s / devices
+
+
+def comparison_table(compared: list[tuple[Published, Served, Served]], reservation: Reservation) -> Table:
     """Published against roofline, one row per scenario."""
     rows = []
     for row, parent, child in compared:
-        ratio = child.throughput / parent.throughput
+        ours = ratio(parent, child)
         rows.append(
             (
                 f"{row.prompt_tokens}/{row.generated_tokens}",
-                *(f"{number:,.0f}" for number in (row.parent, parent.throughput, parent.batch_size)),
-                *(f"{number:,.0f}" for number in (row.child, child.throughput, child.batch_size)),
+                *(f"{number:,.0f}" for number in (row.parent, per_device(parent, PARENT_DEVICES), parent.batch_size)),
+                *(f"{number:,.0f}" for number in (row.child, per_device(child, CHILD_DEVICES), child.batch_size)),
                 f"{row.ratio:.2f}",
-                f"{ratio:.2f}",
-                f"{ratio / row.ratio - 1:+.0%}",
+                f"{ours:.2f}",
+                f"{ours / row.ratio - 1:+.0%}",
             )
         )
-    ours = ("roofline", "batch")
+    columns = ("roofline", "batch")
     return Table(
-        title="Generated tokens per second and H100: 70B parent on four, child on one, fp8",
+        title=f"Generated tokens per second and H100: 70B parent on four, child on one, fp8, {reservation} cache",
         columns=(
             "scenario",
             "parent published",
-            *ours,
+            *columns,
             "child published",
-            *ours,
+            *columns,
             "ratio published",
             "roofline",
             "error",
@@ -171,13 +176,95 @@ def comparison_table(compared: list[tuple[Published, Best, Best]]) -> Table:
     )
 
 
+def predict_rows(rows: Sequence[Measurement], directory: Path = TARGETS) -> tuple[list[Row], list[str]]:
+    """Our figure for every row that a shipped target stands for, and why others have none."""
+    targets: dict[str, TargetSpec] = {}
+    found, left_out, places = [], [], dict.fromkeys({row.device for row in rows}, 0)
+    for row in rows:
+        name = FILES.get((row.device, row.precision))
+        place = places[row.device] if row.table == FITTED_TABLE else 1
+        places[row.device] += row.table == FITTED_TABLE
+        where = f"{row.table} {row.model} {row.device} {row.precision} {row.input_tokens}/{row.output_tokens}"
+        if name is None:
+            left_out.append(f"{where}: no target of this device and precision")
+            continue
+        if name not in targets:
+            targets[name] = load_target(directory / f"{name}.yaml")
+        try:
+            ours = predict(row, shape_of(row.model), targets[name])
+        except SpecError as error:
+            left_out.append(f"{where}: {error}")
+            continue
+        found.append(Row(row, ours, fitted=place % 2 == 0))
+    return found, left_out
+
+
+def rows_table(rows: Sequence[Row]) -> Table:
+    """Every row beside our figure."""
+    return Table(
+        title="Measured and predicted",
+        columns=("table", "model", "device", "devices", "tokens", "at a time", "quantity", "measured", "ours", "ratio"),
+        rows=tuple(
+            (
+                row.measured.table,
+                row.measured.model,
+                row.measured.device,
+                str(row.measured.tensor_parallel),
+                f"{row.measured.input_tokens}/{row.measured.output_tokens}",
+                str(row.measured.concurrency or "max"),
+                row.measured.quantity,
+                f"{row.measured.value:,.1f}",
+                f"{row.ours:,.1f}",
+                f"{row.ratio:.2f}{' fitted' if row.fitted else ''}",
+            )
+            for row in rows
+        ),
+        text_columns=7,
+    )
+
+
+def summary_table(rows: Sequence[Row]) -> Table:
+    """By table, quantity, device and whether rows were fitted; then all held-out rows of the fitted table."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        use = "fitted" if row.fitted else "held out" if row.measured.table == FITTED_TABLE else "not fitted"
+        key = row.measured.table, row.measured.quantity, row.measured.device, use
+        groups.setdefault(key, []).append(row)
+    held_out = [row for row in rows if row.measured.table == FITTED_TABLE and not row.fitted]
+    if held_out:
+        groups[FITTED_TABLE, "output_tokens_per_s", "all", "held out"] = held_out
+    return Table(
+        title="Ours over measured",
+        columns=("table", "quantity", "device", "rows are", "rows", "geometric mean", "mean error", "within 25 %"),
+        rows=tuple((*key, *_errors(found)) for key, found in groups.items()),
+        text_columns=4,
+    )
+
+
+def _errors(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Number of rows, geometric mean of ours over measured, mean of |ratio - 1|, and how many are within 25 %."""
+    mean = math.exp(sum(math.log(row.ratio) for row in rows) / len(rows))
+    errors = [abs(row.ratio - 1) for row in rows]
+    within = sum(error <= WITHIN for error in errors)
+    return str(len(rows)), f"{mean:.2f}", f"{sum(errors) / len(rows):.1%}", f"{within} ({within / len(rows):.0%})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="config.json of Llama-3_3-Nemotron-Super-49B-v1")
-    parser.add_argument("--target", type=Path, default=TARGET)
+    parser.add_argument("--measurements", type=Path, default=MEASUREMENTS, help="table of measured speeds (CSV)")
+    parser.add_argument("--targets", type=Path, default=TARGETS, help="directory of the target files")
+    parser.add_argument("--config", type=Path, help="config.json of Llama-3_3-Nemotron-Super-49B-v1")
+    parser.add_argument("--summary", action="store_true", help="leave out the single rows")
     arguments = parser.parse_args()
-    shape, child = read_published(arguments.config)
-    sys.stdout.write(format_text(comparison_table(compare(shape, child, load_target(arguments.target)))) + "\n")
+    rows, left_out = predict_rows(read_measurements(arguments.measurements), arguments.targets)
+    tables = [summary_table(rows)] if arguments.summary else [rows_table(rows), summary_table(rows)]
+    if arguments.config:
+        shape, child = read_published(arguments.config)
+        target = load_target(arguments.targets / TARGET.name)
+        tables += [comparison_table(compare(shape, child, reserved_as(target, how)), how) for how in RESERVATIONS]
+    sys.stdout.write("\n\n".join(format_text(table) for table in tables) + "\n")
+    if left_out:
+        sys.stdout.write("\nnot predicted:\n" + "".join(f"  {text}\n" for text in left_out))
 
 
 if __name__ == "__main__":

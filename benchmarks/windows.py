@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from puzzle_core.architecture import Variant
+from puzzle_core.architecture import Option, Variant
 from puzzle_core.data import read_windows
 from puzzle_core.device import available_cores, default_device
 from puzzle_core.distill import bld
@@ -49,7 +49,7 @@ def row_of(plan: Plan, variant: Variant, training: Activations, scoring: list[Ac
         with tempfile.TemporaryDirectory() as out:
             losses.append(bld.train_variant(plan.bld(layer, variant), training, None, Path(out)).final_loss)
             weights = {str(variant): load_weights(Path(out))}
-        work = plan.score(layer, shape.parent_block(layer).with_variant(variant))
+        work = plan.score(layer, Option(shape.parent_block(layer).with_variant(variant)))
         scores.append([score_block(work, states, weights).kl_nats_per_token for states in scoring])
     entries = variant.seen(scoring[-1].ids_NT.shape[1]) * variant_size(shape, variant).kv_entries_per_token
     kls = (f"{statistics.mean(values):.4f}" for values in zip(*scores, strict=True))

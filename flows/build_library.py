@@ -9,8 +9,9 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows.permissions import permitted
+from flows.run_graph import call_flow, call_task, submit_task
 from flows.services.orphaned_runs import inherited_tags, label_process
-from flows.submit import ensure, ensure_tokens, plan_run, side_by_side, submit, wait_all
+from flows.submit import ensure, ensure_tokens, plan_run, show_stored, side_by_side, submit, wait_all
 from puzzle_core.architecture import Architecture, Option
 from puzzle_core.device import device_memory_bytes
 from puzzle_core.errors import PuzzleError
@@ -19,7 +20,8 @@ from puzzle_core.resources import streamed_groups
 from puzzle_core.scoring import SIDE_BY_SIDE
 from puzzle_core.sizes import DTYPE_BYTES, LAYER_CACHE_BYTES, architecture_parameters
 from puzzle_core.spec import RunSpec
-from puzzle_core.work import BldWork, ScoreWork
+from puzzle_core.target import ComputeDtype
+from puzzle_core.work import AssembleWork, BldWork, ScoreWork
 from tasks.announce import announce
 from tasks.runtime.context import RunContext
 from tasks.stage_progress import StageProgress
@@ -34,7 +36,7 @@ from tasks.stage_tasks import (
 )
 from tasks.tracking.lineage import record_library, record_trained
 from tasks.tracking.tracking import tracked
-from tasks.ui_artifacts import show_cached, show_library, show_tracked
+from tasks.ui_artifacts import show_library, show_tracked
 
 log = logging.getLogger("puzzle")
 Layers = Annotated[str | None, Field(pattern=f"^{LAYERS}$", examples=["0-9"])]
@@ -83,16 +85,25 @@ def build_planned_library(plan: Plan, context: RunContext) -> None:
     with tracked("library", spec) as run:
         show_tracked(plan, run)
         ensure_tokens(plan, context, "calibration", "bld", *plan.scoring_splits)
-        ensure(measure_importance, plan.importance(), context)
+        importance = ensure(measure_importance, plan.importance(), context)
         with context.lock_activations(plan.tokens("bld").key, spec.bld.dtype):
             train = train_variants if spec.bld.source == "stored" else train_streamed
-            side_by_side(train, context, _trainings_at_a_time(plan))(plan, context)
+            train = side_by_side(train, context, _trainings_at_a_time(plan))
+            call_flow(train, plan, context, after=[plan.tokens("bld").key, importance])
+        trained = [work.key for work in plan.all_bld()]
         for split in plan.scoring_splits:
-            with context.lock_activations(plan.tokens(split).key, spec.scoring.dtype):
-                side_by_side(score_variants, context, scores_at_a_time(plan, context))(plan, context, split=split)
+            tokens = plan.tokens(split).key
+            with context.lock_activations(tokens, spec.scoring.dtype):
+                score = side_by_side(score_variants, context, scores_at_a_time(plan, context))
+                call_flow(score, plan, context, split=split, after=[tokens, *trained])
         if plan.part is None:
             record_library(plan, context, run)
         show_library(plan, context)
+
+
+def captured(layer: int, tokens: str, dtype: ComputeDtype, base: AssembleWork | None = None) -> str:
+    """The name, in the run's graph, of the states that leave a layer of the parent, or of a child."""
+    return f"states of layer {layer} {tokens} {dtype} {base.key if base else 'parent'}"
 
 
 def _trainings_at_a_time(plan: Plan) -> int:
@@ -150,29 +161,39 @@ def train_variants(plan: Plan, context: RunContext) -> None:
         futures, now = running.pop(layer), done
         wait_all("BLD", futures, now, total, progress)
         now += len(futures)
-        wait_all("BLD", [submit(train_variant, work, context) for work in options[layer]], now, total, progress)
+        after = [captured(layer, tokens, dtype)]
+        wait_all("BLD", [submit(train_variant, work, context, after) for work in options[layer]], now, total, progress)
         now += len(options[layer])
         if layer >= reach:
-            drop_activations(states, layer - reach)
+            readers = [work.key for work in missing[layer - reach] + options[layer]] or after
+            call_task(drop_activations, f"drop {layer}", readers, directory=states, layer=layer - reach)
         if now > done:
             log.info("BLD: layer %d done, %d of %d variants", layer, now, total)
         record_trained(missing[layer] + options[layer], context)
         return now
 
-    capture = capture_layer.submit(parent, tokens, dtype, 0, bool(missing[0]), context)
+    def capture_next(layer: int) -> PrefectFuture[None]:
+        before = captured(layer - 1, tokens, dtype) if layer else tokens
+        return submit_task(
+            capture_layer, captured(layer, tokens, dtype), [before], parent=parent, tokens=tokens, dtype=dtype,
+            layer=layer, keep_post_attention=bool(missing[layer]), context=context,
+        )  # fmt: skip
+
+    capture = capture_next(0)
     try:
         for layer in range(last + 1):
             capture.result()
             if layer < last:
-                capture = capture_layer.submit(parent, tokens, dtype, layer + 1, bool(missing[layer + 1]), context)
-            running[layer] = [submit(train_variant, work, context) for work in missing[layer]]
+                capture = capture_next(layer + 1)
+            after = [captured(layer, tokens, dtype)]
+            running[layer] = [submit(train_variant, work, context, after) for work in missing[layer]]
             if layer:
                 done = finish(layer - 1)
         finish(last)
     except PuzzleError:
         wait([future for futures in running.values() for future in futures])  # else the end of the flow stops them
         raise
-    drop_activations(states)
+    call_task(drop_activations, "drop", [f"drop {last}"], directory=states)
 
 
 @flow(
@@ -218,7 +239,7 @@ def _missing_variants(plan: Plan, context: RunContext) -> tuple[Trainings, Train
             (options if isinstance(work.variant, Option) else variants)[work.last_layer].append(work)
     done = sum(work.key in stored_keys for work in works)
     log.info("block library: %d variants, %d in the store, %d to train", len(works), done, len(works) - done)
-    show_cached("bld", plan, [work for work in works if work.key in stored_keys], context)
+    show_stored("bld", train_variant, [work for work in works if work.key in stored_keys], plan, context)
     return variants, options, done
 
 
@@ -240,27 +261,25 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
     missing = [work for work in works if work.key not in stored_keys]
     done = len(works) - len(missing)
     log.info("scores: %d block variants, %d in the store, %d to score", len(works), done, len(missing))
-    show_cached("scores", plan, [work for work in works if work.key in stored_keys], context)
+    show_stored("scores", score_block, [work for work in works if work.key in stored_keys], plan, context)
     if not missing:
         return
     tokens, dtype = plan.tokens(split).key, plan.spec.scoring.dtype
     first = min(work.layer for work in missing)
-    capturing = StageProgress("capture", plan.name)
-    for layer in plan.layers:
-        capture_layer(plan.inputs.parent, tokens, dtype, layer, layer >= first and base is None, context)
-        capturing.show(layer + 1, len(plan.layers))
+    capture_layers(plan, context, first if base is None else len(plan.layers), split=split)
     gradients = None if base else plan.gradients()
     if gradients:
-        ensure(measure_gradients, gradients, context)
+        ensure(measure_gradients, gradients, context, [captured(plan.layers[-1], tokens, dtype)])
     else:
-        capture_log_probabilities(plan.inputs.parent, tokens, dtype, context)
-    for layer in plan.layers if base else ():
-        capture_layer(plan.inputs.parent, tokens, dtype, layer, layer >= first, context, base)
+        _capture_log_probabilities(plan, context, split)
+    if base:
+        capture_layers(plan, context, first, base, split)
     progress = StageProgress("scores", plan.name, done, shows_end=True)
-    futures = [submit(score_block, work, context) for work in missing]
+    futures = [submit(score_block, work, context, _read_by(work)) for work in missing]
     wait_all("scores", futures, done, len(works), progress)
-    for captured in (None, base) if base else (None,):
-        drop_activations(context.activations_directory(plan.inputs.parent, tokens, dtype, captured))
+    for model in (None, base) if base else (None,):
+        directory = context.activations_directory(plan.inputs.parent, tokens, dtype, model)
+        call_task(drop_activations, "drop", [work.key for work in missing], directory=directory)
     if child is None and plan.part is None:
         announce_library(plan)
 
@@ -268,6 +287,44 @@ def score_variants(plan: Plan, context: RunContext, child: Architecture | None =
 def announce_library(plan: Plan) -> None:
     """Emit the event that a library has all its scores, which may start re-searches."""
     announce("library.built", plan.spec.name, {"parent": plan.spec.parent.path, "store": plan.spec.runtime.store})
+
+
+def capture_layers(
+    plan: Plan, context: RunContext, kept_from: int, base: AssembleWork | None = None, split: str = "scoring"
+) -> None:
+    """Capture all layers of the parent, or of a child, on the tokens of a split.
+
+    Args:
+        plan: of the run.
+        context: its places.
+        kept_from: the first layer whose states after attention are stored, too.
+        base: the child.
+        split: of the tokens.
+    """
+    tokens, dtype = plan.tokens(split).key, plan.spec.scoring.dtype
+    progress = StageProgress("capture", plan.name)
+    for layer in plan.layers:
+        before = [captured(layer - 1, tokens, dtype, base)] if layer else [tokens, *([base.key] if base else [])]
+        call_task(
+            capture_layer, captured(layer, tokens, dtype, base), before, parent=plan.inputs.parent, tokens=tokens,
+            dtype=dtype, layer=layer, keep_post_attention=layer >= kept_from, context=context, base=base,
+        )  # fmt: skip
+        progress.show(layer + 1, len(plan.layers))
+
+
+def _capture_log_probabilities(plan: Plan, context: RunContext, split: str = "scoring") -> None:
+    """Store the parent's log-probabilities on the tokens of a split."""
+    tokens, dtype = plan.tokens(split).key, plan.spec.scoring.dtype
+    call_task(
+        capture_log_probabilities, f"log-probabilities {tokens} {dtype}", [captured(plan.layers[-1], tokens, dtype)],
+        parent=plan.inputs.parent, tokens=tokens, dtype=dtype, context=context,
+    )  # fmt: skip
+
+
+def _read_by(work: ScoreWork) -> list[str]:
+    """The names of the captured states that a score reads."""
+    states = captured(work.layer, work.tokens, work.dtype, work.base)
+    return [states] if work.gradients else [states, f"log-probabilities {work.tokens} {work.dtype}"]
 
 
 @flow(
@@ -284,11 +341,11 @@ def score_exactly(plan: Plan, context: RunContext, works: list[ScoreWork]) -> No
     """
     stored_keys = context.store().keys(ScoreWork.stage)
     missing = [work for work in works if work.key not in stored_keys]
+    show_stored("exact scores", score_block, [work for work in works if work.key in stored_keys], plan, context)
     if not missing:
         return
-    tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
-    for layer in plan.layers:
-        capture_layer(plan.inputs.parent, tokens, dtype, layer, True, context)
-    capture_log_probabilities(plan.inputs.parent, tokens, dtype, context)
-    progress = StageProgress("exact scores", plan.spec.name)
-    wait_all("exact scores", [submit(score_block, work, context) for work in missing], progress=progress)
+    capture_layers(plan, context, 0)
+    _capture_log_probabilities(plan, context)
+    progress = StageProgress("exact scores", plan.name)
+    futures = [submit(score_block, work, context, _read_by(work)) for work in missing]
+    wait_all("exact scores", futures, progress=progress)

@@ -7,18 +7,19 @@ is made once (tasks/runtime/lease.py).
 
 import logging
 import time
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 from uuid import UUID
 
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import State, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from pydantic import Field
 
 from flows.build_library import announce_library, build_planned_library
 from flows.permissions import permitted
+from flows.run_graph import call_flow
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import plan_run
 from puzzle_core.errors import PuzzleError, SpecError
@@ -58,7 +59,7 @@ def fan_out_library(spec: RunSpec, ranges: Annotated[int, Field(ge=1)] = 2, depl
     parts = layer_ranges(len(plan.layers), ranges)
     build_ranges(spec, parts, deployment)
     _check_whole(plan, context, parts)
-    build_planned_library(plan, context)  # makes options that span two ranges, and records the library
+    call_flow(build_planned_library, plan, context)  # makes options that span two ranges, and records the library
     announce_library(plan)
 
 
@@ -106,12 +107,12 @@ def _share(spec: RunSpec, parts: int) -> RunSpec:
 
 def _start(content: dict[str, object], part: str, deployment: str) -> UUID:
     try:
-        started = run_deployment(deployment, parameters={"spec": content, "layers": part}, timeout=0)
+        run = run_deployment(deployment, parameters={"spec": content, "layers": part}, timeout=0)
     except ObjectNotFound as error:
         raise SpecError(
             f"the Prefect server has no deployment {deployment}: `prefect deploy --all` registers those of prefect.yaml"
         ) from error
-    return cast(FlowRun, started).id  # a coroutine only where it is called from one
+    return run.id  # type: ignore[union-attr]  # a coroutine only in an event loop
 
 
 def _ended(client: SyncPrefectClient, running: dict[str, UUID]) -> dict[str, State[Any]]:

@@ -7,6 +7,7 @@ from prefect import flow
 from flows.build_library import build_planned_library
 from flows.permissions import permitted
 from flows.refine_search import find_answer, refine_planned_search
+from flows.run_graph import call_flow
 from flows.search_architecture import answering_plan, measure_target, search_planned_architecture
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, retry_after_damage
@@ -15,6 +16,7 @@ from puzzle_core.plan import Plan, RoundChild
 from puzzle_core.spec import RunSpec
 from tasks.runtime.context import RunContext
 from tasks.stage_tasks import write_report
+from tasks.store.references import read_keys
 from tasks.tracking.lineage import record_report
 from tasks.tracking.tracking import tracked
 from tasks.ui_artifacts import show_report, show_tracked
@@ -80,12 +82,15 @@ def _from_parent_to_child(plan: Plan, context: RunContext) -> Plan:
     """
     ensure_tokens(plan, context, *plan.splits)
     measure_target(plan, context)
-    build_planned_library(plan, context)
-    search_planned_architecture(plan, context)
+    read = ("calibration", "bld", *plan.scoring_splits)
+    call_flow(build_planned_library, plan, context, after=[plan.tokens(split).key for split in read])
+    call_flow(search_planned_architecture, plan, context, after=read_keys(plan.search()))
     plan = answering_plan(plan, context)
-    if plan.refine():
-        refine_planned_search(plan, context)
-    train_planned_child(plan, context)
+    search = plan.search().key
+    if refine := plan.refine():
+        call_flow(refine_planned_search, plan, context, after=[search])
+    tokens = [plan.tokens(split).key for split in (*plan.gkd_splits, "evaluation")]
+    call_flow(train_planned_child, plan, context, after=[search, *([refine.key] if refine else []), *tokens])
     return plan
 
 
@@ -94,7 +99,7 @@ def _from_parent_to_report(spec: RunSpec, plan: Plan, context: RunContext) -> st
     with tracked(spec.name, spec.with_dtype(plan.inputs.auto_dtype)) as run:
         show_tracked(plan, run)
         for number in range(1, len(spec.rounds) + 1):
-            plan, context = run_round(number, spec, plan, context)
+            plan, context = call_flow(run_round, number, spec, plan, context, after=[plan.inputs.parent])
         plan = _from_parent_to_child(plan, context)
         work = report_work(plan, context)
         key = ensure(write_report, work, context)

@@ -7,11 +7,13 @@ parent, searches again and measures the new shortlist, as long as the measured K
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from prefect import flow
 
 from flows.build_library import score_variants, scores_at_a_time
 from flows.permissions import permitted
+from flows.run_graph import call_flow, call_task
 from flows.search_architecture import answering_plan
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, plan_run, side_by_side, submit, wait_all
@@ -62,15 +64,17 @@ def refine_planned_search(plan: Plan, context: RunContext) -> None:
         return
     with tracked("refine", spec) as run:
         first = _search_record(context, plan.search().key)
-        candidates = _measured(0, first, plan, context)
+        key = plan.search().key
+        candidates = _measured(0, key, plan, context)
         best = min(candidates, key=_kl)
         for number in range(1, spec.search.iterations + 1):
             base = best.solution.architecture
             with context.lock_activations(plan.tokens("scoring").key, spec.scoring.dtype):
-                side_by_side(score_variants, context, scores_at_a_time(plan, context))(plan, context, base)
+                score = side_by_side(score_variants, context, scores_at_a_time(plan, context))
+                call_flow(score, plan, context, base, after=[plan.measure(base).key])
             search = plan.search(base, first.batch_sizes)
             ensure(stage_tasks.choose_architecture, search, context, target=spec.target)
-            measured = _measured(number, _search_record(context, search.key), plan, context, best.measured_kl)
+            measured = _measured(number, search.key, plan, context, best.measured_kl)
             candidates += measured
             best_of_round = min(measured, key=_kl)
             log.info("round %d: measured KL %.4f, before %.4f", number, _kl(best_of_round), best.measured_kl)
@@ -78,7 +82,8 @@ def refine_planned_search(plan: Plan, context: RunContext) -> None:
                 break
             best = best_of_round
         record = RefineRecord(best=candidates.index(best), candidates=tuple(candidates))
-        ensure(stage_tasks.store_refinement, work, context, record=record)
+        measured_keys = [plan.measure(candidate.solution.architecture).key for candidate in candidates]
+        ensure(stage_tasks.store_refinement, work, context, measured_keys, record=record)
         record_refined(plan, context, run, record)
 
 
@@ -98,18 +103,20 @@ def _search_record(context: RunContext, key: str) -> SearchRecord:
     return context.store().record(SearchRecord, key)
 
 
-def _measured(
-    number: int, search: SearchRecord, plan: Plan, context: RunContext, base_kl: float = 0.0
-) -> list[Candidate]:
+def _measured(number: int, key: str, plan: Plan, context: RunContext, base_kl: float = 0.0) -> list[Candidate]:
     """The best solutions of a search, assembled and measured.
 
     Args:
         number: the round of the search.
+        key: of the search.
+        plan: of the run.
+        context: its places.
         base_kl: measured KL of the child that the search's scores are relative to, in nats per token; 0 for the parent.
     """
-    shortlist = search.solutions[: plan.spec.search.shortlist]
+    shortlist = _search_record(context, key).solutions[: plan.spec.search.shortlist]
     with context.lock_activations(plan.tokens("scoring").key, plan.spec.evaluation.dtype):
-        side_by_side(measure_candidates, context)([solution.architecture for solution in shortlist], plan, context)
+        measure = side_by_side(measure_candidates, context)
+        call_flow(measure, [solution.architecture for solution in shortlist], plan, context, after=[key])
     candidates = []
     for rank, solution in enumerate(shortlist, start=1):
         evaluation = context.store().record(EvaluationRecord, plan.measure(solution.architecture).key)
@@ -147,15 +154,25 @@ def evaluate_missing(
         spec: names the files of benchmarks, where works have some.
     """
     missing = {label: work for label, work in works.items() if not context.store().has(work.key)}
+    evaluate = stage_tasks.evaluate_model
+    files: dict[str, Any] = {"spec": spec} if spec else {}
+    for label, work in works.items():
+        if label not in missing:
+            ensure(evaluate, work, context, label=label, **files)
     if not missing:
         return
     parent, tokens, dtype = next((work.parent, work.tokens, work.dtype) for work in missing.values())
-    stage_tasks.capture_parent(parent, tokens, dtype, context)
-    progress, files = StageProgress(what, plan.spec.name), {"spec": spec} if spec else {}
-    evaluate = stage_tasks.evaluate_model
-    futures = [submit(evaluate, work, context, label=label, **files) for label, work in missing.items()]
+    call_task(
+        stage_tasks.capture_parent, "parent's states", [tokens],
+        parent=parent, tokens=tokens, dtype=dtype, context=context,
+    )  # fmt: skip
+    progress = StageProgress(what, plan.spec.name)
+    futures = [
+        submit(evaluate, work, context, ["parent's states"], label=label, **files) for label, work in missing.items()
+    ]
     wait_all(what, futures, progress=progress)
-    stage_tasks.drop_activations(context.activations_directory(parent, tokens, dtype))
+    directory = context.activations_directory(parent, tokens, dtype)
+    call_task(stage_tasks.drop_activations, "drop", [work.key for work in missing.values()], directory=directory)
 
 
 def _kl(candidate: Candidate) -> float:

@@ -15,6 +15,7 @@ from prefect import flow
 from prefect.states import Completed
 
 from flows.permissions import permitted
+from flows.run_graph import call_flow
 from flows.search_architecture import known_plan, search_planned_architecture
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.services.schedules import resume_schedule_once
@@ -85,7 +86,7 @@ def research_targets(spec: RunSpec, targets: str = TARGETS) -> dict[str, str]:
         error = search.error
         if search.record is None and search.plan is not None:
             try:
-                search_planned_architecture(search.plan, context)
+                call_flow(search_planned_architecture, search.plan, context)
             except PuzzleError as raised:
                 error = str(raised)
         else:

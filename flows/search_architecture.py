@@ -4,8 +4,9 @@ import logging
 
 from prefect import flow
 
-from flows.build_library import build_planned_library, score_exactly, scores_at_a_time
+from flows.build_library import build_planned_library, capture_layers, captured, score_exactly, scores_at_a_time
 from flows.permissions import permitted
+from flows.run_graph import call_flow, call_task
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side
 from puzzle_core.errors import CoverageError
@@ -16,11 +17,13 @@ from puzzle_core.spec import RunSpec
 from puzzle_core.work import ScoreWork
 from tasks import stage_tasks
 from tasks.runtime.context import RunContext
+from tasks.store.references import read_keys
 from tasks.tracking.lineage import record_architecture
 from tasks.tracking.tracking import tracked
 from tasks.ui_artifacts import show_architecture, show_tracked
 
 log = logging.getLogger("puzzle")
+ASKING = "asked for exact scores"
 
 
 @flow(
@@ -60,7 +63,7 @@ def search_planned_architecture(plan: Plan, context: RunContext) -> None:
     _search(plan, context)
     answering = answering_plan(plan, context)
     if answering != plan:
-        build_planned_library(answering, context)
+        call_flow(build_planned_library, answering, context, after=[plan.search().key])
         _search(answering, context)
 
 
@@ -94,13 +97,9 @@ def _search(plan: Plan, context: RunContext) -> None:
                 f"{missing[0].layer} {missing[0].option}: run `puzzle build-library` with this spec first"
             )
         _measure_influence(plan, context)
-        key = ensure(
-            stage_tasks.choose_architecture,
-            plan.search(),
-            context,
-            target=spec.target,
-            exact=_score_for_answer(plan, context),
-        )
+        exact = _score_for_answer(plan, context)
+        choose = stage_tasks.choose_architecture
+        key = ensure(choose, plan.search(), context, exact, target=spec.target, exact=exact)
         record_architecture(plan, context, run, key)
         show_architecture(plan, context, key)
 
@@ -108,14 +107,18 @@ def _search(plan: Plan, context: RunContext) -> None:
 def _measure_influence(plan: Plan, context: RunContext) -> None:
     """Ensure what baselines drop layers by, where the specification names such."""
     work = plan.influence()
-    if work is None or context.store().has(work.key):
+    if work is None:
+        return
+    if context.store().has(work.key):
+        ensure(stage_tasks.measure_influence, work, context)
         return
     ensure_tokens(plan, context, "scoring")
     with context.lock_activations(work.tokens, work.dtype):
-        for layer in plan.layers:
-            stage_tasks.capture_layer(work.parent, work.tokens, work.dtype, layer, False, context)
-        ensure(stage_tasks.measure_influence, work, context)
-        stage_tasks.drop_activations(context.activations_directory(work.parent, work.tokens, work.dtype))
+        capture_layers(plan, context, len(plan.layers))
+        states = captured(plan.layers[-1], work.tokens, work.dtype)
+        ensure(stage_tasks.measure_influence, work, context, [states])
+        directory = context.activations_directory(work.parent, work.tokens, work.dtype)
+        call_task(stage_tasks.drop_activations, "drop", [work.key], directory=directory)
 
 
 def _score_for_answer(plan: Plan, context: RunContext) -> tuple[str, ...]:
@@ -133,11 +136,16 @@ def _score_for_answer(plan: Plan, context: RunContext) -> tuple[str, ...]:
     ensure_tokens(plan, context, "scoring")
     tokens, dtype = plan.tokens("scoring").key, plan.spec.scoring.dtype
     with context.lock_activations(tokens, dtype):
-        while asked := stage_tasks.ask_for_scores(search, plan.spec.target, context, keys):
+        while asked := call_task(
+            stage_tasks.ask_for_scores, ASKING, [*read_keys(search), *keys],
+            work=search, target=plan.spec.target, context=context, exact=keys,
+        ):  # fmt: skip
             works = [plan.exact_score(layer, option) for layer, option in asked]
-            side_by_side(score_exactly, context, scores_at_a_time(plan, context))(plan, context, works)
+            score = side_by_side(score_exactly, context, scores_at_a_time(plan, context))
+            call_flow(score, plan, context, works, after=[ASKING])
             keys += tuple(work.key for work in works)
-        stage_tasks.drop_activations(context.activations_directory(plan.inputs.parent, tokens, dtype))
+        directory = context.activations_directory(plan.inputs.parent, tokens, dtype)
+        call_task(stage_tasks.drop_activations, "drop", keys, directory=directory)
     log.info("search: exact scores of %d of %d block variants", len(keys), len(search.exact))
     return keys
 
@@ -146,4 +154,5 @@ def measure_target(plan: Plan, context: RunContext) -> None:
     """Ensure the costs of all scenarios and batch sizes, and check that an architecture can meet the limits."""
     for work in plan.costs().values():
         ensure(stage_tasks.find_costs, work, context.of_first)
-    stage_tasks.check_limits(plan.search(), plan.spec.target, context)
+    costs = [work.key for work in plan.costs().values()]
+    call_task(stage_tasks.check_limits, "limits", costs, work=plan.search(), target=plan.spec.target, context=context)

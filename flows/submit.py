@@ -2,14 +2,14 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Flow, Task
 from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
-from prefect.results import get_result_store
 
+from flows.run_graph import INPUTS, call_task, start_graph, submit_task
 from flows.task_runners.choice import check_cluster, check_packages, task_runner
 from puzzle_core.errors import DamagedError, PuzzleError
 from puzzle_core.plan import Plan
@@ -21,12 +21,15 @@ from tasks.runtime.context import RunContext
 from tasks.runtime.disk_space import check_disk_space
 from tasks.stage_progress import StageProgress
 from tasks.stage_tasks import open_inputs, pack_tokens
-from tasks.task_policies import cache_key
+from tasks.store.references import read_keys
 from tasks.tracking.tracking import current_run
+from tasks.ui_artifacts import show_cached
 
 log = logging.getLogger("puzzle")
 ATTEMPTS = 3
 """Of a run that finds damaged artifacts (`retry_after_damage`)."""
+MOST_CACHED = 2000
+"""Task runs of a stage that are shown as cached: each takes about 7 ms."""
 P = ParamSpec("P")
 T = TypeVar("T")
 # `Any` below stands for the parameters of tasks of every signature, and for the results of their futures.
@@ -41,9 +44,10 @@ def plan_run(spec: RunSpec) -> tuple[Plan, RunContext]:
     Raises:
         PuzzleError: the parent, the texts or the target are invalid, a disk is too small, or a worker lacks something.
     """
+    start_graph()
     context = RunContext.of(spec)
     check_packages(spec, context)
-    plan = Plan(spec, open_inputs(context, spec))
+    plan = Plan(spec, call_task(open_inputs, INPUTS, context=context, spec=spec))
     _log_auto_dtype(spec, plan, context)
     context = context.at_commit(plan.inputs.parent_commit)
     context.drop_finished_checkpoints()
@@ -82,25 +86,36 @@ def side_by_side(flow: Flow[P, T], context: RunContext, tasks: int = 0) -> Flow[
     return flow.with_options(task_runner=task_runner(context, tasks))
 
 
-def ensure(task: Task[Any, str], work: Work, context: RunContext, **arguments: Any) -> str:
-    """Run one task and wait for it; where the store has its artifact, Prefect shows the task as cached."""
-    stored = context.store().has(work.key)
-    if stored:
-        mark_cached(task, work)
+def ensure(task: Task[Any, str], work: Work, context: RunContext, after: Iterable[str] = (), **arguments: Any) -> str:
+    """Run one task and wait for it; where the store has its artifact, Prefect shows the task as cached.
+
+    In Prefect's graph it comes after the tasks that made what `work` names, and after those that made `after`.
+    """
     try:
-        run = _with_timeout(task, context, refresh=not stored)
-        key: str = run(work=work, context=_tracked(context), **arguments)
+        names = [*read_keys(work), *after]
+        run = _with_timeout(task, context)
+        return call_task(run, work.key, names, work=work, context=_tracked(context), **arguments)
     except TimeoutError as error:
         raise timeout_error(f"{task.name} ({work.key})", error) from error
-    return key
 
 
-def submit(task: Task[Any, str], work: Work, context: RunContext, **arguments: Any) -> PrefectFuture[str]:
-    """Submit one task whose artifact the store lacks."""
-    future: PrefectFuture[str] = _with_timeout(task, context, refresh=True).submit(
-        work=work, context=_tracked(context), **arguments
-    )
-    return future
+def submit(
+    task: Task[Any, str], work: Work, context: RunContext, after: Iterable[str] = (), **arguments: Any
+) -> PrefectFuture[str]:
+    """Submit one task whose artifact the store lacks; `after` as in `ensure`."""
+    names = [*read_keys(work), *after]
+    return submit_task(_with_timeout(task, context), work.key, names, work=work, context=_tracked(context), **arguments)
+
+
+def show_stored(
+    stage: str, task: Task[Any, str], works: Sequence[Work], plan: Plan, context: RunContext, **arguments: Any
+) -> None:
+    """Show works that the store has: each as a task that is cached, or more than MOST_CACHED of them in one table."""
+    if len(works) > MOST_CACHED:
+        show_cached(stage, plan, works, context)
+        return
+    for work in works:
+        ensure(task, work, context, **arguments)
 
 
 def ensure_tokens(plan: Plan, context: RunContext, *splits: str) -> None:
@@ -172,23 +187,16 @@ def _distinct(errors: Iterable[PuzzleError]) -> list[str]:
     return [message if count == 1 else f"{message} ({count} times)" for message, count in counts.items()]
 
 
-def mark_cached(task: Task[Any, str], work: Work) -> None:
-    """Write a task's result to Prefect's result storage, as if Prefect had run the task that made this artifact."""
-    run_results: Any = get_result_store()  # Prefect types its methods as coroutines, also where they are called in sync
-    results, key = run_results.update_for_task(task, _sync=True), cache_key(work)
-    if not results.exists(key):
-        results.write(work.key, key=key)
-
-
 def _tracked(context: RunContext) -> RunContext:
     """The context with the id of the present MLflow run, which the manifests of artifacts record."""
     run = current_run()
     return context.model_copy(update={"mlflow_run": run.run_id}) if run else context
 
 
-def _with_timeout(task: Task[Any, str], context: RunContext, refresh: bool) -> Task[Any, str]:
-    """The task with the run's timeout; `refresh` ignores Prefect's cached result, as the store lacks the artifact."""
-    return task.with_options(refresh_cache=refresh, timeout_seconds=context.runtime.task_timeout_s)
+def _with_timeout(task: Task[Any, str], context: RunContext) -> Task[Any, str]:
+    """The task with the run's timeout."""
+    seconds = context.runtime.task_timeout_s
+    return task if seconds is None else task.with_options(timeout_seconds=seconds)
 
 
 def timeout_error(name: str, error: TimeoutError) -> PuzzleError:

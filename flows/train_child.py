@@ -6,6 +6,7 @@ from prefect import flow
 
 from flows.permissions import permitted
 from flows.refine_search import evaluate_missing, find_answer
+from flows.run_graph import call_flow
 from flows.search_architecture import answering_plan
 from flows.services.orphaned_runs import inherited_tags, label_process
 from flows.submit import ensure, ensure_tokens, plan_run, side_by_side
@@ -57,17 +58,20 @@ def train_planned_child(plan: Plan, context: RunContext) -> None:
     with tracked("child", plan.spec) as run:
         show_tracked(plan, run)
         ensure_tokens(plan, context, *plan.gkd_splits, "evaluation")
-        architectures = children(search)
+        architectures, refine = children(search), plan.refine()
+        chosen, tokens = [refine.key if refine else plan.search().key], plan.tokens("evaluation").key
         for label, architecture in architectures.items():
-            ensure(stage_tasks.assemble_child, plan.assemble(architecture), context, label=label)
+            ensure(stage_tasks.assemble_child, plan.assemble(architecture), context, chosen, label=label)
         if plan.fused(search.best.architecture) != search.best.architecture:
-            ensure(stage_tasks.assemble_child, plan.assemble(search.best.architecture, True), context, label=FUSED)
+            fused = plan.assemble(search.best.architecture, True)
+            ensure(stage_tasks.assemble_child, fused, context, chosen, label=FUSED)
         for split, work in plan.trainings(search.best.architecture).items():
             ensure(stage_tasks.distil_child, work, context.of_first, run=run, label=split)
         if timing := plan.timing(timed(plan, search), search.best.prediction.batch_size):
-            ensure(stage_tasks.time_models, timing, context.of_first)
+            ensure(stage_tasks.time_models, timing, context.of_first, chosen)
         with context.lock_activations(plan.tokens("evaluation").key, plan.spec.evaluation.dtype):
-            side_by_side(evaluate_models, context)(plan, context.of_first)
+            models = filter(None, evaluated(plan, search).values())
+            call_flow(side_by_side(evaluate_models, context), plan, context.of_first, after=[*models, tokens])
         record_child(plan, context, run, report_work(plan, context))
 
 

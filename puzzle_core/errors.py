@@ -73,6 +73,10 @@ class StorageError(PuzzleError):
     """The artifact store or the scratch directory cannot be written or read (disk full, no permission)."""
 
 
+class TrackingError(PuzzleError):
+    """MLflow does not have all records of a run whose `runtime.tracking` is `required`."""
+
+
 def reason(error: BaseException) -> str:
     """The text of another library's error as one line. Its second line often names the cause."""
     lines = [line.strip() for line in str(error).splitlines()]

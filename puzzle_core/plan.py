@@ -17,6 +17,7 @@ from puzzle_core.errors import SpecError
 from puzzle_core.formats.llama_blocks import unlike_llama
 from puzzle_core.fusible import check_fusible, fused
 from puzzle_core.records import Record
+from puzzle_core.sizes import check_devices
 from puzzle_core.spec import (
     DEPTH,
     GKD_SPLITS,
@@ -30,7 +31,7 @@ from puzzle_core.spec import (
     SplitSize,
     VariantsSpec,
 )
-from puzzle_core.target import Dtype, TargetSpec
+from puzzle_core.target import FORMULAS, Dtype, TargetSpec
 from puzzle_core.text_sources import Texts
 from puzzle_core.work import (
     AssembleWork,
@@ -155,6 +156,8 @@ class Plan:
         for what, tokens in lengths.items():
             if tokens > shape.max_positions:
                 raise SpecError(f"{what} is {tokens}, but the parent's context holds {shape.max_positions} tokens")
+        if hardware := spec.target.hardware:
+            check_devices(shape, hardware.tensor_parallel, hardware.pipeline_parallel)
         self._check_windows()
         if spec.child.fuse_ffn:
             check_fusible(shape)
@@ -443,9 +446,10 @@ class Plan:
                 traffic=_traffic(scenario, batch_size),
                 target=self.target,
                 hardware=self.inputs.hardware,
+                formulas=FORMULAS if self.target.costs == "roofline" else None,
             )
             for scenario in self.spec.scenarios
-            for batch_size in scenario.batch_sizes
+            for batch_size in dict.fromkeys((*scenario.batch_sizes, *_single_prompt(scenario)))
         }
 
     def search(self, base: Architecture | None = None, batch_sizes: Mapping[str, int] | None = None) -> SearchWork:
@@ -590,9 +594,15 @@ class Plan:
                 "bld": self._bld_of_content.model_copy(update={"coupled": spec.bld.coupled}),
                 "target": self.target.model_copy(update={"table": inputs.cost_table}),
                 "evaluation": spec.evaluation.model_copy(update={"tasks": benchmarks, "lm_eval": self._harness}),
+                "champion": None,
                 "runtime": RuntimeSpec(),
             }
         )
+
+
+def _single_prompt(scenario: ScenarioSpec) -> tuple[int, ...]:
+    """The batch of one whose prefill a first token takes under continuous batching."""
+    return (1,) if scenario.batching == "continuous" else ()
 
 
 def _traffic(scenario: ScenarioSpec, batch_size: int) -> Traffic:

@@ -1,8 +1,10 @@
 """Exact costs from shapes: parameters and KV-cache bytes (METHOD section 5). No torch."""
 
+import math
 from typing import NamedTuple
 
 from puzzle_core.architecture import Architecture, ModelShape, Variant
+from puzzle_core.errors import SpecError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 LARGEST_LOG_PROBABILITIES_BYTES = 2**30
@@ -52,10 +54,46 @@ def architecture_parameters(shape: ModelShape, architecture: Architecture) -> in
     return outside_parameters(shape) + sum(variant_size(shape, variant).parameters for variant in variants)
 
 
-def kv_entries(shape: ModelShape, architecture: Architecture, tokens: int) -> int:
-    """KV-cache entries of a whole child for one sequence of so many tokens; a window caps its layer's part."""
+def parameter_bytes(
+    shape: ModelShape, architecture: Architecture, weight_bytes: float, embedding_bytes: float | None = None
+) -> float:
+    """Bytes of all weights of a child; embedding, head and final norm have their own bytes per weight, if given."""
+    outside = outside_parameters(shape)
+    blocks = architecture_parameters(shape, architecture) - outside
+    return blocks * weight_bytes + outside * (embedding_bytes or weight_bytes)
+
+
+def kv_entries(shape: ModelShape, architecture: Architecture, tokens: int, tensor_parallel: int = 1) -> float:
+    """KV-cache entries of a whole child for one sequence of so many tokens, on all devices that share its layers.
+
+    A window caps its layer's part; devices that outnumber KV heads hold copies.
+    """
     attentions = (shape.in_layer(layer, block.attention) for layer, block in enumerate(architecture.layers))
-    return sum(a.seen(tokens) * variant_size(shape, a).kv_entries_per_token for a in attentions)
+    return sum(
+        a.seen(tokens) * variant_size(shape, a).kv_entries_per_token * kv_copies(a.kv_heads, tensor_parallel)
+        for a in attentions
+    )
+
+
+def kv_copies(kv_heads: int, tensor_parallel: int) -> float:
+    """Copies of an attention's cache that its devices hold together: a whole head each where KV heads are fewer."""
+    return max(1, tensor_parallel / kv_heads) if kv_heads else 1
+
+
+def check_devices(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int = 1) -> None:
+    """Refuse a number of devices that cannot share the model.
+
+    Raises:
+        SpecError: query heads or FFN width are no multiple of `tensor_parallel`, or stages are more than layers.
+    """
+    for what, count in (("heads", shape.heads), ("FFN channels", shape.ffn_width)):
+        if count % tensor_parallel:
+            raise SpecError(
+                f"tensor_parallel is {tensor_parallel}, and the model has {count} {what}, which so many devices cannot "
+                f"share: take a divisor of {math.gcd(shape.heads, shape.ffn_width)}"
+            )
+    if pipeline_parallel > shape.layers:
+        raise SpecError(f"pipeline_parallel is {pipeline_parallel}, and the model has {shape.layers} layers")
 
 
 def watched_windows(windows: int, checks: int) -> int:

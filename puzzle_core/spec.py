@@ -23,6 +23,7 @@ from puzzle_core.architecture import (
 )
 from puzzle_core.credentials import SCHEMA_PATTERN, has_credentials
 from puzzle_core.engines import ServingEngine, required_constraints, restrictions
+from puzzle_core.errors import SpecError
 from puzzle_core.quantities import (
     column_unit,
     parse_bytes,
@@ -36,7 +37,7 @@ from puzzle_core.quantities import (
 )
 from puzzle_core.records import Record
 from puzzle_core.sizes import is_cheaper
-from puzzle_core.target import ComputeDtype, Count, Name, Positive, Share
+from puzzle_core.target import ComputeDtype, Count, Name, Positive, Reservation, Share
 from puzzle_core.target import Dtype as Dtype
 from puzzle_core.target import TargetSpec as TargetSpec
 from puzzle_core.text_sources import Texts
@@ -487,6 +488,12 @@ class ScenarioSpec(Record):
     batch_sizes: tuple[Count, ...] = Field(
         (1,), min_length=1, description="The search tries each batch size and keeps the best"
     )
+    batching: Literal["static", "continuous"] = Field(
+        "static",
+        description="static: the batch is prefilled, then decodes. continuous: sequences come and go, so prefills of "
+        "others lie between the tokens of each, and a first token waits for one prompt, not for the batch",
+        exclude_if=lambda batching: batching == "static",
+    )
     throughput_counts: Literal["generated", "total"] = Field(
         "generated", description="Tokens that `throughput` counts: generated tokens, or prompt and generated tokens"
     )
@@ -539,6 +546,20 @@ class ConstraintsSpec(Record):
         required = required_constraints(engines)
         multiple = math.lcm(self.ffn_multiple_of, required.get("ffn_multiple_of", 1))
         return self.model_copy(update=required | {"ffn_multiple_of": multiple})
+
+    def on_devices(self, target: TargetSpec) -> "ConstraintsSpec":
+        """These constraints and what the devices of the target can share.
+
+        Raises:
+            SpecError: `tensor_parallel` is set here too, to another number.
+        """
+        devices = target.hardware.tensor_parallel if target.hardware else self.tensor_parallel
+        if self.tensor_parallel not in (1, devices):
+            raise SpecError(
+                f"constraints.tensor_parallel is {self.tensor_parallel} and target.hardware.tensor_parallel {devices}: "
+                "set the target's alone"
+            )
+        return self.model_copy(update={"tensor_parallel": devices})
 
     def allows(self, variant: Variant, engines: tuple[ServingEngine, ...]) -> bool:
         """Whether these constraints and these engines allow a variant in any layer."""
@@ -601,6 +622,29 @@ class SearchSpec(Record):
     )
 
 
+class ServedOn(Record):
+    """What the target's devices and engine hold, whatever limits a scenario has; for roofline costs alone."""
+
+    devices: str = Field(description="Number and name of the devices")
+    memory: Bytes = Field(description="For weights and KV cache, all devices together")
+    reservation: Reservation = Field("guaranteed", description="Cache that a sequence holds")
+    max_sequences: Positive | None = Field(None, description="Most sequences at a time")
+    accuracy: str = Field("", description="How far the costs are from measurements of this engine on this device")
+
+    @classmethod
+    def of(cls, target: TargetSpec) -> "ServedOn | None":
+        """Of a target; none where its costs are not computed from figures."""
+        if (hardware := target.hardware) is None:
+            return None
+        return cls(
+            devices=f"{hardware.devices} x {hardware.device}",
+            memory=f"{max(0.1, math.floor(hardware.usable_bytes / 2**30 * 10) / 10)}GiB",
+            reservation=hardware.serving.reservation,
+            max_sequences=hardware.serving.max_sequences,
+            accuracy=target.accuracy,
+        )
+
+
 class SearchRequest(Record):
     """The input of a search: traffic and limits, constraints on the architecture, and settings of the search."""
 
@@ -613,6 +657,9 @@ class SearchRequest(Record):
         description="Serving engines that must all run the child; variants that one does not support are excluded",
     )
     search: SearchSpec = SearchSpec()
+    served_on: ServedOn | None = Field(
+        None, description="What the devices hold", exclude_if=lambda served_on: served_on is None
+    )
 
     @property
     def scenarios(self) -> tuple[ScenarioSpec, ...]:
@@ -821,8 +868,17 @@ class RuntimeSpec(Record):
     cache_size: Annotated[str, BeforeValidator(parse_memory.check), Field(json_schema_extra=parse_memory.form)] = Field(
         "20GiB", description="Maximum size of local copies of a bucket's artifacts under scratch, for instance 20GiB"
     )
-    mlflow_uri: str = Field("sqlite:///.puzzle/mlflow.db", description="MLflow tracking URI")
+    mlflow_uri: str = Field(
+        "sqlite:///.puzzle/mlflow.db",
+        description="MLflow tracking URI; at its default, MLFLOW_TRACKING_URI of the environment counts, then the "
+        "server that `make up` runs here",
+    )
     mlflow_experiment: str = Field("puzzle", description="Name of the MLflow experiment")
+    tracking: Literal["best_effort", "required"] = Field(
+        "best_effort",
+        description="What a record that MLflow does not take means: the run goes on and says so, or it fails",
+        exclude_if=lambda tracking: tracking == "best_effort",
+    )
     budget: BudgetSpec | None = Field(
         None,
         description="Stop before the run has computed for longer; finished work and checkpoints stay",
@@ -914,6 +970,15 @@ COMPUTING_PARTS = ("bld", "scoring", "gkd", "evaluation")
 """The parts with a type of matrix products."""
 
 
+class ChampionSpec(Record):
+    """The gate that makes a child the champion of its target and scenario in MLflow."""
+
+    kept_accuracy: float = Field(
+        gt=0, le=2, description="Least share of the parent's accuracy that the child keeps, for instance 0.97"
+    )
+    measured_limits: bool = Field(True, description="The limits must also hold as measured")
+
+
 class RunSpec(Record):
     """All settings of a run: parent, data, stages, hardware target, traffic, search and runtime."""
 
@@ -946,12 +1011,19 @@ class RunSpec(Record):
         exclude_if=lambda rounds: not rounds,
     )
     evaluation: EvaluationSpec = EvaluationSpec()
+    champion: ChampionSpec | None = Field(
+        None,
+        description="Gate of the champion; unset: `puzzle promote` makes champions",
+        exclude_if=lambda gate: gate is None,
+    )
     runtime: RuntimeSpec = RuntimeSpec()
 
     @property
     def request(self) -> SearchRequest:
         """The input of the search."""
-        return SearchRequest(**{name: getattr(self, name) for name in SearchRequest.model_fields})
+        fields = {name: getattr(self, name) for name in SearchRequest.model_fields if name != "served_on"}
+        fields["constraints"] = self.constraints.on_devices(self.target)
+        return SearchRequest(**fields, served_on=ServedOn.of(self.target))
 
     @property
     def scenarios(self) -> tuple[ScenarioSpec, ...]:
@@ -1017,7 +1089,10 @@ class RunSpec(Record):
 
     @model_validator(mode="after")
     def _check_request(self) -> "RunSpec":
-        _ = self.request
+        try:
+            _ = self.request
+        except SpecError as error:
+            raise ValueError(str(error)) from error
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from puzzle_core.engines import ENGINES, GgufType, TargetEngine, engines_with
+from puzzle_core.precisions import LAYOUTS, Precision, Products
 from puzzle_core.quantities import parse_bandwidth, parse_duration, parse_memory, parse_rate
 from puzzle_core.records import Record
 from puzzle_core.yaml_file import parse_record, read_keys, resolve_path
@@ -17,7 +18,6 @@ from puzzle_core.yaml_file import parse_record, read_keys, resolve_path
 Dtype = Literal["float32", "bfloat16"]
 ComputeDtype = Literal["float32", "bfloat16", "auto"]
 """`auto` is bfloat16 where the machine has fast products of it (`device.fast_dtype`); a plan has no `auto` left."""
-Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
 _NAME = r"^[A-Za-z0-9]([A-Za-z0-9 ._+-]*[A-Za-z0-9_+-])?"
 Name = Annotated[str, Field(pattern=_NAME + "$", max_length=100, json_schema_extra={"pattern": _NAME + r"(?![\s\S])"})]
 """Becomes part of names of runs, models and files: short, no slash, no newline, no dot or space at an end."""
@@ -29,14 +29,9 @@ Bandwidth = Annotated[str, BeforeValidator(parse_bandwidth.check), Field(json_sc
 Rate = Annotated[str, BeforeValidator(parse_rate.check), Field(json_schema_extra=parse_rate.form)]
 Duration = Annotated[str, BeforeValidator(parse_duration.check), Field(json_schema_extra=parse_duration.form)]
 
-PRECISION_BYTES: dict[Precision, float] = {
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "fp8": 1,
-    "int8": 1,
-    "int4": 0.5,
-}
+
+FORMULAS = 2
+"""Version of the formulas of roofline costs, in their keys: raised when they change."""
 
 
 class PeakRates(Record):
@@ -48,15 +43,62 @@ class PeakRates(Record):
     fp8: Rate | None = None
     int8: Rate | None = None
     int4: Rate | None = None
+    fp4: Rate | None = None
 
 
 class Efficiency(Record):
-    """The shares of the peak rates that real kernels reach; cost/calibrate.py fits them to measured costs."""
+    """What real kernels reach of the figures of a data sheet, and what they add; cost/calibrate.py fits it."""
 
-    prefill_compute: Share = Field(0.6, description="Share of the peak rate that prefill reaches")
-    decode_compute: Share = Field(0.4, description="Share of the peak rate that decoding a large batch reaches")
-    bandwidth: Share = Field(0.8, description="Share of the memory bandwidth that is reached")
-    overhead_us: float = Field(5.0, ge=0, description="Fixed time per subblock and forward pass, microseconds")
+    compute: Share = Field(0.6, description="Share of the peak rate that products of many tokens reach")
+    exposed: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="Share of a product's memory time that computing does not hide: rates rise with the tokens of a "
+        "product, whatever the phase",
+    )
+    bandwidth: Share = Field(0.9, description="Share of the memory bandwidth that is reached")
+    link: Share = Field(0.6, description="Share of the bandwidth of the link between devices that is reached")
+    overhead_us: float = Field(8.0, ge=0, description="Fixed time per subblock and forward pass, microseconds")
+    sequence_us: float = Field(
+        0.2, ge=0, description="Time per sequence of an attention's decode step beside its cache, microseconds"
+    )
+    pass_us: float = Field(
+        500.0, ge=0, description="Fixed time of a forward pass beside its kernels (scheduling, sampling), microseconds"
+    )
+
+
+class Fit(Record):
+    """Factors fitted to measurements of one engine on this device, and their error on rows that were held out.
+
+    Errors are relative, of generated tokens per second. Outside `tensor_parallel` and `contexts` nothing was compared.
+    """
+
+    engine: TargetEngine = Field(description="The engine that was measured")
+    version: str = Field(description="Its version")
+    efficiency: Efficiency
+    measurements: str = Field(description="What was measured, and which rows were fitted")
+    fitted_rows: Positive = Field(description="Rows that the factors were fitted to")
+    held_out_rows: Positive = Field(description="Rows of the same measurements that they were compared with")
+    mean_error: float = Field(ge=0, description="Mean of |predicted / measured - 1| over the held-out rows")
+    largest_error: float = Field(ge=0, description="The largest of them")
+    tensor_parallel: tuple[Positive, ...] = Field(description="Numbers of devices that were compared")
+    contexts: tuple[Positive, Positive] = Field(description="Least and most tokens of a whole request")
+
+
+Reservation = Literal["guaranteed", "optimistic"]
+
+
+class Serving(Record):
+    """What an engine does with the memory and how much it takes at a time."""
+
+    memory_share: Share = Field(0.9, description="Share of a device's memory that the engine uses")
+    reserved: Memory = Field("1GB", description="Of that, what weights and KV cache cannot have, per device")
+    reservation: Reservation = Field(
+        "guaranteed", description="Cache that a sequence holds: its whole context, or optimistically the mean over time"
+    )
+    max_sequences: Positive | None = Field(None, description="Most sequences at a time; unset: as many as fit")
+    max_tokens: Positive = Field(8192, description="Most tokens of a forward pass; longer prefills take several")
 
 
 class Interconnect(Record):
@@ -73,38 +115,52 @@ class HardwareSpec(Record):
     weights: Precision = Field("bfloat16", description="Precision of the weights")
     activations: Precision = Field("bfloat16", description="Precision of the activations")
     kv_cache: Precision = Field("bfloat16", description="Precision of the KV cache")
-    memory: Memory = Field(description="Of one device, for instance '80GB'")
+    memory: Memory = Field(description="Of one device as its driver says, for instance '81559MiB'")
     bandwidth: Bandwidth = Field(description="Of the device's memory, for instance '3.35TB/s'")
     peak_rates: PeakRates = Field(description="Dense, not sparse, for instance '989 TFLOP/s'")
-    efficiency: Efficiency = Efficiency()
-    tensor_parallel: Positive = Field(1, description="Devices that share one model")
-    interconnect: Interconnect | None = Field(None, description="Needed where tensor_parallel is above 1")
+    efficiency: Efficiency = Field(Efficiency(), description="Assumed factors, where none of `fits` is of the engine")
+    fits: tuple[Fit, ...] = Field((), description="Factors fitted to measurements, by engine and version")
+    serving: Serving = Serving()
+    tensor_parallel: Positive = Field(1, description="Devices that share every layer")
+    pipeline_parallel: Positive = Field(1, description="Groups of such devices that share the layers")
+    interconnect: Interconnect | None = Field(None, description="Needed where several devices share a model")
     sources: dict[str, str] = Field({}, description="Where each figure comes from")
 
     @model_validator(mode="after")
     def _needed_figures_are_given(self) -> Self:
-        for operation, precision in (("weight", self.linear_precision), ("attention", self.attention_precision)):
-            if getattr(self.peak_rates, precision) is None:
+        for operation, products in (("weight", self.linear_products), ("attention", self.attention_products)):
+            if getattr(self.peak_rates, products) is None:
                 raise ValueError(
-                    f"peak_rates.{precision} is missing: {operation} products run in the wider of their operands' "
+                    f"peak_rates.{products} is missing: {operation} products run in the wider of their operands' "
                     f"precisions (weights {self.weights}, activations {self.activations}, kv_cache {self.kv_cache})"
                 )
-        if self.tensor_parallel > 1 and self.interconnect is None:
+        if self.devices > 1 and self.interconnect is None:
             raise ValueError(
-                f"interconnect is missing: tensor_parallel is {self.tensor_parallel}, so give the link's bandwidth "
-                "and latency"
+                f"interconnect is missing: tensor_parallel is {self.tensor_parallel} and pipeline_parallel "
+                f"{self.pipeline_parallel}, so give the link's bandwidth and latency"
             )
         return self
 
     @property
-    def linear_precision(self) -> Precision:
-        """What products of weights and activations run in: the wider of the two."""
-        return _wider(self.weights, self.activations)
+    def devices(self) -> int:
+        """All devices that share one model."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @property
-    def attention_precision(self) -> Precision:
-        """What products of queries with the KV cache run in: the wider of activations and cache."""
-        return _wider(self.activations, self.kv_cache)
+    def usable_bytes(self) -> float:
+        """Memory that weights and KV cache may take, of all devices together."""
+        capacity, reserved = parse_memory(self.memory).value, parse_memory(self.serving.reserved).value
+        return self.devices * (self.serving.memory_share * capacity - reserved)
+
+    @property
+    def linear_products(self) -> Products:
+        """The rate of products of weights and activations: that of the wider of the two."""
+        return LAYOUTS[_wider(self.weights, self.activations)].products
+
+    @property
+    def attention_products(self) -> Products:
+        """The rate of products of queries with the KV cache: that of the wider of activations and cache."""
+        return LAYOUTS[_wider(self.activations, self.kv_cache)].products
 
 
 class TargetSpec(Record):
@@ -142,6 +198,44 @@ class TargetSpec(Record):
     hardware: HardwareSpec | None = Field(None, description="For roofline costs: the device's figures")
     table: str | None = Field(None, description="For imported costs: path of the cost table")
 
+    engine_version: str | None = Field(
+        None,
+        description="For roofline costs: the version of the engine whose fit counts; unset: the last of `fits`",
+        exclude_if=lambda version: version is None,
+    )
+
+    @property
+    def fit(self) -> Fit | None:
+        """The fit of this engine, if the hardware has one."""
+        fits = [
+            fit
+            for fit in (self.hardware.fits if self.hardware else ())
+            if fit.engine == self.engine and self.engine_version in (None, fit.version)
+        ]
+        return fits[-1] if fits else None
+
+    @property
+    def efficiency(self) -> Efficiency:
+        """The factors that roofline costs are computed with: those of the fit, or assumed ones."""
+        assert self.hardware, "only roofline costs have factors"
+        return self.fit.efficiency if self.fit else self.hardware.efficiency
+
+    @property
+    def accuracy(self) -> str:
+        """How far roofline costs are from measurements, as a sentence; nothing for other costs."""
+        if self.hardware is None:
+            return ""
+        if (fit := self.fit) is None:
+            return f"{self.engine} on {self.hardware.device}: not compared with measurements, factors are assumed"
+        error = (
+            f"{fit.engine} {fit.version} on {self.hardware.device}: throughput within {fit.mean_error:.1%} in the "
+            f"mean and {fit.largest_error:.0%} at most of {fit.held_out_rows} held-out measurements"
+        )
+        if self.hardware.tensor_parallel not in fit.tensor_parallel or self.hardware.pipeline_parallel > 1:
+            known = ", ".join(map(str, fit.tensor_parallel))
+            error += f"; none is of {self.hardware.devices} devices like this (tensor_parallel {known})"
+        return error
+
     def for_parent(self, dtype: Dtype) -> Self:
         """The same target with the parent's `dtype`, if it has none of its own."""
         return self if self.dtype else self.model_copy(update={"dtype": dtype})
@@ -160,6 +254,16 @@ class TargetSpec(Record):
                 raise ValueError(f"costs are {kind}, but {key} is missing: give it, or choose another kind of costs")
             if self.costs != kind and given:
                 raise ValueError(f"{key} is given, but costs are {self.costs}: set `costs: {kind}`, or leave {key} out")
+        return self
+
+    @model_validator(mode="after")
+    def _fit_exists(self) -> Self:
+        if self.engine_version and not self.fit:
+            known = ", ".join(f"{fit.engine} {fit.version}" for fit in self.hardware.fits) if self.hardware else ""
+            raise ValueError(
+                f"engine_version is {self.engine_version}, and there is no fit of {self.engine} {self.engine_version} "
+                f"(fits: {known or 'none'}): leave it out, or fit one with `puzzle calibrate`"
+            )
         return self
 
     @model_validator(mode="after")
@@ -199,4 +303,4 @@ def load_target(path: Path) -> TargetSpec:
 
 
 def _wider(first: Precision, second: Precision) -> Precision:
-    return first if PRECISION_BYTES[first] >= PRECISION_BYTES[second] else second
+    return first if LAYOUTS[first].bytes >= LAYOUTS[second].bytes else second

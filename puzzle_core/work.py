@@ -264,7 +264,7 @@ class Traffic(Record):
 
 
 class CostWork(Work):
-    """Times of distinct variants for one traffic on one device."""
+    """Times of distinct variants for one traffic on one device; `formulas` is the version of computed ones."""
 
     stage: ClassVar[str] = "cost"
     version: ClassVar[int] = 2
@@ -274,6 +274,7 @@ class CostWork(Work):
     traffic: Traffic
     target: TargetSpec
     hardware: str
+    formulas: int | None = Field(None, exclude_if=lambda formulas: formulas is None)
 
 
 class Timing(Record):
@@ -292,8 +293,9 @@ class CostRecord(Record):
     """Times of every variant, of the parts outside the blocks, and of the whole parent.
 
     `weight_bytes` and `kv_bytes` are bytes per weight and per entry of the KV cache, in the precision of the times.
-    `torch_version`, `threads` and `rounds` describe a measurement. `engine` has name and version of an engine other
-    than torch; `no_ffn` is its time for a layer with an attention and without an FFN.
+    `embedding_bytes` are those of embedding and head where they differ, and `tensor_parallel` the devices that share
+    every layer. `torch_version`, `threads` and `rounds` describe a measurement. `engine` has name and version of an
+    engine other than torch; `no_ffn` is its time for a layer with an attention and without an FFN.
     """
 
     source: Literal["measured", "roofline", "imported"]
@@ -303,6 +305,8 @@ class CostRecord(Record):
     hardware: str
     weight_bytes: float
     kv_bytes: float
+    embedding_bytes: float | None = Field(None, exclude_if=lambda size: size is None)
+    tensor_parallel: int = Field(1, exclude_if=lambda devices: devices == 1)
     torch_version: str | None = None
     threads: int | None = None
     rounds: int | None = None

@@ -50,6 +50,11 @@ def read_keys(path: Path, what: str, hint: str) -> dict[str, Any]:
     return content
 
 
+def yaml_text(content: dict[str, Any]) -> str:
+    """Keys and values as YAML, in their order."""
+    return str(yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True))
+
+
 def parse_record(model: type[SchemaModel], content: dict[str, Any], origin: str, what: str) -> SchemaModel:
     """Validate a record given as plain values.
 

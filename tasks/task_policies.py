@@ -1,21 +1,21 @@
-"""How the tasks of this package run: their cache key, their retries, and what they hold while they run."""
+"""How the tasks of this package run: what shows them as cached, their retries, and what they hold while they run."""
 
 import errno
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from prefect import Task, task
-from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Completed
 from prefect.task_engine import TaskRunTimeoutError
 from prefect.tasks import exponential_backoff
 
 from puzzle_core.device import on_first
 from puzzle_core.errors import LostProcessError, MeasurementError
-from puzzle_core.records import Work
 from tasks.runtime.context import RunContext
 from tasks.runtime.locks import gpu_lock, shared_gpu
 from tasks.store.cache import pin_entries
@@ -34,11 +34,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def cache_key(work: Work) -> str:
-    """The key of Prefect's cache for the task of this work."""
-    return work.key.replace("/", "-")
-
-
 def stage_task(
     name: str, task_run_name: str, *, cached: bool = True, tags: Iterable[str] = ()
 ) -> Callable[[Callable[P, T]], Task[P, T]]:
@@ -47,21 +42,40 @@ def stage_task(
     Args:
         name: of the task, in Prefect's UI.
         task_run_name: of its runs; may hold parameters in braces.
-        cached: whether the function has a parameter `work`, whose key is the cache key; else it runs every time.
+        cached: whether the function makes the artifact of its parameter `work`; where the store has that, the function
+            is not called, and Prefect shows the run as Cached.
         tags: Prefect's tags, for concurrency limits.
     """
-    return task(
-        name=name,
-        task_run_name=task_run_name,
-        tags=tags,
-        cache_policy=_BY_WORK if cached else NO_CACHE,
-        persist_result=cached,
-        result_serializer="json",
-        retries=RETRIES,
-        retry_delay_seconds=exponential_backoff(backoff_factor=2),
-        retry_jitter_factor=0.5,
-        retry_condition_fn=_is_retryable,
-    )
+
+    def decorate(act: Callable[P, T]) -> Task[P, T]:
+        return task(
+            name=name,
+            task_run_name=task_run_name,
+            tags=tags,
+            cache_policy=NO_CACHE,
+            persist_result=False,
+            retries=RETRIES,
+            retry_delay_seconds=exponential_backoff(backoff_factor=2),
+            retry_jitter_factor=0.5,
+            retry_condition_fn=_is_retryable,
+        )(_unless_stored(act) if cached else act)
+
+    return decorate
+
+
+def _unless_stored(act: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a task's function: where the store has the artifact of its `work`, its state is Cached."""
+    parameters = inspect.signature(act)
+
+    @functools.wraps(act)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        arguments = parameters.bind(*args, **kwargs).arguments
+        context, key = arguments["context"], arguments["work"].key
+        if context.store().has(key):
+            return cast(T, Completed(name="Cached", data=key))  # Prefect takes a state as the end of the task run
+        return act(*args, **kwargs)
+
+    return run
 
 
 def with_pinned_inputs(act: Callable[P, T]) -> Callable[P, T]:
@@ -132,10 +146,3 @@ def _others_hold_memory() -> bool:
         if total_bytes - free_bytes - torch.cuda.memory_reserved(device) > IDLE_BYTES:
             return True
     return False
-
-
-def _key_of_parameters(_context: object, parameters: dict[str, Any]) -> str:
-    return cache_key(parameters["work"])
-
-
-_BY_WORK = CacheKeyFnPolicy(cache_key_fn=_key_of_parameters)

@@ -3,6 +3,7 @@
 A pytest plugin (named in conftest.py).
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -23,6 +24,9 @@ class Hub:
         self.commits: dict[str, Path] = {}
         self.main = ""
         self.downloads: Counter[str] = Counter()
+        self.endpoint, self.refuses = "", False
+        self.pushed: dict[str, dict[str, bytes]] = {}
+        self._large: dict[str, bytes] = {}
 
     def push(self, directory: Path) -> str:
         """Make a directory the newest commit, and return its id; the directory is served as it is."""
@@ -32,7 +36,8 @@ class Hub:
 
     def answer(self, path: str, method: str) -> tuple[bytes, str] | None:
         """The body and the commit that answer a request; none where there is no such thing."""
-        for revision, commit in {"main": self.main, **{commit: commit for commit in self.commits}}.items():
+        main = {"main": self.main} if self.main else {}
+        for revision, commit in {**main, **{commit: commit for commit in self.commits}}.items():
             directory = self.commits[commit]
             if path == f"/api/models/{MODEL}/revision/{revision}":
                 return json.dumps({"id": MODEL, "sha": commit, "siblings": []}).encode(), commit
@@ -44,6 +49,41 @@ class Hub:
                 self.downloads[file.name] += method == "GET"
                 return file.read_bytes(), commit
         return None
+
+    def take(self, path: str, body: bytes) -> object | None:
+        """The answer to a request that sends something; none where it is refused.
+
+        Files whose name ends with `.safetensors` are large: their content is sent apart, by its digest.
+        """
+        if self.refuses:
+            return None
+        if path.startswith("/large/"):
+            self._large[Path(path).name] = body
+            return {}
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            repository = f"{asked['organization']}/{asked['name']}"
+            self.pushed.setdefault(repository, {})
+            return {"url": f"{self.endpoint}/{repository}"}
+        if path == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return {"transfer": "basic", "objects": [
+                entry | {"actions": {"upload": {"href": f"{self.endpoint}/large/{entry['oid']}"}}}
+                for entry in json.loads(body)["objects"]
+            ]}  # fmt: skip
+        repository, action = "/".join(path.split("/")[3:5]), path.split("/")[5]
+        if action == "preupload":
+            names = [entry["path"] for entry in json.loads(body)["files"]]
+            modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
+            return {"files": [{"path": n, "uploadMode": mode, "shouldIgnore": False} for n, mode in modes.items()]}
+        lines = [json.loads(line) for line in body.splitlines()]
+        for value in (line["value"] for line in lines if line["key"] == "file"):
+            self.pushed[repository][value["path"]] = base64.b64decode(value["content"])
+        for value in (line["value"] for line in lines if line["key"] == "lfsFile"):
+            self.pushed[repository][value["path"]] = self._large[value["oid"]]
+        commit = hashlib.sha1(body).hexdigest()
+        return {"commitUrl": f"{self.endpoint}/{repository}/commit/{commit}", "commitOid": commit}
 
 
 @pytest.fixture
@@ -68,6 +108,19 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             if self.command == "GET":
                 self.wfile.write(body)
 
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            taken = served.take(self.path.split("?")[0], body)
+            if taken is None:
+                self.send_error(403)
+                return
+            answer = json.dumps(taken).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_PUT: Callable[..., None] = do_POST  # noqa: N815
         do_HEAD: Callable[..., None] = do_GET  # noqa: N815
 
         def log_message(self, *_: object) -> None:
@@ -76,12 +129,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
+    served.endpoint = endpoint = f"http://127.0.0.1:{server.server_port}"
     for name, value in {
         "HF_HUB_OFFLINE": False,
         "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
         "HUGGINGFACE_CO_URL_TEMPLATE": constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint),
         "ENDPOINT": endpoint,
+        "HF_HUB_DISABLE_XET": True,  # large files go by LFS, the protocol that this hub speaks
     }.items():  # read from the environment (HF_ENDPOINT) on import
         monkeypatch.setattr(constants, name, value)
     yield served

@@ -45,6 +45,7 @@ TINY: dict[str, Any] = {
     "target": {"device": "cpu", "rounds": 3},
     "scenario": {"prompt_tokens": 8, "generated_tokens": 8, "limits": {"parameters": "90%"}},
     "search": {"frontier_points": 2, "baselines": ["uniform"]},
+    "champion": {"kept_accuracy": 0.01, "measured_limits": False},
     "runtime": {"workers": 2},
 }
 TRAINED, SCORED = 10, 20  # variants and blocks of five layers
@@ -222,14 +223,11 @@ def again(finished: Finished, tmp_path: Path) -> Callable[..., RunSpec]:
 
 def _copy_tracking(place: Path, to: Path) -> None:
     """Copy MLflow's database and files; the database names the files by absolute URIs."""
+    from tasks.tracking.mlflow_client import PLACES
+
     shutil.copytree((place / TRACKING).parent, (to / TRACKING).parent)
     with contextlib.closing(sqlite3.connect(to / TRACKING)) as database, database:
-        for table, column in (
-            ("experiments", "artifact_location"),
-            ("runs", "artifact_uri"),
-            ("logged_models", "artifact_location"),
-            ("model_versions", "storage_location"),
-        ):
+        for table, column in PLACES:
             database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(place), str(to)))
 
 
@@ -317,6 +315,16 @@ def check_whole(store: str | Path, scratch: Path) -> None:
         opened.fetch(key)
     for directory in Path(store).glob("[!.]*/v*/*"):
         assert (directory / "record.json").exists(), directory
+
+
+def edges(runs: list[Any]) -> dict[str, set[str]]:
+    """The names of the task runs that each of these comes after, by its name, without those that stand for flows."""
+    names = {run.id: run.name for run in runs}
+    return {
+        run.name: {names[source.id] for used in run.task_inputs.values() for source in used if source.id in names}
+        for run in runs
+        if not run.state.state_details.child_flow_run_id
+    }
 
 
 class Recorded:

@@ -24,6 +24,10 @@ StoreUrl = Annotated[
 ]
 MlflowUri = Annotated[str, Parameter(name="--mlflow", metavar="URI", help="MLflow tracking URI.")]
 Child = Annotated[str, Parameter(help="Directory of a child, or its key in --store.")]
+NamedChild = Annotated[
+    str,
+    Parameter(help="Key, name of a specification, NAME, NAME/NUMBER or NAME@ALIAS of a registered model, or alias."),
+]
 NewDirectory = Annotated[
     Path,
     Parameter(metavar="DIR", validator=validators.Path(file_okay=False, dir_okay=False)),

@@ -6,12 +6,16 @@ from pathlib import Path
 from flows.research_targets import find_searches
 from flows.search_architecture import known_plan
 from flows.task_runners.choice import check_packages
+from puzzle_core.architecture import Architecture
+from puzzle_core.batching import reserved_tokens
+from puzzle_core.cost.serving import cache_bytes, weight_bytes
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work
 from puzzle_core.report.report_tables import Table, format_text
-from puzzle_core.report.units import NONE, number_text, percent_text
+from puzzle_core.report.units import NONE, bytes_text, number_text, percent_text
 from puzzle_core.resources import resources
 from puzzle_core.spec import RunSpec
+from puzzle_core.target import TargetSpec
 from tasks.runtime.context import RunContext
 from tasks.runtime.digest_cache import check_texts_enough
 from tasks.stage_tasks import open_inputs
@@ -28,25 +32,48 @@ def describe_targets(spec: RunSpec, directory: Path) -> str:
     rows = []
     for search in find_searches(plan, context, directory):
         if search.plan is None:
-            rows.append((search.target, NONE, "error: " + search.error.replace("\n", " "), NONE, NONE))
+            rows.append((search.target, NONE, NONE, NONE, "error: " + search.error.replace("\n", " "), NONE, NONE))
             continue
-        costs, record = search.plan.spec.target.costs, search.record
+        target, record = search.plan.spec.target, search.record
+        about = search.target, target.costs, _parent_fits(search.plan), _error(target)
         if record is None:
-            rows.append((search.target, costs, "no", NONE, NONE))
+            rows.append((*about, "no", NONE, NONE))
             continue
         share = record.best.prediction.total_ms / record.parent.total_ms
-        rows.append((search.target, costs, "yes", number_text(record.best.score), percent_text(share)))
+        rows.append((*about, "yes", number_text(record.best.score), percent_text(share)))
     return (
         format_text(
             Table(
                 title=f"Targets of {spec.parent.path}, scenario {spec.scenario.name}",
-                columns=("target", "costs", "searched", "score", "time to the parent's"),
+                columns=("target", "costs", "parent in memory", "error", "searched", "score", "time to the parent's"),
                 rows=tuple(rows),
-                text_columns=3,
+                text_columns=5,
+                note="Parent in memory: at the smallest batch size, of what the devices have for weights and KV cache. "
+                "Error: of computed throughput, in the mean over measurements that were held out.",
             )
         )
         + "\n"
     )
+
+
+def _parent_fits(plan: Plan) -> str:
+    """Whether the parent fits on the target at the scenario's smallest batch size, with what it takes."""
+    hardware, shape, scenario = plan.spec.target.hardware, plan.inputs.shape, plan.spec.scenario
+    if hardware is None:
+        return NONE
+    held = reserved_tokens(hardware.serving.reservation, scenario.prompt_tokens, scenario.generated_tokens)
+    parent = Architecture.of_parent(shape)
+    needed = weight_bytes(shape, parent, hardware)
+    needed += min(scenario.batch_sizes) * cache_bytes(shape, parent, hardware, held)
+    of = f"{bytes_text(needed)} of {bytes_text(hardware.usable_bytes)}"
+    return of if needed <= hardware.usable_bytes else f"does not fit: {of}"
+
+
+def _error(target: TargetSpec) -> str:
+    """The error of the fit behind computed costs."""
+    if target.hardware is None:
+        return NONE
+    return percent_text(target.fit.mean_error) if target.fit else "not compared"
 
 
 def describe_plan(spec: RunSpec) -> str:

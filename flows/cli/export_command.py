@@ -132,6 +132,9 @@ def _write_gguf(directory: Path, staged: Path, name: str, dtype: GgufType | None
 
 def _track(uri: str, child: str, out: Path, record: "ExportRecord", summary: str) -> None:
     """Record the export in MLflow if it has the child; a failure of MLflow is a warning, as the files are written."""
+    from tasks.tracking.place import tracking_uri
+
+    uri = tracking_uri(uri)
     database = uri.removeprefix("sqlite:///")
     if database != uri and not Path(database).is_file():
         return

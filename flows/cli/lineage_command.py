@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from flows.cli.arguments import MLFLOW_URI, MlflowUri
+from flows.cli.arguments import MLFLOW_URI, MlflowUri, NamedChild
 from puzzle_core.errors import ArtifactError, SpecError
 
 if TYPE_CHECKING:
@@ -17,12 +17,7 @@ WIDTH_OF_PIPES = 200
 
 
 def lineage(
-    child: Annotated[
-        str,
-        Parameter(
-            help="Key, name of a specification, NAME, NAME/NUMBER or NAME@ALIAS of a registered model, or alias."
-        ),
-    ],
+    child: NamedChild,
     /,
     *,
     mlflow: MlflowUri = MLFLOW_URI,
@@ -36,7 +31,7 @@ def lineage(
         SpecError: MLflow has no such child.
         ArtifactError: the store lacks artifacts; raised after the tree is printed.
     """
-    check_database(mlflow)
+    mlflow = known_database(mlflow)
     from tasks.tracking.lineage_tree import lineage_of, missing
 
     steps = lineage_of(mlflow, child)
@@ -51,15 +46,21 @@ def lineage(
         sys.stdout.write(f"all {len({a.key for step in steps for a in step.artifacts})} artifacts are in the store\n")
 
 
-def check_database(uri: str) -> None:
-    """Refuse an SQLite file that does not exist: MLflow would create it.
+def known_database(uri: str) -> str:
+    """The tracking URI of an option, or of the environment; an SQLite file that does not exist is refused.
+
+    MLflow would create the file.
 
     Raises:
         SpecError: names the file.
     """
+    from tasks.tracking.place import tracking_uri
+
+    uri = tracking_uri(uri)
     file = uri.removeprefix("sqlite:///")
     if file != uri and not Path(file).is_file():
         raise SpecError(f"there is no MLflow database {file}: name the tracking URI of the runs with --mlflow")
+    return uri
 
 
 def _print_tree(steps: list["Step"], gone: dict[str, list[str]]) -> None:

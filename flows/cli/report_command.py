@@ -44,13 +44,13 @@ def cost(
     Raises:
         SpecError: the store has no such report; names those that it has.
     """
-    from puzzle_core.report.effort_table import effort_table
     from puzzle_core.report.report_tables import format_text
-    from tasks.store.efforts import efforts
+    from puzzle_core.report.usage_table import usage_table
+    from tasks.store.stage_usage import usage_by_stage
     from tasks.store.store import Store
 
     opened = Store.of(RuntimeSpec(store=store))
-    table = effort_table(efforts(opened, [newest_report(opened, run)]), price_per_hour)
+    table = usage_table(usage_by_stage(opened, [newest_report(opened, run)]), price_per_hour)
     sys.stdout.write(f"{format_text(table)}\n")
 
 

@@ -6,7 +6,6 @@ started.
 """
 
 import contextlib
-import json
 import logging
 import os
 import subprocess
@@ -18,19 +17,19 @@ from typing import Literal, NamedTuple
 
 import psutil
 
-from flows.permissions import ALLOWED
 from flows.services.automations import AUTOMATIONS, register_automations
 from flows.services.orphaned_runs import cancel_runs, crash_orphans, mark_cancelled
 from flows.services.postgres import DRIVER, Postgres, check_driver
 from flows.services.prefect_server import PREFECT_HOME, RUNNING, SETTINGS, running_api, server_command
 from flows.services.schedules import kept_schedules
+from flows.services.work_pool import POOL, ensure_work_pool
 from puzzle_core.errors import PuzzleError
 from tasks.runtime.private_files import private_directory
+from tasks.tracking.place import SERVED
 
 log = logging.getLogger("puzzle")
 START_SECONDS = 240
 STOP_SECONDS = 20
-POOL = "puzzle"
 WORKER_COMMAND, RUN_COMMAND = " worker start ", " -m prefect.engine "
 """Parts of the command lines of a worker, and of the processes that it starts for runs."""
 MARK = "PUZZLE_SERVICES_OF"
@@ -70,17 +69,18 @@ def services(directory: Path, ports: Ports, postgres: Postgres | None = None) ->
     tracking = [*python, "mlflow", "server", "--host", "127.0.0.1", "--port", str(ports.mlflow), "--workers", "1"]
     tracking += ["--backend-store-uri", tracking_uri(directory, postgres)]
     tracking += ["--artifacts-destination", str(data / "mlartifacts")]
+    tracking += ["--default-artifact-root", (data / "mlartifacts").as_uri()]  # as without the server (mlflow_client.py)
     worker_environment = {
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_HOME": str(directory / PREFECT_HOME),
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "puzzle,puzzle_core",
         "PUZZLE_MLFLOW_UI": mlflow,
+        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI", mlflow),
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     if postgres:
         environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = postgres.url("prefect", "asyncpg")
-        worker_environment[ALLOWED] = _with_tracking(mlflow)
     worker = [*python, "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "this-machine"]
     return [
         Service("prefect", command, environment, f"{prefect}/api/health"),
@@ -92,12 +92,6 @@ def services(directory: Path, ports: Ports, postgres: Postgres | None = None) ->
 def tracking_uri(directory: Path, postgres: Postgres | None) -> str:
     """Where MLflow's server keeps its records."""
     return postgres.url("mlflow", DRIVER) if postgres else f"sqlite:///{directory / TRACKING}"
-
-
-def _with_tracking(address: str) -> str:
-    """What the worker's runs may name, with MLflow's server in place of the default, unless it is set already."""
-    allowed = json.loads(os.environ.get(ALLOWED) or "{}")
-    return json.dumps({"runtime.mlflow_uri": [address]} | allowed)
 
 
 def up(directory: Path, ports: Ports, database: Database = "sqlite") -> None:
@@ -128,11 +122,13 @@ def up(directory: Path, ports: Ports, database: Database = "sqlite") -> None:
         worker = started[-1]
         api = worker.environment["PREFECT_API_URL"]
         crash_orphans(api, deployments=True)
+        ensure_work_pool(api)
         _wait(worker, _start(worker, directory, logs), logs)
         with kept_schedules(api):
             _run(["prefect", "--no-prompt", "deploy", "--all"], worker.environment, directory, logs / "deploy.log")
         register_automations(api, directory / AUTOMATIONS)
         (directory / PREFECT_HOME / RUNNING).write_text(api)
+        (directory / SERVED).write_text(f"http://127.0.0.1:{ports.mlflow}")
     except BaseException:
         down(directory)
         raise
@@ -161,6 +157,7 @@ def down(directory: Path) -> int:
     api = running_api(directory / PREFECT_HOME)
     uncancelled = cancel_runs(api, STOP_SECONDS) if api and commands else []
     (directory / PREFECT_HOME / RUNNING).unlink(missing_ok=True)
+    (directory / SERVED).unlink(missing_ok=True)
     for part in (WORKER_COMMAND, RUN_COMMAND):
         _end(directory, [pid for pid, command in processes(directory).items() if part in f"{command} "])
     if api and uncancelled:

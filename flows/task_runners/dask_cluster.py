@@ -14,6 +14,7 @@ from typing import Any
 
 import distributed
 from prefect.settings import PREFECT_API_URL
+from prefect.utilities.annotations import quote
 from prefect_dask.task_runners import DaskTaskRunner
 
 from flows.task_runners.threads import stop_thread
@@ -47,9 +48,10 @@ class ClusterTaskRunner(DaskTaskRunner):  # type: ignore[misc]
         self._submitted: list[Any] = []
         return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
-    def submit(self, *args: Any, **kwargs: Any) -> Any:
-        """Submit a task, and keep its future for `__exit__`."""
-        future = super().submit(*args, **kwargs)
+    def submit(self, task: Any, parameters: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Submit a task, and keep its future for `__exit__`; prefect-dask would make tuples of quoted parameters."""
+        plain = {name: value.unquote() if isinstance(value, quote) else value for name, value in parameters.items()}
+        future = super().submit(task, plain, *args, **kwargs)
         self._submitted.append(future.wrapped_future)
         return future
 

@@ -80,7 +80,8 @@ def _train(
     spec, schedule = work.spec, batches.schedule
     state, compared = initial_state(activations, work, contributions_dir, halves), dict[str, float]()
     if spec.initial_weights == "best" and isinstance(work.variant, Variant):
-        state, compared = best_of(state, work, activations, batches.at(0), partial(_start_loss, work, activations))
+        loss = partial(_start_loss, work, activations)
+        state, compared = best_of(state, work, work.variant, activations, batches.at(0), loss)
     block = variant_block(activations.parent, work.layer, work.variant, state, torch.float32, activations.device)
     parameters = {name: parameter.requires_grad_(True) for name, parameter in block.named_parameters()}
     compute, before = _forward(work, activations, block), len(schedule.measuring)

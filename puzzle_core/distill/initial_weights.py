@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from puzzle_core.architecture import Variant
 from puzzle_core.distill.batches import Batch
 from puzzle_core.distill.importance import without
 from puzzle_core.errors import NonFiniteError
@@ -24,40 +25,46 @@ Parts = list[Callable[[], Batch]]
 
 
 def best_of(
-    state: State, work: BldWork, activations: Activations, parts: Parts, loss: Callable[[Parts, State], float]
+    state: State,
+    work: BldWork,
+    variant: Variant,
+    activations: Activations,
+    parts: Parts,
+    loss: Callable[[Parts, State], float],
 ) -> tuple[State, dict[str, float]]:
     """The weights of the least loss, and the loss of each way that there is, by its name.
 
     Args:
         state: the weights that the variant has by default.
+        variant: the one that the work trains.
         parts: of the batch that decides.
         loss: the loss of weights on a batch.
 
     Raises:
         NonFiniteError: no way has a finite loss.
     """
-    row, parent = work.variant.row, activations.parent
+    row, parent = variant.row, activations.parent
     if not row.other_weights:
         return state, {}
-    inner_NI = torch.cat([_inner(work, activations, part()) for part in parts])
+    inner_NI = torch.cat([_inner(work.layer, variant, activations, part()) for part in parts])
     shape = parent.shape.of_layer(work.layer)
     states = {DEFAULT: state}
-    states |= row.other_states(parent.layer_tensors(work.layer), shape, work.variant.size, inner_NI)
+    states |= row.other_states(parent.layer_tensors(work.layer), shape, variant.size, inner_NI)
     losses = {name: loss(parts, other) for name, other in states.items()}
     finite = {name: value for name, value in losses.items() if value < float("inf")}
     if not finite:
-        label = f"BLD of layer {work.layer} {work.variant}"
+        label = f"BLD of layer {work.layer} {variant}"
         raise NonFiniteError(f"{label}: no initial weights have a finite loss ({losses})")
     return states[min(finite, key=finite.__getitem__)], finite
 
 
 @torch.no_grad()
-def _inner(work: BldWork, activations: Activations, batch: Batch) -> torch.Tensor:
+def _inner(layer: int, variant: Variant, activations: Activations, batch: Batch) -> torch.Tensor:
     """What enters the last projection of the parent's own subblock, (N, I)."""
-    family, layer = FAMILIES[activations.parent.shape.family], work.layer
+    family = FAMILIES[activations.parent.shape.family]
     block = activations.parent.block(layer, activations.dtype, activations.device)
     entering_BTD = batch.entering.to(activations.dtype)
-    if work.variant.subblock == "ffn":
+    if variant.subblock == "ffn":
         channels_of = without(block.ffn_subblock, family.ffn_names.down)
         inner_BTI: torch.Tensor = channels_of(block.normalise_ffn_input(entering_BTD))
     else:

@@ -15,6 +15,19 @@ pipeline_tag: text-generation
 tags: [puzzle, nemotron-nas, neural-architecture-search]
 ---
 """
+ABOUT = (
+    "A child of the parent below, whose layers were each chosen from a library of trained variants by Puzzle "
+    "(arXiv 2411.19146).\n"
+)
+CHILD_LOADING = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+The code that travels along (`modeling_puzzle.py`) is for transformers. `puzzle export` writes the child for engines.
+"""
 LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,8 +63,7 @@ def model_card(name: str, source: Source, written: ExportRecord, provenance: Pro
     ]
     sections = [
         f"{HEADER}\n# {name}\n",
-        "A child of the parent below, whose layers were each chosen from a library of trained variants by Puzzle "
-        "(arXiv 2411.19146).\n",
+        ABOUT,
         *facts,
         "\n## Loading\n",
         LOADING,
@@ -60,6 +72,23 @@ def model_card(name: str, source: Source, written: ExportRecord, provenance: Pro
         *(f"\n{remark}." for remark in written.remarks),
         "\n## Engines\n",
         *_engine_lines(written.architecture),
+    ]
+    if provenance:
+        sections += ["\n## Quality\n", *_quality(provenance), "\n## Provenance\n", *_provenance(provenance)]
+    return "\n".join(sections) + "\n"
+
+
+def hub_card(name: str, architecture: Architecture, provenance: Provenance | None) -> str:
+    """README.md of a child on a hub, in the format of this project."""
+    sections = [
+        f"{HEADER}\n# {name}\n",
+        ABOUT,
+        "## Loading\n",
+        CHILD_LOADING.format(name=name),
+        "## Layers\n",
+        *_layer_table(architecture),
+        "\n## Engines\n",
+        *_engine_lines(architecture),
     ]
     if provenance:
         sections += ["\n## Quality\n", *_quality(provenance), "\n## Provenance\n", *_provenance(provenance)]

@@ -8,7 +8,7 @@ from puzzle_core.architecture import Architecture
 from puzzle_core.records import Record
 from puzzle_core.report.report_inputs import ModelResult, ReportInputs
 from puzzle_core.search.search_record import RefineRecord, SearchRecord, with_refinement
-from puzzle_core.sizes import DTYPE_BYTES, architecture_parameters, kv_entries
+from puzzle_core.sizes import DTYPE_BYTES, architecture_parameters, kv_entries, parameter_bytes
 from puzzle_core.work import BldRecord, CostRecord, EvaluationRecord, GkdRecord, ReportWork, ScoreRecord, TimingRecord
 
 R = TypeVar("R", bound=Record)
@@ -75,7 +75,7 @@ def _memory_bytes(work: ReportWork, architecture: Architecture, batch_size: int,
     """Parameters plus the KV cache of the main scenario at its full context, in the precision that costs hold for."""
     stored = DTYPE_BYTES[work.spec.target.served_dtype]
     weight_bytes, kv_bytes = (costs.weight_bytes, costs.kv_bytes) if costs else (stored, stored)
-    scenario, shape = work.spec.scenario, work.shape
-    entries = kv_entries(shape, architecture, scenario.prompt_tokens + scenario.generated_tokens)
-    cache = batch_size * entries * kv_bytes
-    return architecture_parameters(shape, architecture) * weight_bytes + cache
+    scenario, shape, devices = work.spec.scenario, work.shape, costs.tensor_parallel if costs else 1
+    entries = kv_entries(shape, architecture, scenario.prompt_tokens + scenario.generated_tokens, devices)
+    weights = parameter_bytes(shape, architecture, weight_bytes, costs.embedding_bytes if costs else None)
+    return weights + batch_size * entries * kv_bytes

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from puzzle_core.records import Record, write_text_atomic
 from puzzle_core.report import derived, report_tables
-from puzzle_core.report.effort_table import effort_table
 from puzzle_core.report.figures import all_figures
 from puzzle_core.report.plotting import png_bytes
 from puzzle_core.report.report_inputs import ReportInputs
@@ -23,6 +22,7 @@ from puzzle_core.report.units import (
     speed_text,
     times_text,
 )
+from puzzle_core.report.usage_table import usage_table
 from puzzle_core.spec import RoundSpec
 from puzzle_core.work import CostRecord, GkdRecord
 
@@ -80,7 +80,7 @@ def render_report(inputs: ReportInputs, out_dir: Path) -> ReportRecord:
                 "predicted": report_tables.predicted_table(inputs),
                 "bld": report_tables.bld_table(inputs),
                 "making": making_table(inputs),
-                "effort": effort_table(inputs.efforts),
+                "usage": usage_table(inputs.usages),
                 "artifacts": report_tables.Table(
                     "Artifacts", ("artifact", "store key"), tuple(inputs.artifacts.items()), 2
                 ),

@@ -23,7 +23,7 @@ class ModelResult(Record):
     memory_bytes: float = Field(description="Parameters plus KV cache at the full context of the batch")
 
 
-class StageEffort(Record):
+class StageUsage(Record):
     """The artifacts of one stage: their number, bytes, and the device-seconds that they took, by kind of device.
 
     `unknown` of them do not say what they took: an older version made them.
@@ -62,8 +62,8 @@ class ReportInputs(Record):
     )
     models: tuple[ModelResult, ...]
     artifacts: dict[str, str] = Field(description="Store keys by name")
-    efforts: tuple[StageEffort, ...] = Field(
-        (), description="What all artifacts before the report took", exclude_if=lambda efforts: not efforts
+    usages: tuple[StageUsage, ...] = Field(
+        (), description="What all artifacts before the report took", exclude_if=lambda usages: not usages
     )
 
     @model_validator(mode="after")

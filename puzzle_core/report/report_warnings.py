@@ -12,7 +12,9 @@ from puzzle_core.work import Timing
 EMPTY_SHARE, TIME_ERROR, TIME_SPREAD, KL_MARGIN = 0.5, 0.15, 0.15, 0.05
 """A warning appears above these shares: empty layers, error of predicted times, spread of times, gain of a baseline."""
 
-_MEASURED: dict[str, Callable[[Timing], float]] = {
+ALONE = ("time_to_first_token", "time_per_output_token")
+"""Limits that what is timed says nothing of under continuous batching: it is a batch that runs alone."""
+TIMED_LIMITS: dict[str, Callable[[Timing], float]] = {
     "time_to_first_token": lambda timing: timing.prefill_ms,
     "time_per_output_token": lambda timing: timing.decode_ms,
     "latency": derived.total_ms,
@@ -24,7 +26,7 @@ def report_warnings(inputs: ReportInputs) -> list[str]:
     """Every sentence that applies, the most serious first."""
     return [
         *_child_not_faster(inputs),
-        *_measured_limits(inputs),
+        *exceeded_limits(inputs),
         *_worse_after_gkd(inputs),
         *_better_baselines(inputs),
         *_predictions_off(inputs),
@@ -72,6 +74,8 @@ def answer_warnings(search: SearchRecord) -> list[str]:
             "The clock cut a solve at search.time_limit_s: the same request may have another answer in another run. "
             "search.node_limit gives the same answer everywhere."
         )
+    if search.accuracy:
+        warnings.append(f"Computed costs: {search.accuracy}.")
     return warnings
 
 
@@ -85,14 +89,16 @@ def _child_not_faster(inputs: ReportInputs) -> list[str]:
     ]
 
 
-def _measured_limits(inputs: ReportInputs) -> list[str]:
+def exceeded_limits(inputs: ReportInputs) -> list[str]:
     """Limits that the measured times exceed. A share refers to the measured time of the parent."""
     timing, parent = inputs.child.timing, inputs.parent.timing
     if timing is None or parent is None:
         return []
     warnings = []
     for use in inputs.search.best.limits:
-        time_of = _MEASURED.get(use.name)
+        time_of = TIMED_LIMITS.get(use.name)
+        if inputs.spec.scenario.batching == "continuous" and use.name in ALONE:
+            continue
         if time_of is None or not use.usage or use.scenario != inputs.spec.scenario.name:
             continue
         predicted = inputs.search.best.prediction

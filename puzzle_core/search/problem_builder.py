@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from puzzle_core.architecture import EMPTY_BLOCK, Architecture, BlockVariant
+from puzzle_core.batching import reserved_tokens, waiting_prompts
 from puzzle_core.errors import SpecError
 from puzzle_core.quantities import (
     Quantity,
@@ -45,6 +46,13 @@ DERIVED = {
     "active_parameters": ("parameters",),
 }
 """Columns that are computed from others when a table lacks them."""
+
+FIRST_TOKEN = "first_token_ms"
+"""Of continuous batching: the prefill of one prompt, its wait for others, and one step."""
+CONTINUOUS_COLUMNS = {"time_to_first_token": FIRST_TOKEN, "time_per_output_token": "runtime_ms"}
+"""The columns of limits that mean something else under continuous batching."""
+TARGET_MEMORY = "target_memory"
+"""The limit that every scenario has where the target's devices are known: what they hold."""
 
 BatchSizes = Mapping[str, int]
 """The batch size of every scenario, by its name."""
@@ -167,6 +175,7 @@ class ProblemBuilder:
             for layer, scores in enumerate(self.scores.layers)
         )
         for scenario in self.request.scenarios:
+            self._check_batch_sizes(scenario)
             for name in scenario.limits.by_name():
                 if not counter(name, scenario.limits):
                     self._check_column(scenario.name, name)
@@ -222,8 +231,17 @@ class ProblemBuilder:
                 resource = f"{scenario.name}/{limit_type.column}"
                 tokens = float(batch * scenario.counted_tokens) if name == "throughput" else 0.0
                 steps = max(1, scenario.generated_tokens - 1) if name == "time_per_output_token" else 1
+                if scenario.batching == "continuous" and name in CONTINUOUS_COLUMNS:
+                    resource = f"{scenario.name}/{CONTINUOUS_COLUMNS[name]}"
+                    steps = scenario.generated_tokens if name == "time_per_output_token" else 1
                 limits.append(
                     self._resolve(scenario.name, name, text, resource, limit_type, tokens, steps, batch_sizes)
+                )
+            if served_on := self.request.served_on:
+                resource = f"{scenario.name}/memory_bytes"
+                text, limit_type = served_on.memory, LIMIT_TYPES["memory"]
+                limits.append(
+                    self._resolve(scenario.name, TARGET_MEMORY, text, resource, limit_type, 0.0, 1, batch_sizes)
                 )
         for name, text in self.request.mix.by_name().items() if self.request.mix else ():
             column = "request_ms" if name == "throughput" else "runtime_ms"
@@ -362,7 +380,30 @@ class ProblemBuilder:
             for scenario, weight in self._weights()
         )
 
+    def _check_batch_sizes(self, scenario: ScenarioSpec) -> None:
+        served_on = self.request.served_on
+        most = served_on.max_sequences if served_on else None
+        if served_on and most and max(scenario.batch_sizes) > most:
+            raise SpecError(
+                f"scenario {scenario.name} has batch size {max(scenario.batch_sizes):,}, and the engine on "
+                f"{served_on.devices} takes {most:,} sequences at a time: leave larger ones out, or raise "
+                "target.hardware.serving.max_sequences"
+            )
+
+    def _waiting_prompts(self, scenario: ScenarioSpec, batch: int) -> float:
+        """Prefills that a new prompt waits for, of the reference: a queue of equal jobs with one server (M/D/1)."""
+        totals = {}
+        for column in DERIVED["runtime_ms"]:
+            layers = enumerate(self.reference.layers)
+            blocks = sum(
+                self._cost(column, layer, block, scenario, batch) for layer, block in layers if block != EMPTY_BLOCK
+            )
+            totals[column] = blocks + self._outside(column, scenario, batch)
+        return waiting_prompts(totals["prefill_ms"], sum(totals.values()))
+
     def _cost(self, column: str, layer: int, block: BlockVariant, scenario: ScenarioSpec, batch: int) -> float:
+        if column == FIRST_TOKEN:
+            return self._first_token(scenario, batch, lambda name, of: self._cost(name, layer, block, scenario, of))
         key = column, scenario.name, batch, (layer, block) if self.costs.by_layer else block
         if key not in self._costs:
             self._costs[key] = self._derived(
@@ -370,14 +411,25 @@ class ProblemBuilder:
             )
         return self._costs[key]
 
+    def _first_token(self, scenario: ScenarioSpec, batch: int, cost: Callable[[str, int], float]) -> float:
+        """The prefill of one prompt, its wait for others, and a step of the batch."""
+        wait, steps = self._waiting_prompts(scenario, batch), max(1, scenario.generated_tokens - 1)
+        return (1 + wait) * cost("prefill_ms", 1) + cost("decode_ms", batch) / steps
+
     def _outside(self, column: str, scenario: ScenarioSpec, batch: int) -> float:
+        if column == FIRST_TOKEN:
+            return self._first_token(scenario, batch, lambda name, of: self._outside(name, scenario, of))
         return self._derived(column, scenario, batch, lambda name: self.costs.outside(name, scenario.name, batch))
 
     def _derived(self, column: str, scenario: ScenarioSpec, batch: int, raw: Callable[[str], float]) -> float:
         if column in self.costs.columns or column not in DERIVED:
             return raw(column)
         if column == "memory_bytes":
-            tokens = batch * (scenario.prompt_tokens + scenario.generated_tokens)
+            served_on = self.request.served_on
+            held = reserved_tokens(
+                served_on.reservation if served_on else "guaranteed", scenario.prompt_tokens, scenario.generated_tokens
+            )
+            tokens = batch * held
             return raw("parameter_bytes") + tokens * raw("kv_bytes_per_token")
         return sum(raw(part) for part in DERIVED[column])
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from puzzle_core.architecture import Architecture, ModelShape, Option, Variant
 from puzzle_core.errors import CoverageError
 from puzzle_core.search.tables import OUTSIDE, CostRow, CostTable, ScoreTable
-from puzzle_core.sizes import outside_parameters, variant_size
+from puzzle_core.sizes import kv_copies, outside_parameters, variant_size
 from puzzle_core.spec import VariantsSpec
 from puzzle_core.work import CostRecord, ScoreRecord, Timing
 
@@ -128,11 +128,14 @@ def cost_table(
     """
     record = next(iter(costs.values()))
     places = _places(variants, shape)
-    rows = [CostRow(OUTSIDE, _sizes(outside_parameters(shape), record) | {KV_COLUMN: 0.0})]
+    outside = outside_parameters(shape)
+    outside_bytes = outside * (record.embedding_bytes or record.weight_bytes)
+    rows = [CostRow(OUTSIDE, _sizes(outside, record) | {"parameter_bytes": outside_bytes, KV_COLUMN: 0.0})]
     for variant in sorted({variant for variant, *_ in places}):
         rows.append(CostRow(str(variant), _sizes(variant_size(shape, variant).parameters, record)))
     for variant, seen, layer in places:
-        entry_bytes = variant_size(shape, variant).kv_entries_per_token * record.kv_bytes
+        copies = kv_copies(variant.kv_heads, record.tensor_parallel)
+        entry_bytes = variant_size(shape, variant).kv_entries_per_token * record.kv_bytes * copies
         if not seen.window:
             rows.append(CostRow(str(variant), {KV_COLUMN: entry_bytes}, layer=layer))
         for scenario in dict.fromkeys(scenario for scenario, _ in costs) if seen.window else ():

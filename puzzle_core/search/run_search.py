@@ -96,6 +96,7 @@ def _answer(builder: ProblemBuilder, effort: Effort) -> tuple[SearchRecord, Batc
         largest_score=builder.scores.largest,
         omissions={},
         met_time_limit=effort.met_time_limit,
+        accuracy=builder.request.served_on.accuracy if builder.request.served_on else "",
     )
     return answer, batch_sizes, problem, best
 

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from puzzle_core.architecture import Architecture
 from puzzle_core.records import Record
 
@@ -123,7 +125,8 @@ class SearchRecord(Record):
     `times` are prefill plus decode in ms in the main scenario, by subblock variant and for `outside`, where the cost
     table has them. `largest_score` is the largest score of a single block. `omissions` has a reason by name.
     `met_time_limit`: the clock cut a solve at `search.time_limit_s`, so that another run may give another answer.
-    `exact_scores` are the keys of those scores that are exact, where others are estimates.
+    `exact_scores` are the keys of those scores that are exact, where others are estimates. `accuracy` says how far
+    computed costs are from measurements.
     """
 
     objective: str
@@ -140,6 +143,7 @@ class SearchRecord(Record):
     omissions: dict[str, str]
     met_time_limit: bool = False
     exact_scores: tuple[str, ...] = ()
+    accuracy: str = Field("", exclude_if=lambda text: not text)
 
     @property
     def best(self) -> FoundArchitecture:

@@ -20,7 +20,7 @@ from tasks.runtime.lease import lease
 from tasks.runtime.locks import LockMode, artifact_lock, machine_lock
 from tasks.runtime.named_inputs import check_parent
 from tasks.runtime.software import software
-from tasks.store.origin import Effort, Origin
+from tasks.store.origin import Origin, Usage
 
 
 def produce(
@@ -59,9 +59,9 @@ def produce(
             with store.staging() as staged:
                 with machine_lock(lock) if lock else contextlib.nullcontext(), _metered(context, devices) as meter:
                     record = compute(staged)
-                    effort = _effort(meter)
+                    usage = _usage(meter)
                 check_parent(work, context)
-                origin = _origin(context).model_copy(update={"effort": effort})
+                origin = _origin(context).model_copy(update={"usage": usage})
                 store.publish(work, record, staged, made_by=flow_run.get_name() or "a script", origin=origin)
     shutil.rmtree(context.checkpoints(work).file.parent, ignore_errors=True)
     return work.key
@@ -73,8 +73,8 @@ def _metered(context: RunContext, devices: int | None) -> contextlib.AbstractCon
     return metered(count, context.account, context.runtime.budget)
 
 
-def _effort(meter: Meter) -> Effort:
-    return Effort(
+def _usage(meter: Meter) -> Usage:
+    return Usage(
         seconds=meter.seconds,
         kind="GPU" if default_device().type == "cuda" else "core",
         devices=meter.devices,

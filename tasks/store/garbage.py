@@ -116,6 +116,8 @@ def _is_record(path: str) -> bool:
 
 
 def _belongs(path: str, manifest: Manifest) -> bool:
-    """Whether a file of the listing is the manifest or one of its files."""
+    """Whether a file of the listing is the manifest, or one of its files or of those beside them in a bucket."""
     name = path.removeprefix(f"{manifest.key}/")
-    return name == MANIFEST or name.removeprefix(f"{manifest.place}/" if manifest.place else "") in manifest.files
+    if manifest.place:
+        return name == MANIFEST or name.startswith(f"{manifest.place}/")
+    return name == MANIFEST or name in manifest.files

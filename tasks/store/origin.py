@@ -20,7 +20,7 @@ class Software(Record):
     versions: dict[str, str]
 
 
-class Effort(Record):
+class Usage(Record):
     """What an artifact took: seconds from the start of its computation to its end, and device-seconds of computing.
 
     A task that takes turns with others computes for a part of these seconds. `devices` are the CPU cores or GPUs that
@@ -36,7 +36,7 @@ class Effort(Record):
 class Origin(Record):
     """What made an artifact.
 
-    Older manifests lack `effort`. `parent` is the parent as the specification names it, and `parent_commit` the hub's
+    Older manifests lack `usage`. `parent` is the parent as the specification names it, and `parent_commit` the hub's
     commit that it was fetched at.
     """
 
@@ -48,4 +48,4 @@ class Origin(Record):
     prefect_flow_run: str | None = None
     prefect_task_run: str | None = None
     mlflow_run: str | None = None
-    effort: Effort | None = None
+    usage: Usage | None = None

@@ -83,6 +83,24 @@ class Store:
         """The bucket of a remote store; none of a local directory."""
         return self._bucket
 
+    def add_beside(self, key: str, directory: Path) -> str:
+        """Upload files beside those of an artifact of a bucket, for programs that look for them there.
+
+        They are no part of the artifact, and go when it is deleted.
+
+        Args:
+            key: of the artifact.
+            directory: holds the files; none has the name of a file of the artifact.
+
+        Returns:
+            The URI of the place where the artifact's files and these lie.
+        """
+        assert self._bucket is not None
+        place = f"{key}/{self.manifest(key).place}"
+        for file in sorted(path for path in directory.rglob("*") if path.is_file()):
+            self._bucket.put(file, f"{place}/{file.relative_to(directory).as_posix()}")
+        return f"{self.place}/{place}"
+
     def has(self, key: str) -> bool:
         """Whether the store has this artifact."""
         if self._bucket is None:

@@ -14,13 +14,13 @@ from typing import ParamSpec
 from puzzle_core.errors import ArtifactError, DamagedError
 from puzzle_core.plan import Plan
 from puzzle_core.records import Work, digest_file
-from puzzle_core.report.effort_table import HOUR_S, total
 from puzzle_core.report.report_inputs import ReportInputs
+from puzzle_core.report.usage_table import HOUR_S, total
 from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.work import BldRecord, GkdRecord, ReportWork, ScoreRecord, TokensRecord
 from tasks.runtime.context import RunContext
-from tasks.store.efforts import efforts
 from tasks.store.references import ancestors
+from tasks.store.stage_usage import usage_by_stage
 from tasks.tracking.lineage_steps import (
     TABLE,
     Steps,
@@ -30,6 +30,7 @@ from tasks.tracking.lineage_steps import (
     gkd_curve,
     uri_of,
 )
+from tasks.tracking.loadable import Checkpoint
 from tasks.tracking.tracked_models import TrackedModel, Version, alias_of, allowed_name
 from tasks.tracking.tracked_run import TextsInput, TrackedRun
 from tasks.tracking.tracking import current_run, track_use
@@ -112,16 +113,20 @@ def record_child(plan: Plan, context: RunContext, run: TrackedRun, work: ReportW
         work: the report of the run, which names all artifacts that describe the child.
     """
     from puzzle_core.report import collect, derived, report
+    from puzzle_core.report.gate import unmet
 
     steps = Steps(plan, context)
     inputs = collect.collect(work, lambda key: context.store().manifest(key).record, plan.spec.parent.path)
     numbers, headline = derived.headline(inputs), report.headline_sentence(inputs)
-    quality = inputs.child.evaluation
-    run.metrics([("perplexity", quality.perplexity, 0), ("top1_accuracy", quality.top1_accuracy, 0)])
-    run.metrics([(name, value, 0) for name, value in numbers.items()])
-    run.metrics([(name, value, 0) for name, value in _benchmarks(inputs).items()])
+    quality, gate = inputs.child.evaluation, plan.spec.champion
+    results = {"perplexity": quality.perplexity, "top1_accuracy": quality.top1_accuracy} | numbers
+    results |= _benchmarks(inputs)
+    reasons = unmet(inputs, gate) if gate else ["the specification has no gate"]
+    if gate and plan.is_last:
+        log.info("the child is %s", f"no champion: {'; '.join(reasons)}" if reasons else "the champion of its scenario")
     keys, trainings = _child_keys(plan, work), dict(zip(plan.gkd_splits, work.trainings, strict=True))
-    run.reads(_texts(plan, context, *plan.gkd_splits, "evaluation"))
+    *read, evaluated = _texts(plan, context, *plan.gkd_splits, "evaluation")
+    run.reads([*read, evaluated])
     run.text(artifact_table(context.store(), keys), TABLE)
     run.uses(*steps.all())
     child = TrackedModel(
@@ -137,8 +142,11 @@ def record_child(plan: Plan, context: RunContext, run: TrackedRun, work: ReportW
             for split, key in trainings.items()
             for point in gkd_curve(split, context.store().record(GkdRecord, key))
         ],
+        checkpoint=Checkpoint(context.store(), work.gkd),
+        results=results,
     )
-    run.makes(child, _version(plan, child, numbers) if plan.is_last else None)
+    version = _version(plan, child, numbers, is_champion=not reasons) if plan.is_last else None
+    run.makes(child, version, evaluated)
 
 
 @_tolerate_missing
@@ -146,7 +154,7 @@ def record_report(plan: Plan, context: RunContext, run: TrackedRun, work: Report
     """Log the report and its figures, its headline as metrics, and a table of all artifacts of the run."""
     headline = context.store().manifest(work.key).record["headline"]
     run.metrics([(name, value, 0) for name, value in headline.items()])
-    took = efforts(context.store(), [work.key])
+    took = usage_by_stage(context.store(), [work.key])
     for stage in (*took, total(took)):
         hours = {"core_hours": stage.core_seconds / HOUR_S, "gpu_hours": stage.gpu_seconds / HOUR_S}
         figures = hours | {"bytes": float(stage.size_bytes)}
@@ -221,7 +229,7 @@ def _card(steps: Steps, work: ReportWork, inputs: ReportInputs, context: RunCont
     return child_card(f"child-{work.spec.name}", headline, child.architecture, provenance, steps.descent)
 
 
-def _version(plan: Plan, child: TrackedModel, numbers: dict[str, float]) -> Version:
+def _version(plan: Plan, child: TrackedModel, numbers: dict[str, float], is_champion: bool) -> Version:
     """The registered version of a child; its alias names target and scenario."""
     spec, family = plan.spec, allowed_name(Path(plan.spec.parent.path).name)
     lines = [child.headline, f"Answer for {spec.scenario.name} on {spec.target.name}, from specification {spec.name}."]
@@ -229,10 +237,12 @@ def _version(plan: Plan, child: TrackedModel, numbers: dict[str, float]) -> Vers
     tags = {"puzzle.parent": plan.inputs.first.parent, "puzzle.spec": spec.digest(), "puzzle.spec_name": spec.name}
     return Version(
         name=f"puzzle-{family}",
-        about_name=f"Children of {spec.parent.path}. Aliases name a target and a scenario: the newest child for these.",
+        about_name=f"Children of {spec.parent.path}. Aliases: TARGET-SCENARIO and candidate are the newest child, "
+        "champion-TARGET-SCENARIO and champion the one that was promoted last.",
         alias=alias_of(spec.target.name, spec.scenario.name),
         description="\n".join(lines),
         tags=tags | {f"puzzle.{name}": f"{value:.6g}" for name, value in numbers.items()},
+        is_champion=is_champion,
     )
 
 

@@ -67,16 +67,26 @@ def lineage_of(uri: str, name: str) -> list[Step]:
         SpecError: there is no child of that name; lists the names.
     """
     client = mlflow_client(uri)
+    models, child = known_child(client, uri, name)
+    family = by_key(model for model in models if model.experiment_id == child.experiment_id)
+    sources = {key: sources_of(model) for key, model in family.items()}
+    wanted = {key for edges in (sources, products_of(family)) for key in _reachable(child.tags[KEY_TAG], edges)}
+    return [_step(client, uri, family[key]) for key in _in_order(wanted & family.keys(), family)]
+
+
+def known_child(client: MlflowClient, uri: str, name: str) -> tuple[list[LoggedModel], LoggedModel]:
+    """All models, and the child of this name.
+
+    Raises:
+        SpecError: there is none; lists the names.
+    """
     models = list(all_models(client, experiment_ids(client)))
     child = find_child(client, models, name)
     if child is None:
         names = sorted({str(model.name) for model in models if model.model_type == "child"})
         names += sorted(model.name for model in client.search_registered_models())
         raise SpecError(f"MLflow at {uri} knows no child {name!r}; it knows {', '.join(names) or 'none'}")
-    family = by_key(model for model in models if model.experiment_id == child.experiment_id)
-    sources = {key: sources_of(model) for key, model in family.items()}
-    wanted = {key for edges in (sources, products_of(family)) for key in _reachable(child.tags[KEY_TAG], edges)}
-    return [_step(client, uri, family[key]) for key in _in_order(wanted & family.keys(), family)]
+    return models, child
 
 
 def missing(steps: Iterable[Step], store: str | None) -> tuple[dict[str, list[str]], dict[str, str]]:

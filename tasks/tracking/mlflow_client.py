@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 import mlflow
 from mlflow import MlflowClient
@@ -24,6 +25,16 @@ from tasks.runtime.private_files import private_directory
 from tasks.runtime.process import is_gone
 
 log = logging.getLogger("puzzle")
+ARTIFACTS = "mlartifacts"
+"""The directory of MLflow's artifacts, beside its database."""
+PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Where MLflow's database names artifacts: tables and columns."""
 PROCESS_TAG = "puzzle.process"
 """Tag of a run: the process that writes to it, as `this_process` names it."""
 
@@ -48,7 +59,7 @@ def ensure_experiment(client: MlflowClient, uri: str, name: str) -> str:
         return str(experiment.experiment_id)
     location = None
     if uri.startswith("sqlite:///"):
-        location = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
+        location = (Path(uri.removeprefix("sqlite:///")).resolve().parent / ARTIFACTS).as_uri()
     try:
         return str(client.create_experiment(name, artifact_location=location))
     except MlflowException:  # a run that started at the same moment may have created it
@@ -109,11 +120,38 @@ def _prepare_database(file: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if file.exists():
             _upgrade_database(file)
+            _follow_artifacts(file)
         else:
             new = file.with_name(f".{file.name}.new")
             new.unlink(missing_ok=True)
             MlflowClient(f"sqlite:///{new}", f"sqlite:///{new}").search_experiments()
             new.rename(file)
+
+
+def _follow_artifacts(file: Path) -> None:
+    """Have a database that was moved find its artifacts beside it: it names them by absolute URIs."""
+    directory = file.resolve().parent / ARTIFACTS
+    if not directory.is_dir():
+        return
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        try:
+            locations = {location for (location,) in database.execute("SELECT artifact_location FROM experiments")}
+        except sqlite3.Error:
+            return  # no database of MLflow's: MLflow says what is wrong when it opens it
+        for before in locations - {directory.as_uri(), None}:
+            parts = urlparse(before)
+            if (
+                parts.scheme == "file"
+                and parts.path.endswith(f"/{ARTIFACTS}")
+                and not Path(unquote(parts.path)).exists()
+            ):
+                for table, column in PLACES:
+                    database.execute(
+                        f"UPDATE {table} SET {column} = :now || substr({column}, :length + 1) "
+                        f"WHERE {column} = :before OR substr({column}, 1, :length + 1) = :before || '/'",
+                        {"now": directory.as_uri(), "before": before, "length": len(before)},
+                    )
+                log.info("the artifacts of %s are in %s now, and were in %s", file, directory, before)
 
 
 def _upgrade_database(file: Path) -> None:

@@ -56,12 +56,14 @@ class Outbox:
         self._thread: threading.Thread | None = None
         self._down_since_s: float | None = None
         self._flushing, self._stuck, self._sent, self._overflow = False, False, 0, 0
+        self._refused = Counter[str]()
 
     def put(self, run: str, send: Request) -> None:
         """Queue a record of a run; returns at once."""
         with self._changed:
             if len(self._queue) >= MOST_WAITING:
                 self._overflow += 1
+                self._refused[run] += 1
                 return
             self._queue.append(QueuedRecord(run, send))
             if self._thread is None or not self._thread.is_alive():
@@ -100,6 +102,10 @@ class Outbox:
             self._queue = deque(kept)
             return dropped
 
+    def refused(self, run: str) -> int:
+        """How many records of a run the server did not take, or were dropped because the outbox was full."""
+        return self._refused[run]
+
     @property
     def answers(self) -> bool:
         """Whether the server answered the last request, so that it is worth waiting for."""
@@ -125,6 +131,7 @@ class Outbox:
                 if error:
                     message = redacted(str(error))
                     log.warning("MLflow at %s did not take a record, the run goes on without: %s", self.where, message)
+                    self._refused[first.run] += 1
                 self._done(first)
 
     def _pause(self, error: Exception) -> None:

@@ -18,11 +18,19 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 
+from tasks.tracking.loadable import Checkpoint
+
 KEY_TAG, FROM_TAG, HEADLINE_TAG = "puzzle.key", "puzzle.from", "puzzle.headline"
 VERSIONS_TAG = "mlflow.modelVersions"
 """A child's registered version, which MLflow's pages show. MLflow's server sets this tag; a bare database does not."""
 WHOLE_TAG = "puzzle.whole"
 """Of a model that has all its files and its curve."""
+SOURCE_TAG, OWN_ARTIFACTS = "puzzle.source", "artifacts"
+"""Of a child that MLflow loads: the source of its versions, if that is not the place of its own artifacts."""
+ANSWER_TAG, CHAMPION_TAG = "puzzle.answer.", "puzzle.champion."
+"""Tags of a version, with the alias of a target and scenario: it has answered these, and was once their champion."""
+CANDIDATE, CHAMPION = "candidate", "champion"
+"""Aliases: the newest child of a parent, and the one that was promoted last; the latter also for each pair."""
 NOTE_TAG = "mlflow.note.content"
 MOST_LINKS = 50
 LONGEST_ALIAS = 200
@@ -34,7 +42,10 @@ OLDEST_FIRST = [{"field_name": "creation_timestamp", "ascending": True}]
 
 @dataclass(frozen=True)
 class TrackedModel:
-    """A step of the lineage, to be logged as a model. `files` (text by name) and `curve` are computed if needed."""
+    """A step of the lineage, to be logged as a model. `files` (text by name) and `curve` are computed if needed.
+
+    `checkpoint` is that of a child, which MLflow then loads. `results` are figures of its quality and speed by name.
+    """
 
     kind: str
     name: str
@@ -44,17 +55,23 @@ class TrackedModel:
     about: Mapping[str, object] = field(default_factory=dict)
     files: Callable[[], dict[str, str]] = dict
     curve: Callable[[], Values] = list
+    checkpoint: Checkpoint | None = None
+    results: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Version:
-    """A child as a version of the registered model `name`; `alias` names the target and scenario that it answers."""
+    """A child as a version of the registered model `name`; `alias` names the target and scenario that it answers.
+
+    `is_champion` says whether it passes the gate of its specification.
+    """
 
     name: str
     about_name: str
     alias: str
     description: str
     tags: dict[str, str]
+    is_champion: bool = False
 
 
 def note_model(client: MlflowClient, experiment: str, model: TrackedModel, made_by: str | None) -> LoggedModel:
@@ -93,6 +110,15 @@ def complete_model(
         client.log_model_artifacts(logged.model_id, directory)
     client.finalize_logged_model(logged.model_id, "READY")
     client.set_logged_model_tags(logged.model_id, {WHOLE_TAG: "yes"})
+
+
+def make_loadable(client: MlflowClient, model: TrackedModel, logged: LoggedModel) -> LoggedModel:
+    """Make a child a model that MLflow loads, unless it is one; returns the logged model with its tags."""
+    if model.checkpoint is None or SOURCE_TAG in logged.tags:
+        return logged
+    source = model.checkpoint.publish(logged, {KEY_TAG: model.key, HEADLINE_TAG: model.headline})
+    client.set_logged_model_tags(logged.model_id, {SOURCE_TAG: source or OWN_ARTIFACTS})
+    return client.get_logged_model(logged.model_id)
 
 
 def find_model(client: MlflowClient, experiment: str, key: str) -> LoggedModel | None:
@@ -137,9 +163,11 @@ def register(client: MlflowClient, child: LoggedModel, version: Version, run: st
         client.create_registered_model(version.name, description=version.about_name)
     known = _versions(client, version.name, key)
     if not known:
+        source = child.tags.get(SOURCE_TAG, OWN_ARTIFACTS)
+        source = child.artifact_location if source == OWN_ARTIFACTS else source
         about = f"{version.description}\n\nIts card, and what it came from: [{child.name}]({page})"
         client.create_model_version(
-            version.name, child.artifact_location, run_id=child.source_run_id or run, model_id=child.model_id,
+            version.name, source, run_id=child.source_run_id or run, model_id=child.model_id,
             tags={KEY_TAG: key} | version.tags, description=about,
         )  # fmt: skip
         known = _versions(client, version.name, key)
@@ -149,10 +177,26 @@ def register(client: MlflowClient, child: LoggedModel, version: Version, run: st
     shown = json.dumps([{"name": version.name, "version": str(first.version)}])
     if shown != child.tags.get(VERSIONS_TAG):
         client.set_logged_model_tags(child.model_id, {VERSIONS_TAG: shown})
-    answer_for = f"puzzle.answer.{version.alias}"
+    answer_for = f"{ANSWER_TAG}{version.alias}"
     if answer_for not in first.tags:
-        client.set_registered_model_alias(version.name, version.alias, first.version)
+        for alias in (version.alias, CANDIDATE):
+            client.set_registered_model_alias(version.name, alias, first.version)
         client.set_model_version_tag(version.name, first.version, answer_for, "yes")
+    if version.is_champion and f"{CHAMPION_TAG}{version.alias}" not in first.tags:
+        promote(client, first, version.alias)
+
+
+def promote(client: MlflowClient, version: ModelVersion, alias: str) -> list[str]:
+    """Make a version the champion of its registered model, and that of the target and scenario that `alias` names.
+
+    Returns:
+        The aliases that name the version now.
+    """
+    aliases = [CHAMPION, f"{CHAMPION}-{alias}"]
+    for name in aliases:
+        client.set_registered_model_alias(version.name, name, version.version)
+    client.set_model_version_tag(version.name, version.version, f"{CHAMPION_TAG}{alias}", "yes")
+    return aliases
 
 
 def sources_of(model: LoggedModel) -> list[str]:

@@ -55,6 +55,7 @@ from tasks.tracking.tracked_models import (
     Version,
     complete_model,
     link_models,
+    make_loadable,
     note_model,
     register,
 )
@@ -122,16 +123,7 @@ class TrackedRun(Record):
 
     def reads(self, texts: list[TextsInput]) -> None:
         """Note texts as datasets that this run uses."""
-        datasets = [
-            DatasetInput(
-                Dataset(
-                    entry.name[:500], entry.digest[:36], "artifact store", canonical_json(entry.source),
-                    profile=canonical_json(entry.profile),
-                ),
-                [InputTag("mlflow.data.context", entry.split)],
-            )
-            for entry in texts
-        ]  # fmt: skip
+        datasets = [DatasetInput(_dataset(entry), [InputTag("mlflow.data.context", entry.split)]) for entry in texts]
         self.send(lambda client, ids: client.log_inputs(ids.run, datasets=datasets))
 
     def uses(self, *models: TrackedModel) -> None:
@@ -153,17 +145,27 @@ class TrackedRun(Record):
         """Note a model that MLflow has as an input of this run."""
         self.send(lambda client, ids: client.log_inputs(ids.run, models=[LoggedModelInput(logged.model_id)]))
 
-    def makes(self, model: TrackedModel, version: Version | None = None) -> None:
-        """Note a model as an output of this run, and register it as a version where one is given."""
+    def makes(self, model: TrackedModel, version: Version | None = None, on: TextsInput | None = None) -> None:
+        """Note a model as an output of this run, and register it as a version where one is given.
+
+        Args:
+            model: what the run made; its results are metrics of the run and of the model.
+            version: the version that it is registered as.
+            on: the texts that the results hold for.
+        """
 
         def note(client: MlflowClient, ids: RunIds) -> None:
             logged = note_model(client, ids.experiment, model, ids.run)
             outputs = client.get_run(ids.run).outputs
             if logged.model_id not in {made.model_id for made in (outputs.model_outputs if outputs else ())}:
                 client.log_outputs(ids.run, [LoggedModelOutput(logged.model_id, step=0)])
+                results = _metrics([(name, value, 0) for name, value in model.results.items()], logged.model_id, on)
+                for part in _parts(results, MOST_METRICS):
+                    client.log_batch(ids.run, metrics=part)
+            complete_model(client, model, logged, functools.partial(_complete_curve, client, ids))
+            logged = make_loadable(client, model, logged)
             if version:
                 register(client, logged, version, ids.run)
-            complete_model(client, model, logged, functools.partial(_complete_curve, client, ids))
 
         self.send(note)
 
@@ -175,18 +177,23 @@ class TrackedRun(Record):
         """Log system metrics into this run until it ends."""
         self.send(lambda client, ids: start_monitor(self.uri, self.token, ids.run))
 
-    def end(self, status: str) -> None:
+    def end(self, status: str) -> int:
         """End the run as FINISHED, FAILED or KILLED.
 
         The outermost run waits until everything is sent; where MLflow does not answer, it leaves its end to the next
         run.
+
+        Returns:
+            How many records of the outermost run are not in MLflow; 0 for other runs.
         """
         ended_ms, outbox = int(time.time() * 1000), outbox_of(self.uri)
         if self.token == self.outermost:
             self.send(lambda client, ids: link_models(client, ids.experiment))
             self.send(lambda client, ids: stop_monitor(self.token))
         self.send(lambda client, ids: _end(client, ids, self.token, status, ended_ms))
-        if self.token == self.outermost and not outbox.flush():
+        if self.token != self.outermost:
+            return 0
+        if not outbox.flush():
             since_s, dropped = outbox.down_since_s or time.time(), outbox.drop(self.outermost)
             log.warning(
                 "%d records of this run are not in MLflow at %s: run it again once that answers, which computes "
@@ -201,6 +208,12 @@ class TrackedRun(Record):
                 pending.write(pending_directory(self.scratch, self.uri) / f"{self.token}.json")
             except OSError as error:
                 log.warning("the end of this run cannot be left to the next run: %s", error)
+            return dropped + outbox.refused(self.outermost)
+        return outbox.refused(self.outermost)
+
+    def abandon(self) -> None:
+        """Send nothing more of the outermost run."""
+        outbox_of(self.uri).drop(self.outermost)
 
     # `Any`: the outbox ignores the values that MLflow's methods return.
     def send(self, act: Callable[[MlflowClient, RunIds], Any]) -> None:
@@ -301,9 +314,22 @@ def _complete_curve(client: MlflowClient, ids: RunIds, values: Values) -> None:
         client.log_batch(ids.run, metrics=part)
 
 
-def _metrics(values: Values) -> list[Metric]:
-    now = int(time.time() * 1000)
-    return [Metric(_metric_name(name), value, now, step) for name, value, step in values]
+def _metrics(values: Values, model_id: str | None = None, on: TextsInput | None = None) -> list[Metric]:
+    """Metrics as MLflow takes them, of a logged model and on a dataset where these are given."""
+    now, dataset = int(time.time() * 1000), _dataset(on) if on else None
+    return [
+        Metric(
+            _metric_name(name), value, now, step, model_id=model_id,
+            dataset_name=dataset.name if dataset else None, dataset_digest=dataset.digest if dataset else None,
+        )
+        for name, value, step in values
+    ]  # fmt: skip
+
+
+def _dataset(texts: TextsInput) -> Dataset:
+    """A split of tokens as MLflow's dataset."""
+    source, profile = canonical_json(texts.source), canonical_json(texts.profile)
+    return Dataset(texts.name[:500], texts.digest[:36], "artifact store", source, profile=profile)
 
 
 def _metric_name(name: str) -> str:

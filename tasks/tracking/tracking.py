@@ -7,9 +7,12 @@ from typing import Any
 
 import yaml
 
+from puzzle_core.credentials import redacted
+from puzzle_core.errors import TrackingError
 from puzzle_core.records import canonical_json
 from puzzle_core.spec import RunSpec
 from tasks.tracking.mlflow_client import mlflow_client
+from tasks.tracking.place import tracking_uri
 from tasks.tracking.tracked_models import TrackedModel, find_model
 from tasks.tracking.tracked_run import TrackedRun, start_run
 
@@ -18,9 +21,21 @@ _current: contextvars.ContextVar[TrackedRun | None] = contextvars.ContextVar("tr
 
 @contextlib.contextmanager
 def tracked(name: str, spec: RunSpec) -> Iterator[TrackedRun]:
-    """Open an MLflow run for the present flow run, nested in the one around it; it ends as the block ends."""
+    """Open an MLflow run for the present flow run, nested in the one around it; it ends as the block ends.
+
+    Raises:
+        TrackingError: `runtime.tracking` is `required`, and MLflow does not answer or did not take a record.
+    """
     around, runtime = _current.get(), spec.runtime
-    run = start_run(name, runtime.mlflow_uri, runtime.mlflow_experiment, runtime.scratch, around)
+    uri = around.uri if around else tracking_uri(runtime.mlflow_uri)
+    run = start_run(name, uri, runtime.mlflow_experiment, runtime.scratch, around)
+    required = runtime.tracking == "required" and not around
+    if required and run.run_id is None:
+        run.abandon()
+        raise TrackingError(
+            f"MLflow at {redacted(uri)} does not answer, and runtime.tracking is `required`: start it, or run with "
+            "runtime.tracking=best_effort"
+        )
     run.params({"spec_digest": spec.digest(), "parent": spec.parent.path, "target": spec.target.name})
     if not around:
         content = spec.model_dump(mode="json", exclude={"runtime"})  # it changes no result, and may hold a secret
@@ -34,7 +49,12 @@ def tracked(name: str, spec: RunSpec) -> Iterator[TrackedRun]:
         run.end("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     else:
-        run.end("FINISHED")
+        lost = run.end("FINISHED")
+        if required and lost:
+            raise TrackingError(
+                f"{lost} records of this run are not in MLflow at {redacted(uri)}, and runtime.tracking is `required`. "
+                "All artifacts are in the store: run again, which computes nothing and records the lineage"
+            )
     finally:
         _current.reset(token)
 

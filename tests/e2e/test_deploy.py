@@ -249,9 +249,9 @@ def test_a_run_from_the_form_leaves_artifacts_and_reads_like_the_method(up, valu
 
     again = up.run("puzzle", merged(values, {"name": "again"}))
     assert up.ended(again)["type"] == "COMPLETED"
-    found = json.loads(up.shown()["found-bld-again"]["data"])
-    assert {row["key"] for row in found} == of_stage(made, "bld")
-    assert all(row["made by"] and row["made at"] for row in found)
+    asked = {"state": {"name": {"any_": ["Cached"]}}, "name": {"like_": "bld layer"}}
+    within = {"flow_runs": {"start_time": {"after_": up.call("GET", f"/flow_runs/{again}")[1]["start_time"]}}}
+    assert wait_for(lambda: up.call("POST", "/task_runs/count", within | {"task_runs": asked})[1] == 10)
 
 
 def test_a_new_library_and_a_new_target_lead_by_themselves_to_registered_answers(up, values, tmp_path):

@@ -6,11 +6,13 @@ from pathlib import Path
 from flows.puzzle import puzzle
 from flows.refine_search import find_answer
 from flows.search_architecture import answering_plan
-from puzzle_core.architecture import Option
+from puzzle_core.architecture import EMPTY_BLOCK, Option
 from puzzle_core.report.library_index import StoredArtifact, library_index, library_keys
+from puzzle_core.search.search_record import SearchRecord
 from tests.workflow import Recorded, artifacts, changed, of_stage, plan_of, publish_costs
 
-SPACE = {"kv_heads": [], "spans": [2], "span_blocks": ["attn:kv4+ffn:i48"]}
+KEPT = {"first_layer": 2, "last_layer": 4, "ffn_ratios": [], "no_op": False}  # so that few pairs are trained
+SPACE = {"kv_heads": [], "spans": [2], "span_blocks": ["attn:kv4+ffn:i48"], "layers": [KEPT]}
 
 
 def test_the_pairs_that_a_first_search_picks_are_trained_and_reach_the_child(again, prefect_server):
@@ -18,7 +20,7 @@ def test_the_pairs_that_a_first_search_picks_are_trained_and_reach_the_child(aga
         variants=SPACE,
         bld={"coupled": "shortlist"},
         scenario={"limits": {"parameters": None, "kv_heads": "60%"}},  # so that attentions must go
-        search={"baselines": []},
+        search={"baselines": ["depth"]},
     )
     publish_costs(spec)
     before = artifacts(spec.runtime.store)
@@ -33,7 +35,10 @@ def test_the_pairs_that_a_first_search_picks_are_trained_and_reach_the_child(aga
     }
     spaces = [plan.variants.of_layer(layer, plan.inputs.shape) for layer in range(5)]
     assert all(len(attentions) <= 4 and len(ffns) <= 3 for attentions, ffns in spaces)
-    assert sum(len(attentions) * len(ffns) - 1 for attentions, ffns in spaces) > len(whole) - 4 > 0
+    assert sum(len(attentions) * len(ffns) - 1 for attentions, ffns in spaces) >= len(whole) - 4 > 0
+
+    (dropping,) = store.record(SearchRecord, first.search().key).baselines
+    assert [layer for layer, block in enumerate(dropping.architecture.layers) if block == EMPTY_BLOCK] == [0, 1]
 
     chosen = find_answer(plan, context).best.architecture
     changed_options = {str(option) for layer, option in chosen.options.items() if plan.library_key(layer, option)}

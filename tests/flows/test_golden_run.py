@@ -19,6 +19,7 @@ TOLERANCE = 2e-3
 WITHOUT_NUMBERS = {
     "cost": "measured on this machine; what a formula gives is held in tests/puzzle_core/cost",
     "gradients": "not in this run; tests/puzzle_core/test_fisher.py compares them with autograd",
+    "influence": "not in this run; tests/puzzle_core/test_influence.py compares it with transformers",
     "timing": "measured on this machine",
     "refine": "not in this run; it holds numbers of evaluations and searches",
     "report": "pages of what the other stages hold",

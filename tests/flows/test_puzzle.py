@@ -16,9 +16,9 @@ from flows.search_architecture import search_architecture
 from flows.train_child import train_child
 from puzzle_core.device import default_device, device_name
 from puzzle_core.errors import DataError, InfeasibleError
-from puzzle_core.report.effort_table import total
 from puzzle_core.report.report_inputs import ReportInputs
 from puzzle_core.report.report_tables import format_final_table
+from puzzle_core.report.usage_table import total
 from puzzle_core.search.search_record import SearchRecord
 from tasks.runtime.context import RunContext
 from tasks.runtime.software import software
@@ -51,19 +51,19 @@ def test_a_whole_run_ends_with_the_final_table(finished):
 def test_what_a_run_took_is_in_its_report_in_mlflow_and_on_the_command_line(finished, capsys):
     store = Store(finished.content["runtime"]["store"], Path("unused"))
     inputs = ReportInputs.read(store.fetch(finished.report) / "report.json")
-    by_stage = {effort.stage: effort for effort in inputs.efforts}
+    by_stage = {usage.stage: usage for usage in inputs.usages}
     assert (by_stage["bld"].artifacts, by_stage["score"].artifacts) == (TRAINED, SCORED)
-    assert {effort.stage for effort in inputs.efforts if effort.unknown} == {"cost"}  # published by the tests
-    assert not any(effort.gpu_seconds for effort in inputs.efforts)
+    assert {usage.stage for usage in inputs.usages if usage.unknown} == {"cost"}  # published by the tests
+    assert not any(usage.gpu_seconds for usage in inputs.usages)
     for stage in ("bld", "gkd", "score"):
         of_stage_keys = of_stage(artifacts(store.url), stage)
-        efforts = [store.manifest(key).origin.effort for key in of_stage_keys]
-        assert by_stage[stage].core_seconds == pytest.approx(sum(effort.device_seconds for effort in efforts))
-        assert all(0 < effort.device_seconds <= effort.seconds * effort.devices for effort in efforts)
+        usages = [store.manifest(key).origin.usage for key in of_stage_keys]
+        assert by_stage[stage].core_seconds == pytest.approx(sum(usage.device_seconds for usage in usages))
+        assert all(0 < usage.device_seconds <= usage.seconds * usage.devices for usage in usages)
     assert "## What it took" in (store.fetch(finished.report) / "report.md").read_text()
     assert main(["cost", "pico", "--store", store.url, "--price-per-hour", "3600"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("all ")]
-    whole = total(inputs.efforts)
+    whole = total(inputs.usages)
     assert float(line.split()[-1]) >= float(f"{whole.core_seconds:.2g}") * 0.9
     client = MlflowClient(finished.content["runtime"]["mlflow_uri"])
     runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
@@ -115,35 +115,6 @@ def test_a_flow_that_is_started_alone_opens_its_inputs_once(flow, again):
     spec, recorded = again(), Recorded()
     flow(spec)
     assert recorded.computed(at_least=2).count("open inputs") == 1
-
-
-def test_a_second_run_computes_nothing(again):
-    spec = again()
-    before, recorded = artifacts(spec.runtime.store), Recorded()
-    puzzle(spec)
-    assert changed(before, artifacts(spec.runtime.store)) == set()
-    computed = recorded.computed(at_least=15)
-    assert set(computed) <= {"open inputs", "check limits"}
-    assert computed.count("open inputs") == 1
-
-
-def test_where_prefect_remembers_and_the_store_does_not_work_is_done_again(finished, spec_of):
-    spec = spec_of()
-    publish_costs(spec)
-    build_library(spec)
-    assert len(of_stage(artifacts(spec.runtime.store), "bld")) == TRAINED
-
-
-def test_where_the_store_has_it_and_prefect_remembers_nothing_it_is_shown_as_cached(again, tmp_path):
-    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
-
-    spec = again()
-    before, recorded = artifacts(spec.runtime.store), Recorded()
-    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "forgotten"}):
-        build_library(spec)
-        train_child(spec)
-    assert changed(before, artifacts(spec.runtime.store)) == set()
-    assert set(recorded.computed(at_least=10)) == {"open inputs"}
 
 
 def test_a_new_scenario_searches_and_trains_a_new_child_and_leaves_the_library(again):

@@ -33,6 +33,7 @@ def plans_of(spec):
     return first, Plan(spec, first.inputs.after(child)), store
 
 
+@pytest.mark.long
 def test_the_child_of_a_round_is_the_next_ones_parent_and_a_second_run_computes_nothing(again):
     spec = again(**ROUNDS)
     finished = artifacts(spec.runtime.store)

@@ -4,7 +4,7 @@ import pytest
 
 from puzzle_core.architecture import Architecture, Option, Variant
 from puzzle_core.errors import SpecError
-from puzzle_core.plan import Inputs, Plan, layer_ranges
+from puzzle_core.plan import Inputs, Plan, RoundChild, layer_ranges
 from puzzle_core.resources import resources
 from puzzle_core.spec import parse_spec
 from tests.conftest import MIXED
@@ -284,3 +284,19 @@ def test_ranges_of_layers_are_the_whole_with_the_same_keys(plan):
 def test_layers_that_the_parent_lacks_are_refused(plan, layers):
     with pytest.raises(SpecError, match=rf"layers is '{layers}', but the parent has layers 0 to 4"):
         plan().of_layers(layers)
+
+
+def test_a_later_round_starts_from_the_child_and_refers_to_the_first_parent(plan):
+    rounds = {"rounds": [{"limits": {"memory": "80%"}, "gkd": {"tokens": 4096}}], "search": {"baselines": ["greedy"]}}
+    first = plan(**rounds)
+    assert (first.is_last, first.spec.scenario.limits.memory, first.spec.gkd.tokens) == (False, "80%", 4096)
+    assert first.spec.search.baselines == ()
+    child = RoundChild(key="gkd/v2/child", architecture=Architecture.parse(MIXED))
+    last = Plan(parse_spec(SPEC | rounds, "spec"), first.inputs.after(child))
+    assert (last.is_last, last.spec.scenario.limits.memory, last.spec.search.baselines) == (True, "60%", ("greedy",))
+    assert last.spec.gkd == plan().spec.gkd
+    assert list(map(str, last.inputs.shape.blocks)) == list(MIXED)
+    assert {work.parent for work in (*last.all_bld(), *last.all_scores())} == {child.key}
+    assert {last.evaluate("child").parent, last.gkd(child.architecture).parent} == {first.inputs.parent}
+    assert last.costs() == first.costs()
+    assert (first.search().first, last.search().first) == (None, first.inputs.shape)

@@ -52,7 +52,8 @@ def test_a_key_leads_from_the_parent_to_the_child(command, child):
 def test_names_and_aliases_mean_the_same(command, child):
     ((name, number),) = registered(child)
     wanted = command("lineage", child.tags[KEY_TAG])[1]
-    assert f"registered as {name} {number} @this-machine-chatbot" in wanted
+    (aliases,) = re.findall(rf"registered as {name} {number} (.*)", wanted)
+    assert {"@candidate", "@this-machine-chatbot"} < set(aliases.split())
     assert command("lineage", f"{name}/{number}")[1] == wanted
     assert command("lineage", f"{name}@this-machine-chatbot")[1] == wanted
     assert command("lineage", "this-machine-chatbot")[1] == wanted

@@ -22,7 +22,7 @@ from tasks.runtime import opened_parent, software
 from tasks.runtime.context import RunContext
 from tasks.store.store import Store
 from tests.sockets import listening
-from tests.workflow import SCORED, TRAINED, Recorded, artifacts, of_stage, plan_of
+from tests.workflow import SCORED, TRAINED, Recorded, artifacts, edges, of_stage, plan_of
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,13 @@ def test_a_cluster_of_processes_makes_the_same_bits(finished, again, address, pr
     names = recorded.computed(at_least=TRAINED + SCORED)
     assert len([name for name in names if name.startswith("bld layer ")]) == TRAINED
     assert len([name for name in names if name.startswith("score layer ")]) == SCORED
+    found = edges(recorded.task_runs())
+    assert {name.split(" (")[0] for name in found["bld layer 3 ffn:i24"]} == {
+        "capture layer 3",
+        "tokens bld",
+        "importance",
+    }
+    assert "bld layer 3 ffn:i24" in found["score layer 3 attn:kv4+ffn:i24"]
     with Client(address, set_as_default=False) as client:
         worked = client.run(opened_parents)
     assert len({pid for pid, _ in worked.values()} - {os.getpid()}) == 2

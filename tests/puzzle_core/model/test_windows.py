@@ -139,9 +139,9 @@ def test_a_child_with_windows_is_a_parent_whose_windows_get_shorter(assemble, id
     space = VariantsSpec(kv_heads=(1,), windows=(2, 4, 9), linear=False, no_op=False)
     offered = [" ".join(map(str, space.of_layer(layer, parent.shape)[0])) for layer in range(4)]
     assert offered[0] == "attn:no_op"
-    assert offered[1] == "attn:kv2:w5 attn:kv2:w4 attn:kv2:w2 attn:kv1:w9 attn:kv1:w4 attn:kv1:w2"
+    assert offered[1] == "attn:kv2:w5 attn:kv2:w4 attn:kv2:w2 attn:kv1:w5 attn:kv1:w4 attn:kv1:w2"
     assert offered[2].split()[:4] == ["attn:kv4", "attn:kv1", "attn:kv4:w9", "attn:kv4:w4"]
-    assert offered[3] == "attn:kv4:w3 attn:kv4:w2 attn:kv1:w9 attn:kv1:w4 attn:kv1:w2"
+    assert offered[3] == "attn:kv4:w3 attn:kv4:w2 attn:kv1:w3 attn:kv1:w2"
 
 
 def test_windows_are_offered_for_every_number_of_kv_heads_and_below_the_layers_own(parent_of):

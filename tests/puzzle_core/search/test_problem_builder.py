@@ -491,3 +491,54 @@ def test_other_ways_to_choose_are_searched_over_the_same_problem() -> None:
     assert lost(found["mip_lm_loss"].architecture) < lost(record.best.architecture)
     without = find_architecture(builder({"block_time": "60%"}, search={"baselines": ["mip_lm_loss"]}))
     assert "no increase of the next-token loss" in without.omissions["baseline mip_lm_loss"]
+
+
+SERVED_ON = {"devices": "2 x abacus", "memory": "9000B"}
+
+
+def test_the_memory_of_the_target_is_a_limit_that_another_may_tighten():
+    held = builder({"parameters": "100Gparams"}, served_on=SERVED_ON)
+    limits = {limit.name: limit.capacity for limit in held.problem({"chat": 2}).limits}
+    assert limits["chat/target_memory"] == 9000 - 4000
+    record = find_architecture(held)
+    assert record.best.prediction.memory_bytes <= 9000 < record.parent.memory_bytes
+    assert find_architecture(builder({"parameters": "100Gparams"})).best.score == 0 < record.best.score
+    tighter = find_architecture(builder({"memory": "6000B"}, served_on=SERVED_ON))
+    assert tighter.best.prediction.memory_bytes <= 6000
+    with pytest.raises(InfeasibleError, match="target_memory"):
+        check_feasible(builder({"parameters": "100Gparams"}, served_on=SERVED_ON | {"memory": "3000B"}))
+
+
+def test_an_optimistic_reservation_holds_the_mean_context():
+    chat = {"chat": 2}
+    whole = builder({"memory": "9000B"}, served_on=SERVED_ON).predict(PARENT, chat)["chat"]
+    mean = builder({"memory": "9000B"}, served_on=SERVED_ON | {"reservation": "optimistic"}).predict(PARENT, chat)
+    assert whole.memory_bytes - mean["chat"].memory_bytes == 2 * 5.5 * LAYERS * 8
+
+
+def test_more_sequences_than_the_engine_takes_are_refused():
+    with pytest.raises(SpecError, match="has batch size 2, and the engine on 2 x abacus takes 1 sequences"):
+        builder({"memory": "9000B"}, served_on=SERVED_ON | {"max_sequences": 1}, scenario={"batch_sizes": [1, 2]})
+
+
+def test_under_continuous_batching_a_token_shares_the_prefills_of_others():
+    """By hand: a token is the whole run over its tokens; a first token one prompt, its wait, and a step."""
+    limits = {"time_per_output_token": "20ms", "time_to_first_token": "1s"}
+    continuous = {"batching": "continuous"}
+    token, first = builder(limits, scenario=continuous).limit_uses(PARENT, {"chat": 2})
+    names = {use.name: use for use in (token, first)}
+    prefill, decode = 2 * (LAYERS * 6 + 1), LAYERS * 50 * 2**0.5 + 10
+    assert names["time_per_output_token"].usage == pytest.approx((prefill + decode) / 11)
+    busy = prefill / (prefill + decode)
+    expected = (1 + busy / (2 * (1 - busy))) * prefill / 2 + decode / 10
+    assert names["time_to_first_token"].usage == pytest.approx(expected)
+    static = {use.name: use.usage for use in builder(limits).limit_uses(PARENT, {"chat": 2})}
+    assert static == {
+        "time_per_output_token": pytest.approx(decode / 10),
+        "time_to_first_token": pytest.approx(prefill),
+    }
+
+
+def test_the_search_says_how_far_its_costs_are_from_measurements():
+    record = find_architecture(builder({"memory": "9000B"}, served_on=SERVED_ON | {"accuracy": "within 4 %"}))
+    assert "Computed costs: within 4 %." in answer_text(record)

@@ -70,10 +70,10 @@ def test_who_takes_turns_is_charged_for_its_turns_alone(context_of):
         return PlainRecord()
 
     key = produce(PlainWork(number=3), context_of(), act, devices=4)
-    effort = store.manifest(key).origin.effort
-    assert effort.kind == "core"
-    assert effort.device_seconds == pytest.approx(4 * slot.held_s)
-    assert effort.seconds >= 0.06
+    usage = store.manifest(key).origin.usage
+    assert usage.kind == "core"
+    assert usage.device_seconds == pytest.approx(4 * slot.held_s)
+    assert usage.seconds >= 0.06
 
 
 def test_workers_of_a_cluster_keep_no_account(content):

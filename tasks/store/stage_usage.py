@@ -3,13 +3,13 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from puzzle_core.report.report_inputs import StageEffort
+from puzzle_core.report.report_inputs import StageUsage
 from tasks.store.manifest import Manifest
 from tasks.store.references import ancestors
 from tasks.store.store import Store
 
 
-def efforts(store: Store, keys: Iterable[str]) -> tuple[StageEffort, ...]:
+def usage_by_stage(store: Store, keys: Iterable[str]) -> tuple[StageUsage, ...]:
     """What these artifacts and all that they were made from took, by stage, in the order in which stages began."""
     stages: defaultdict[str, list[Manifest]] = defaultdict(list)
     manifests = store.manifests(ancestors(store, keys)).values()
@@ -18,13 +18,13 @@ def efforts(store: Store, keys: Iterable[str]) -> tuple[StageEffort, ...]:
     return tuple(_sum(stage, found) for stage, found in stages.items())
 
 
-def _sum(stage: str, manifests: list[Manifest]) -> StageEffort:
-    known = [manifest.origin.effort for manifest in manifests if manifest.origin and manifest.origin.effort]
-    return StageEffort(
+def _sum(stage: str, manifests: list[Manifest]) -> StageUsage:
+    known = [manifest.origin.usage for manifest in manifests if manifest.origin and manifest.origin.usage]
+    return StageUsage(
         stage=stage,
         artifacts=len(manifests),
         size_bytes=sum(manifest.size_bytes for manifest in manifests),
-        core_seconds=sum(effort.device_seconds for effort in known if effort.kind == "core"),
-        gpu_seconds=sum(effort.device_seconds for effort in known if effort.kind == "GPU"),
+        core_seconds=sum(usage.device_seconds for usage in known if usage.kind == "core"),
+        gpu_seconds=sum(usage.device_seconds for usage in known if usage.kind == "GPU"),
         unknown=len(manifests) - len(known),
     )
