@@ -58,7 +58,7 @@ def test_a_lazy_search_scores_exactly_what_its_answer_uses_and_the_next_one_only
         record = context.store().record(SearchRecord, plan.search().key)
         scored = context.store().records(ScoreRecord, record.exact_scores).values()
         assert {score.method for score in scored} == {"exact"}
-        exact = {(score.layer, score.block) for score in scored}
+        exact = {(score.layer, score.option) for score in scored}
         assert not not_exact(record.solutions, "subblocks", Architecture.of_parent(plan.inputs.shape), exact)
         assert not not_exact(record.frontier, "subblocks", Architecture.of_parent(plan.inputs.shape), exact)
         return record, of_stage(changed(before, artifacts(spec.runtime.store)), "score")
@@ -86,7 +86,7 @@ def test_the_answer_of_a_lazy_run_does_not_depend_on_the_scores_that_are_there_a
     plan, context = plan_of(spec)
     first = context.store().record(SearchRecord, plan.search().key)
     inputs = ReportInputs.read(Path(spec.runtime.store) / report / "report.json")
-    methods = {(score.layer, score.block): score.method for score in inputs.scores}
+    methods = {(score.layer, score.option): score.method for score in inputs.scores}
     used = not_exact(first.solutions, "subblocks", Architecture.of_parent(inputs.shape), ())
     assert {methods[place] for place in used} == {"exact"}
     assert "fisher" in methods.values()
