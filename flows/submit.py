@@ -22,6 +22,7 @@ from tasks.runtime.disk_space import check_disk_space
 from tasks.stage_progress import StageProgress
 from tasks.stage_tasks import open_inputs, pack_tokens
 from tasks.store.references import read_keys
+from tasks.task_policies import listed
 from tasks.tracking.tracking import current_run
 from tasks.ui_artifacts import show_cached
 
@@ -114,8 +115,9 @@ def show_stored(
     if len(works) > MOST_CACHED:
         show_cached(stage, plan, works, context)
         return
-    for work in works:
-        ensure(task, work, context, **arguments)
+    with listed({work.key for work in works}):
+        for work in works:
+            ensure(task, work, context, **arguments)
 
 
 def ensure_tokens(plan: Plan, context: RunContext, *splits: str) -> None:

@@ -1,9 +1,11 @@
 """How the tasks of this package run: what shows them as cached, their retries, and what they hold while they run."""
 
+import contextlib
 import errno
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -30,6 +32,7 @@ PASSING = frozenset(
 )  # fmt: skip
 """What the system says of lost connections, of files in use, and of a network file system that fails for a while."""
 IDLE_BYTES = 2**30
+_listed: ContextVar[Container[str]] = ContextVar("listed", default=())
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -63,6 +66,16 @@ def stage_task(
     return decorate
 
 
+@contextlib.contextmanager
+def listed(keys: Container[str]) -> Iterator[None]:
+    """Let tasks that are called meanwhile take these keys for stored, as a listing said, without a request for each."""
+    token = _listed.set(keys)
+    try:
+        yield
+    finally:
+        _listed.reset(token)
+
+
 def _unless_stored(act: Callable[P, T]) -> Callable[P, T]:
     """Decorate a task's function: where the store has the artifact of its `work`, its state is Cached."""
     parameters = inspect.signature(act)
@@ -71,7 +84,7 @@ def _unless_stored(act: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         arguments = parameters.bind(*args, **kwargs).arguments
         context, key = arguments["context"], arguments["work"].key
-        if context.store().has(key):
+        if key in _listed.get() or context.store().has(key):
             return cast(T, Completed(name="Cached", data=key))  # Prefect takes a state as the end of the task run
         return act(*args, **kwargs)
 

@@ -12,9 +12,10 @@ import datetime
 import hashlib
 import os
 import shutil
+import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
@@ -83,22 +84,29 @@ class Store:
         """The bucket of a remote store; none of a local directory."""
         return self._bucket
 
-    def add_beside(self, key: str, directory: Path) -> str:
+    def add_beside(self, key: str, last: str, write: Callable[[Path], None]) -> str:
         """Upload files beside those of an artifact of a bucket, for programs that look for them there.
 
         They are no part of the artifact, and go when it is deleted.
 
         Args:
             key: of the artifact.
-            directory: holds the files; none has the name of a file of the artifact.
+            last: the name of the file that is uploaded last; where it is there, so are the others.
+            write: writes the files to a directory; none has the name of a file of the artifact. It is called where
+                `last` is not there yet.
 
         Returns:
             The URI of the place where the artifact's files and these lie.
         """
         assert self._bucket is not None
         place = f"{key}/{self.manifest(key).place}"
-        for file in sorted(path for path in directory.rglob("*") if path.is_file()):
-            self._bucket.put(file, f"{place}/{file.relative_to(directory).as_posix()}")
+        if not self._bucket.exists(f"{place}/{last}"):
+            with tempfile.TemporaryDirectory() as temporary:
+                directory = Path(temporary)
+                write(directory)
+                names = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
+                for name in sorted(names, key=last.__eq__):
+                    self._bucket.put(directory / name, f"{place}/{name}")
         return f"{self.place}/{place}"
 
     def has(self, key: str) -> bool:

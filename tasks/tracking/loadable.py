@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -51,12 +50,14 @@ class Checkpoint(NamedTuple):
             The place in the bucket that is the source of the registered version; none where that is the place of the
             logged model's artifacts.
         """
-        directory, child = local_directory(logged.artifact_location), self.store.fetch(self.key)
         sizes = {name: file.size_bytes for name, file in self.store.manifest(self.key).files.items()}
+
+        def describe(place: Path) -> None:
+            write_description(self.store.fetch(self.key), place, logged, metadata, sum(sizes.values()))
+
         if not self.store.is_local:
-            with tempfile.TemporaryDirectory() as place:
-                write_description(child, Path(place), logged, metadata, sum(sizes.values()))
-                return self.store.add_beside(self.key, Path(place))
+            return self.store.add_beside(self.key, MODEL_FILE, describe)
+        directory = local_directory(logged.artifact_location)
         if directory is None:
             log.warning(
                 "MLflow cannot load %s: its server keeps artifacts at %s, and the store is a directory of this "
@@ -64,8 +65,8 @@ class Checkpoint(NamedTuple):
                 *(logged.name, logged.artifact_location),
             )
         else:
-            link_files(child, sizes, directory)
-            write_description(child, directory, logged, metadata, sum(sizes.values()))
+            link_files(self.store.fetch(self.key), sizes, directory)
+            describe(directory)
         return None
 
 

@@ -16,14 +16,18 @@ ROOT = Path(__file__).parents[2]
 SPEC = ("SPEC", "--set KEY=VALUE")
 HELP = {
     "run": SPEC,
-    "build-library": SPEC,
+    "build-library": (*SPEC, "--layers FIRST-LAST"),
     "search": (*SPEC, "--scores", "--costs", "--scenario", "--out", "--score", "--maximise", "--parent"),
     "targets": (*SPEC, "--targets DIR", "--search"),
+    "calibrate": ("TARGET", "--measurements FILE", "--spec SPEC", "--write"),
     "train-child": SPEC,
     "check": (*SPEC, "plan"),
     "report": ("RUN", "--store"),
+    "cost": ("RUN", "--store", "--price-per-hour"),
     "export": ("CHILD", "--format", "--out", "--name", "--dtype", "--widths", "grid, pad, any", "--store", "--mlflow"),
+    "push": ("CHILD", "--hub ORG/NAME", "--endpoint URL", "--private"),
     "lineage": ("CHILD", "--mlflow", "--store"),
+    "promote": ("CHILD", "--answers TARGET-SCENARIO", "--mlflow"),
     "bench": (
         *(
             "CHILD",
@@ -49,6 +53,7 @@ HELP = {
     "export-library": (*SPEC, "--out"),
     "up": ("--prefect-port PORT", "--mlflow-port PORT"),
     "down": (),
+    "automations": (),
     "ui": ("--port",),
     "pretrain-example": ("--out", "--steps", "--processes"),
 }

@@ -186,7 +186,7 @@ def test_no_secret_is_in_what_runs_leave_and_nothing_is_a_pickle(
     log = {"log": caplog.text.encode(), "out": whole.done.stdout, "err": whole.done.stderr}
     left = files(tmp_path, whole.place, server) | stored | log
     assert len(stored) > 80
-    for name in ("mlflow/mlflow.db", "report.html", "results/", "store-cache/", "storage/"):
+    for name in ("mlflow/mlflow.db", "report.html", "store-cache/"):
         assert [path for path in left if name in path], name
     assert any(
         whole.spec.name.encode() in data for path, data in left.items() if Path(path).name.startswith("prefect.db")
@@ -194,10 +194,9 @@ def test_no_secret_is_in_what_runs_leave_and_nothing_is_a_pickle(
     secrets = [*PLANTED.values(), s3.secret, "plantedwrongsecret", "plantedprefectpassword"]
     assert holders(secrets, left) == set()
 
-    assert {Path(name).suffix for name in stored} <= STORED
+    assert {Path(name).suffix or Path(name).name for name in stored} <= STORED | {"MLmodel"}
     assert [name for name, data in stored.items() if data.startswith(PICKLES)] == []
-    results = files(whole.place / "results", server / "storage")  # of tasks, and of the flow that failed
+    results = files(whole.place / "results", server / "storage")  # of flows; none of tasks, whose results are keys
     results = {name: data for name, data in results.items() if name not in of_other_tests}
-    assert len(results) > 20
     assert [name for name, data in results.items() if not json.loads(data)] == []
     assert [name for name, data in results.items() if b'"type":"pickle"' in data] == []
