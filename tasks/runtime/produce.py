@@ -74,11 +74,12 @@ def _metered(context: RunContext, devices: int | None) -> contextlib.AbstractCon
 
 
 def _usage(meter: Meter) -> Usage:
+    device_seconds = meter.device_seconds  # read first, so that it is no more than all seconds of all devices
     return Usage(
         seconds=meter.seconds,
         kind="GPU" if default_device().type == "cuda" else "core",
         devices=meter.devices,
-        device_seconds=meter.device_seconds,
+        device_seconds=device_seconds,
     )
 
 
