@@ -51,7 +51,12 @@ class Postgres(NamedTuple):
             raise PuzzleError(
                 f"PostgreSQL does not run as root, and there is no user {ACCOUNT}: install Debian's package postgresql"
             ) from error
-        return cls(programs, home / name, _socket_directory(name, ACCOUNT), ("runuser", "-u", ACCOUNT, "--"))
+        return cls(
+            programs,
+            home / name,
+            _socket_directory(name, ACCOUNT),
+            ("setpriv", "--reuid", ACCOUNT, "--regid", ACCOUNT, "--init-groups", "--"),
+        )
 
     @property
     def command(self) -> list[str]:
