@@ -76,6 +76,11 @@ def listed(keys: Container[str]) -> Iterator[None]:
         _listed.reset(token)
 
 
+def is_listed(key: str) -> bool:
+    """Whether this is one of the keys of `listed`; Dask gets this function by its name, and no context variable."""
+    return key in _listed.get()
+
+
 def _unless_stored(act: Callable[P, T]) -> Callable[P, T]:
     """Decorate a task's function: where the store has the artifact of its `work`, its state is Cached."""
     parameters = inspect.signature(act)
@@ -84,7 +89,7 @@ def _unless_stored(act: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         arguments = parameters.bind(*args, **kwargs).arguments
         context, key = arguments["context"], arguments["work"].key
-        if key in _listed.get() or context.store().has(key):
+        if is_listed(key) or context.store().has(key):
             return cast(T, Completed(name="Cached", data=key))  # Prefect takes a state as the end of the task run
         return act(*args, **kwargs)
 
