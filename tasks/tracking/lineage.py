@@ -19,7 +19,7 @@ from puzzle_core.report.usage_table import HOUR_S, total
 from puzzle_core.search.search_record import RefineRecord, SearchRecord
 from puzzle_core.work import BldRecord, GkdRecord, ReportWork, ScoreRecord, TokensRecord
 from tasks.runtime.context import RunContext
-from tasks.store.references import ancestors
+from tasks.store.references import ancestors, read_keys
 from tasks.store.stage_usage import usage_by_stage
 from tasks.tracking.lineage_steps import (
     TABLE,
@@ -154,7 +154,7 @@ def record_report(plan: Plan, context: RunContext, run: TrackedRun, work: Report
     """Log the report and its figures, its headline as metrics, and a table of all artifacts of the run."""
     headline = context.store().manifest(work.key).record["headline"]
     run.metrics([(name, value, 0) for name, value in headline.items()])
-    took = usage_by_stage(context.store(), [work.key])
+    took = usage_by_stage(context.store(), [work.key, *read_keys(work)])
     for stage in (*took, total(took)):
         hours = {"core_hours": stage.core_seconds / HOUR_S, "gpu_hours": stage.gpu_seconds / HOUR_S}
         figures = hours | {"bytes": float(stage.size_bytes)}

@@ -186,7 +186,7 @@ def test_a_child_with_a_span_equals_the_parents_layers_with_these_blocks(
     for start, stop in [(0, 9), (9, 10), (10, 16)]:
         output = found(input_ids=ids_NT[:, start:stop].long(), use_cache=True, past_key_values=cache)
         cache, _ = output.past_key_values, steps.append(output.logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-4, atol=5e-5)
 
 
 @torch.no_grad()
