@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from flows.puzzle import puzzle
 from flows.refine_search import find_answer
 from flows.search_architecture import answering_plan
@@ -15,6 +17,7 @@ KEPT = {"first_layer": 2, "last_layer": 4, "ffn_ratios": [], "no_op": False}  # 
 SPACE = {"kv_heads": [], "spans": [2], "span_blocks": ["attn:kv4+ffn:i48"], "layers": [KEPT]}
 
 
+@pytest.mark.long
 def test_the_pairs_that_a_first_search_picks_are_trained_and_reach_the_child(again, prefect_server):
     spec = again(
         variants=SPACE,
