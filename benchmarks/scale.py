@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from puzzle_core.architecture import Architecture, BlockVariant, ModelShape
+from puzzle_core.architecture import Architecture, BlockVariant
+from puzzle_core.cost.measurements import shape_of
 from puzzle_core.plan import Inputs, Plan
 from puzzle_core.report.report_tables import Table, format_text
 from puzzle_core.resources import resources
@@ -24,22 +25,7 @@ from puzzle_core.spec_file import load_spec
 from puzzle_core.work import BldRecord, ChildRecord, GkdRecord, ScoreRecord
 
 KUBERNETES = Path("deployments/kubernetes/prefect.yaml")
-LLAMA = {
-    "family": "llama",
-    "kv_heads": 8,
-    "head_dim": 128,
-    "vocabulary": 128256,
-    "tied_embeddings": False,
-    "qkv_bias": False,
-    "attention_out_bias": False,
-    "mlp_bias": False,
-    "qk_norm": False,
-    "max_positions": 8192,
-}
-SHAPES = {
-    "llama-8b": ModelShape.model_validate(LLAMA | {"layers": 32, "hidden": 4096, "heads": 32, "ffn_width": 14336}),
-    "llama-70b": ModelShape.model_validate(LLAMA | {"layers": 80, "hidden": 8192, "heads": 64, "ffn_width": 28672}),
-}
+SHAPES = {"llama-8b": shape_of("llama3-8b"), "llama-70b": shape_of("llama3-70b")}
 
 
 class FinishedRun(NamedTuple):
