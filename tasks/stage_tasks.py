@@ -76,7 +76,7 @@ from tasks.runtime.named_inputs import (
 from tasks.runtime.opened_parent import hub_commit
 from tasks.runtime.produce import produce
 from tasks.stage_progress import StageProgress
-from tasks.store.references import read_keys
+from tasks.store.references import ancestors, read_keys
 from tasks.store.stage_usage import usage_by_stage
 from tasks.task_policies import stage_task, with_gpu, with_pinned_inputs, with_shared_gpu
 from tasks.tracking.live_curve import HELD_BACK_KL, LiveCurve
@@ -444,7 +444,8 @@ def write_report(work: ReportWork, context: RunContext) -> str:
     from puzzle_core.report.report import render_report
 
     inputs = collect.collect(work, lambda key: context.store().manifest(key).record, context.parent.path)
-    inputs = inputs.model_copy(update={"usages": usage_by_stage(context.store(), read_keys(work))})
+    read = ancestors(context.store(), read_keys(work))
+    inputs = inputs.model_copy(update={"usages": usage_by_stage(context.store(), read)})
     return produce(work, context, lambda out: render_report(inputs, out))
 
 

@@ -47,14 +47,14 @@ def cost(
     from puzzle_core.report.report_tables import format_text
     from puzzle_core.report.usage_table import usage_table
     from puzzle_core.work import ReportWork
-    from tasks.store.references import read_keys
+    from tasks.store.references import ancestors, read_keys
     from tasks.store.stage_usage import usage_by_stage
     from tasks.store.store import Store
 
     opened = Store.of(RuntimeSpec(store=store))
     key = newest_report(opened, run)
     held = read_keys(ReportWork.model_validate(opened.manifest(key).work))  # of the timing, too, which has no key in it
-    table = usage_table(usage_by_stage(opened, [key, *held]), price_per_hour)
+    table = usage_table(usage_by_stage(opened, ancestors(opened, [key, *held])), price_per_hour)
     sys.stdout.write(f"{format_text(table)}\n")
 
 

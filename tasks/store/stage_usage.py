@@ -5,15 +5,13 @@ from collections.abc import Iterable
 
 from puzzle_core.report.report_inputs import StageUsage
 from tasks.store.manifest import Manifest
-from tasks.store.references import ancestors
 from tasks.store.store import Store
 
 
 def usage_by_stage(store: Store, keys: Iterable[str]) -> tuple[StageUsage, ...]:
-    """What these artifacts and all that they were made from took, by stage, in the order in which stages began."""
+    """What these artifacts took, by stage, in the order in which stages began."""
     stages: defaultdict[str, list[Manifest]] = defaultdict(list)
-    manifests = store.manifests(ancestors(store, keys)).values()
-    for manifest in sorted(manifests, key=lambda manifest: manifest.made_at):
+    for manifest in sorted(store.manifests(keys).values(), key=lambda manifest: manifest.made_at):
         stages[manifest.key.partition("/")[0]].append(manifest)
     return tuple(_sum(stage, found) for stage, found in stages.items())
 

@@ -154,7 +154,8 @@ def record_report(plan: Plan, context: RunContext, run: TrackedRun, work: Report
     """Log the report and its figures, its headline as metrics, and a table of all artifacts of the run."""
     headline = context.store().manifest(work.key).record["headline"]
     run.metrics([(name, value, 0) for name, value in headline.items()])
-    took = usage_by_stage(context.store(), [work.key, *read_keys(work)])
+    artifacts = ancestors(context.store(), [work.key, *read_keys(work)])
+    took = usage_by_stage(context.store(), artifacts)
     for stage in (*took, total(took)):
         hours = {"core_hours": stage.core_seconds / HOUR_S, "gpu_hours": stage.gpu_seconds / HOUR_S}
         figures = hours | {"bytes": float(stage.size_bytes)}
@@ -163,8 +164,7 @@ def record_report(plan: Plan, context: RunContext, run: TrackedRun, work: Report
         whole = total(took)
         run.metrics([("cost/all/price", (whole.gpu_seconds or whole.core_seconds) / HOUR_S * budget.price_per_hour, 0)])
     run.artifacts(context.store().fetch(work.key), "report")
-    timing = [work.timing.key] if work.timing else []
-    run.text(artifact_table(context.store(), ancestors(context.store(), [work.key, *timing])), TABLE)
+    run.text(artifact_table(context.store(), artifacts), TABLE)
     run.reads(_texts(plan, context, *plan.splits))
 
 
