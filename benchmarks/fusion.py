@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.planned import packed, planned
 from puzzle_core.cost.latency import time_architectures
 from puzzle_core.cost.roofline import roofline
 from puzzle_core.data import read_windows
@@ -22,7 +23,6 @@ from puzzle_core.fusible import fused
 from puzzle_core.model.activations import Activations
 from puzzle_core.model.child import assemble
 from puzzle_core.model.parent import torch_dtype
-from puzzle_core.plan import Plan
 from puzzle_core.report.report_tables import Table, format_text
 from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table, score_table
@@ -31,8 +31,6 @@ from puzzle_core.spec import LimitsSpec
 from puzzle_core.spec_file import load_spec
 from puzzle_core.target import TargetSpec, load_target
 from puzzle_core.work import ScoreRecord, TimingWork, Traffic
-from tasks.runtime.context import RunContext
-from tasks.stage_tasks import open_inputs, pack_tokens
 
 TARGET = Path(__file__).parents[1] / "deployments" / "targets" / "l40s.yaml"
 
@@ -45,8 +43,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(available_cores())
     spec = load_spec(options.spec, tuple(options.overrides))
-    context = RunContext.of(spec)
-    plan, store = Plan(spec, open_inputs.fn(context, spec)), context.store()
+    plan, context = planned(spec)
+    store = context.store()
     shape, variants, scenario = plan.inputs.shape, plan.variants, plan.spec.scenario
     records = list(store.records(ScoreRecord, [work.key for work in plan.all_scores()]).values())
     scores = score_table(records, plan.spec.scoring.composition, "kl", variants, shape)
@@ -58,11 +56,10 @@ def main() -> None:
     costs = cost_table(
         variants, shape, {(scenario.name, batch): roofline(shape, offered, traffic, load_target(TARGET))}
     )
-    pack_tokens.fn(work=plan.tokens("evaluation"), texts=plan.texts("evaluation"), context=context)
+    ids_NT = read_windows(packed(plan, context, "evaluation"))
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        ids_NT = read_windows(store.fetch(plan.tokens("evaluation").key))
         parent, dtype = context.open_parent(), torch_dtype(plan.spec.evaluation.dtype)
         activations = Activations(place / "states", parent, ids_NT, dtype, default_device())
         capture_parent(activations)

@@ -7,7 +7,6 @@ Every reduced attention and FFN of the specification is trained from its default
 layers; `wins` counts the layers in which a way had the least loss before training.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -17,19 +16,15 @@ from typing import Literal
 
 import torch
 
+from benchmarks.planned import bld_options, captured, packed, placed_spec, planned
 from puzzle_core.architecture import Variant
-from puzzle_core.data import read_windows
-from puzzle_core.device import available_cores, default_device
+from puzzle_core.device import available_cores
 from puzzle_core.distill import bld
 from puzzle_core.distill.importance import measure_contributions
 from puzzle_core.model.activations import Activations
-from puzzle_core.model.parent import torch_dtype
 from puzzle_core.plan import Plan
 from puzzle_core.report.report_tables import Table, format_text
-from puzzle_core.spec_file import load_spec
 from puzzle_core.work import BldRecord
-from tasks.runtime.context import RunContext
-from tasks.stage_tasks import open_inputs, pack_tokens
 
 
 def trained(
@@ -59,29 +54,17 @@ def row_of(variant: Variant, plain: list[BldRecord], best: list[BldRecord]) -> t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("spec", type=Path)
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    parser.add_argument("--tokens", type=int, default=65_536, help="of BLD (default %(default)s)")
-    options = parser.parse_args()
+    options = bld_options(__doc__).parse_args()
     torch.set_num_threads(available_cores())
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        here = [f"runtime.store={place / 'store'}", f"runtime.scratch={place / 'scratch'}"]
-        spec = load_spec(options.spec, (*options.overrides, f"bld.tokens={options.tokens}", *here))
-        context = RunContext.of(spec)
-        plan = Plan(spec, open_inputs.fn(context, spec))
-        for split in ("calibration", "bld"):
-            pack_tokens.fn(work=plan.tokens(split), texts=plan.texts(split), context=context)
-        tokens = {split: context.store().fetch(plan.tokens(split).key) for split in ("calibration", "bld")}
-        parent, dtype = context.open_parent(), torch_dtype(plan.spec.bld.dtype)
+        spec = placed_spec(options, place)
+        plan, context = planned(spec)
         contributions = place / "contributions"
         contributions.mkdir()
-        measure_contributions(plan.importance(), parent, tokens["calibration"], contributions)
-        activations = Activations(place / "states", parent, read_windows(tokens["bld"]), dtype, default_device())
-        activations.capture_embedding()
-        for layer in plan.layers:
-            activations.capture_layer(layer)
+        calibration = packed(plan, context, "calibration")
+        measure_contributions(plan.importance(), context.open_parent(), calibration, contributions)
+        activations = captured(plan, context, "bld", plan.spec.bld.dtype, place / "states")
         asked = [v for v in plan.trained(0) if v.row.other_weights and not v.window]
         rows = [
             row_of(v, *(trained(plan, activations, contributions, v, way) for way in ("default", "best")))

@@ -22,13 +22,10 @@ from typing import TypeVar
 import torch
 from scipy.stats import spearmanr
 
+from benchmarks.planned import captured, planned
 from puzzle_core import fisher, scoring
 from puzzle_core.architecture import Architecture
 from puzzle_core.cost.roofline import roofline
-from puzzle_core.data import read_windows
-from puzzle_core.device import default_device
-from puzzle_core.model.activations import Activations
-from puzzle_core.model.parent import torch_dtype
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.plan import Plan
 from puzzle_core.report.report_tables import Table, format_text
@@ -37,13 +34,12 @@ from puzzle_core.search.problem_builder import ProblemBuilder
 from puzzle_core.search.record_tables import cost_table, score_table
 from puzzle_core.search.run_search import find_solutions
 from puzzle_core.search.tables import Option
-from puzzle_core.spec import LimitsSpec, RunSpec
+from puzzle_core.spec import LimitsSpec
 from puzzle_core.spec_file import load_spec
 from puzzle_core.state_dict import State
 from puzzle_core.target import load_target
 from puzzle_core.work import ScoreRecord, ScoreWork
 from tasks.runtime.context import RunContext
-from tasks.stage_tasks import open_inputs
 
 BANDS = (0.0, 0.05, 0.2, 0.5, float("inf"))
 T = TypeVar("T")
@@ -53,24 +49,6 @@ def timed(act: Callable[[], T]) -> tuple[T, float]:
     """A result and the CPU seconds that it took."""
     started = time.process_time()
     return act(), time.process_time() - started
-
-
-def opened(spec: RunSpec) -> tuple[Plan, RunContext]:
-    """The plan of a spec, and where its artifacts are."""
-    context = RunContext.of(spec)
-    return Plan(spec, open_inputs.fn(context, spec)), context
-
-
-def captured(plan: Plan, context: RunContext, place: Path) -> Activations:
-    """The states and log-probabilities of the scoring tokens."""
-    windows = read_windows(context.store().fetch(plan.tokens("scoring").key))
-    dtype = torch_dtype(plan.spec.scoring.dtype)
-    activations = Activations(place / "states", context.open_parent(), windows, dtype, default_device())
-    activations.capture_embedding()
-    for layer in plan.layers:
-        activations.capture_layer(layer)
-    activations.capture_log_probabilities()
-    return activations
 
 
 def weights_of(work: ScoreWork, context: RunContext) -> dict[str, State]:
@@ -118,7 +96,9 @@ def total(plan: Plan, scores: Sequence[ScoreRecord], architecture: Architecture)
 
 def methods_table(plan: Plan, context: RunContext, samples: Sequence[int], shares: Sequence[str], place: Path) -> Table:
     """One row per way to score."""
-    activations, works = captured(plan, context, place), plan.all_scores()
+    activations = captured(plan, context, "scoring", plan.spec.scoring.dtype, place / "states")
+    activations.capture_log_probabilities()
+    works = plan.all_scores()
     weights = [weights_of(work, context) for work in works]
     timed_scores = [
         timed(lambda work=work, w=w: scoring.score_block(work, activations, w))
@@ -199,7 +179,7 @@ def main() -> None:
     torch.set_num_threads(1)
     spec = load_spec(options.spec, tuple(options.overrides))
     scoring_spec = spec.scoring.model_copy(update={"method": "exact"})
-    plan, context = opened(spec.model_copy(update={"target": load_target(options.target), "scoring": scoring_spec}))
+    plan, context = planned(spec.model_copy(update={"target": load_target(options.target), "scoring": scoring_spec}))
     with tempfile.TemporaryDirectory() as place:
         table = methods_table(plan, context, options.samples, options.shares, Path(place))
     sys.stdout.write(f"{format_text(table)}\n")

@@ -6,7 +6,6 @@ The parent's own block is trained in the place of every two and three consecutiv
 tokens in the same order. The table has the loss on held-back windows before and after, a mean over all places.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -15,20 +14,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.planned import bld_options, captured, placed_spec, planned
 from puzzle_core.architecture import Option
-from puzzle_core.data import read_windows
-from puzzle_core.device import available_cores, default_device
+from puzzle_core.device import available_cores
 from puzzle_core.distill import bld
 from puzzle_core.model.activations import Activations
-from puzzle_core.model.parent import Parent, torch_dtype
+from puzzle_core.model.parent import Parent
 from puzzle_core.model.surgery import WEIGHTS
 from puzzle_core.plan import Plan
 from puzzle_core.report.report_tables import Table, format_text
-from puzzle_core.spec_file import load_spec
 from puzzle_core.state_dict import State
 from puzzle_core.work import BldRecord
-from tasks.runtime.context import RunContext
-from tasks.stage_tasks import open_inputs, pack_tokens
 
 SPANS = (2, 3)
 STARTS = ("first", "last", "mean")
@@ -57,26 +53,14 @@ def trained(plan: Plan, activations: Activations, layer: int, span: int, start: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("spec", type=Path)
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    parser.add_argument("--tokens", type=int, default=65_536, help="of BLD (default %(default)s)")
-    options = parser.parse_args()
+    options = bld_options(__doc__).parse_args()
     torch.set_num_threads(available_cores())
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        here = [f"runtime.store={place / 'store'}", f"runtime.scratch={place / 'scratch'}"]
-        spec = load_spec(options.spec, (*options.overrides, f"bld.tokens={options.tokens}", *here))
-        context = RunContext.of(spec)
-        plan = Plan(spec, open_inputs.fn(context, spec))
-        pack_tokens.fn(work=plan.tokens("bld"), texts=plan.texts("bld"), context=context)
-        ids_NT = read_windows(context.store().fetch(plan.tokens("bld").key))
-        parent, dtype = context.open_parent(), torch_dtype(plan.spec.bld.dtype)
-        activations = Activations(place / "states", parent, ids_NT, dtype, default_device())
-        activations.capture_embedding()
-        for layer in plan.layers:
-            activations.capture_layer(layer, keep_post_attention=False)
+        spec = placed_spec(options, place)
+        plan, context = planned(spec)
+        activations = captured(plan, context, "bld", plan.spec.bld.dtype, place / "states")
         for span in SPANS:
             for start in STARTS:
                 found = [

@@ -6,7 +6,6 @@ Every variant is trained in every layer as the specification says, and scored al
 means over layers of KL in nats per token. The cache is that of one layer for one sequence of the longest length.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -14,32 +13,16 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.planned import bld_options, captured, placed_spec, planned
 from puzzle_core.architecture import Option, Variant
-from puzzle_core.data import read_windows
-from puzzle_core.device import available_cores, default_device
+from puzzle_core.device import available_cores
 from puzzle_core.distill import bld
 from puzzle_core.model.activations import Activations
-from puzzle_core.model.parent import torch_dtype
 from puzzle_core.model.surgery import load_weights
 from puzzle_core.plan import Plan
 from puzzle_core.report.report_tables import Table, format_text
 from puzzle_core.scoring import score_block
 from puzzle_core.sizes import variant_size
-from puzzle_core.spec_file import load_spec
-from tasks.runtime.context import RunContext
-from tasks.stage_tasks import open_inputs, pack_tokens
-
-
-def captured(plan: Plan, context: RunContext, split: str, place: Path) -> Activations:
-    """The parent's states in all layers on one split."""
-    pack_tokens.fn(work=plan.tokens(split), texts=plan.texts(split), context=context)
-    ids_NT = read_windows(context.store().fetch(plan.tokens(split).key))
-    dtype = torch_dtype(plan.spec.bld.dtype)
-    activations = Activations(place / split, context.open_parent(), ids_NT, dtype, default_device())
-    activations.capture_embedding()
-    for layer in plan.layers:
-        activations.capture_layer(layer)
-    return activations
 
 
 def row_of(plan: Plan, variant: Variant, training: Activations, scoring: list[Activations]) -> tuple[str, ...]:
@@ -57,31 +40,27 @@ def row_of(plan: Plan, variant: Variant, training: Activations, scoring: list[Ac
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("spec", type=Path)
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser = bld_options(__doc__)
     parser.add_argument("--windows", type=int, nargs="+", required=True)
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="ascending")
-    parser.add_argument("--tokens", type=int, default=65_536, help="of BLD (default %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(available_cores())
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        here = [f"runtime.store={place / 'store'}", f"runtime.scratch={place / 'scratch'}"]
-        spec = load_spec(options.spec, (*options.overrides, *here, f"bld.tokens={options.tokens}"))
-        context = RunContext.of(spec)
-        inputs = open_inputs.fn(context, spec)
+        spec = placed_spec(options, place)
+        whole, context = planned(spec)
 
         def plan_at(length: int, windows: tuple[int, ...]) -> Plan:
             parts = {
                 "scoring": spec.scoring.model_copy(update={"sequence_length": length}),
                 "variants": spec.variants.model_copy(update={"windows": windows}),
             }
-            return Plan(spec.model_copy(update=parts), inputs)
+            return Plan(spec.model_copy(update=parts), whole.inputs)
 
         plan = plan_at(options.lengths[-1], tuple(options.windows))
-        training = captured(plan, context, "bld", place)
-        scoring = [captured(plan_at(n, ()), context, "scoring", place / str(n)) for n in options.lengths]
+        dtype = plan.spec.bld.dtype
+        training = captured(plan, context, "bld", dtype, place / "bld")
+        scoring = [captured(plan_at(n, ()), context, "scoring", dtype, place / str(n)) for n in options.lengths]
         asked = [v for v in plan.trained(0) if v.kv_heads]
         rows = [row_of(plan, variant, training, scoring) for variant in asked]
     title = f"Windows in {spec.parent.path}, {options.tokens:,} tokens of BLD each, means over layers"
